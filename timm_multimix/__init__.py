@@ -1,0 +1,15 @@
+"""MultiMix for timm: train image classifiers on a thousand interpolations of every mini-batch, for almost no time."""
+from .attention import attention_map
+from .losses import MultiMixLoss, MultiMixOutput, multimix_binary_cross_entropy, multimix_cross_entropy
+from .weights import attend, manifold_mixup_weights, sample_weights
+
+__all__ = [
+    'MultiMixLoss',
+    'MultiMixOutput',
+    'attend',
+    'attention_map',
+    'manifold_mixup_weights',
+    'multimix_binary_cross_entropy',
+    'multimix_cross_entropy',
+    'sample_weights',
+]

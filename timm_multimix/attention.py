@@ -1,0 +1,82 @@
+"""Attention: how much each position of a feature map shows of the labelled object."""
+import torch
+
+ATTENTION_QUERIES = ('uniform', 'gap', 'token', 'cam')
+ATTENTION_NORMS = ('relu', 'softmax')
+
+
+def check_attention(query: str, norm: str) -> None:
+    """Raise ValueError if the query or the norm is not one that exists."""
+    if query not in ATTENTION_QUERIES:
+        raise ValueError(f'attention query must be one of {", ".join(ATTENTION_QUERIES)}, got {query!r}.')
+    if norm not in ATTENTION_NORMS:
+        raise ValueError(f'attention norm must be one of {", ".join(ATTENTION_NORMS)}, got {norm!r}.')
+
+
+def _cam_scores(logits: torch.Tensor | None, target: torch.Tensor | None) -> torch.Tensor:
+    if logits is None or target is None:
+        raise ValueError("attention query 'cam' reads each position's logit of the true class: pass logits and target.")
+    if target.is_floating_point():  # soft target: the expected logit
+        return torch.einsum('brc,bc->br', logits, target.to(logits.dtype))
+    return logits.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+
+
+def _normalize(scores: torch.Tensor, norm: str) -> torch.Tensor:
+    if norm == 'softmax':
+        return scores.softmax(dim=1)
+    scores = scores.relu()
+    total = scores.sum(dim=1, keepdim=True)
+    empty = total == 0
+    return torch.where(empty, 1 / scores.shape[1], scores / total.masked_fill(empty, 1))
+
+
+def attention_map(
+        features: torch.Tensor | None,
+        logits: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+        *,
+        query: str = 'gap',
+        norm: str = 'relu',
+        token: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention a_i = h(z_i^T u_i) of each example over its positions (P2, eq. 9).
+
+    Args:
+        features: Embeddings z at every position (b, r, d); may be None for 'cam'.
+        logits: Logits at every position (b, r, c), read by 'cam' only.
+        target: Class indices (b,) or soft targets (b, c), read by 'cam' only.
+        query: u_i is the average-pooled embedding ('gap'), the class token ('token'), or the classifier row of the true
+            class, so that z^T u is the position's own logit of it ('cam'). 'uniform' attends to all positions alike.
+        norm: h is ReLU followed by l1 normalisation ('relu') or softmax ('softmax').
+        token: Class tokens (b, d), read by 'token' only.
+
+    Returns:
+        Attention (b, r) in float32 (float64 for float64 input), non-negative, each row summing to 1. A row that ReLU
+        empties is uniform.
+
+    Raises:
+        ValueError: if the query or norm is unknown, or an input that the query reads is missing.
+    """
+    check_attention(query, norm)
+    source = logits if query == 'cam' else features
+    if query != 'cam' and features is None:
+        raise ValueError(f'attention query {query!r} reads the features: pass them with shape (b, r, d).')
+    if source is not None and source.ndim != 3:
+        raise ValueError(f'attention_map takes a tensor (b, r, d), got shape {tuple(source.shape)}.')
+    if query == 'token' and token is None:
+        raise ValueError("attention query 'token' reads the class token: pass token with shape (b, d).")
+
+    if query == 'uniform':
+        return features.new_full(features.shape[:2], 1 / features.shape[1], dtype=_wide_dtype(features))
+    if query == 'cam':
+        scores = _cam_scores(logits, target)
+        return _normalize(scores.to(_wide_dtype(scores)), norm)
+    key = features.to(_wide_dtype(features))
+    if query == 'gap':
+        token = key.mean(dim=1)
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        return _normalize(torch.einsum('brd,bd->br', key, token.to(key.dtype)), norm)
+
+
+def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,336 @@
+"""MultiMix losses: functions on logits, targets and weights, and the module that draws its own weights."""
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .attention import attention_map, check_attention
+from .fused import SIGMOID, SOFTMAX, DrawnWeights, FusedLoss, FusedLossFunction, GivenWeights, Partition
+from .weights import Alpha, check_alpha, check_tuple_length, sample_weights
+
+LOSS_TYPES = ('ce', 'bce')
+
+
+class MultiMixOutput(NamedTuple):
+    """What an attached model returns while training.
+
+    Attributes:
+        logits: The model's ordinary prediction (b, c).
+        dense_logits: Logits at every position (b, r, c), positions in row-major order; None in pooled mode.
+        attention: Attention of each example over its positions (b, r); None stands for uniform.
+    """
+    logits: torch.Tensor
+    dense_logits: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+
+def _class_target(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
+    """Targets as rows (b, c). Smoothing applies to class indices; soft targets come smoothed, as in timm."""
+    if target.is_floating_point():
+        return target.detach()
+    off_value = smoothing / num_classes
+    rows = torch.full((len(target), num_classes), off_value, device=target.device)
+    return rows.scatter_(1, target.unsqueeze(1), 1 - smoothing + off_value)
+
+
+def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
+    batch_size, num_classes = logits.shape[0], logits.shape[-1]
+    if target.is_floating_point():
+        if target.shape != (batch_size, num_classes):
+            raise ValueError(
+                f'Soft targets must have shape (b, c) = ({batch_size}, {num_classes}), got {tuple(target.shape)}.')
+        return
+    if target.dtype != torch.int64 or target.shape != (batch_size,):
+        raise ValueError(
+            f'Class indices must be int64 with shape (b,) = ({batch_size},), got {target.dtype} with shape '
+            f'{tuple(target.shape)}. Soft targets must be floating point with shape (b, c).')
+    if target.device.type == 'cpu' and batch_size and not 0 <= target.min() <= target.max() < num_classes:
+        raise ValueError(
+            f'Class indices must lie in [0, {num_classes - 1}] for {num_classes} classes, '
+            f'got values from {target.min().item()} to {target.max().item()}.')
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not 0 <= smoothing < 1:
+        raise ValueError(f'smoothing must lie in [0, 1), got {smoothing}.')
+
+
+def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
+    pooled = logits.ndim == 2
+    expected = (logits.shape[0],) if pooled else (logits.shape[1], logits.shape[0])
+    given = tuple(weights.shape[-1:]) if pooled else (weights.shape[0], weights.shape[-1])
+    if logits.ndim not in (2, 3) or weights.ndim != logits.ndim or given != expected or 0 in weights.shape:
+        raise ValueError(
+            'Takes logits (b, c) with weights (n, b), or logits (b, r, c) with weights (r, n, b), '
+            f'got logits {tuple(logits.shape)} and weights {tuple(weights.shape)}.')
+    if weights.device.type == 'cpu':
+        total = weights.detach().sum(dim=-1)
+        # Negated, so that NaN is caught too.
+        if not (weights.detach().min() >= -1e-6 and (total - 1).abs().max() <= 1e-3):
+            raise ValueError('Rows of weights must be finite, non-negative and sum to 1. See sample_weights, attend.')
+
+
+def _check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) -> None:
+    if attention.shape != dense_logits.shape[:2]:
+        raise ValueError(
+            f'attention must have shape (b, r) = {tuple(dense_logits.shape[:2])}, got {tuple(attention.shape)}.')
+    # Negated, so that NaN is caught too.
+    if attention.device.type == 'cpu' and not 0 <= attention.detach().min() <= attention.detach().max() < torch.inf:
+        raise ValueError('attention must be non-negative and finite. See attention_map.')
+
+
+def _mixed_loss(
+        partition: Partition,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weights: torch.Tensor,
+        attention_grad: bool,
+        smoothing: float,
+        **options,
+) -> torch.Tensor:
+    _check_weights(logits, weights)
+    _check_target(logits, target)
+    _check_smoothing(smoothing)
+    if logits.ndim == 2:
+        logits, weights = logits.unsqueeze(1), weights.unsqueeze(0)
+    return FusedLossFunction.apply(
+        logits,
+        weights if attention_grad else weights.detach(),
+        _class_target(target, logits.shape[-1], smoothing),
+        GivenWeights,
+        FusedLoss(partition, weights.shape[1], **options),
+    )
+
+
+def multimix_cross_entropy(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        balance: bool = True,
+        attention_grad: bool = False,
+        smoothing: float = 0.0,
+        logit_scale: float = 1.0,
+        tile_size: int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, sec. 3.2 and eq. 14).
+
+    Works in float32 (float64 for float64 logits), under autocast too. Memory beyond that of the arguments does not grow
+    with n. Differentiable once.
+
+    Args:
+        logits: Logits (b, c), or at every position (b, r, c).
+        target: Class indices (b,), int64, or soft targets (b, c).
+        weights: Interpolation weights (n, b), or (r, n, b); rows on the simplex. See sample_weights and attend.
+        balance: Return the balanced gradient for the logits, not the literal one (docs/method.md). The value of the
+            loss is the same.
+        attention_grad: Let gradient through the weights. Exact; not affected by balance.
+        smoothing: Label smoothing of class indices. Soft targets are taken as they are.
+        logit_scale: Factor on the mixed logits.
+        tile_size: Mixes worked on at a time, by default what fits the cache. Does not change the result.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: if shapes do not fit, a target is out of range, or weights are off the simplex (values are looked at
+            on CPU only, where that needs no synchronisation).
+    """
+    return _mixed_loss(
+        SOFTMAX, logits, target, weights, attention_grad, smoothing,
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
+
+
+def multimix_binary_cross_entropy(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        balance: bool = True,
+        attention_grad: bool = False,
+        smoothing: float = 0.0,
+        sum_classes: bool = False,
+        logit_scale: float = 1.0,
+        tile_size: int | None = None,
+) -> torch.Tensor:
+    """Binary cross-entropy of mixed logits with mixed targets, for multi-label targets and timm's BCE training.
+
+    The twin of `multimix_cross_entropy`, with the same arguments, except:
+
+    Args:
+        target: Multi-hot or soft targets (b, c), or class indices (b,) for BCE training on single labels.
+        sum_classes: Sum over classes instead of taking their mean, as timm's BinaryCrossEntropy does.
+    """
+    loss = _mixed_loss(
+        SIGMOID, logits, target, weights, attention_grad, smoothing,
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
+    return loss if sum_classes else loss / logits.shape[-1]
+
+
+class MultiMixLoss(nn.Module):
+    """MultiMix as a training loss: draws its weights, block by block, and mixes logits with them.
+
+    Takes what an attached model returns while training, or the plain logits of any PyTorch classifier (which makes it
+    pooled MultiMix). The loss is a convex combination:
+
+        (1 - clean_weight) * ((1 - pooled_weight) * dense + pooled_weight * pooled) + clean_weight * plain loss
+
+    where the dense term mixes the logits at every position and the pooled term the model's ordinary logits; without
+    dense logits the pooled term has all the weight. Nothing it allocates grows with the number of mixes.
+
+    Args:
+        num_mixes: Number n of mixes, at every position. Keep it well above the batch size.
+        alpha: Dirichlet concentration, a number or a (low, high) pair that each mix draws its own from.
+        tuple_length: Number of examples m in a mix, None for the whole mini-batch.
+        attention: None takes the attention that comes with the output, uniform if none does. 'cam' computes it here,
+            from the dense logits of the true class, which only the loss knows; 'uniform' ignores what comes.
+        attention_norm: 'relu' or 'softmax', for attention computed here.
+        attention_grad: Let gradient through the attention.
+        balance: Balanced gradient; False gives the literal gradient of the papers.
+        pooled_weight: Share of the pooled term beside the dense one, in [0, 1]. A model that predicts from a class
+            token trains that path through the pooled term only: do not set 0 there.
+        clean_weight: Share of the plain loss on unmixed examples, in [0, 1].
+        logit_scale: Factor on mixed logits inside the loss.
+        smoothing: Label smoothing of class indices. Soft targets, such as those of timm's Mixup, are taken as they are.
+        loss_type: 'ce' for softmax cross-entropy; 'bce' for binary cross-entropy, mean over classes.
+        generator: Source of randomness, by default PyTorch's own for the device of the logits.
+        tile_size: Mixes worked on at a time. Does not change the result.
+
+    Shapes:
+        output: a MultiMixOutput, or logits (b, c).
+        target: class indices (b,), or soft or multi-hot targets (b, c).
+        Returns a scalar in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: for options out of range, and for inputs whose shapes do not fit.
+    """
+
+    def __init__(
+            self,
+            num_mixes: int = 1000,
+            *,
+            alpha: Alpha = (0.5, 2.0),
+            tuple_length: int | None = None,
+            attention: str | None = None,
+            attention_norm: str = 'relu',
+            attention_grad: bool = False,
+            balance: bool = True,
+            pooled_weight: float = 0.5,
+            clean_weight: float = 0.0,
+            logit_scale: float = 1.0,
+            smoothing: float = 0.0,
+            loss_type: str = 'ce',
+            generator: torch.Generator | None = None,
+            tile_size: int | None = None,
+    ):
+        super().__init__()
+        if num_mixes < 1:
+            raise ValueError(f'num_mixes must be at least 1, got {num_mixes}.')
+        if tuple_length is not None and tuple_length < 1:
+            raise ValueError(f'tuple_length must be at least 1, or None for the whole batch, got {tuple_length}.')
+        if attention not in (None, 'uniform', 'cam'):
+            raise ValueError(
+                f"attention must be 'cam', 'uniform' or None (what comes with the output), got {attention!r}. Other "
+                'queries read the features: pass them to attach().')
+        for name, weight in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
+            if not 0 <= weight <= 1:
+                raise ValueError(f'{name} is a share and must lie in [0, 1], got {weight}.')
+        if not logit_scale > 0:
+            raise ValueError(f'logit_scale must be positive, got {logit_scale}.')
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(f'loss_type must be one of {", ".join(LOSS_TYPES)}, got {loss_type!r}.')
+        check_attention(attention or 'uniform', attention_norm)
+        _check_smoothing(smoothing)
+        self.num_mixes = num_mixes
+        self.alpha = check_alpha(alpha)
+        self.tuple_length = tuple_length
+        self.attention = attention
+        self.attention_norm = attention_norm
+        self.attention_grad = attention_grad
+        self.balance = balance
+        self.pooled_weight = pooled_weight
+        self.clean_weight = clean_weight
+        self.logit_scale = logit_scale
+        self.smoothing = smoothing
+        self.loss_type = loss_type
+        self.generator = generator
+        self.tile_size = tile_size
+
+    def extra_repr(self) -> str:
+        return (
+            f'num_mixes={self.num_mixes}, alpha={self.alpha}, tuple_length={self.tuple_length}, '
+            f'balance={self.balance}, pooled_weight={self.pooled_weight}, clean_weight={self.clean_weight}')
+
+    def forward(self, output: MultiMixOutput | torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.terms(output, target)['loss']
+
+    def terms(self, output: MultiMixOutput | torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss and what it is made of: 'loss', and those of 'dense', 'pooled', 'clean' that have weight."""
+        logits, dense_logits, attention = output if isinstance(output, tuple) else MultiMixOutput(output)
+        if logits.ndim != 2:
+            raise ValueError(f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got shape {tuple(logits.shape)}.')
+        _check_target(logits, target)
+        pooled_weight = 1.0 if dense_logits is None else self.pooled_weight
+        shares = {
+            'dense': (1 - self.clean_weight) * (1 - pooled_weight),
+            'pooled': (1 - self.clean_weight) * pooled_weight,
+            'clean': self.clean_weight,
+        }
+        terms = {}
+        if shares['dense']:
+            terms['dense'] = self._mixed(dense_logits, target, self._attention(dense_logits, attention, target))
+        if shares['pooled']:
+            terms['pooled'] = self._mixed(logits.unsqueeze(1), target, None)
+        if shares['clean']:
+            terms['clean'] = self._clean(logits, target)
+        loss = sum(shares[name] * term for name, term in terms.items())
+        return {'loss': loss, **terms}
+
+    def _attention(
+            self,
+            dense_logits: torch.Tensor,
+            attention: torch.Tensor | None,
+            target: torch.Tensor,
+    ) -> torch.Tensor | None:
+        if self.attention == 'cam':
+            attention = attention_map(None, dense_logits, target, query='cam', norm=self.attention_norm)
+        elif self.attention == 'uniform':
+            attention = None
+        if attention is None:
+            return None
+        _check_attention_map(dense_logits, attention)
+        return attention if self.attention_grad else attention.detach()
+
+    def _mixed(self, logits: torch.Tensor, target: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
+        batch_size, _, num_classes = logits.shape
+        sample = partial(
+            sample_weights,
+            batch_size=batch_size,
+            alpha=self.alpha,
+            tuple_length=check_tuple_length(self.tuple_length, batch_size),
+            generator=self.generator,
+            device=logits.device,
+        )
+        loss = FusedLossFunction.apply(
+            logits,
+            attention,
+            _class_target(target, num_classes, self.smoothing),
+            partial(DrawnWeights, sample=sample),
+            FusedLoss(
+                SOFTMAX if self.loss_type == 'ce' else SIGMOID,
+                self.num_mixes,
+                self.balance,
+                self.logit_scale,
+                self.tile_size,
+            ),
+        )
+        return loss if self.loss_type == 'ce' else loss / num_classes
+
+    def _clean(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = _class_target(target, logits.shape[1], self.smoothing).to(logits.dtype)
+        if self.loss_type == 'ce':
+            return F.cross_entropy(logits, target)
+        return F.binary_cross_entropy_with_logits(logits, target)
