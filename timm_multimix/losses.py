@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
-from .fused import SIGMOID, SOFTMAX, DrawnWeights, FusedLoss, FusedLossFunction, GivenWeights, Partition
+from .fused import BLOCK_ELEMENTS, SIGMOID, SOFTMAX, DrawnWeights, FusedLoss, FusedLossFunction, GivenWeights, Partition
 from .weights import Alpha, check_alpha, check_tuple_length, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
@@ -58,18 +58,18 @@ def _check_smoothing(smoothing: float) -> None:
 
 
 def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
-    pooled = logits.ndim == 2
-    expected = (logits.shape[0],) if pooled else (logits.shape[1], logits.shape[0])
-    given = tuple(weights.shape[-1:]) if pooled else (weights.shape[0], weights.shape[-1])
-    if logits.ndim not in (2, 3) or weights.ndim != logits.ndim or given != expected or 0 in weights.shape:
+    positions = logits.shape[1:-1]  # () or (r,)
+    fits = logits.ndim in (2, 3) and weights.ndim == logits.ndim and 0 not in weights.shape and (
+        (*weights.shape[:-2], weights.shape[-1]) == (*positions, logits.shape[0]))
+    if not fits:
         raise ValueError(
             'Takes logits (b, c) with weights (n, b), or logits (b, r, c) with weights (r, n, b), '
             f'got logits {tuple(logits.shape)} and weights {tuple(weights.shape)}.')
     if weights.device.type == 'cpu':
-        total = weights.detach().sum(dim=-1)
-        # Negated, so that NaN is caught too.
-        if not (weights.detach().min() >= -1e-6 and (total - 1).abs().max() <= 1e-3):
-            raise ValueError('Rows of weights must be finite, non-negative and sum to 1. See sample_weights, attend.')
+        for block in weights.detach().split(max(1, BLOCK_ELEMENTS // weights.shape[-1]), dim=-2):
+            # Negated, so that NaN is caught too.
+            if not (block.min() >= -1e-6 and (block.sum(dim=-1) - 1).abs().max() <= 1e-3):
+                raise ValueError('Rows of weights must be finite, non-negative and sum to 1. See sample_weights.')
 
 
 def _check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) -> None:

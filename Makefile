@@ -1,0 +1,28 @@
+# make demo: install into .venv and train a small model with dense MultiMix on the embedded digits.
+# make test: install into .venv and run the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python train_timm.py --config hfconfigs/digits_demo.yaml
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
