@@ -1,0 +1,93 @@
+"""BatchNorm in a head: positions go through the affine map that the batch of pooled features defines.
+
+Were positions to enter the batch statistics themselves, the running statistics, which evaluation uses on pooled
+features, would describe something else than what training saw.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .swapping import restore_class, swap_class
+
+
+class _BatchStatistics:
+    """Mean and variance of the pooled batch, while one forward pass lasts.
+
+    Phases: None (an ordinary BatchNorm), 'record' (also remember the statistics), 'measure' (the same, leaving the
+    running statistics alone), 'apply' (normalise with what was remembered).
+    """
+
+    def __init__(self):
+        self.phase: str | None = None
+        self.mean: torch.Tensor | None = None
+        self.var: torch.Tensor | None = None
+
+
+class _PooledBatchNorm:
+    """Mixin for a head's BatchNorm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        statistics = self._multimix_statistics
+        if statistics.phase is None or not self.training:
+            return super().forward(x)
+        if statistics.phase != 'apply':
+            axes = [axis for axis in range(x.ndim) if axis != 1]
+            statistics.var, statistics.mean = torch.var_mean(x.float(), axes, correction=0)
+            if statistics.phase == 'record':
+                return super().forward(x)
+        return self._normalise(x, statistics)
+
+    def _normalise(self, x: torch.Tensor, statistics: _BatchStatistics) -> torch.Tensor:
+        # evaluation mode normalises with the running statistics: undo these beforehand. So the module's own code runs
+        # (timm's BatchNormAct2d has an activation in it) and the gradient reaches the batch statistics
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        scale = ((self.running_var + self.eps) / (statistics.var + self.eps)).sqrt()
+        shift = self.running_mean - statistics.mean * scale
+        self.training = False
+        try:
+            return super().forward((x * scale.view(shape) + shift.view(shape)).to(x.dtype))
+        finally:
+            self.training = True
+
+
+def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
+    """Make a head's BatchNorms able to hold on to the pooled batch's statistics.
+
+    Args:
+        model: The model that has them.
+        names: Their module names.
+
+    Raises:
+        ValueError: if one is a SyncBatchNorm or keeps no running statistics.
+    """
+    for module in map(model.get_submodule, names):
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                'Dense MultiMix cannot read the statistics of a SyncBatchNorm in the head: '
+                "leave the head's BatchNorm unsynchronised, or attach with mode='pooled'.")
+        if not module.track_running_stats:
+            raise ValueError(
+                'Dense MultiMix needs the running statistics of a BatchNorm in the head: '
+                "create it with track_running_stats=True, or attach with mode='pooled'.")
+    for module in map(model.get_submodule, names):
+        if not isinstance(module, _PooledBatchNorm):
+            swap_class(module, _PooledBatchNorm)
+            module._multimix_statistics = _BatchStatistics()
+
+
+def restore_batch_norms(model: nn.Module) -> None:
+    """Undo swap_batch_norms for every module of the model."""
+    for module in model.modules():
+        if isinstance(module, _PooledBatchNorm):
+            restore_class(module)
+            del module._multimix_statistics
+
+
+def set_phase(model: nn.Module, names: Sequence[str], phase: str | None) -> None:
+    """Bring the head's BatchNorms into a phase; None forgets the statistics and makes them ordinary again."""
+    for name in names:
+        statistics = model.get_submodule(name)._multimix_statistics
+        statistics.phase = phase
+        if phase is None:
+            statistics.mean = statistics.var = None

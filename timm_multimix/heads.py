@@ -1,0 +1,288 @@
+"""What a model's head is, found by running it on small feature maps, never by its name."""
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from .layouts import Features, Layout, as_streams
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a head is applied at every position.
+
+    Attributes:
+        layouts: Layout of each stream of the features.
+        as_list: Whether forward_head takes a list of streams.
+        method: 'classifier' (the classifier is all there is after pooling: one matrix product), 'single' (forward_head
+            on one-position maps), 'whole' (forward_head on maps that hold the position's vector everywhere, for heads
+            that treat positions differently), or 'window' (forward_head on every window of the head's convolution).
+        classifier: Module name of the classifier, for 'classifier'.
+        window: Height and width of the convolution, for 'window'.
+        batch_norms: Module names of the BatchNorms in the head.
+        dropouts: Module names of the dropouts in the head.
+        reads_positions: Whether the prediction depends on the positions, not on prefix tokens alone.
+        has_class_token: Whether the first entry of each stream is a class token.
+    """
+    layouts: tuple[Layout, ...]
+    as_list: bool
+    method: str
+    classifier: str | None = None
+    window: tuple[int, int] | None = None
+    batch_norms: tuple[str, ...] = ()
+    dropouts: tuple[str, ...] = ()
+    reads_positions: bool = True
+    has_class_token: bool = False
+
+    def pack(self, streams: Sequence[torch.Tensor]) -> Features:
+        """The streams in the form that forward_head takes."""
+        return list(streams) if self.as_list else streams[0]
+
+
+def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The mean of a distilled model's two heads, which it predicts with in evaluation; a tensor stays as it is."""
+    return sum(output) / len(output) if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no autocast within the context, every module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
+    """Modules that forward_head calls, by name; the model itself among them, for parameters of its own."""
+    called = {'': model}
+    handles = [
+        module.register_forward_hook(lambda *_, name=name, module=module: called.__setitem__(name, module))
+        for name, module in model.named_modules() if name
+    ]
+    try:
+        model.forward_head(features)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def _random_values(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Random parameters and buffers for the modules, so that initial zeros and ones hide nothing; on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5
+            offset = 0.0 if parameter.ndim > 1 else 0.5
+            value = torch.randn(parameter.shape, generator=generator) * scale + offset
+            values[f'{prefix}.{name}'.removeprefix('.')] = value
+        for name, buffer in module.named_buffers(recurse=False):
+            if isinstance(module, _BatchNorm) and buffer.is_floating_point():
+                value = torch.rand(buffer.shape, generator=generator) + 0.5
+            else:
+                value = torch.zeros_like(buffer, device='cpu') if buffer.is_meta else buffer.cpu()
+                value = value.float() if value.is_floating_point() else value
+            values[f'{prefix}.{name}'.removeprefix('.')] = value
+    return values
+
+
+class _RandomHead(nn.Module):
+    """forward_head with other values in place of the parameters and buffers."""
+
+    def __init__(self, model: nn.Module, values: dict[str, torch.Tensor]):
+        super().__init__()
+        self.model = model
+        self.values = {f'model.{name}': value for name, value in values.items()}
+
+    def forward(self, features: Features) -> torch.Tensor:
+        return mean_of_heads(self.model.forward_head(features))
+
+    def run(self, features: Features) -> torch.Tensor:
+        return torch.func.functional_call(self, self.values, (features,))
+
+
+def _declared_prefix_tokens(model: nn.Module) -> int | None:
+    if getattr(model, 'num_prefix_tokens', None) is not None:
+        return int(model.num_prefix_tokens)
+    token = getattr(model, 'cls_token', None)
+    return token.shape[-2] if isinstance(token, torch.Tensor) and token.ndim > 1 else None
+
+
+def _find_layouts(model: nn.Module, streams: Sequence[torch.Tensor], as_list: bool) -> tuple[Layout, ...]:
+    """Which axis holds the channels: the one that the head does not let us shorten."""
+    prefix = _declared_prefix_tokens(model) or 0
+    channels_first_orders = (False, True)
+    if streams[0].ndim > 3 and getattr(model, 'output_fmt', None) != 'NHWC':
+        channels_first_orders = (True, False)
+    errors = []
+    for channels_first in channels_first_orders:
+        layouts = tuple(
+            Layout(channels_first, stream.ndim, prefix if stream.ndim == 3 and not channels_first else 0)
+            for stream in streams)
+        short = []
+        for stream, layout in zip(streams, layouts, strict=True):
+            width = stream.shape[1 if channels_first else -1]
+            # two tokens, as an undeclared class token and one position, or two distillation tokens
+            size = (2,) if stream.ndim == 3 else (1,) * (stream.ndim - 2)
+            short.append(layout.constant(stream.new_zeros(2, width), size))
+        try:
+            if mean_of_heads(model.forward_head(short if as_list else short[0])).ndim == 2:
+                return layouts
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            errors.append(str(error))
+    shapes = ', '.join(str(tuple(stream.shape)) for stream in streams)
+    raise ValueError(
+        f"Dense MultiMix found no way to run {type(model).__name__}.forward_head on a smaller map of its features "
+        f"{shapes}: attach with mode='pooled'. {' / '.join(errors)}")
+
+
+def _window(modules: dict[str, nn.Module]) -> tuple[int, int] | None:
+    """Size of an unpadded convolution that slides over the map before it is pooled."""
+    for module in modules.values():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and max(module.padding) == 0:
+            return tuple(module.kernel_size)
+    return None
+
+
+def _read_mask(run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each stream, which entries (r,) along the position axes the prediction depends on."""
+    with torch.enable_grad():
+        inputs = [stream.requires_grad_() for stream in streams]
+        gradients = torch.autograd.grad(run.run(head.pack(inputs)).square().sum(), inputs, allow_unused=True)
+    masks = []
+    for gradient, stream, layout in zip(gradients, streams, head.layouts, strict=True):
+        gradient = torch.zeros_like(stream) if gradient is None else gradient
+        flat = gradient.movedim(1, -1) if layout.channels_first else gradient
+        masks.append(flat.flatten(1, -2).abs().amax((0, 2)) > 0)
+    return masks
+
+
+def _resolve_prefix(model: nn.Module, layout: Layout, mask: torch.Tensor) -> Layout:
+    """The layout with the number of prefix tokens that a model does not declare, from what its head reads."""
+    if layout.ndim != 3 or layout.channels_first or _declared_prefix_tokens(model) is not None:
+        return layout
+    read = mask.nonzero().flatten().tolist()
+    if getattr(model, 'global_pool', None) == 'token':
+        num_prefix_tokens = len(read) if read == list(range(len(read))) and len(read) < len(mask) else 1
+    else:
+        num_prefix_tokens = read[0] if read else 0
+    return replace(layout, num_prefix_tokens=num_prefix_tokens)
+
+
+def _has_class_token(model: nn.Module, layouts: Sequence[Layout]) -> bool:
+    if not all(layout.num_prefix_tokens for layout in layouts):
+        return False
+    if hasattr(model, 'has_class_token'):
+        return bool(model.has_class_token)
+    return getattr(model, 'cls_token', layouts) is not None
+
+
+def _classifier_name(model: nn.Module, channels_first: bool) -> str | None:
+    """Module name of the classifier, if it is one affine map that takes features of this layout."""
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    is_linear = isinstance(classifier, nn.Linear)
+    is_conv = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and channels_first
+    if not is_linear and not is_conv:
+        return None
+    return next((name for name, module in model.named_modules() if module is classifier), None)
+
+
+def _close(output: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((output - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _find_method(
+        model: nn.Module,
+        run: _RandomHead,
+        head: Head,
+        streams: Sequence[torch.Tensor],
+) -> Head:
+    """The cheapest method that gives a constant map, at every position, what the head gives for the whole of it."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = list(zip(streams, head.layouts, strict=True))
+    vectors = [torch.randn(3, s.shape[1 if lay.channels_first else -1], generator=generator) for s, lay in pairs]
+    whole = run.run(head.pack([
+        layout.constant(vector, layout.size(stream)) for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
+    try:
+        single = run.run(head.pack([
+            layout.constant(vector, (1,) * len(layout.size(stream)))
+            for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
+    except (RuntimeError, ValueError, AssertionError):
+        return replace(head, method='whole')
+    if not _close(single, whole):
+        return replace(head, method='whole')
+    name = _classifier_name(model, head.layouts[0].channels_first and head.layouts[0].ndim == 4)
+    if name is not None and len(streams) == 1:
+        weight, bias = run.values.get(f'model.{name}.weight'), run.values.get(f'model.{name}.bias')
+        fits = weight is not None and weight[0].numel() == vectors[0].shape[1]
+        if fits and _close(F.linear(vectors[0], weight.flatten(1), bias), single):
+            return replace(head, method='classifier', classifier=name)
+    return replace(head, method='single')
+
+
+@torch.no_grad()
+def inspect_head(model: nn.Module, features: Features) -> Head:
+    """Find out how to apply a model's head at every position.
+
+    The head runs on small maps with random parameters, on the CPU and in evaluation mode. The model's parameters,
+    buffers, modes and the global random state stay as they are.
+
+    Args:
+        model: A model with timm's forward_head.
+        features: What its forward_features returns, from which only the shapes are read.
+
+    Returns:
+        The description that position_logits takes.
+
+    Raises:
+        ValueError: if the head cannot be applied at a position, with the reason.
+    """
+    shapes = [stream.shape for stream in as_streams(features)]
+    as_list = not isinstance(features, torch.Tensor)
+    device, dtype = next(((p.device, p.dtype) for p in _classifier_parameters(model)), (torch.device('cpu'), None))
+    with evaluating(model):
+        empty = [torch.zeros(2, *shape[1:], device=device, dtype=dtype) for shape in shapes]
+        layouts = _find_layouts(model, empty, as_list)
+        modules = _called_modules(model, empty if as_list else empty[0])
+        head = Head(
+            layouts, as_list, 'single',
+            batch_norms=tuple(name for name, module in modules.items() if isinstance(module, _BatchNorm)),
+            dropouts=tuple(name for name, module in modules.items() if isinstance(module, _DropoutNd)))
+        window = _window(modules)
+        if window is not None:
+            return replace(head, method='window', window=window)
+        run = _RandomHead(model, _random_values(modules))
+        generator = torch.Generator().manual_seed(2)
+        streams = [torch.randn(2, *shape[1:], generator=generator) for shape in shapes]
+        masks = _read_mask(run, head, streams)
+        layouts = tuple(_resolve_prefix(model, lay, mask) for lay, mask in zip(layouts, masks, strict=True))
+        head = replace(
+            head,
+            layouts=layouts,
+            reads_positions=any(m[lay.num_prefix_tokens:].any() for m, lay in zip(masks, layouts, strict=True)),
+            has_class_token=_has_class_token(model, layouts))
+        return _find_method(model, run, head, [stream.detach() for stream in streams])
+
+
+def _classifier_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of the classifier, whose device and type the head's input must have; the model's, if it has none."""
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    classifiers = classifier if isinstance(classifier, tuple) else (classifier,)
+    for module in classifiers:
+        if isinstance(module, nn.Module):
+            yield from module.parameters()
+    yield from model.parameters()

@@ -1,0 +1,152 @@
+"""Per-position logits: a timm model's own head, applied at every position of its feature map."""
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
+from .heads import Head, inspect_head, mean_of_heads
+from .layouts import Features, align_streams, as_streams, grid_size
+
+
+def _windows(features: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
+    """Every window of a map (b, d, h, w) that is slid over it by one: (b, r, d, height, width)."""
+    height, width = (min(size, limit) for size, limit in zip(window, features.shape[2:], strict=True))
+    return features.unfold(2, height, 1).unfold(3, width, 1).flatten(2, 3).transpose(1, 2)
+
+
+def position_features(
+        head: Head,
+        features: Features,
+        image_size: Sequence[int] | None = None,
+) -> list[torch.Tensor]:
+    """The features that each position's logits come from, of each stream.
+
+    Args:
+        head: What inspect_head found.
+        features: What forward_features returned.
+        image_size: Height and width of the images, read only if several streams of tokens have to be aligned; square
+            if None.
+
+    Returns:
+        Features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams.
+
+    Raises:
+        ValueError: if the features have no positions.
+    """
+    streams = as_streams(features)
+    if head.method == 'window':
+        return [_windows(streams[0], head.window).flatten(2)]
+    positions = [layout.positions(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
+    if min(p.shape[1] for p in positions) == 0:
+        raise ValueError('The features are class tokens only, without a position to classify: use pooled MultiMix.')
+    if len({p.shape[1] for p in positions}) > 1:
+        sizes = [layout.size(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
+        sizes = [size if len(size) == 2 else grid_size(size[0], image_size) for size in sizes]
+        positions = align_streams(positions, sizes)
+    return positions
+
+
+def _classifier_logits(model: nn.Module, head: Head, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    classifier = model.get_submodule(head.classifier)
+    if isinstance(classifier, nn.Conv2d):
+        return classifier(features).flatten(2).transpose(1, 2)
+    return classifier(positions)
+
+
+def _has_dropout(model: nn.Module, head: Head) -> bool:
+    return model.training and (
+        bool(getattr(model, 'drop_rate', 0)) or any(model.get_submodule(name).p > 0 for name in head.dropouts))
+
+
+def position_logits(
+        model: nn.Module,
+        head: Head,
+        features: Features,
+        positions: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Apply the head at every position.
+
+    In a head with BatchNorm that trains, the caller holds the pooled batch's statistics ready (see head_norm).
+
+    Args:
+        model: The model that the head belongs to.
+        head: What inspect_head found.
+        features: What forward_features returned.
+        positions: What position_features made of it.
+
+    Returns:
+        Logits (b, r, c).
+    """
+    if head.method == 'classifier' and not _has_dropout(model, head):
+        return _classifier_logits(model, head, as_streams(features)[0], positions[0])
+    batch_size, num_positions = positions[0].shape[:2]
+    if head.method == 'window':
+        maps = [_windows(as_streams(features)[0], head.window).flatten(0, 1)]
+    else:
+        maps = []
+        for stream, layout, vectors in zip(as_streams(features), head.layouts, positions, strict=True):
+            size = layout.size(stream)
+            size = size if head.method == 'whole' else (1,) * len(size)
+            maps.append(layout.constant(vectors.flatten(0, 1), size))
+    logits = mean_of_heads(model.forward_head(head.pack(maps)))
+    return logits.unflatten(0, (batch_size, num_positions))
+
+
+def dense_logits(
+        model: nn.Module,
+        features: Features,
+        image_size: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Logits of a timm model at every position of its feature map.
+
+    On a map whose positions (and prefix tokens) all hold one vector, every position has the logits that the model's
+    forward_head gives; after average pooling and an affine classifier, positions average to the prediction. Dropout in
+    the head draws a mask for each position. BatchNorm in the head, while training, normalises with the statistics of
+    the pooled batch; the running statistics stay as they are.
+
+    Args:
+        model: A timm model, or one with timm's forward_features and forward_head.
+        features: What model.forward_features(images) returns.
+        image_size: Height and width of the images. Only multi-scale models that return tokens need it, and only for
+            images that are not square.
+
+    Returns:
+        Logits (b, r, c), positions in row-major order.
+
+    Raises:
+        TypeError: if the model has no forward_head.
+        ValueError: if the head cannot be applied at a position, with the reason.
+    """
+    check_protocol(model)
+    head = inspect_head(model, features)
+    positions = position_features(head, features, image_size)
+    if not head.batch_norms or not model.training:
+        return position_logits(model, head, features, positions)
+    attached = hasattr(model.get_submodule(head.batch_norms[0]), '_multimix_statistics')
+    swap_batch_norms(model, head.batch_norms)
+    try:
+        set_phase(model, head.batch_norms, 'measure')
+        model.forward_head(features)
+        set_phase(model, head.batch_norms, 'apply')
+        return position_logits(model, head, features, positions)
+    finally:
+        set_phase(model, head.batch_norms, None)
+        if not attached:
+            restore_batch_norms(model)
+
+
+def check_protocol(model: nn.Module) -> None:
+    """Raise TypeError if a model does not follow timm's protocol, ValueError if it has no classifier."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'Expected a torch.nn.Module, got {type(model).__name__}.')
+    if not callable(getattr(model, 'forward_features', None)) or not callable(getattr(model, 'forward_head', None)):
+        wrapped = isinstance(getattr(model, 'module', None) or getattr(model, '_orig_mod', None), nn.Module)
+        hint = 'Attach before you wrap the model for compilation or distribution.' if wrapped else (
+            "timm's models have both. For any other model use pooled MultiMix: give its logits (b, c) to MultiMixLoss.")
+        raise TypeError(f'{type(model).__name__} has no forward_features and forward_head. {hint}')
+    classifier = model.get_classifier() if callable(getattr(model, 'get_classifier', None)) else None
+    if getattr(model, 'num_classes', None) == 0 or isinstance(classifier, nn.Identity):
+        raise ValueError(
+            f'{type(model).__name__} has no classifier (num_classes=0): create it with the number of classes, '
+            'or call reset_classifier.')

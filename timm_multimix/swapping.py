@@ -1,0 +1,37 @@
+"""Give one module a subclass of its own class, as FSDP and parametrizations do, and take it back."""
+import copyreg
+import functools
+
+from torch import nn
+
+
+@functools.cache
+def _subclass(mixin: type, base: type) -> type:
+    names = {'__module__': base.__module__, '__qualname__': base.__qualname__, '__doc__': base.__doc__}
+    return type(base.__name__, (mixin, SwappedModule, base), names)
+
+
+def _rebuild(mixin: type, base: type) -> nn.Module:
+    cls = _subclass(mixin, base)
+    return cls.__new__(cls)
+
+
+class SwappedModule:
+    """What all swapped classes share: they are made at run time, so pickling goes by the classes they come from."""
+
+    def __reduce_ex__(self, protocol):
+        function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+        if function is copyreg.__newobj__:
+            mixin, _, base = type(self).__bases__
+            return (_rebuild, (mixin, base), *rest)
+        return (function, arguments, *rest)
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Put mixin's methods before those of module's class; its name, state and isinstance checks stay."""
+    module.__class__ = _subclass(mixin, type(module))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo swap_class."""
+    module.__class__ = type(module).__bases__[-1]
