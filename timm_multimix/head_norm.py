@@ -6,7 +6,9 @@ features, would describe something else than what training saw.
 from collections.abc import Sequence
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .swapping import restore_class, swap_class
 
@@ -39,16 +41,16 @@ class _PooledBatchNorm:
         return self._normalise(x, statistics)
 
     def _normalise(self, x: torch.Tensor, statistics: _BatchStatistics) -> torch.Tensor:
-        # evaluation mode normalises with the running statistics: undo these beforehand. So the module's own code runs
-        # (timm's BatchNormAct2d has an activation in it) and the gradient reaches the batch statistics
+        # in the open: F.batch_norm in evaluation mode passes no gradient to the statistics that it is given
+        scale = (statistics.var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight.float()
+        shift = -statistics.mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias.float()
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        scale = ((self.running_var + self.eps) / (statistics.var + self.eps)).sqrt()
-        shift = self.running_mean - statistics.mean * scale
-        self.training = False
-        try:
-            return super().forward((x * scale.view(shape) + shift.view(shape)).to(x.dtype))
-        finally:
-            self.training = True
+        x = (x.float() * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
 
 def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
@@ -59,13 +61,13 @@ def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
         names: Their module names.
 
     Raises:
-        ValueError: if one is a SyncBatchNorm or keeps no running statistics.
+        ValueError: if one is a SyncBatchNorm, a class with a forward of its own, or keeps no running statistics.
     """
     for module in map(model.get_submodule, names):
-        if isinstance(module, nn.SyncBatchNorm):
+        if type(module).forward not in (_PooledBatchNorm.forward, _BatchNorm.forward, BatchNormAct2d.forward):
             raise ValueError(
-                'Dense MultiMix cannot read the statistics of a SyncBatchNorm in the head: '
-                "leave the head's BatchNorm unsynchronised, or attach with mode='pooled'.")
+                f'Dense MultiMix cannot read the batch statistics of a {type(module).__name__} in the head: '
+                "use an ordinary BatchNorm there, or attach with mode='pooled'.")
         if not module.track_running_stats:
             raise ValueError(
                 'Dense MultiMix needs the running statistics of a BatchNorm in the head: '
@@ -87,7 +89,9 @@ def restore_batch_norms(model: nn.Module) -> None:
 def set_phase(model: nn.Module, names: Sequence[str], phase: str | None) -> None:
     """Bring the head's BatchNorms into a phase; None forgets the statistics and makes them ordinary again."""
     for name in names:
-        statistics = model.get_submodule(name)._multimix_statistics
+        statistics = getattr(model.get_submodule(name), '_multimix_statistics', None)
+        if statistics is None:
+            raise RuntimeError(f'The BatchNorm {name!r} was replaced after attach(): attach again.')
         statistics.phase = phase
         if phase is None:
             statistics.mean = statistics.var = None

@@ -66,17 +66,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
-    """Modules that forward_head calls, by name; the model itself among them, for parameters of its own."""
+    """Modules that forward_head calls, by name; the model itself among them, for parameters of its own.
+
+    Raises:
+        ValueError: if the output is not logits (b, c).
+    """
     called = {'': model}
     handles = [
         module.register_forward_hook(lambda *_, name=name, module=module: called.__setitem__(name, module))
         for name, module in model.named_modules() if name
     ]
+    found = None
     try:
-        model.forward_head(features)
+        output = mean_of_heads(model.forward_head(features))
+        if output.ndim != 2:
+            found = f'shape {tuple(output.shape)}'
+    except (RuntimeError, ValueError, AssertionError) as error:
+        found = f'an error: {error}'
     finally:
         for handle in handles:
             handle.remove()
+    if found is not None:
+        raise ValueError(
+            f'{type(model).__name__}.forward_head must give logits (b, c) for what forward_features returns, and gave '
+            f"{found}. Create the model with a classifier and with pooling (not with global_pool='').")
     return called
 
 
@@ -256,8 +269,8 @@ def inspect_head(model: nn.Module, features: Features) -> Head:
     device, dtype = next(((p.device, p.dtype) for p in _classifier_parameters(model)), (torch.device('cpu'), None))
     with evaluating(model):
         empty = [torch.zeros(2, *shape[1:], device=device, dtype=dtype) for shape in shapes]
-        layouts = _find_layouts(model, empty, as_list)
         modules = _called_modules(model, empty if as_list else empty[0])
+        layouts = _find_layouts(model, empty, as_list)
         head = Head(
             layouts, as_list, 'single',
             batch_norms=tuple(name for name, module in modules.items() if isinstance(module, _BatchNorm)),

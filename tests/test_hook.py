@@ -1,0 +1,283 @@
+"""attach(): what comes out, what it survives, what remains after remove()."""
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_multimix.hook import attach
+from timm_multimix.losses import MultiMixOutput
+from timm_multimix.positions import dense_logits
+
+
+def build(name='test_resnet', **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=7, **kwargs).train()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+def reference(model, images):
+    """What a copy of the untouched model computes, with the same random state."""
+    state = torch.get_rng_state()
+    features = copy.deepcopy(model).forward_features(images)
+    torch.set_rng_state(state)
+    logits = copy.deepcopy(model)(images)
+    torch.set_rng_state(state)
+    return features, logits
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'drop_rate': 0.3}])
+def test_dense_output(images, kwargs):
+    model = build(**kwargs)
+    features, logits = reference(model, images)
+    handle = attach(model)
+    output = model(images)
+    assert isinstance(output, MultiMixOutput)
+    assert torch.equal(output.logits, logits)
+    assert output.dense_logits.shape == (3, 9, 7)
+    if not kwargs:
+        torch.testing.assert_close(output.dense_logits, dense_logits(model, features), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.attention.sum(1), torch.ones(3))
+    assert output.attention.requires_grad
+    assert handle.reads_positions
+
+
+def test_pooled_output_does_no_work_at_positions(images):
+    model = build()
+    logits = reference(model, images)[1]
+    calls = []
+    model.fc.register_forward_hook(lambda *_: calls.append(1))
+    attach(model, 'pooled')
+    output = model(images)
+    assert torch.equal(output.logits, logits)
+    assert output.dense_logits is None
+    assert output.attention is None
+    assert len(calls) == 1
+
+
+def test_evaluation_is_untouched(images):
+    model = build().eval()
+    expected = model(images)
+    attach(model)
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [('test_resnet', {}), ('levit_128s', {}), ('test_vit', {})])
+def test_remove_restores_to_the_letter(name, kwargs):
+    model = build(name, **kwargs)
+    before = [(module, type(module), set(module.__dict__), module.training) for module in model.modules()]
+    keys = list(model.state_dict())
+    handle = attach(model)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model, before[0][1])
+    assert type(model).__name__ == before[0][1].__name__
+    handle.remove()
+    assert [(module, type(module), set(module.__dict__), module.training) for module in model.modules()] == before
+    handle.remove()
+
+
+def test_attaching_again_replaces(images):
+    model = build()
+    original = type(model)
+    first = attach(model)
+    second = attach(model, 'pooled')
+    assert model(images).dense_logits is None
+    first.remove()
+    assert isinstance(model(images), MultiMixOutput)
+    second.remove()
+    assert type(model) is original
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, _pickled, _saved])
+@pytest.mark.parametrize(('name', 'size'), [('test_resnet', 96), ('levit_128s', 224)])
+def test_copies_are_attached_and_independent(duplicate, name, size):
+    model = build(name)
+    attach(model)
+    twin = duplicate(model)
+    images = torch.randn(3, 3, size, size)
+    expected, output = copy.deepcopy(model)(images), twin(images)
+    torch.testing.assert_close(output.dense_logits, expected.dense_logits)
+    attach(twin, 'pooled').remove()
+    assert isinstance(model(images), MultiMixOutput)
+    assert isinstance(twin(images), torch.Tensor)
+
+
+def test_batch_norm_in_head_sees_the_pooled_batch_once():
+    model, plain = build('levit_128s'), build('levit_128s')
+    attach(model)
+    images = torch.randn(4, 3, 224, 224)
+    output, logits = model(images), plain(images)
+    assert torch.equal(output.logits, logits)
+    torch.testing.assert_close(output.dense_logits.mean(1), logits, atol=1e-5, rtol=1e-4)
+    state, expected = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert model.head.bn._multimix_statistics.mean is None
+
+
+def test_attention_token(images):
+    model = build('test_vit')
+    images = torch.randn(2, 3, 160, 160)
+    handle = attach(model, attention='token', attention_norm='softmax')
+    assert not handle.reads_positions
+    output = model(images)
+    features = model.forward_features(images)
+    scores = torch.einsum('brd,bd->br', features[:, 1:], features[:, 0])
+    torch.testing.assert_close(output.attention, scores.softmax(1))
+    with pytest.raises(ValueError, match='class token'):
+        attach(build(), attention='token')
+
+
+def test_attention_uniform(images):
+    model = build()
+    attach(model, attention='uniform')
+    assert torch.equal(model(images).attention, torch.full((3, 9), 1 / 9))
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'size'), [
+    ('test_resnet', {}, 64), ('test_convnext', {}, 64), ('test_vit', {}, 160), ('levit_128s', {}, 224),
+    ('swin_tiny_patch4_window7_224', {'img_size': 64, 'window_size': 2, 'drop_path_rate': 0}, 64)])
+def test_compile_without_graph_break(name, kwargs, size):
+    model = build(name, **kwargs)
+    images = torch.randn(2, 3, size, size)
+    attach(model)
+    expected = copy.deepcopy(model)(images)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    output = compiled(images)
+    for value, wanted in zip(output, expected, strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-3)
+    (output.dense_logits.sum() + output.attention.square().sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_channels_last(images):
+    model = build()
+    attach(model)
+    expected = copy.deepcopy(model)(images)
+    output = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    for value, wanted in zip(output, expected, strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_autocast(images):
+    model = build()
+    attach(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        output = model(images)
+    assert output.dense_logits.dtype == torch.bfloat16
+    assert output.attention.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_gradient_checkpointing(name):
+    model = build(name)
+    images = torch.randn(2, 3, 160, 160)
+    attach(model)
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    gradients = []
+    for each in (model, twin):
+        output = each(images)
+        (output.dense_logits.square().mean() + (output.attention * output.attention).sum()).backward()
+        gradients.append([p.grad for p in each.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_reset_classifier_keeps_it_attached(images):
+    model = build()
+    handle = attach(model)
+    model.reset_classifier(5)
+    assert model(images).dense_logits.shape == (3, 9, 5)
+    handle.remove()
+    assert model(images).shape == (3, 5)
+
+
+def test_distilled_heads_give_their_mean():
+    model = build('deit_tiny_distilled_patch16_224', img_size=32)
+    images = torch.randn(2, 3, 32, 32)
+    attach(model)
+    expected = model(images)
+    model.set_distilled_training()
+    for value, wanted in zip(model(images), expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize('image_size', [(64, 96), (160, 64)])
+def test_other_image_sizes(image_size):
+    model = build()
+    attach(model)
+    output = model(torch.randn(2, 3, *image_size))
+    assert output.dense_logits.shape[1] == image_size[0] * image_size[1] // 32 ** 2
+
+
+class Handmade(nn.Module):
+    """A model of a user's own: channels last, a class token in front, no attribute of timm's but the two methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward_features(self, x):
+        return self.embed(x).permute(0, 2, 3, 1)
+
+    def forward_head(self, x):
+        return self.fc(self.norm(x.mean((1, 2))))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x - x.mean()))
+
+
+def test_users_own_model():
+    torch.manual_seed(0)
+    model = Handmade().train()
+    images = torch.randn(2, 3, 16, 24)
+    logits = model(images)
+    attach(model)
+    output = model(images)
+    assert torch.equal(output.logits, logits)
+    positions = model.forward_features(images - images.mean()).flatten(1, 2)
+    torch.testing.assert_close(output.dense_logits, model.fc(model.norm(positions)))
+
+
+def test_models_outside_the_protocol():
+    class Plain(nn.Sequential):
+        pass
+
+    with pytest.raises(TypeError, match='MultiMixLoss'):
+        attach(Plain(nn.Linear(3, 4)))
+    with pytest.raises(TypeError, match='before you wrap'):
+        attach(nn.DataParallel(build()))
+    with pytest.raises(ValueError, match='num_classes=0'):
+        attach(timm.create_model('test_resnet', num_classes=0))
+    with pytest.raises(ValueError, match='global_pool'):
+        attach(timm.create_model('test_resnet', num_classes=7, global_pool=''))
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'mode': 'deep'}, 'pooled, dense'), ({'attention': 'cam'}, 'MultiMixLoss'), ({'attention': 'key'}, 'uniform'),
+    ({'attention_norm': 'l2'}, 'softmax')])
+def test_bad_options(options, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        attach(model, **options)
+    assert not hasattr(model, '_multimix')
