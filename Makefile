@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python train_timm.py --config hfconfigs/digits_demo.yaml
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed

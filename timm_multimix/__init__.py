@@ -1,13 +1,17 @@
 """MultiMix for timm: train image classifiers on a thousand interpolations of every mini-batch, for almost no time."""
 from .attention import attention_map
+from .hook import attach
 from .losses import MultiMixLoss, MultiMixOutput, multimix_binary_cross_entropy, multimix_cross_entropy
+from .positions import dense_logits
 from .weights import attend, manifold_mixup_weights, sample_weights
 
 __all__ = [
     'MultiMixLoss',
     'MultiMixOutput',
+    'attach',
     'attend',
     'attention_map',
+    'dense_logits',
     'manifold_mixup_weights',
     'multimix_binary_cross_entropy',
     'multimix_cross_entropy',
