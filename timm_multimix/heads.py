@@ -1,7 +1,8 @@
 """What a model's head is, found by running it on small feature maps, never by its name."""
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,9 @@ class Head:
         window: Height and width of the convolution, for 'window'.
         batch_norms: Module names of the BatchNorms in the head.
         dropouts: Module names of the dropouts in the head.
-        reads_positions: Whether the prediction depends on the positions, not on prefix tokens alone.
+        reads_positions: Whether the prediction comes from the positions alone, without a class token's help.
         has_class_token: Whether the first entry of each stream is a class token.
+        map_norm: Module name of the norm behind the last feature map, if forward_features returns tokens only.
     """
     layouts: tuple[Layout, ...]
     as_list: bool
@@ -40,6 +42,7 @@ class Head:
     dropouts: tuple[str, ...] = ()
     reads_positions: bool = True
     has_class_token: bool = False
+    map_norm: str | None = None
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """The streams in the form that forward_head takes."""
@@ -65,6 +68,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Within the context, watch(name, module, output) is told of every call of a submodule."""
+    handles = [
+        module.register_forward_hook(lambda module, _, output, name=name: watch(name, module, output))
+        for name, module in model.named_modules() if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
     """Modules that forward_head calls, by name; the model itself among them, for parameters of its own.
 
@@ -72,20 +89,14 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
         ValueError: if the output is not logits (b, c).
     """
     called = {'': model}
-    handles = [
-        module.register_forward_hook(lambda *_, name=name, module=module: called.__setitem__(name, module))
-        for name, module in model.named_modules() if name
-    ]
     found = None
     try:
-        output = mean_of_heads(model.forward_head(features))
+        with watching(model, lambda name, module, _: called.__setitem__(name, module)):
+            output = mean_of_heads(model.forward_head(features))
         if output.ndim != 2:
             found = f'shape {tuple(output.shape)}'
     except (RuntimeError, ValueError, AssertionError) as error:
         found = f'an error: {error}'
-    finally:
-        for handle in handles:
-            handle.remove()
     if found is not None:
         raise ValueError(
             f'{type(model).__name__}.forward_head must give logits (b, c) for what forward_features returns, and gave '
@@ -286,7 +297,7 @@ def inspect_head(model: nn.Module, features: Features) -> Head:
         head = replace(
             head,
             layouts=layouts,
-            reads_positions=any(m[lay.num_prefix_tokens:].any() for m, lay in zip(masks, layouts, strict=True)),
+            reads_positions=not any(m[:lay.num_prefix_tokens].any() for m, lay in zip(masks, layouts, strict=True)),
             has_class_token=_has_class_token(model, layouts))
         return _find_method(model, run, head, [stream.detach() for stream in streams])
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from .attention import attention_map, check_attention
+from .examples import find_head
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
-from .heads import Head, evaluating, inspect_head, mean_of_heads
+from .heads import Head, mean_of_heads
 from .layouts import Features, as_streams
 from .losses import MultiMixOutput
 from .positions import check_protocol, position_features, position_logits
@@ -25,6 +26,15 @@ class _Settings:
         self.head = head
 
 
+class _Captured:
+    """What one forward pass of an attached model went through."""
+
+    def __init__(self):
+        self.features: Features | None = None
+        self.last_map: torch.Tensor | None = None
+        self.output: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+
+
 class _MultiMixModel:
     """Mixin for an attached model."""
 
@@ -35,30 +45,37 @@ class _MultiMixModel:
         if settings.mode == 'pooled':
             return MultiMixOutput(_checked_logits(self, super().forward(*args, **kwargs)))
         head = settings.head
-        self._multimix_captured = None
+        captured = self._multimix_captured = _Captured()
         try:
             set_phase(self, head.batch_norms, 'record')
             output = super().forward(*args, **kwargs)
-            captured = self._multimix_captured
-            if captured is None or captured[1] is not output:
+            if captured.output is None or captured.output is not output:
                 raise TypeError(
                     f'{type(self).__name__}.forward does not return what its forward_head returns, so what its '
                     "prediction comes from is unknown: attach with mode='pooled'.")
             set_phase(self, head.batch_norms, 'apply')
-            return _dense_output(self, settings, captured[0], output, _image_size(*args))
+            return _dense_output(self, settings, captured, _image_size(*args))
         finally:
             set_phase(self, head.batch_norms, None)
             del self._multimix_captured
 
+    def forward_features(self, *args, **kwargs):
+        if '_multimix_captured' not in self.__dict__ or self._multimix.head.map_norm is None:
+            return super().forward_features(*args, **kwargs)
+        features, maps = self.forward_intermediates(*args, indices=1, **kwargs)
+        self._multimix_captured.last_map = maps[-1]
+        return features
+
     def forward_head(self, *args, **kwargs):
         output = super().forward_head(*args, **kwargs)
-        if '_multimix_captured' in self.__dict__ and self._multimix_captured is None:
+        captured = self.__dict__.get('_multimix_captured')
+        if captured is not None and captured.output is None:
             features, *others = [value for value in (*args, *kwargs.values()) if value is not None]
             if any(isinstance(value, torch.Tensor) for value in others):
                 raise ValueError(
                     'Dense MultiMix needs features whose positions are all valid, and got a mask: '
                     "train on images of one size, or attach with mode='pooled'.")
-            self._multimix_captured = (features, output)
+            captured.features, captured.output = features, output
         return output
 
     def reset_classifier(self, *args, **kwargs):
@@ -85,19 +102,21 @@ def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor,
 def _dense_output(
         model: nn.Module,
         settings: _Settings,
-        features: Features,
-        output: torch.Tensor | tuple[torch.Tensor, ...],
+        captured: _Captured,
         image_size: Sequence[int] | None,
 ) -> MultiMixOutput:
-    logits = _checked_logits(model, output)
-    positions = position_features(settings.head, features, image_size)
-    dense = position_logits(model, settings.head, features, positions)
+    head = settings.head
+    if head.map_norm is None:
+        positions = position_features(head, captured.features, image_size)
+    else:
+        positions = [model.get_submodule(head.map_norm)(captured.last_map.flatten(2).transpose(1, 2))]
+    dense = position_logits(model, head, captured.features, positions)
     token = None
     if settings.attention == 'token':
-        token = torch.cat([stream[:, 0] for stream in as_streams(features)], dim=-1)
+        token = torch.cat([stream[:, 0] for stream in as_streams(captured.features)], dim=-1)
     joined = positions[0] if len(positions) == 1 else torch.cat(positions, dim=-1)
     attention = attention_map(joined, query=settings.attention, norm=settings.attention_norm, token=token)
-    return MultiMixOutput(logits, dense, attention)
+    return MultiMixOutput(_checked_logits(model, captured.output), dense, attention)
 
 
 class MultiMixHandle:
@@ -123,10 +142,10 @@ class MultiMixHandle:
 
     @property
     def reads_positions(self) -> bool:
-        """Whether the ordinary prediction reads the positions: False if it comes from class tokens alone.
+        """Whether the ordinary prediction comes from the positions: False if class tokens have a part in it.
 
-        Then the dense loss does not train the path that the model predicts with, and the pooled loss on the ordinary
-        logits has to be part of the objective. True in pooled mode, where nothing else is trained.
+        Then the dense loss does not train the whole path that the model predicts with, and the pooled loss on the
+        ordinary logits has to be part of the objective. True in pooled mode, where nothing else is trained.
         """
         return self._settings.head is None or self._settings.head.reads_positions
 
@@ -145,49 +164,13 @@ def _detach(model: nn.Module) -> None:
 def _install(model: nn.Module, settings: _Settings) -> None:
     check_protocol(model)
     if settings.mode == 'dense':
-        settings.head = inspect_head(model, example_features(model))
+        settings.head = find_head(model)
         if settings.attention == 'token' and not settings.head.has_class_token:
             raise ValueError(
                 f"attention='token' needs a class token, and {type(model).__name__} has none: use 'gap' or 'uniform'.")
         swap_batch_norms(model, settings.head.batch_norms)
     swap_class(model, _MultiMixModel)
     model._multimix = settings
-
-
-def _image_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Image sizes that a model says it takes, then common ones."""
-    sizes = [getattr(model, 'img_size', None), getattr(getattr(model, 'patch_embed', None), 'img_size', None)]
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    sizes += [(config.get('input_size') or (None,))[-2:], 224, 256, 32]
-    sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes if size]
-    return [size for size in dict.fromkeys(sizes) if len(size) == 2]
-
-
-@torch.no_grad()
-def example_features(model: nn.Module) -> Features:
-    """Features of one grey image, in evaluation mode.
-
-    Args:
-        model: A model with timm's forward_features.
-
-    Returns:
-        What forward_features returns.
-
-    Raises:
-        ValueError: if it runs at none of the sizes that the model declares, nor at 224, 256 or 32.
-    """
-    parameter = next(model.parameters())
-    channels = getattr(model, 'in_chans', None) or next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
-    errors = []
-    with evaluating(model):
-        for size in _image_sizes(model):
-            try:
-                return model.forward_features(parameter.new_zeros(1, channels, *size))
-            except (RuntimeError, ValueError, AssertionError) as error:
-                errors.append(f'{size[0]} x {size[1]}: {error}')
-    raise ValueError(
-        f'{type(model).__name__}.forward_features ran at no image size tried, so its features are unknown. Set '
-        f'model.img_size to the size it takes. {"; ".join(errors)}')
 
 
 def attach(
@@ -201,7 +184,7 @@ def attach(
     The model keeps its class name, its parameters and the keys of its state_dict; it can be copied, pickled, compiled
     and wrapped for distribution, after attaching. Attaching again replaces the settings. The ordinary logits are what
     the model computes untouched; models with two distilled heads give their mean, also with distilled_training. In
-    dense mode the model runs once on one grey image in evaluation mode, to find out what its features are.
+    dense mode the model runs on one small grey image in evaluation mode, to find out what its features are.
 
     Args:
         model: A timm model, or one with timm's forward_features and forward_head.

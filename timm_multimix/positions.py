@@ -3,10 +3,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, inspect_head, mean_of_heads
 from .layouts import Features, align_streams, as_streams, grid_size
+
+WHOLE_MAPS_AT_ONCE = 4
 
 
 def _windows(features: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
@@ -39,7 +42,8 @@ def position_features(
         return [_windows(streams[0], head.window).flatten(2)]
     positions = [layout.positions(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
     if min(p.shape[1] for p in positions) == 0:
-        raise ValueError('The features are class tokens only, without a position to classify: use pooled MultiMix.')
+        raise ValueError(
+            'The features are class tokens only: attach() reaches the positions of such a model, dense_logits cannot.')
     if len({p.shape[1] for p in positions}) > 1:
         sizes = [layout.size(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
         sizes = [size if len(size) == 2 else grid_size(size[0], image_size) for size in sizes]
@@ -57,6 +61,36 @@ def _classifier_logits(model: nn.Module, head: Head, features: torch.Tensor, pos
 def _has_dropout(model: nn.Module, head: Head) -> bool:
     return model.training and (
         bool(getattr(model, 'drop_rate', 0)) or any(model.get_submodule(name).p > 0 for name in head.dropouts))
+
+
+def _constant_map_logits(
+        model: nn.Module,
+        head: Head,
+        positions: Sequence[torch.Tensor],
+        sizes: Sequence[Sequence[int]],
+) -> torch.Tensor:
+    """Logits (b, r, c) of maps of the given sizes that hold a position's vector everywhere."""
+    maps = [
+        layout.constant(vectors.flatten(0, 1), size)
+        for layout, vectors, size in zip(head.layouts, positions, sizes, strict=True)]
+    return mean_of_heads(model.forward_head(head.pack(maps))).unflatten(0, positions[0].shape[:2])
+
+
+def _whole_map_logits(
+        model: nn.Module,
+        head: Head,
+        streams: Sequence[torch.Tensor],
+        positions: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    # these maps are each as large as the features: make them a few at a time, and again for the backward pass
+    sizes = [layout.size(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
+    logits = []
+    for chunk in zip(*(vectors.split(WHOLE_MAPS_AT_ONCE, dim=1) for vectors in positions), strict=True):
+        if head.batch_norms:  # their statistics are gone by the time of the backward pass
+            logits.append(_constant_map_logits(model, head, chunk, sizes))
+        else:
+            logits.append(checkpoint(_constant_map_logits, model, head, chunk, sizes, use_reentrant=False))
+    return torch.cat(logits, dim=1)
 
 
 def position_logits(
@@ -80,17 +114,13 @@ def position_logits(
     """
     if head.method == 'classifier' and not _has_dropout(model, head):
         return _classifier_logits(model, head, as_streams(features)[0], positions[0])
-    batch_size, num_positions = positions[0].shape[:2]
+    streams = as_streams(features)
     if head.method == 'window':
-        maps = [_windows(as_streams(features)[0], head.window).flatten(0, 1)]
-    else:
-        maps = []
-        for stream, layout, vectors in zip(as_streams(features), head.layouts, positions, strict=True):
-            size = layout.size(stream)
-            size = size if head.method == 'whole' else (1,) * len(size)
-            maps.append(layout.constant(vectors.flatten(0, 1), size))
-    logits = mean_of_heads(model.forward_head(head.pack(maps)))
-    return logits.unflatten(0, (batch_size, num_positions))
+        maps = _windows(streams[0], head.window)
+        return mean_of_heads(model.forward_head(maps.flatten(0, 1))).unflatten(0, maps.shape[:2])
+    if head.method == 'whole':
+        return _whole_map_logits(model, head, streams, positions)
+    return _constant_map_logits(model, head, positions, [(1,) * (layout.ndim - 2) for layout in head.layouts])
 
 
 def dense_logits(
