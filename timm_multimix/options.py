@@ -1,0 +1,102 @@
+"""The command-line options of MultiMix, for any script built on argparse; in YAML they are spelled with underscores."""
+import argparse
+import inspect
+from typing import Any
+
+from .attention import ATTENTION_NORMS, ATTENTION_QUERIES
+from .losses import MultiMixLoss
+from .task import TASK_MODES, MultiMixTask
+
+# Option, keyword argument of MultiMixTask. The other three are not one value for one argument.
+_KEYWORDS = {
+    'multimix_n': 'num_mixes',
+    'multimix_tuple_length': 'tuple_length',
+    'multimix_attention': 'attention',
+    'multimix_attention_norm': 'attention_norm',
+    'multimix_attention_grad': 'attention_grad',
+    'multimix_pooled_weight': 'pooled_weight',
+    'multimix_clean_weight': 'clean_weight',
+    'multimix_logit_scale': 'logit_scale',
+    'multimix_start_epoch': 'start_epoch',
+    'multimix_off_epoch': 'off_epoch',
+}
+
+
+def _default(keyword: str) -> Any:
+    """The default of a keyword argument, where it is defined: in MultiMixTask, else in MultiMixLoss."""
+    for owner in (MultiMixTask, MultiMixLoss):
+        parameter = inspect.signature(owner).parameters.get(keyword)
+        if parameter is not None:
+            return parameter.default
+    raise KeyError(keyword)
+
+
+def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the MultiMix options to a parser, as a group of their own.
+
+    Args:
+        parser: The parser of a training script. None of its options may start with `--multimix`.
+
+    Returns:
+        The group.
+
+    Raises:
+        argparse.ArgumentError: if the parser has one of the options already.
+    """
+    group = parser.add_argument_group(
+        'MultiMix parameters',
+        'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; '
+        'keep the rest of your recipe.')
+    add = group.add_argument
+    add('--multimix', default='off', choices=TASK_MODES,
+        help='mix the logits at every position of the feature map (dense), the ordinary logits only (pooled: for any '
+             'model, at no cost), or nothing (off). (default: off)')
+    add('--multimix-n', type=int, default=_default('num_mixes'), metavar='N',
+        help='mixes per mini-batch, at every position. More cost little; keep it well above the batch size. '
+             '(default: %(default)s)')
+    add('--multimix-alpha', type=float, nargs='+', default=list(_default('alpha')),
+        metavar=('LO', 'HI'),
+        help='Dirichlet concentration of a mix: small means nearly one image, large means all alike. Of two numbers, '
+             'each mix draws its own in between. (default: 0.5 2.0)')
+    add('--multimix-tuple-length', type=int, default=_default('tuple_length'), metavar='M',
+        help='images in a mix; 2 is mixup of features. (default: the whole mini-batch)')
+    add('--multimix-attention', default=_default('attention'), choices=ATTENTION_QUERIES,
+        help='weight positions by how much they show of the object: likeness to the average of the map (gap), to the '
+             'class token (token), logit of the true class (cam), or not at all (uniform). (default: %(default)s)')
+    add('--multimix-attention-norm', default=_default('attention_norm'), choices=ATTENTION_NORMS,
+        help='how likeness becomes a weight. (default: %(default)s)')
+    add('--multimix-attention-grad', action='store_true', default=_default('attention_grad'),
+        help='let gradient through the attention. Trained worse where we tried it.')
+    add('--no-multimix-balance', action='store_true', default=not _default('balance'),
+        help='use the literal gradient of the papers. It hardly trains on a normal schedule, the balanced gradient '
+             'does (see docs/method.md).')
+    add('--multimix-pooled-weight', type=float, default=_default('pooled_weight'), metavar='W',
+        help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
+             'that path through it: leave it above 0 there. (default: %(default)s)')
+    add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
+        help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
+    add('--multimix-logit-scale', type=float, default=_default('logit_scale'), metavar='S',
+        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model. '
+             '(default: %(default)s)')
+    add('--multimix-start-epoch', type=int, default=_default('start_epoch'), metavar='N',
+        help='first epoch with MultiMix, counted from 0. (default: %(default)s)')
+    add('--multimix-off-epoch', type=int, default=_default('off_epoch'), metavar='N',
+        help='first epoch without it again; 0 for never. (default: %(default)s)')
+    return group
+
+
+def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """What the parsed options mean, as keyword arguments of MultiMixTask.
+
+    Args:
+        args: Parsed arguments of a parser with `add_multimix_args`.
+
+    Returns:
+        Keyword arguments. With `--multimix off` they make a task that trains as timm's ClassificationTask.
+    """
+    return dict(
+        mode=args.multimix,
+        alpha=tuple(args.multimix_alpha),
+        balance=not args.no_multimix_balance,
+        **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
+    )

@@ -1,0 +1,187 @@
+"""What can be wrong with the options alone, told before anything is built."""
+import argparse
+import logging
+import os
+
+from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
+
+from ..data import DEMOS
+from .errors import UsageError, blame, near_names
+
+_logger = logging.getLogger(__name__)
+
+# Options that timm takes as free text, and what its parts understand.
+_CHOICES = {
+    'amp_dtype': ('float16', 'bfloat16'),
+    'model_dtype': ('float32', 'float16', 'bfloat16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'remode': ('pixel', 'rand', 'const'),
+    'train_crop_mode': ('rrc', 'rkrc', 'rkrr'),
+    'worker_seeding': ('all', 'part'),
+    'dist_bn': ('', 'broadcast', 'reduce'),
+}
+_AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
+                 'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch')
+_DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+
+
+def _option(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for name, choices in _CHOICES.items():
+        value = getattr(args, name)
+        if value is not None and value not in choices:
+            shown = ', '.join(choice or "''" for choice in choices)
+            raise UsageError(f'{_option(name)} must be one of {shown}, got {value!r}.')
+    for name in _AT_LEAST_ONE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f'{_option(name)} must be at least 1, got {value}.')
+    if args.workers < 0:
+        raise UsageError(f'--workers must be 0 or more, got {args.workers}.')
+    if min(args.save_epochs, default=1) < 1:
+        raise UsageError('--save-epochs counts finished epochs, from 1.')
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    with blame('--model'):
+        source, name = parse_model_name(args.model)
+    if source is None and not is_model(name):
+        base = split_model_name_tag(name)[0]
+        raise UsageError(f'--model {args.model}: timm has no such model.{near_names(base, list_models())}')
+
+
+def _check_dataset(args: argparse.Namespace) -> None:
+    prefix = args.dataset.lower().partition('/')[0] if '/' in args.dataset else ''
+    if prefix == 'demo':
+        if args.dataset.lower() not in DEMOS:
+            raise UsageError(f'--dataset {args.dataset}: the embedded datasets are {", ".join(DEMOS)}.')
+    elif prefix not in _DATASET_TYPES:
+        if not args.data_dir:
+            raise UsageError(
+                f'--dataset {args.dataset}: not a dataset by itself. Give --data-dir for a folder of images, or one of '
+                f'{"/..., ".join((*_DATASET_TYPES, "demo"))}/...')
+        if not os.path.exists(args.data_dir):
+            raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for name in ('initial_checkpoint', 'pretrained_path', 'resume', 'validate', 'class_stats'):
+        path = getattr(args, name)
+        if path and not (name == 'resume' and path == 'auto') and not os.path.isfile(path):
+            raise UsageError(f'{_option(name)} {path}: no such file.')
+    if args.resume == 'auto' and not args.experiment:
+        raise UsageError('--resume auto continues the run of an --experiment: name it.')
+    if args.wandb_resume_id and not args.resume:
+        raise UsageError('--wandb-resume-id continues a run: give --resume too.')
+    if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise UsageError(f'--output {args.output}: not a folder.')
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    rules = (
+        (args.aug_splits == 1 or args.aug_splits < 0, '--aug-splits must be 0, or 2 and more.'),
+        (args.loss == 'jsd' and args.aug_splits < 2, '--loss jsd compares --aug-splits: give 2 of them or more.'),
+        (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits.'),
+        (args.split_bn and args.sync_bn, '--split-bn and --sync-bn exclude each other.'),
+        (args.torchscript and args.sync_bn, '--torchscript and --sync-bn exclude each other.'),
+        (args.aug_splits and mixup_active(args) and not args.no_prefetcher,
+         '--aug-splits and mixup or CutMix need --no-prefetcher to go together.'),
+        (args.amp and args.model_dtype not in (None, 'float32'), '--amp needs a float32 model: omit --model-dtype.'),
+        (args.naflex_loader and args.train_img_sizes, '--naflex-loader and --train-img-sizes exclude each other.'),
+        (args.naflex_loader and args.use_multi_epochs_loader,
+         '--naflex-loader and --use-multi-epochs-loader exclude each other.'),
+        (args.naflex_loader and args.aug_splits, '--naflex-loader and --aug-splits exclude each other.'),
+        (args.task == 'multilabel' and args.kd_model_name, '--task multilabel has no distillation.'),
+        (args.task == 'multilabel' and not args.num_classes, '--task multilabel needs --num-classes.'),
+        (args.task == 'classification' and args.target_format != 'indices',
+         '--target-format multihot is for --task multilabel.'),
+        (args.task == 'classification' and ',' in (args.target_key or ''),
+         '--target-key with several fields is for --task multilabel.'),
+        (not 0 < args.multilabel_threshold < 1, '--multilabel-threshold must lie between 0 and 1.'),
+        (args.validate and not args.val_split, '--validate needs a --val-split.'),
+    )
+    for is_wrong, message in rules:
+        if is_wrong:
+            raise UsageError(message)
+    evaluator = MultiLabelClassificationEvaluator if args.task == 'multilabel' else ClassificationEvaluator
+    if args.val_split and args.eval_metric not in evaluator.metric_names:
+        raise UsageError(f'--eval-metric must be one of {", ".join(evaluator.metric_names)}, got {args.eval_metric}.')
+
+
+def _check_multimix(args: argparse.Namespace) -> None:
+    batch_size = min([args.batch_size, *(args.train_batch_sizes or ())])
+    length = args.multimix_tuple_length
+    rules = (
+        (args.torchscript, 'TorchScript cannot return what MultiMix needs: use --torchcompile.'),
+        (args.kd_model_name, 'distillation has a training task of its own: leave one of the two out.'),
+        (args.naflex_loader, 'NaFlex sequences differ in length and hold padding, whose logits must not be mixed.'),
+        (args.loss == 'jsd', '--loss jsd compares copies of an image and MultiMix mixes images.'),
+        (batch_size < 2, 'there is nothing to mix in a batch of 1: raise --batch-size.'),
+        (length is not None and not 1 <= length <= batch_size,
+         f'--multimix-tuple-length must lie between 1 and the batch size {batch_size}, got {length}.'),
+    )
+    for is_wrong, message in rules:
+        if is_wrong:
+            raise UsageError(f'--multimix {args.multimix}: {message}')
+
+
+def mixup_active(args: argparse.Namespace) -> bool:
+    """Whether timm's mixup or CutMix of images is on."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Check everything that the options alone can tell.
+
+    Raises:
+        UsageError: for the first thing that is wrong.
+    """
+    _check_values(args)
+    _check_model(args)
+    _check_dataset(args)
+    _check_files(args)
+    _check_combinations(args)
+    if args.multimix != 'off':
+        _check_multimix(args)
+
+
+def check_classes(args: argparse.Namespace, train, evaluation) -> None:
+    """Check the classes that datasets say they have, and settle the number where the user gave none.
+
+    Raises:
+        UsageError: if there is a single class, the number disagrees with the user's, or the splits disagree.
+    """
+    classes = getattr(getattr(train, 'reader', train), 'class_to_idx', None)
+    if not classes or args.task == 'multilabel':
+        return
+    count = max(classes.values()) + 1
+    where = args.data_dir or args.dataset
+    if count < 2:
+        raise UsageError(
+            f'{where}: a single class ({next(iter(classes))}) in split {args.train_split}. There must be a folder for '
+            'each class, with its images in it.')
+    if args.num_classes is not None and args.num_classes != count:
+        raise UsageError(f'--num-classes {args.num_classes}: {where} has {count} classes. Leave the option out.')
+    args.num_classes = count
+    others = getattr(getattr(evaluation, 'reader', evaluation), 'class_to_idx', classes)
+    if others and others != classes:
+        differing = sorted(map(str, set(classes) ^ set(others)))
+        raise UsageError(
+            f'{where}: splits {args.train_split} and {args.val_split} have different classes, so that labels would not '
+            f'match: {", ".join(differing[:5])}{", ..." if len(differing) > 5 else ""}. Give a --class-map.')
+    _warn_if_validating_on_training_images(args, train, evaluation)
+
+
+def _warn_if_validating_on_training_images(args: argparse.Namespace, train, evaluation) -> None:
+    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
+    roots = [os.path.abspath(root) for root in roots if isinstance(root, str)]
+    if len(roots) == 2 and os.path.isdir(roots[1]) and os.path.commonpath(roots) == roots[1]:
+        _logger.warning(
+            f'{args.data_dir} has no folder {args.val_split}, so validation sees the training images. Make one, name '
+            "another with --val-split, or give --val-split '' to train without validation.")

@@ -1,0 +1,175 @@
+"""From the command line and a YAML file to the arguments of a run."""
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+from ..data import DEMOS
+from .arguments import build_parser
+from .errors import UsageError, near_names
+
+_logger = logging.getLogger(__name__)
+
+_NOT_GIVEN = object()
+
+
+def _scalar(action: argparse.Action, value: Any) -> Any:
+    """Convert one YAML value as the command line would. YAML reads 3e-4 as a string, so numbers come in both forms."""
+    if value is False and action.choices and 'off' in action.choices:
+        return 'off'  # YAML reads a bare off as false
+    convert = action.type or str
+    if isinstance(value, (bool, list, dict)) or (convert is int and isinstance(value, float)):
+        raise ValueError
+    value = convert(value)
+    if action.choices and value not in action.choices:
+        raise ValueError
+    return value
+
+
+def _expected(action: argparse.Action) -> str:
+    if isinstance(action, argparse._StoreTrueAction):
+        return 'true or false'
+    if isinstance(action, ParseKwargs):
+        return 'a mapping'
+    kind = {int: 'integer', float: 'number'}.get(action.type, 'string')
+    kind = f'one of {", ".join(action.choices)}' if action.choices else kind
+    if isinstance(action.nargs, int) or action.nargs in ('+', '*'):
+        return f'a list of {action.nargs if isinstance(action.nargs, int) else ""} {kind}s'.replace('  ', ' ')
+    return kind
+
+
+def _config_value(action: argparse.Action, value: Any) -> Any:
+    try:
+        if isinstance(action, (argparse._StoreTrueAction, ParseKwargs)):
+            if not isinstance(value, bool if action.nargs == 0 else dict):
+                raise ValueError
+            return value
+        if isinstance(action.nargs, int) or action.nargs in ('+', '*'):
+            if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
+                raise ValueError
+            return [_scalar(action, item) for item in value]
+        return _scalar(action, value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.') from error
+
+
+def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Read a YAML file of options, named as on the command line with underscores for dashes.
+
+    Empty values stand for the default. Keys that are no option are skipped with a warning, so that a file may serve
+    other scripts too.
+
+    Raises:
+        UsageError: if the file cannot be read, is no YAML mapping, or holds a value that its option does not take.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            config = yaml.safe_load(file)
+    except OSError as error:
+        raise UsageError(f'--config {path}: {error.strerror or error}.') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f'--config {path} is not valid YAML: {error}') from error
+    if not isinstance(config or {}, dict):
+        raise UsageError(f'--config {path} must hold options as "name: value" lines.')
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    values = {}
+    for key, value in (config or {}).items():
+        dest = str(key).replace('-', '_')
+        if dest not in actions:
+            _logger.warning(f'--config {path}: no option is called {key}, skipped.{near_names(dest, actions)}')
+        elif value is not None:
+            try:
+                values[dest] = _config_value(actions[dest], value)
+            except UsageError as error:
+                raise UsageError(f'--config {path}: {error}') from error
+    return values
+
+
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What stands on the command line, without any defaults."""
+    blank = argparse.Namespace(**{action.dest: _NOT_GIVEN for action in parser._actions})
+    given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not _NOT_GIVEN}
+    if given.get('data') is None:  # argparse fills in an optional positional even so
+        given.pop('data', None)
+    return given
+
+
+def _demo_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Without a dataset: the embedded one. For an embedded dataset: the defaults that suit it."""
+    empty = [name for name in ('data_dir', 'dataset') if values.get(name) == '']
+    named = values.get('data_dir') or values.get('dataset')
+    if empty and not named:
+        raise UsageError(f'--{empty[0].replace("_", "-")} is empty. Leave it out to train on the embedded digits.')
+    dataset = values.get('dataset') or ('' if named else 'demo/digits')
+    demo = DEMOS.get(dataset.lower())
+    if demo is None:
+        return {}
+    unset = {name: value for name, value in demo.defaults.items() if name not in values}
+    if 'input_size' in values:
+        unset.pop('img_size', None)
+    if 'lr_base' in values:
+        unset.pop('lr', None)
+    shown = ' '.join(f'{name}={value}' for name, value in unset.items())
+    _logger.info(
+        f'{"Training" if named else "No --data-dir and no --dataset: training"} on {dataset}, {demo.description}'
+        f'{", with these options unless you say otherwise: " if shown else ""}{shown}')
+    return dict(unset, dataset=dataset)
+
+
+def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Settle defaults that depend on other options, where the user gave none."""
+    def unless_given(name: str, value: Any) -> None:
+        if name not in values:
+            setattr(args, name, value)
+
+    if not args.data_dir and args.data:
+        args.data_dir = args.data
+    if args.task == 'multilabel':
+        unless_given('smoothing', 0.0)
+        unless_given('eval_metric', 'map')
+    if args.sched in ('wsd', 'rsqrt'):
+        unless_given('decay_epochs', None)  # timm then takes a part of the schedule
+    if not args.val_split:
+        unless_given('eval_metric', 'loss')
+    if not args.device_modules and args.device.startswith('cuda') and not torch.cuda.is_available():
+        if 'device' in values:
+            raise UsageError(f'--device {args.device}: no CUDA device is available. Try --device cpu.')
+        args.device = 'cpu'
+        _logger.info('No CUDA device: training on the CPU.')
+    for flag, loss in (('jsd_loss', 'jsd'), ('bce_loss', 'bce')):
+        if getattr(args, flag):
+            if args.loss not in (None, loss):
+                raise UsageError(f'--{flag.replace("_", "-")} contradicts --loss {args.loss}.')
+            args.loss = loss
+    if args.bce_pos_weight is not None:
+        if args.loss_pos_weight is not None:
+            raise UsageError('--bce-pos-weight and --loss-pos-weight are two names for one thing: give one of them.')
+        args.loss_pos_weight = str(args.bce_pos_weight)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and the YAML file that it names; the command line wins.
+
+    Args:
+        argv: Command line, by default that of the process.
+
+    Returns:
+        The arguments of a run, by timm's names.
+
+    Raises:
+        UsageError: if an option or a value in the file is not one.
+    """
+    parser = build_parser()
+    given = _given(parser, argv)
+    config = given.pop('config', '')
+    values = {**(read_config(config, parser) if config else {}), **given}
+    if values.get('data'):
+        values.setdefault('data_dir', values['data'])
+    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name != 'config'}
+    args = argparse.Namespace(**{**defaults, **_demo_defaults(values), **values})
+    _settle(args, values)
+    return args

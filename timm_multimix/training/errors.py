@@ -1,0 +1,41 @@
+"""Errors that the user can put right, told in one line."""
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+_logger = logging.getLogger(__name__)
+
+_LONGEST = 600
+
+# What libraries raise for bad arguments and files.
+_LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError)
+
+
+class UsageError(Exception):
+    """Something in the options, the data or a file is wrong. Shown as one line, without a traceback."""
+
+    def __str__(self) -> str:
+        line = ' '.join(super().__str__().split())
+        return line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn errors of a library call into a UsageError that starts with what the user gave.
+
+    Args:
+        what: The option and its value, or another name for the cause.
+    """
+    try:
+        yield
+    except _LIBRARY_ERRORS as error:
+        _logger.debug('', exc_info=True)
+        text = str(error) or type(error).__name__
+        raise UsageError(f'{what}: {text}') from error
+
+
+def near_names(name: str, names, count: int = 3) -> str:
+    """A hint with the names that are close to one that does not exist, or nothing."""
+    matches = get_close_matches(name, names, n=count, cutoff=0.5)
+    return f' Did you mean {", ".join(matches)}?' if matches else ''

@@ -1,0 +1,254 @@
+"""Datasets and loaders of a run, made by timm."""
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    MultiLabelTarget,
+    NaFlexMixup,
+    create_loader,
+    create_naflex_loader,
+)
+from torch.utils.data import Dataset
+
+from ..data import create_dataset
+from .checks import mixup_active
+from .errors import UsageError, blame
+
+_logger = logging.getLogger(__name__)
+
+_DEFAULT_PATCH_SIZE = (16, 16)
+
+
+@dataclass
+class Loaders:
+    """Where batches come from.
+
+    Attributes:
+        train: Training batches.
+        evaluation: Validation batches, None without a validation split.
+        mixup_fn: Mixes batches on the device; None where the loader does it, or where nothing is mixed.
+        batch_size: Average size of a training batch on one device.
+    """
+    train: Any
+    evaluation: Any
+    mixup_fn: Mixup | None
+    batch_size: float
+
+
+def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
+    """Make the training and the validation dataset; the latter is None without a validation split.
+
+    Raises:
+        UsageError: if a dataset cannot be made, or holds no images.
+    """
+    target_transform = None
+    if args.task == 'multilabel':
+        target_transform = MultiLabelTarget(args.num_classes, dense=args.target_format == 'multihot')
+    # Not every reader knows of targets in other formats.
+    target_options = {} if args.target_format == 'indices' else dict(target_format=args.target_format)
+    options = dict(
+        root=args.data_dir,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        target_transform=target_transform,
+        trust_remote_code=args.dataset_trust_remote_code,
+        **target_options,
+    )
+    with blame(f'Training data {args.data_dir or args.dataset}'):
+        train = create_dataset(
+            args.dataset, split=args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
+            num_samples=args.train_num_samples, **options)
+    if not args.val_split:
+        return train, None
+    with blame(f'Validation data {args.data_dir or args.dataset}'):
+        evaluation = create_dataset(
+            args.dataset, split=args.val_split, is_training=False, num_samples=args.val_num_samples, **options)
+    return train, evaluation
+
+
+def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+        multi_label=args.task == 'multilabel',
+    )
+
+
+def _shared_options(args: argparse.Namespace, data_config: dict, device, dtype: torch.dtype | None) -> dict[str, Any]:
+    return dict(
+        mean=data_config['mean'],
+        std=data_config['std'],
+        pin_memory=args.pin_mem,
+        img_dtype=dtype or torch.float32,
+        device=device,
+        distributed=args.distributed,
+        use_prefetcher=not args.no_prefetcher,
+    )
+
+
+def _train_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any]:
+    own = args.train_interpolation and not args.no_aug
+    return dict(
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+        interpolation=args.train_interpolation if own else data_config['interpolation'],
+        num_workers=args.workers,
+        worker_seeding=args.worker_seeding,
+    )
+
+
+def _evaluation_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any]:
+    workers = args.workers
+    if args.distributed and args.dataset.partition('/')[0].lower() in ('tfds', 'wds'):
+        workers = min(2, workers)  # every worker of these readers pads its share
+    return dict(
+        batch_size=args.validation_batch_size or args.batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        num_workers=workers,
+        crop_pct=data_config['crop_pct'],
+    )
+
+
+def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_size, shared: dict, own: dict):
+    """The usual loader, also with scheduled sizes, augmentation splits, and mixup of images."""
+    mixup_fn = collate_fn = None
+    if mixup_active(args):
+        if args.no_prefetcher:
+            mixup_fn = Mixup(**_mixup_options(args))
+        else:
+            collate_fn = FastCollateMixup(**_mixup_options(args))
+    if args.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    progressive = args.train_size_schedule == 'progressive'
+    loader = create_loader(
+        dataset,
+        input_size=input_size,
+        input_size_choices=args.train_img_sizes,
+        batch_size_choices=args.train_batch_sizes,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_seed=args.seed,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs if progressive else None,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
+        collate_fn=collate_fn,
+        use_multi_epochs_loader=args.use_multi_epochs_loader,
+        **shared,
+        **own,
+    )
+    return loader, mixup_fn
+
+
+def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size, shared: dict, own: dict):
+    mixup_fn = None
+    if mixup_active(args):
+        options = _mixup_options(args)
+        del options['mode'], options['cutmix_minmax']  # it has neither
+        mixup_fn = NaFlexMixup(mixup_off_epoch=args.mixup_off_epoch, **options)
+    patches = dict(patch_size=patch_size)
+    if args.naflex_patch_sizes:
+        patches = dict(patch_size_choices=args.naflex_patch_sizes, patch_size_choice_probs=args.naflex_patch_size_probs)
+    return create_naflex_loader(
+        dataset=dataset,
+        train_seq_lens=args.naflex_train_seq_lens,
+        mixup_fn=mixup_fn,
+        rank=args.rank,
+        world_size=args.world_size,
+        patchify_channels_last=not args.naflex_patchify_channels_first,
+        **patches,
+        **shared,
+        **own,
+    )
+
+
+def _evaluation_loader(args: argparse.Namespace, dataset: Dataset, input_size, patch_size, shared: dict, own: dict):
+    if not args.naflex_loader:
+        return create_loader(dataset, input_size=input_size, **shared, **own)
+    return create_naflex_loader(
+        dataset=dataset,
+        patch_size=patch_size,
+        max_seq_len=args.naflex_max_seq_len,
+        patchify_channels_last=not args.naflex_patchify_channels_first,
+        **shared,
+        **own,
+    )
+
+
+def build_loaders(
+        args: argparse.Namespace,
+        datasets: tuple[Dataset, Dataset | None],
+        data_config: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        patch_size: tuple[int, int] | None,
+) -> Loaders:
+    """Make the loaders of a run.
+
+    Args:
+        args: Arguments of the run.
+        datasets: Training and validation dataset.
+        data_config: Input size, pixel statistics and interpolation, from timm's resolve_data_config.
+        device: Device of the batches.
+        dtype: Dtype of the images, None for float32.
+        patch_size: The model's patch size, for NaFlex.
+
+    Raises:
+        UsageError: if timm refuses the options, or the data do not fill one batch.
+    """
+    train, evaluation = datasets
+    shared = _shared_options(args, data_config, device, dtype)
+    own = _train_options(args, data_config)
+    patch_size = patch_size or _DEFAULT_PATCH_SIZE
+    mixup_fn, batch_size = None, float(args.batch_size)
+    with blame('Training data options'):
+        if args.naflex_loader:
+            loader = _naflex_train_loader(args, train, patch_size, shared, own)
+        else:
+            loader, mixup_fn = _standard_train_loader(args, train, data_config['input_size'], shared, own)
+    if args.train_img_sizes:
+        batch_size = loader.batch_sampler.average_batch_size
+    if len(loader) == 0:
+        raise UsageError(
+            f'{args.data_dir or args.dataset}: the {len(train)} training images do not fill one batch of '
+            f'{args.batch_size}. Lower --batch-size.')
+    loader_eval = None
+    if evaluation is not None:
+        with blame('Validation data options'):
+            loader_eval = _evaluation_loader(
+                args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
+    return Loaders(loader, loader_eval, mixup_fn, batch_size)

@@ -1,0 +1,132 @@
+"""What a run tells: averages kept on the device, log lines, and a progress bar on a terminal."""
+import logging
+import sys
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import world_info_from_env
+from tqdm import tqdm
+
+
+class _LineFormatter(logging.Formatter):
+    """Information as it is, everything else with its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f'{record.levelname}: {text}'
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging() -> None:
+    """Log to stderr, from the first process only."""
+    handler = _ConsoleHandler()
+    handler.setFormatter(_LineFormatter())
+    logging.root.handlers[:] = [handler]
+    is_primary = world_info_from_env()[1] == 0
+    logging.root.setLevel(logging.INFO if is_primary else logging.ERROR)
+    # Its list of all checkpoints after every epoch hides what matters.
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+
+
+class Averages:
+    """Averages of scalars over examples. They are summed on the device, and read without a wait in every step."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.dtype = torch.float32 if device.type == 'mps' else torch.float64
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.latest: dict[str, torch.Tensor] = {}
+
+    def update(self, values: Mapping[str, torch.Tensor], count: int) -> None:
+        """Add the values of a batch of count examples."""
+        for name, value in values.items():
+            value = value.detach().to(self.dtype)
+            self.latest[name] = value
+            self.sums[name] = self.sums[name] + value * count if name in self.sums else value * count
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def compute(self, distributed: bool = False) -> dict[str, float]:
+        """The averages so far, over all processes if distributed; the one place that waits for the device."""
+        if not self.sums:
+            return {}
+        table = torch.stack([
+            torch.stack(list(self.sums.values())),
+            torch.tensor(list(self.counts.values()), dtype=self.dtype, device=self.device),
+        ])
+        if distributed:
+            dist.all_reduce(table)
+        totals, counts = table.tolist()
+        return {name: total / count for name, total, count in zip(self.sums, totals, counts, strict=True)}
+
+
+class EpochReporter:
+    """Tells the progress of a training epoch: a bar on a terminal, timm-like lines otherwise.
+
+    Args:
+        epoch: Number of the epoch.
+        num_updates: Optimizer updates in it.
+        interval: Updates between lines.
+        world_size: Processes that train; each counts its own examples.
+    """
+
+    def __init__(self, epoch: int, num_updates: int, interval: int, world_size: int):
+        self.epoch = epoch
+        self.num_updates = num_updates
+        self.interval = interval
+        self.world_size = world_size
+        self.images = self.total_images = 0
+        self.updates = 0
+        self.data_time = 0.0
+        self.started = self.window_started = time.perf_counter()
+        self.bar = tqdm(
+            total=num_updates, desc=f'Epoch {epoch}', unit='update', leave=False, dynamic_ncols=True, file=sys.stderr,
+            disable=None if logging.root.isEnabledFor(logging.INFO) else True)  # None: off unless on a terminal
+
+    def add(self, num_images: int, data_time: float) -> None:
+        """Count a batch, and the time spent waiting for it."""
+        self.images += num_images * self.world_size
+        self.total_images += num_images * self.world_size
+        self.data_time += data_time
+
+    def is_due(self, update: int) -> bool:
+        """Whether update, counted from 0 in its epoch, is one to report."""
+        return update % self.interval == 0 or update == self.num_updates - 1
+
+    def step(self) -> None:
+        """Count an update."""
+        self.updates += 1
+        self.bar.update()
+
+    def report(self, update: int, latest: Mapping[str, float], averages: Mapping[str, float], lr: float) -> None:
+        """Tell the state after an update."""
+        elapsed = time.perf_counter() - self.window_started
+        parts = [f'Loss: {latest["loss"]:#.3g} ({averages["loss"]:#.3g})']
+        parts += [f'{name}: {value:#.3g}' for name, value in averages.items() if name not in ('loss', 'top1')]
+        if 'top1' in averages:
+            parts.append(f'Acc@1: {averages["top1"]:.2f}')
+        parts.append(f'Time: {elapsed / max(self.updates, 1):.3f}s, {self.images / elapsed:.1f}/s')
+        parts.append(f'LR: {lr:.3e}')
+        if self.bar.disable:
+            percent = 100 * (update + 1) / self.num_updates
+            parts.append(f'Data: {self.data_time / max(self.updates, 1):.3f}')
+            logging.getLogger(__name__).info(
+                f'Train: {self.epoch} [{update:>4d}/{self.num_updates} ({percent:>3.0f}%)]  ' + '  '.join(parts))
+        else:
+            self.bar.set_postfix_str(', '.join(parts))
+        self.images = self.updates = 0
+        self.data_time = 0.0
+        self.window_started = time.perf_counter()
+
+    def close(self) -> float:
+        """Remove the bar. Returns images per second over the epoch."""
+        self.bar.close()
+        return self.total_images / max(time.perf_counter() - self.started, 1e-9)

@@ -1,0 +1,230 @@
+"""train_timm.py: from the command line to the last checkpoint."""
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+
+import torch
+import yaml
+from timm import utils
+from timm.models import clean_state_dict
+from timm.utils.summary import trim_summary
+
+from .checkpoints import RunSaver, newest_checkpoint, read_checkpoint
+from .config import parse_args
+from .errors import UsageError, blame
+from .logs import setup_logging
+from .loop import learning_rate, train_epoch, validate
+from .run import Run, build_run, compile_task
+
+_logger = logging.getLogger(__name__)
+
+# As shells count it: ended by signal 2.
+_EXIT_INTERRUPTED = 130
+
+
+class Interrupted(Exception):
+    """The user stopped the run."""
+
+
+def _save_args(run: Run, args_text: str) -> None:
+    with open(os.path.join(run.folder, 'args.yaml'), 'w') as file:
+        file.write(args_text)
+
+
+def _start_wandb(run: Run) -> bool:
+    """Start logging to Weights & Biases, if that is asked for and possible."""
+    args = run.args
+    if not args.log_wandb:
+        return False
+    try:
+        import wandb
+    except ImportError:
+        _logger.warning('--log-wandb: the package is not installed, try `pip install wandb`. Training goes on without.')
+        return False
+    wandb.init(
+        project=args.wandb_project,
+        name=os.path.basename(run.folder),
+        config=vars(args),
+        tags=args.wandb_tags,
+        resume='must' if args.wandb_resume_id else None,
+        id=args.wandb_resume_id or None,
+    )
+    return True
+
+
+def _open_folder(run: Run, args_text: str) -> RunSaver | None:
+    """Make the folder of the run, on the first process; what an earlier run left there is continued, or replaced."""
+    if not utils.is_primary(run.args):
+        return None
+    with blame(f'--output {run.folder}'):
+        os.makedirs(run.folder, exist_ok=True)
+        _save_args(run, args_text)
+    saver = RunSaver(
+        model=run.task.get_trainable_module(),
+        optimizer=run.optimizer,
+        args=run.args,
+        amp_scaler=run.precision.loss_scaler,
+        checkpoint_dir=run.folder,
+        recovery_dir=run.folder,
+        decreasing=run.decreasing,
+        max_history=run.args.checkpoint_hist,
+        task=run.task,
+    )
+    if run.resumed_from and os.path.samefile(os.path.dirname(run.resumed_from) or '.', run.folder):
+        saver.load_state_dict_from_checkpoint(run.resumed_from)
+    trim_summary(os.path.join(run.folder, 'summary.csv'), run.start_epoch)
+    return saver
+
+
+def _share_batch_norm(run: Run, model: torch.nn.Module) -> None:
+    if run.args.distributed and run.args.dist_bn:
+        utils.distribute_bn(model, run.args.world_size, run.args.dist_bn == 'reduce')
+
+
+def _validate_epoch(run: Run) -> dict[str, float] | None:
+    """Metrics of the weights; of their average, if there is one that is validated."""
+    if run.loaders.evaluation is None:
+        return None
+    metrics = validate(run, run.task.get_eval_model())
+    if run.task.has_ema() and not run.args.model_ema_force_cpu:
+        _share_batch_norm(run, run.task.get_trainable_module(ema=True))
+        _logger.info(f'Without averaging the weights: {_shown(metrics)}')
+        metrics = validate(run, run.task.get_eval_model(ema=True))
+    return metrics
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    return '  '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+
+
+def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
+    # Parts that are absent in some epochs keep their column, or rows would not fit the header.
+    parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name != 'loss'])
+    columns = dict.fromkeys(['loss', *parts, *(['top1'] if run.args.task == 'classification' else [])])
+    utils.update_summary(
+        epoch,
+        {name: train_metrics.get(name, '') for name in columns},
+        eval_metrics,
+        filename=os.path.join(run.folder, 'summary.csv'),
+        lr=learning_rate(run),
+        log_wandb=log_wandb,
+    )
+
+
+def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | None, log_wandb: bool) -> None:
+    """Validate, write the summary and a checkpoint, and step the schedule."""
+    _share_batch_norm(run, run.task.get_trainable_module())
+    done = epoch + 1
+    is_milestone = done in run.args.save_epochs
+    metric = None
+    if done % run.args.val_interval == 0 or done == run.stop_epoch or is_milestone:
+        eval_metrics = _validate_epoch(run)
+        metric = (eval_metrics or train_metrics)[run.eval_metric]
+        _logger.info(f'Epoch {epoch}: training {_shown(train_metrics)}' + (
+            f'   validation {_shown(eval_metrics)}' if eval_metrics else ''))
+        if saver is not None:
+            _write_summary(run, epoch, train_metrics, eval_metrics, log_wandb)
+            saver.save_checkpoint(epoch, metric=metric)
+            if is_milestone:
+                saver.save_milestone(done)
+    if run.scheduler is not None:
+        run.scheduler.step(done, metric)
+
+
+def _command(run: Run, *options: str) -> str:
+    script = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else 'train_timm.py'
+    return shlex.join(['python', script, '--config', os.path.join(run.folder, 'args.yaml'), *options])
+
+
+def _interrupt(run: Run, epoch: int, saver: RunSaver | None) -> None:
+    """Save what there is, and say how to continue."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would cut the checkpoint
+    if saver is None:
+        return
+    saver.save_recovery(epoch)
+    parent, name = os.path.split(run.folder)
+    _logger.info(
+        f'Stopped in epoch {epoch}. The weights so far are in {newest_checkpoint(run.folder)}. Continue with\n  '
+        + _command(run, '--output', parent, '--experiment', name, '--resume', 'auto'))
+
+
+def fit(run: Run, args_text: str) -> None:
+    """Train a run to its end, writing into its folder.
+
+    Raises:
+        Interrupted: if the user stopped it; what was reached is saved.
+    """
+    saver = _open_folder(run, args_text)
+    log_wandb = saver is not None and _start_wandb(run)
+    _logger.info(
+        f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates each, '
+        f'into {run.folder}')
+    epoch = run.start_epoch
+    try:
+        for epoch in range(run.start_epoch, run.stop_epoch):
+            train_metrics = train_epoch(run, epoch, saver)
+            _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
+    except KeyboardInterrupt:
+        _interrupt(run, epoch, saver)
+        raise Interrupted from None
+    if saver is not None and saver.best_metric is not None:
+        best = os.path.join(run.folder, 'model_best.pth.tar')
+        _logger.info(
+            f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}\nValidate it with\n  '
+            + _command(run, '--validate', best))
+
+
+def validate_checkpoint(run: Run) -> dict[str, float]:
+    """Validate the checkpoint that --validate names: the averaged weights, if the run validates those.
+
+    Raises:
+        UsageError: if it does not fit the model.
+    """
+    path = run.args.validate
+    checkpoint = read_checkpoint(path)
+    keys = ['state_dict', 'model']
+    if run.args.model_ema and not run.args.model_ema_force_cpu:
+        keys.insert(0, 'state_dict_ema')
+    key = next(key for key in keys if key in checkpoint)
+    with blame(f'{path} does not fit --model {run.args.model}'):
+        run.task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
+    compile_task(run.args, run.task)
+    metrics = validate(run, run.task.get_eval_model())
+    _logger.info(f'{path}: {_shown(metrics)}')
+    return metrics
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = parse_args(argv)
+    args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    run = build_run(args)
+    if args.validate:
+        validate_checkpoint(run)
+    else:
+        fit(run, args_text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run train_timm.py.
+
+    Args:
+        argv: Command line, by default that of the process.
+
+    Returns:
+        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C.
+    """
+    setup_logging()
+    try:
+        _run(argv)
+    except UsageError as error:
+        _logger.error(error)
+        return 2
+    except (KeyboardInterrupt, Interrupted):
+        return _EXIT_INTERRUPTED
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0

@@ -1,0 +1,130 @@
+"""The model of a run, made by timm."""
+import argparse
+import logging
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.models import create_model, resolve_model_input_args
+from torch import nn
+
+from .errors import UsageError, blame
+
+_logger = logging.getLogger(__name__)
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for timm's create_model, with the input size where the architecture depends on it.
+
+    Raises:
+        UsageError: if options contradict each other or the model's configuration cannot be read.
+    """
+    overlay = dict(args.pretrained_cfg_overlay)
+    if args.pretrained_path:
+        # The file comes before any URL, and -1 classes let the classifier be adapted to it.
+        overlay = {'file': args.pretrained_path, 'num_classes': -1, **overlay}
+    with blame(f'--model {args.model}'):
+        return resolve_model_input_args(
+            args.model, vars(args), pretrained_cfg_overlay=overlay or None, **args.model_kwargs)
+
+
+def input_channels(options: dict[str, Any]) -> int:
+    """Channels of the images that a model made with these options takes."""
+    return options.get('in_chans') or (options['pretrained_cfg'].get('input_size') or (3,))[0]
+
+
+def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Module:
+    """Make the model, on the CPU; settles args.num_classes if neither user nor data did.
+
+    Raises:
+        UsageError: if timm cannot make it.
+    """
+    # The user's --model-kwargs are among the options, and win.
+    options = {
+        **dict(
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+            drop_block_rate=args.drop_block,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+        ),
+        **options,
+    }
+    with blame(f'--model {args.model}'):
+        model = create_model(
+            pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=args.initial_checkpoint, **options)
+    if not getattr(model, 'num_classes', 0):
+        raise UsageError(f'--model {args.model}: the model has no classifier, or does not tell its number of classes.')
+    args.num_classes = model.num_classes
+    _initialise_head(args, model)
+    if args.grad_checkpointing:
+        with blame('--grad-checkpointing'):
+            model.set_grad_checkpointing(enable=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    _logger.info(f'Model {args.model}: {parameters / 1e6:.1f} million parameters, {args.num_classes} classes.')
+    return model
+
+
+@torch.no_grad()
+def _initialise_head(args: argparse.Namespace, model: nn.Module) -> None:
+    classifier = model.get_classifier()
+    with blame('--head-init-scale, --head-init-bias'):
+        if args.head_init_scale is not None:
+            classifier.weight.mul_(args.head_init_scale)
+            classifier.bias.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            nn.init.constant_(classifier.bias, args.head_init_bias)
+
+
+def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """Input size, pixel statistics, crop and interpolation, from the options and else from the model.
+
+    Raises:
+        UsageError: if --mean or --std do not fit the channels.
+    """
+    with blame('--mean, --std or --input-size'):
+        config = resolve_data_config(vars(args), model=model)
+    _logger.info(f'Input {" x ".join(map(str, config["input_size"]))}, crop {config["crop_pct"]}, '
+                 f'{config["interpolation"]}, mean {config["mean"]}, std {config["std"]}.')
+    return config
+
+
+@torch.no_grad()
+def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
+    """Run the model once on an empty image of every size, so that a size it refuses is told before training.
+
+    Raises:
+        UsageError: if it refuses one.
+    """
+    channels, *size = data_config['input_size']
+    model.eval()
+    for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
+        with blame(f'{args.model} does not take images of {height} x {width} pixels (see --img-size)'):
+            parameter = next(model.parameters())
+            model(torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype))
+    model.train()
+
+
+def place_model(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None,
+) -> nn.Module:
+    """Convert the model's BatchNorm as asked for, and bring it to its device, dtype and memory layout."""
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=device, dtype=dtype)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # nothing is left to share after the epoch
+        model = convert_sync_batchnorm(model)
+        _logger.info('BatchNorm is synchronised. Layers whose scale starts at zero, as in ResNets, may train worse.')
+    if args.torchscript:
+        with blame('--torchscript'):
+            model = torch.jit.script(model)
+    return model

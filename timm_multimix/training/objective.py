@@ -1,0 +1,112 @@
+"""The training task of a run: timm's, or MultiMix's in its place."""
+import argparse
+from typing import Any
+
+import torch
+from timm.loss import load_class_stats, resolve_class_weights
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    MultiLabelClassificationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from torch import nn
+
+from ..options import multimix_kwargs
+from ..task import MultiLabelMultiMixTask, MultiMixTask
+from .checks import mixup_active
+from .errors import UsageError, blame
+
+# Options with a twin of the same name among the arguments of create_classification_loss, and the loss they are for.
+_LOSS_OPTIONS = {
+    'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
+    'poly': ('poly_epsilon', 'poly_gamma', 'poly_alpha'),
+    'twoway': ('twoway_tp', 'twoway_tn'),
+    'db': ('db_neg_scale', 'db_init_bias', 'db_focal_gamma'),
+}
+
+
+def _class_weights(args: argparse.Namespace, kind: str, stats: tuple[torch.Tensor, int] | None):
+    weights = resolve_class_weights(
+        getattr(args, f'loss_{kind}'),
+        kind,
+        stats,
+        power=args.loss_weight_power,
+        beta=args.loss_weight_beta,
+        max_weight=args.loss_weight_max,
+    )
+    if isinstance(weights, torch.Tensor) and len(weights) != args.num_classes:
+        option = f'--loss-{kind.replace("_", "-")}'
+        raise UsageError(f'{option} has {len(weights)} entries but the model has {args.num_classes} classes.')
+    return weights
+
+
+def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for timm's create_classification_loss.
+
+    Raises:
+        UsageError: if class weights cannot be read, or do not fit the classes.
+    """
+    with blame('--class-stats, --loss-pos-weight or --loss-class-weight'):
+        stats = load_class_stats(args.class_stats)
+        options = dict(
+            loss_type=args.loss,
+            smoothing=args.smoothing,
+            soft_targets=mixup_active(args),
+            class_weight=_class_weights(args, 'class_weight', stats),
+            pos_weight=_class_weights(args, 'pos_weight', stats),
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            jsd_splits=args.aug_splits,
+        )
+    options.update((name, getattr(args, name)) for name in _LOSS_OPTIONS.get(args.loss, ()))
+    if args.loss == 'db' and stats is not None:
+        options.update(class_counts=stats[0], num_samples=stats[1])
+    return options
+
+
+def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared) -> TrainingTask:
+    shared.update(
+        student_model=model,
+        teacher_model=args.kd_model_name,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    if args.kd_distill_type == 'logit':
+        return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **shared)
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim, **shared)
+    return TokenDistillationTask(
+        distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **shared)
+
+
+def build_task(
+        args: argparse.Namespace,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None,
+) -> TrainingTask:
+    """Make the training task: what turns a batch into a loss.
+
+    Raises:
+        UsageError: if loss, teacher or MultiMix options are refused, or the model cannot be trained with them.
+    """
+    shared = dict(criterion_kwargs=criterion_options(args), device=device, dtype=dtype, verbose=False)
+    if args.kd_model_name:
+        with blame(f'--kd-model-name {args.kd_model_name}'):
+            return _distillation_task(args, model, **shared)
+    multi_label = args.task == 'multilabel'
+    if multi_label:
+        shared['threshold'] = args.multilabel_threshold
+    if args.multimix == 'off':
+        with blame(f'--loss {args.loss or "(default)"}'):
+            return (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
+    # Two steps, so that each error names its cause.
+    with blame(f'--loss {args.loss or "(default)"}'):
+        (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
+    pooled = '' if args.multimix == 'pooled' else ' (--multimix pooled asks less of a model)'
+    with blame(f'--multimix {args.multimix}{pooled}'):
+        return (MultiLabelMultiMixTask if multi_label else MultiMixTask)(model, **shared, **multimix_kwargs(args))

@@ -1,0 +1,222 @@
+"""One place where a run is built from its arguments."""
+import argparse
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import torch
+from timm import utils
+from timm.layers import set_fast_norm
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from torch.optim import Optimizer
+
+from .checkpoints import newest_checkpoint, resume, setup_ema
+from .checks import check_args, check_classes
+from .errors import UsageError, blame
+from .loaders import Loaders, build_datasets, build_loaders
+from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
+from .objective import build_task
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Precision:
+    """Number formats of a run.
+
+    Attributes:
+        dtype: Of model and images, None for float32.
+        autocast: Makes the context of a forward pass.
+        loss_scaler: Scales the loss of float16 training, else None.
+    """
+    dtype: torch.dtype | None
+    autocast: Callable[[], Any]
+    loss_scaler: utils.NativeScaler | None
+
+
+@dataclass
+class Run:
+    """Everything that training needs; made by build_run.
+
+    Attributes:
+        args: Arguments, by timm's names.
+        device: Device of this process.
+        precision: Number formats.
+        task: What turns a batch into a loss; owns the model.
+        loaders: Where batches come from.
+        optimizer: The optimizer, None for a run that only validates.
+        scheduler: Schedule of the learning rate; None for --sched none.
+        eval_metric: Metric that makes a checkpoint the best.
+        updates_per_epoch: Optimizer updates in an epoch.
+        start_epoch: First epoch to train.
+        num_epochs: Epochs of the schedule.
+        stop_epoch: Epoch not to train any more: num_epochs or earlier.
+        folder: Where the run writes.
+        resumed_from: Checkpoint that the run continues from, or None.
+    """
+    args: argparse.Namespace
+    device: torch.device
+    precision: Precision
+    task: TrainingTask
+    loaders: Loaders
+    optimizer: Optimizer | None = None
+    scheduler: Scheduler | None = None
+    eval_metric: str = 'loss'
+    updates_per_epoch: int = 0
+    start_epoch: int = 0
+    num_epochs: int = 0
+    stop_epoch: int = 0
+    folder: str = ''
+    resumed_from: str | None = None
+
+    @property
+    def decreasing(self) -> bool:
+        """Whether a lower metric is better."""
+        return self.eval_metric == 'loss'
+
+
+def _setup_device(args: argparse.Namespace) -> torch.device:
+    for module in args.device_modules or ():
+        with blame('--device-modules'):
+            importlib.import_module(module)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if args.fuser:
+        with blame(f'--fuser {args.fuser}'):
+            utils.set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    with blame(f'--device {args.device}'):
+        device = utils.init_distributed_device(args)
+    where = f'{args.world_size} processes, this one' if args.distributed else 'one process'
+    _logger.info(f'Training with {where} on {device}.')
+    return device
+
+
+def _setup_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
+    if dtype == torch.float16:
+        _logger.warning('--model-dtype float16 rarely trains well: bfloat16 has the range for it.')
+    if not args.amp:
+        return Precision(dtype, nullcontext, None)
+    amp_dtype = getattr(torch, args.amp_dtype)
+    needs_scaler = device.type == 'cuda' and amp_dtype == torch.float16
+    return Precision(
+        dtype,
+        partial(torch.autocast, device_type=device.type, dtype=amp_dtype),
+        utils.NativeScaler(device=device.type) if needs_scaler else None,
+    )
+
+
+def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
+    """Set args.lr from --lr-base and the batch size, unless it is given."""
+    if args.lr:
+        return
+    global_batch_size = batch_size * args.world_size * args.grad_accum_steps
+    if not args.lr_base_scale:
+        args.lr_base_scale = 'sqrt' if any(kind in args.opt.lower() for kind in ('ada', 'lamb')) else 'linear'
+    ratio = global_batch_size / args.lr_base_size
+    args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
+    _logger.info(
+        f'Learning rate {args.lr:.4g}: --lr-base {args.lr_base} for a batch of {args.lr_base_size}, scaled '
+        f'({args.lr_base_scale}) to {global_batch_size:g}.')
+
+
+def _run_folder(args: argparse.Namespace, image_size: int) -> str:
+    name = args.experiment or '-'.join(
+        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
+    return os.path.normpath(os.path.join(args.output or 'output/train', name))
+
+
+def _build_schedule(run: Run, resume_epoch: int | None) -> None:
+    args = run.args
+    with blame(f'--sched {args.sched}'):
+        run.scheduler, run.num_epochs = create_scheduler_v2(
+            run.optimizer,
+            **scheduler_kwargs(args, decreasing_metric=run.decreasing),
+            updates_per_epoch=run.updates_per_epoch,
+        )
+    if args.stop_epoch is not None and args.stop_epoch > run.num_epochs:
+        raise UsageError(f'--stop-epoch {args.stop_epoch} lies beyond the {run.num_epochs} epochs of the run.')
+    run.stop_epoch = args.stop_epoch or run.num_epochs
+    run.start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
+    if run.scheduler is not None and run.start_epoch > 0:
+        if args.sched_on_updates:
+            run.scheduler.step_update(run.start_epoch * run.updates_per_epoch)
+        else:
+            run.scheduler.step(run.start_epoch)
+
+
+def _build_training(run: Run) -> None:
+    """Optimizer, checkpoint to continue from, average of the weights, compilation, distribution, schedule."""
+    args, task = run.args, run.task
+    with blame(f'--opt {args.opt}'):
+        run.optimizer = create_optimizer_v2(
+            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    path = newest_checkpoint(run.folder) if args.resume == 'auto' else args.resume or None
+    resume_epoch = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else None
+    run.resumed_from = path
+    if args.model_ema:
+        setup_ema(args, task, path)
+    compile_task(args, task)
+    if args.distributed:
+        task.prepare_distributed(
+            device_ids=[run.device] if run.device.type != 'cpu' else None, broadcast_buffers=not args.no_ddp_bb)
+    run.updates_per_epoch = -(-len(run.loaders.train) // args.grad_accum_steps)
+    _build_schedule(run, resume_epoch)
+
+
+def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
+    """Compile what a task runs, if --torchcompile asks for it; before distribution, which stays out of the graph."""
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if task.has_ema():
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+
+
+def build_run(args: argparse.Namespace) -> Run:
+    """Build a run. Nothing is written to disk.
+
+    Args:
+        args: Arguments, from parse_args.
+
+    Returns:
+        The run, at the epoch to start or continue with; with --validate without what only training needs.
+
+    Raises:
+        UsageError: if options, data, model or checkpoint are not as they should be.
+    """
+    check_args(args)
+    device = _setup_device(args)
+    precision = _setup_precision(args, device)
+    options = model_options(args)
+    datasets = build_datasets(args, input_channels(options))
+    check_classes(args, *datasets)
+
+    utils.random_seed(args.seed, args.rank)
+    model = create_run_model(args, options)
+    data_config = resolve_data(args, model)
+    patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else None
+    model = place_model(args, model, device, precision.dtype)
+    if not args.naflex_loader:
+        check_input_sizes(args, model, data_config)
+    loaders = build_loaders(args, datasets, data_config, device, precision.dtype, patch_size)
+    _settle_learning_rate(args, loaders.batch_size)
+
+    run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders)
+    run.eval_metric = args.eval_metric if loaders.evaluation is not None else 'loss'
+    run.folder = _run_folder(args, data_config['input_size'][-1])
+    if not args.validate:
+        _build_training(run)
+    return run

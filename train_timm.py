@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Train image classifiers with timm's parts and options, and with MultiMix: `train_timm.py --multimix dense`."""
+import sys
+
+from timm_multimix.training import main
+
+if __name__ == '__main__':
+    sys.exit(main())
