@@ -348,7 +348,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         unknown = message.removeprefix('unrecognized arguments: ')
         hint = near_names(unknown.split()[0].split('=')[0], self._option_string_actions) if unknown != message else ''
-        raise UsageError(message + hint)
+        raise UsageError(f'{message}.{hint}')
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 
 from ..data import DEMOS
 from .arguments import build_parser
+from .checks import check_args
 from .errors import UsageError, near_names
 
 _logger = logging.getLogger(__name__)
@@ -98,8 +99,8 @@ def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[
     return given
 
 
-def _demo_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Without a dataset: the embedded one. For an embedded dataset: the defaults that suit it."""
+def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Without a dataset: the embedded one. For an embedded dataset: defaults that suit it, and a line that says so."""
     empty = [name for name in ('data_dir', 'dataset') if values.get(name) == '']
     named = values.get('data_dir') or values.get('dataset')
     if empty and not named:
@@ -107,17 +108,17 @@ def _demo_defaults(values: dict[str, Any]) -> dict[str, Any]:
     dataset = values.get('dataset') or ('' if named else 'demo/digits')
     demo = DEMOS.get(dataset.lower())
     if demo is None:
-        return {}
+        return {}, ''
     unset = {name: value for name, value in demo.defaults.items() if name not in values}
     if 'input_size' in values:
         unset.pop('img_size', None)
     if 'lr_base' in values:
         unset.pop('lr', None)
     shown = ' '.join(f'{name}={value}' for name, value in unset.items())
-    _logger.info(
+    note = (
         f'{"Training" if named else "No --data-dir and no --dataset: training"} on {dataset}, {demo.description}'
         f'{", with these options unless you say otherwise: " if shown else ""}{shown}')
-    return dict(unset, dataset=dataset)
+    return dict(unset, dataset=dataset), note
 
 
 def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
@@ -135,24 +136,29 @@ def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
         unless_given('decay_epochs', None)  # timm then takes a part of the schedule
     if not args.val_split:
         unless_given('eval_metric', 'loss')
-    if not args.device_modules and args.device.startswith('cuda') and not torch.cuda.is_available():
-        if 'device' in values:
-            raise UsageError(f'--device {args.device}: no CUDA device is available. Try --device cpu.')
-        args.device = 'cpu'
-        _logger.info('No CUDA device: training on the CPU.')
     for flag, loss in (('jsd_loss', 'jsd'), ('bce_loss', 'bce')):
         if getattr(args, flag):
             if args.loss not in (None, loss):
                 raise UsageError(f'--{flag.replace("_", "-")} contradicts --loss {args.loss}.')
             args.loss = loss
     if args.bce_pos_weight is not None:
-        if args.loss_pos_weight is not None:
+        if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
             raise UsageError('--bce-pos-weight and --loss-pos-weight are two names for one thing: give one of them.')
         args.loss_pos_weight = str(args.bce_pos_weight)
 
 
+def _settle_device(args: argparse.Namespace, is_given: bool) -> str:
+    """Take the CPU where there is no CUDA, unless the user asked for it; returns a line that says so."""
+    if args.device_modules or not args.device.startswith('cuda') or torch.cuda.is_available():
+        return ''
+    if is_given:
+        raise UsageError(f'--device {args.device}: no CUDA device is available. Try --device cpu.')
+    args.device = 'cpu'
+    return 'No CUDA device: training on the CPU.'
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line and the YAML file that it names; the command line wins.
+    """Parse and check the command line and the YAML file that it names; the command line wins.
 
     Args:
         argv: Command line, by default that of the process.
@@ -161,7 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         The arguments of a run, by timm's names.
 
     Raises:
-        UsageError: if an option or a value in the file is not one.
+        UsageError: if an option, a value or a combination of them is wrong.
     """
     parser = build_parser()
     given = _given(parser, argv)
@@ -170,6 +176,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if values.get('data'):
         values.setdefault('data_dir', values['data'])
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name != 'config'}
-    args = argparse.Namespace(**{**defaults, **_demo_defaults(values), **values})
+    demo, demo_note = _demo_defaults(values)
+    args = argparse.Namespace(**{**defaults, **demo, **values})
     _settle(args, values)
+    device_note = _settle_device(args, 'device' in values)
+    check_args(args)
+    for note in filter(None, (demo_note, device_note)):
+        _logger.info(note)
     return args

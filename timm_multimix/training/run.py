@@ -21,7 +21,7 @@ from timm.task import TrainingTask
 from torch.optim import Optimizer
 
 from .checkpoints import newest_checkpoint, resume, setup_ema
-from .checks import check_args, check_classes
+from .checks import check_classes
 from .errors import UsageError, blame
 from .loaders import Loaders, build_datasets, build_loaders
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
@@ -197,7 +197,6 @@ def build_run(args: argparse.Namespace) -> Run:
     Raises:
         UsageError: if options, data, model or checkpoint are not as they should be.
     """
-    check_args(args)
     device = _setup_device(args)
     precision = _setup_precision(args, device)
     options = model_options(args)

@@ -1,0 +1,74 @@
+"""The embedded digits, and timm's dataset protocol."""
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from timm.data import create_loader
+
+from timm_multimix.data import DEMOS, DigitsDataset, create_dataset
+
+
+@pytest.fixture(scope='module')
+def splits():
+    return DigitsDataset('train'), DigitsDataset('validation')
+
+
+def test_split_is_fixed_and_complete(splits):
+    train, validation = splits
+    assert (len(train), len(validation)) == (1442, 355)
+    indices = np.concatenate([train.indices, validation.indices])
+    assert sorted(indices) == list(range(1797))
+    assert validation.indices[:5].tolist() == [33, 36, 37, 40, 44]
+
+
+def test_split_is_stratified(splits):
+    for dataset in splits:
+        counts = Counter(dataset.targets)
+        assert set(counts) == set(range(10)) and max(counts.values()) - min(counts.values()) <= 8
+
+
+def test_images_are_the_digits(splits):
+    digits = load_digits()
+    image, target = splits[0][100]
+    index = splits[0].indices[100]
+    assert target == digits.target[index] and image.mode == 'RGB' and image.size == (32, 32)
+    small = np.asarray(image.convert('L').resize((8, 8)), dtype=float) / 255 * 16
+    assert np.corrcoef(small.ravel(), digits.images[index].ravel())[0, 1] > 0.95
+    assert splits[0].filename(100) == f'{target}/{index:04d}.png'
+    assert splits[0].filenames(basename=True)[100] == f'{index:04d}.png'
+
+
+@pytest.mark.parametrize('is_training', [True, False])
+def test_works_with_timms_loader(is_training):
+    dataset = create_dataset('demo/digits', split='train' if is_training else 'val', input_img_mode='L')
+    loader = create_loader(
+        dataset, (1, 48, 48), 16, is_training=is_training, mean=(0.5,), std=(0.5,), num_workers=0,
+        device=torch.device('cpu'))
+    images, target = next(iter(loader))
+    assert images.shape == (16, 1, 48, 48) and images.dtype == torch.float32 and target.dtype == torch.int64
+
+
+def test_target_transform():
+    dataset = create_dataset('demo/digits', split='train', target_transform=lambda target: target + 100)
+    assert dataset[0][1] >= 100
+
+
+def test_unknown_names_and_splits():
+    with pytest.raises(ValueError, match='demo/digits'):
+        create_dataset('demo/letters')
+    with pytest.raises(ValueError, match='validation'):
+        create_dataset('demo/digits', split='third')
+
+
+def test_other_names_are_timms(tmp_path):
+    with pytest.raises(RuntimeError, match='0 images'):
+        create_dataset('', root=str(tmp_path))
+
+
+def test_demo_defaults_are_options():
+    from timm_multimix.training.arguments import build_parser
+    names = {action.dest for action in build_parser()._actions}
+    for demo in DEMOS.values():
+        assert set(demo.defaults) <= names

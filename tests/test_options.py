@@ -1,0 +1,88 @@
+"""The MultiMix options: what they parse to, and that defaults are defined once."""
+import argparse
+import inspect
+
+import pytest
+import timm
+import yaml
+
+from timm_multimix.losses import MultiMixLoss
+from timm_multimix.options import add_multimix_args, multimix_kwargs
+from timm_multimix.task import MultiMixTask
+
+OPTIONS = {
+    '--multimix', '--multimix-n', '--multimix-alpha', '--multimix-tuple-length', '--multimix-attention',
+    '--multimix-attention-norm', '--multimix-attention-grad', '--no-multimix-balance', '--multimix-pooled-weight',
+    '--multimix-clean-weight', '--multimix-logit-scale', '--multimix-start-epoch', '--multimix-off-epoch',
+}
+
+
+def _parser():
+    parser = argparse.ArgumentParser()
+    add_multimix_args(parser)
+    return parser
+
+
+def _kwargs(*argv):
+    return multimix_kwargs(_parser().parse_args(argv))
+
+
+def test_all_options_are_there_and_explained():
+    actions = [action for action in _parser()._actions if action.dest != 'help']
+    assert {name for action in actions for name in action.option_strings} == OPTIONS
+    assert all(len(action.help) > 30 for action in actions)
+    _parser().format_help()
+
+
+def test_defaults_are_those_of_the_classes():
+    """No default is written twice: parsing nothing gives what the classes do by themselves."""
+    kwargs = _kwargs()
+    assert kwargs.pop('mode') == 'off'
+    defaults = {}
+    for owner in (MultiMixLoss, MultiMixTask):
+        defaults.update((name, p.default) for name, p in inspect.signature(owner).parameters.items())
+    assert kwargs == {name: defaults[name] for name in kwargs}
+
+
+def test_every_option_reaches_its_argument():
+    kwargs = _kwargs(
+        '--multimix', 'dense', '--multimix-n', '7', '--multimix-alpha', '0.1', '3', '--multimix-tuple-length', '2',
+        '--multimix-attention', 'cam', '--multimix-attention-norm', 'softmax', '--multimix-attention-grad',
+        '--no-multimix-balance', '--multimix-pooled-weight', '0.25', '--multimix-clean-weight', '0.125',
+        '--multimix-logit-scale', '2', '--multimix-start-epoch', '4', '--multimix-off-epoch', '9')
+    assert kwargs == dict(
+        mode='dense', num_mixes=7, alpha=(0.1, 3.0), tuple_length=2, attention='cam', attention_norm='softmax',
+        attention_grad=True, balance=False, pooled_weight=0.25, clean_weight=0.125, logit_scale=2.0, start_epoch=4,
+        off_epoch=9)
+    task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
+    assert (task.mode, task.start_epoch, task.off_epoch, task.active) == ('dense', 4, 9, False)
+    for name in ('num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance',
+                 'pooled_weight', 'clean_weight', 'logit_scale'):
+        assert getattr(task.loss, name) == kwargs[name], name
+
+
+@pytest.mark.parametrize('alpha', [['1'], ['0.5', '2']])
+def test_alpha_is_one_number_or_two(alpha):
+    kwargs = _kwargs('--multimix', 'pooled', '--multimix-alpha', *alpha)
+    task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
+    assert task.loss.alpha == (float(alpha[0]), float(alpha[-1]))
+
+
+@pytest.mark.parametrize('argv', [
+    ['--multimix', 'sparse'], ['--multimix-attention', 'all'], ['--multimix-n', '1.5'],
+    ['--multimix-attention-norm', 'l2'],
+])
+def test_wrong_values_are_refused(argv):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(argv)
+
+
+def test_options_that_a_parser_has_already_clash():
+    with pytest.raises(argparse.ArgumentError):
+        add_multimix_args(_parser())
+
+
+def test_round_trip_through_yaml():
+    args = _parser().parse_args(['--multimix', 'dense', '--multimix-alpha', '1'])
+    again = argparse.Namespace(**yaml.safe_load(yaml.safe_dump(vars(args))))
+    assert multimix_kwargs(again) == multimix_kwargs(args)
