@@ -13,6 +13,7 @@ best mean validation accuracy over the seeds is reported, on the test images, as
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from timm_multimix import MultiMixLoss, manifold_mixup_weights, multimix_cross_entropy
+from timm_multimix import MultiMixLoss, attach, manifold_mixup_weights, multimix_cross_entropy
 from timm_multimix.losses import MultiMixOutput
 
 NUM_TRAIN, NUM_VALIDATION = 300, 500
@@ -132,6 +133,9 @@ def main() -> None:
     for name, lr, seed in tqdm(runs, desc='runs', disable=None):
         model = train(METHODS[name], data['train'], args, lr, seed)
         scores.setdefault((name, lr), []).append({split: evaluate(model, *data[split]) for split in data})
+        if not sys.stderr.isatty():
+            accuracy = scores[name, lr][-1]['validation'][0]
+            print(f'{name}, lr {lr:g}, seed {seed}: validation accuracy {accuracy:.2f} %', file=sys.stderr, flush=True)
     print(f'{args.model}, {args.image_size} px, {args.epochs} epochs, {args.opt}, n = {args.seeds} seeds, '
           f'{len(data["test"][1])} test images, lr from {args.lr} by validation accuracy\n')
     print('| method | lr | test accuracy % | test NLL |\n|---|---|---|---|')

@@ -248,8 +248,8 @@ def test_autocast_changes_nothing():
 
 
 def test_float16_gradient_is_scaled_before_it_is_cast():
-    logits = torch.randn(64, 16, 10).half().requires_grad_()
-    target, weights = torch.randint(10, (64,)), sample_weights(200, 64, 16)
+    logits = torch.randn(256, 49, 10).half().requires_grad_()  # gradients near the smallest of float16
+    target, weights = torch.randint(10, (256,)), sample_weights(100, 256, 49)
     (multimix_cross_entropy(logits, target, weights, balance=False) * 2 ** 16).backward()
     expected = literal_gradient(
         logits.detach().double(), reference.one_hot(target, 10, torch.float64), weights.double()) * 2 ** 16
@@ -290,6 +290,28 @@ def test_result_does_not_depend_on_the_tile_size(tile_size):
     output = MultiMixOutput(dense[:, 0], dense)
     torch.testing.assert_close(
         drawn(output, target, num_mixes=1500), drawn(output, target, num_mixes=1500, tile_size=tile_size))
+
+
+def test_tile_size_bounds_memory():
+    logits, target = torch.randn(16, 100), torch.randint(100, (16,))
+    def step(tile_size):
+        return lambda: MultiMixLoss(4096, tile_size=tile_size)(logits, target)
+    assert peak_memory(step(64)) < 0.5 * peak_memory(step(4096))
+
+
+def test_attention_gradient_is_that_of_all_blocks():
+    # Large enough that weights are drawn in several blocks, of positions and of rows.
+    dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
+    attention = torch.rand(300, 3, dtype=torch.float64).add_(0.1).requires_grad_()
+    def loss(attention):
+        criterion = MultiMixLoss(
+            1500, pooled_weight=0.0, attention_grad=True, generator=torch.Generator().manual_seed(0))
+        return criterion(MultiMixOutput(dense[:, 0], dense, attention), target)
+    direction = torch.randn(300, 3, dtype=torch.float64)
+    grad, = torch.autograd.grad(loss(attention), attention)
+    with torch.no_grad():
+        expected = (loss(attention + 1e-6 * direction) - loss(attention - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((grad * direction).sum(), expected, rtol=1e-5, atol=1e-10)
 
 
 def test_terms_are_combined_by_their_weights(output):
