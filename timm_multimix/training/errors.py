@@ -31,7 +31,7 @@ def blame(what: str) -> Iterator[None]:
         yield
     except _LIBRARY_ERRORS as error:
         _logger.debug('', exc_info=True)
-        text = str(error) or type(error).__name__
+        text = str(error) or f'refused ({type(error).__name__}).'
         raise UsageError(f'{what}: {text}') from error
 
 

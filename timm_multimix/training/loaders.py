@@ -235,7 +235,7 @@ def build_loaders(
     own = _train_options(args, data_config)
     patch_size = patch_size or _DEFAULT_PATCH_SIZE
     mixup_fn, batch_size = None, float(args.batch_size)
-    with blame('Training data options'):
+    with blame(f'Loader options{f" such as --aa {args.aa}" if args.aa else ""}'):
         if args.naflex_loader:
             loader = _naflex_train_loader(args, train, patch_size, shared, own)
         else:
@@ -248,7 +248,7 @@ def build_loaders(
             f'{args.batch_size}. Lower --batch-size.')
     loader_eval = None
     if evaluation is not None:
-        with blame('Validation data options'):
+        with blame('Loader options of validation'):
             loader_eval = _evaluation_loader(
                 args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
     return Loaders(loader, loader_eval, mixup_fn, batch_size)

@@ -131,7 +131,7 @@ def _save_images(run: Run, input: Any, batch: int) -> None:
     torchvision.utils.save_image(input, path, padding=0, normalize=True)
 
 
-def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None) -> dict[str, float]:
+def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None) -> tuple[dict[str, float], float]:
     """Train for one epoch.
 
     Args:
@@ -140,7 +140,7 @@ def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None
         saver: Writes recovery checkpoints; None on all processes but the first.
 
     Returns:
-        Averages over the epoch: 'loss', its parts, and 'top1' where targets are classes.
+        Averages over the epoch ('loss', its parts, and 'top1' where targets are classes), and images per second.
     """
     args, loader = run.args, run.loaders.train
     _begin_epoch(run, epoch)
@@ -173,7 +173,7 @@ def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None
         images_per_second = reporter.close()
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
-    return {**averages.compute(args.distributed), 'images_per_second': images_per_second}
+    return averages.compute(args.distributed), images_per_second
 
 
 @torch.inference_mode()

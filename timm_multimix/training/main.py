@@ -102,7 +102,7 @@ def _shown(metrics: dict[str, float]) -> str:
 
 def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
     # Parts that are absent in some epochs keep their column, or rows would not fit the header.
-    parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name != 'loss'])
+    parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name not in ('loss', 'top1')])
     columns = dict.fromkeys(['loss', *parts, *(['top1'] if run.args.task == 'classification' else [])])
     utils.update_summary(
         epoch,
@@ -123,8 +123,8 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
     if done % run.args.val_interval == 0 or done == run.stop_epoch or is_milestone:
         eval_metrics = _validate_epoch(run)
         metric = (eval_metrics or train_metrics)[run.eval_metric]
-        _logger.info(f'Epoch {epoch}: training {_shown(train_metrics)}' + (
-            f'   validation {_shown(eval_metrics)}' if eval_metrics else ''))
+        if eval_metrics is not None:
+            _logger.info(f'Epoch {epoch}: validation  {_shown(eval_metrics)}')
         if saver is not None:
             _write_summary(run, epoch, train_metrics, eval_metrics, log_wandb)
             saver.save_checkpoint(epoch, metric=metric)
@@ -165,7 +165,8 @@ def fit(run: Run, args_text: str) -> None:
     epoch = run.start_epoch
     try:
         for epoch in range(run.start_epoch, run.stop_epoch):
-            train_metrics = train_epoch(run, epoch, saver)
+            train_metrics, images_per_second = train_epoch(run, epoch, saver)
+            _logger.info(f'Epoch {epoch}: training  {_shown(train_metrics)}  ({images_per_second:.1f} images/s)')
             _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
     except KeyboardInterrupt:
         _interrupt(run, epoch, saver)

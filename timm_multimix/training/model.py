@@ -85,7 +85,7 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     Raises:
         UsageError: if --mean or --std do not fit the channels.
     """
-    with blame('--mean, --std or --input-size'):
+    with blame('--mean and --std take one value, or one for each channel'):
         config = resolve_data_config(vars(args), model=model)
     _logger.info(f'Input {" x ".join(map(str, config["input_size"]))}, crop {config["crop_pct"]}, '
                  f'{config["interpolation"]}, mean {config["mean"]}, std {config["std"]}.')

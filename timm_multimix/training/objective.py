@@ -1,5 +1,6 @@
 """The training task of a run: timm's, or MultiMix's in its place."""
 import argparse
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -107,6 +108,17 @@ def build_task(
     # Two steps, so that each error names its cause.
     with blame(f'--loss {args.loss or "(default)"}'):
         (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
-    pooled = '' if args.multimix == 'pooled' else ' (--multimix pooled asks less of a model)'
-    with blame(f'--multimix {args.multimix}{pooled}'):
-        return (MultiLabelMultiMixTask if multi_label else MultiMixTask)(model, **shared, **multimix_kwargs(args))
+    with blame(f'--multimix {args.multimix}'):
+        return _multimix_task(MultiLabelMultiMixTask if multi_label else MultiMixTask, model, shared, args)
+
+
+def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace):
+    options = multimix_kwargs(args)
+    try:
+        return task_cls(model, **shared, **options)
+    except (ValueError, TypeError) as error:
+        if args.multimix == 'dense':
+            with suppress(ValueError, TypeError):
+                task_cls(model, **shared, **{**options, 'mode': 'pooled'})
+                raise UsageError(f'--multimix dense: {error} (--multimix pooled takes this model as it is.)') from error
+        raise

@@ -1,0 +1,221 @@
+"""The training script from its command line to its files, on tiny images."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from timm_multimix.training import loop
+
+pytest_plugins = ['training_helpers']
+
+SCRIPT = Path(__file__).parent.parent / 'train_timm.py'
+
+
+@pytest.mark.parametrize('mode', ['off', 'pooled', 'dense'])
+def test_trains_and_writes_what_timm_writes(script, image_folder, mode):
+    assert script.train(image_folder, multimix=mode, epochs=3, seed=1) == 0, script.text
+    folder = script.run_folder()
+    assert {path.name for path in folder.iterdir()} == {
+        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
+        *(f'checkpoint-{epoch}.pth.tar' for epoch in range(3))}
+    rows = script.summary()
+    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    parts = {'off': [], 'pooled': ['train_pooled'], 'dense': ['train_dense', 'train_pooled']}[mode]
+    assert list(rows[0]) == ['epoch', 'train_loss', *parts, 'train_top1', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert all(float(row[name]) >= 0 for row in rows for name in ('train_top1', *parts))
+    assert float(rows[-1]['train_top1']) > 60
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert args['multimix'] == mode and args['experiment'] == 'run'
+    checkpoint = script.checkpoint()
+    assert {'epoch', 'arch', 'optimizer', 'state_dict', 'metric', 'version', 'args'} <= set(checkpoint)
+    timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'last.pth.tar'))
+
+
+def test_says_where_the_best_is_and_validates_it(script, image_folder):
+    script.train(image_folder, multimix='dense', epochs=2)
+    best = max(float(row['eval_top1']) for row in script.summary())
+    assert f'Best top1: {best:.4g}' in script.text
+    command = script.lines[-1].split()
+    assert command[0] == 'python' and command[-2] == '--validate' and Path(command[-1]).is_file()
+    before = script.written()
+    assert script(*command[2:]) == 0, script.text
+    assert f'top1 {best:.4g}' in script.lines[-1]
+    assert script.written() == before
+
+
+def test_log_lines_show_what_matters(script, image_folder):
+    script.train(image_folder, multimix='dense', log_interval=1)
+    lines = [line for line in script.lines if line.startswith('Train: 0 [')]
+    assert len(lines) == 3
+    for word in ('Loss:', 'dense:', 'pooled:', 'Acc@1:', '/s', 'LR: 1.000e-02'):
+        assert word in lines[0]
+    if not torch.cuda.is_available():
+        assert 'No CUDA device: training on the CPU.' in script.lines
+
+
+def test_embedded_digits_without_any_data(script):
+    assert script(
+        '--model', 'test_resnet', '--multimix', 'dense', '--img-size', '32', '--epochs', '1', '--experiment', 'run',
+        '-b', '128', '--multimix-n', '50') == 0
+    assert script.lines[0].startswith('No --data-dir and no --dataset: training on demo/digits')
+    assert ' epochs' not in script.lines[0] and 'lr=0.001' in script.lines[0]
+    assert script.checkpoint()['state_dict']['fc.weight'].shape[0] == 10
+
+
+def test_resume_in_place_continues_the_run(script, image_folder):
+    """Stopped after two epochs and continued: the same files, one history."""
+    options = dict(multimix='dense', epochs=4, resume='auto', checkpoint_hist=2, opt='adamw', lr=1e-3)
+    script.train(image_folder, **options, stop_epoch=2)
+    assert len(script.summary()) == 2 and script.checkpoint()['epoch'] == 1
+    script.train(image_folder, **options)
+    assert 'with epoch 2.' in script.text
+    rows = script.summary()
+    assert [row['epoch'] for row in rows] == ['0', '1', '2', '3'] and script.checkpoint()['epoch'] == 3
+    assert len(list(script.run_folder().glob('checkpoint-*'))) == 2
+    best = max(range(4), key=lambda epoch: (float(rows[epoch]['eval_top1']), -epoch))
+    assert script.checkpoint('model_best.pth.tar')['epoch'] == best
+    script.train(image_folder, **options)  # nothing is left to do
+    assert len(script.summary()) == 4
+
+
+def test_resume_from_a_file_into_a_new_folder(script, image_folder):
+    script.train(image_folder, '--model-ema', epochs=1, experiment='first')
+    script.train(image_folder, '--model-ema', epochs=2, resume=script.run_folder('first') / 'last.pth.tar')
+    assert [row['epoch'] for row in script.summary()] == ['1']
+    assert 'state_dict_ema' in script.checkpoint()
+
+
+def test_new_run_in_an_old_folder_starts_its_summary_anew(script, image_folder):
+    script.train(image_folder, epochs=2)
+    script.train(image_folder, epochs=1)
+    assert len(script.summary()) == 1
+
+
+def test_milestones_and_validation_interval(script, image_folder):
+    script.train(image_folder, epochs=5, val_interval=4, save_epochs=2)
+    assert [row['epoch'] for row in script.summary()] == ['1', '3', '4']
+    assert script.checkpoint('milestone-2.pth.tar')['epoch'] == 1
+
+
+def test_multimix_epochs(script, image_folder):
+    """MultiMix comes and goes; the summary keeps its columns."""
+    script.train(image_folder, multimix='dense', epochs=3, multimix_start_epoch=1, multimix_off_epoch=2)
+    rows = script.summary()
+    assert [bool(row['train_dense']) for row in rows] == [False, True, False]
+    assert all(float(row['lr']) > 0 for row in rows)
+
+
+def test_no_accuracy_on_soft_targets(script, image_folder):
+    script.train(image_folder, multimix='dense', mixup=0.2)
+    assert script.summary()[0]['train_top1'] == '' and 'Acc@1' not in script.text
+
+
+def test_interruption_loses_nothing(script, image_folder, monkeypatch):
+    """Ctrl-C in the middle of an epoch: a checkpoint, the command that continues, and the epoch begun again."""
+    steps = []
+    train_step = loop._train_step
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 5:  # the second of three in epoch 1
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    monkeypatch.setattr(loop, '_train_step', interrupted)
+    assert script.train(image_folder, multimix='dense', epochs=3) == 130
+    assert 'Traceback' not in script.text and 'Stopped in epoch 1' in script.text
+    recovery, = script.run_folder().glob('recovery-1-*.pth.tar')
+    state, last = script.checkpoint(recovery.name), script.checkpoint()
+    assert any(not torch.equal(state['state_dict'][key], last['state_dict'][key]) for key in last['state_dict'])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert script(*script.lines[-1].split()[2:]) == 0, script.text
+    assert f'Continuing from {recovery.relative_to(script.folder)} with epoch 1.' in script.text
+    assert [row['epoch'] for row in script.summary()] == ['0', '1', '2']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_interrupted_process_ends_cleanly(tmp_path, image_folder):
+    command = [
+        sys.executable, str(SCRIPT), '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32',
+        '-b', '8', '--epochs', '100000', '-j', '1', '--experiment', 'run', '--log-interval', '1']
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith('Train: 1'):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and 'Traceback' not in rest, rest
+    assert '--resume auto' in rest.splitlines()[-1]
+    assert (tmp_path / 'output' / 'train' / 'run' / 'last.pth.tar').is_file()
+
+
+COMPOSITIONS = {
+    'mixup': dict(mixup=0.2, cutmix=1.0),
+    'mixup on the device': ('--no-prefetcher', dict(mixup=0.2)),
+    'no prefetcher': ('--no-prefetcher', {}),
+    'smoothing': dict(smoothing=0.2),
+    'bce': dict(loss='bce'),
+    'bce with mixup, thresholds and sums': ('--bce-loss', '--bce-sum', dict(mixup=0.2, bce_target_thresh=0.2)),
+    'ema': ('--model-ema', '--model-ema-warmup', {}),
+    'amp': ('--amp', '--channels-last', dict(amp_dtype='bfloat16')),
+    'bfloat16 model': dict(model_dtype='bfloat16', opt='adamw'),
+    'accumulation and clipping': dict(grad_accum_steps=2, clip_grad=1.0),
+    'agc': dict(clip_grad=0.1, clip_mode='agc'),
+    'updates': ('--sched-on-updates', dict(sched='wsd', epochs=2)),
+    'scheduled sizes': (
+        '--train-img-sizes', 32, 64, '--train-batch-sizes', 8, 4, dict(variable_batch_loss_scale='linear')),
+    'augmentation splits': ('--split-bn', dict(aug_splits=2, aa='rand-m3')),
+    'clean loss': dict(multimix_clean_weight=0.5),
+    'class attention': dict(multimix_attention='cam'),
+    'literal gradient': ('--no-multimix-balance', dict(multimix_tuple_length=2)),
+    'compiled': dict(torchcompile='eager'),
+    'convnext': dict(model='test_convnext'),
+    'vit': dict(model='test_vit', layer_decay=0.75, opt='adamw', drop_path=0.1),
+    'layer decay with lookahead': dict(opt='lookahead_adamw', lr=1e-3),
+    'checkpointing': ('--grad-checkpointing', {}),
+}
+
+
+@pytest.mark.parametrize('mode', ['off', 'dense'])
+@pytest.mark.parametrize('options', COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_composes_with(script, image_folder, options, mode):
+    *flags, options = options if isinstance(options, tuple) else (options,)
+    if mode == 'off':
+        options = {name: value for name, value in options.items() if not name.startswith('multimix')}
+    assert script.train(image_folder, *flags, multimix=mode, **options) == 0, script.text
+    loss = float(script.summary()[-1]['train_loss'])
+    assert 0 < loss < 20
+    assert ('train_dense' in script.summary()[-1]) == (mode == 'dense')
+
+
+def test_training_is_the_same_for_the_same_seed(script, image_folder):
+    losses = []
+    for seed in (1, 1, 2):
+        script.train(image_folder, multimix='dense', seed=seed, experiment=f'run{len(losses)}')
+        losses.append(script.summary(f'run{len(losses)}')[0]['train_loss'])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_time_goes_to_training_not_to_waiting(script, image_folder, monkeypatch):
+    """Between log lines no value is fetched from the device: that would stop a GPU in every step."""
+    fetched = []
+    compute = loop.Averages.compute
+    monkeypatch.setattr(loop.Averages, 'compute', lambda self, *args: fetched.append(1) or compute(self, *args))
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, 'item', lambda self: fetched.append(1) or item(self))
+    started = time.perf_counter()
+    script.train(image_folder, batch_size=2, log_interval=1000, val_split='')
+    assert time.perf_counter() - started < 60
+    # 12 updates: the first and the last are reported, then the epoch; a handful of items are the optimizer's.
+    assert len(fetched) <= 8, len(fetched)

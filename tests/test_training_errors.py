@@ -1,0 +1,129 @@
+"""Mistakes end in one line that says what to do, with status 2, before anything is written."""
+import pytest
+import timm
+import torch
+from training_helpers import make_images
+
+pytest_plugins = ['training_helpers']
+
+WRONG_OPTIONS = {
+    'misspelt option': (['--multimx', 'dense'], 'Did you mean --multimix'),
+    'misspelt model': (['--model', 'resnt50'], 'Did you mean resnet50'),
+    'model by path': (['--model', 'timm/resnet50'], 'hf-hub:timm/resnet50'),
+    'wrong choice': (['--multimix', 'sparse'], 'invalid choice'),
+    'wrong number': (['--lr', 'fast'], 'invalid float'),
+    'batch of one': (['--multimix', 'dense', '-b', '1'], '--batch-size'),
+    'scheduled batch of one': (
+        ['--multimix', 'dense', '--train-img-sizes', '32', '64', '--train-batch-sizes', '8', '1'], '--batch-size'),
+    'long tuples': (['--multimix', 'pooled', '--multimix-tuple-length', '9', '-b', '8'], 'batch size 8, got 9'),
+    'bad share': (['--multimix', 'dense', '--multimix-clean-weight', '2'], 'clean_weight'),
+    'bad alpha': (['--multimix', 'dense', '--multimix-alpha', '2', '1'], 'alpha'),
+    'no epoch left': (['--multimix', 'dense', '--multimix-start-epoch', '2', '--multimix-off-epoch', '1'], 'off_epoch'),
+    'MultiMix with TorchScript': (['--multimix', 'dense', '--torchscript'], 'torchcompile'),
+    'MultiMix with distillation': (['--multimix', 'dense', '--kd-model-name', 'resnet18'], 'distillation'),
+    'MultiMix with NaFlex': (['--multimix', 'dense', '--naflex-loader'], 'padding'),
+    'MultiMix with JSD': (['--multimix', 'dense', '--jsd-loss', '--aug-splits', '2'], 'jsd'),
+    'MultiMix with an asymmetric loss': (['--multimix', 'dense', '--loss', 'asl'], 'AsymmetricLoss'),
+    'missing folder': (['--data-dir', 'nowhere'], 'nowhere: no such folder'),
+    'empty folder name': (['--data-dir', ''], 'embedded digits'),
+    'unknown dataset': (['--dataset', 'cifar10'], 'torch/'),
+    'unknown demo': (['--dataset', 'demo/letters'], 'demo/digits'),
+    'class count': (['--num-classes', '7'], '10 classes'),
+    'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),
+    'missing checkpoint': (['--resume', 'nothing.pth.tar'], 'nothing.pth.tar'),
+    'missing weights': (['--initial-checkpoint', 'nothing.pth'], 'nothing.pth'),
+    'nothing to resume': (['--resume', 'auto'], '--experiment'),
+    'unknown optimizer': (['--model', 'test_resnet', '--opt', 'sdg'], 'sdg'),
+    'unknown schedule': (['--model', 'test_resnet', '--sched', 'cosin'], 'cosin'),
+    'unknown model argument': (['--model', 'test_resnet', '--model-kwargs', 'deep=3'], 'deep'),
+    'unknown metric': (['--eval-metric', 'top3'], 'top1'),
+    'unknown augmentation': (['--model', 'test_resnet', '--aa', 'rnd-m9'], '--aa rnd-m9'),
+    'unknown crop': (['--train-crop-mode', 'x'], 'rkrc'),
+    'late stop': (['--model', 'test_resnet', '--epochs', '2', '--stop-epoch', '3'], 'stop-epoch'),
+    'jsd without splits': (['--jsd-loss'], '--aug-splits'),
+    'two losses': (['--bce-loss', '--loss', 'asl'], '--loss asl'),
+    'image smaller than a patch': (['--model', 'test_vit', '--img-size', '8'], '8'),
+    'size that the model refuses': (
+        ['--model', 'test_vit', '--img-size', '40', '--model-kwargs', 'img_size=32'], 'img'),
+    'mean of too many channels': (['--model', 'test_resnet', '--mean', '1', '2'], '--mean'),
+    'class token without one': (
+        ['--model', 'test_resnet', '--multimix', 'dense', '--multimix-attention', 'token'], 'class token'),
+    'batch larger than the data': (['--model', 'test_resnet', '-b', '2000'], '--batch-size'),
+    'zero epochs': (['--epochs', '0'], '--epochs'),
+}
+
+
+@pytest.mark.parametrize('argv,word', WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_mistake_ends_in_one_line(script, argv, word):
+    assert script(*argv) == 2
+    errors = [line for line in script.lines if line.startswith('ERROR')]
+    assert len(errors) == 1 and script.lines[-1] == errors[0], script.text
+    assert word in errors[0]
+    assert 'Traceback' not in script.text
+    assert script.written() == []
+
+
+def test_cuda_that_is_not_there(script):
+    if torch.cuda.is_available():
+        pytest.skip('there is one')
+    assert script('--device', 'cuda') == 2
+    assert '--device cpu' in script.text
+
+
+@pytest.fixture
+def mistake(script, tmp_path):
+    """Expects one error line about a folder of images."""
+    def check(word, *argv, classes=('a', 'b'), **options):
+        make_images(tmp_path / 'data' / 'train', classes)
+        assert script.train(tmp_path / 'data', *argv, **options) == 2, script.text
+        assert word in script.lines[-1] and script.lines[-1].startswith('ERROR'), script.text
+        assert script.written() == []
+    return check
+
+
+def test_folder_without_images(script, tmp_path):
+    (tmp_path / 'data').mkdir()
+    assert script.train(tmp_path / 'data') == 2
+    assert '0 images' in script.lines[-1]
+
+
+def test_single_class(mistake):
+    mistake('single class', classes=['a'])
+
+
+def test_splits_that_disagree(mistake, tmp_path):
+    make_images(tmp_path / 'data' / 'validation', ['a', 'c'])
+    mistake('different classes')
+
+
+def test_number_of_classes_that_disagrees(mistake):
+    mistake('has 2 classes', num_classes=5)
+
+
+def test_checkpoint_that_is_none(mistake, tmp_path):
+    path = tmp_path / 'junk.pth.tar'
+    path.write_bytes(b'not a checkpoint')
+    mistake('junk.pth.tar', resume=path)
+
+
+def test_checkpoint_that_holds_code(mistake, tmp_path):
+    torch.save({'state_dict': print}, tmp_path / 'evil.pth.tar')
+    mistake('evil.pth.tar', resume=tmp_path / 'evil.pth.tar')
+
+
+@pytest.mark.parametrize('option', ['resume', 'initial_checkpoint'])
+def test_checkpoint_of_another_model(mistake, tmp_path, option):
+    torch.save({'state_dict': timm.create_model('test_vit').state_dict()}, tmp_path / 'vit.pth.tar')
+    mistake('--model' if option == 'initial_checkpoint' else 'does not fit', **{option: tmp_path / 'vit.pth.tar'})
+
+
+def test_output_that_cannot_be_written(script, image_folder):
+    (script.folder / 'file').write_text('')
+    assert script.train(image_folder, output='file') == 2
+    assert 'not a folder' in script.lines[-1]
+
+
+def test_validation_on_training_images_is_told(script, tmp_path):
+    make_images(tmp_path / 'data' / 'train', ['a', 'b'])
+    assert script.train(tmp_path / 'data') == 0
+    assert 'sees the training images' in script.text

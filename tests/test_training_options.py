@@ -1,0 +1,131 @@
+"""The script's parser, held to the facts of timm's, and its YAML files."""
+import argparse
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+from timm.utils import ParseKwargs
+
+from timm_multimix.training.arguments import build_parser
+from timm_multimix.training.config import parse_args
+from timm_multimix.training.errors import UsageError
+
+pytest_plugins = ['training_helpers']
+
+with open(Path(__file__).parent / 'timm_options.csv', newline='') as _file:
+    TIMM_OPTIONS = list(csv.DictReader(_file))
+
+
+def _facts(action: argparse.Action) -> dict[str, str]:
+    flag, pairs = isinstance(action, argparse._StoreTrueAction), isinstance(action, ParseKwargs)
+    kind = 'flag' if flag else 'pairs' if pairs else (action.type or str).__name__
+    return dict(
+        names=' '.join(action.option_strings) or action.dest,
+        type=kind,
+        nargs='' if flag or action.nargs is None else str(action.nargs),
+        default=repr(action.default),
+        const='' if flag or action.const is None else repr(action.const),
+        choices=' '.join(action.choices or ()),
+    )
+
+
+@pytest.mark.parametrize('facts', TIMM_OPTIONS, ids=[facts['names'].split()[-1] for facts in TIMM_OPTIONS])
+def test_option_is_timms(facts):
+    actions = [action for action in build_parser()._actions if _facts(action)['names'] == facts['names']]
+    assert len(actions) == 1, f'no option {facts["names"]}'
+    assert _facts(actions[0]) == facts
+
+
+def test_all_options_explain_themselves():
+    for action in build_parser()._actions:
+        assert action.help, action.dest
+    assert '--multimix {off,pooled,dense}' in build_parser().format_help()
+
+
+@pytest.fixture
+def parse(tmp_path, image_folder):
+    def run(config=None, *argv):
+        if config is not None:
+            path = tmp_path / 'config.yaml'
+            path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+            argv = ('--config', str(path), *argv)
+        return parse_args(['--data-dir', str(image_folder), *argv])
+    return run
+
+
+def test_defaults_are_timms_with_data_of_ones_own(parse):
+    args = vars(parse())
+    for name, value in vars(build_parser().parse_args([])).items():
+        if name not in ('config', 'data_dir', 'device'):
+            assert args[name] == value, name
+
+
+def test_command_line_wins_over_file(parse):
+    args = parse(dict(lr=0.5, opt='adamw', mean=[0.1]), '--lr', '0.25')
+    assert (args.lr, args.opt, args.mean) == (0.25, 'adamw', [0.1])
+
+
+def test_file_accepts_what_options_mean(parse):
+    args = parse("""
+lr: 3e-4              # a string to YAML
+epochs: '10'
+decay-milestones: [1, '2']
+multimix: off         # false to YAML
+amp: true
+opt_kwargs: {eps: 1.0e-7}
+experiment: 7
+stop_epoch:
+input_size: [3, 32, 32]
+""")
+    assert (args.lr, args.epochs, args.decay_milestones, args.multimix) == (3e-4, 10, [1, 2], 'off')
+    assert (args.amp, args.opt_kwargs, args.experiment, args.stop_epoch) == (True, {'eps': 1e-7}, '7', None)
+    assert args.input_size == [3, 32, 32]
+
+
+def test_unknown_keys_of_a_file_are_told(parse, caplog):
+    assert parse(dict(lr=0.5, moodel='x')).lr == 0.5
+    assert 'moodel' in caplog.text and 'model' in caplog.text
+
+
+@pytest.mark.parametrize('config,word', [
+    (dict(lr='fast'), 'lr must be number'), (dict(epochs=1.5), 'epochs must be integer'), (dict(amp='yes'), 'true or'),
+    (dict(train_size_schedule='x'), 'one of constant, progressive'), (dict(input_size=224), 'a list of 3 integers'),
+    (dict(input_size=[3, 224]), 'a list of 3'), (dict(mean=['x']), 'list of numbers'), (dict(lr=True), 'lr'),
+    (dict(model=['resnet50']), 'model'), (dict(opt_kwargs='a=b'), 'mapping'), ('- a\n- b', 'name: value'),
+    ('a: [1', 'not valid YAML'), ('!!python/object/apply:os.system ["true"]', 'not valid YAML'),
+])
+def test_wrong_files_are_refused(parse, config, word):
+    with pytest.raises(UsageError, match=word):
+        parse(config)
+
+
+def test_args_of_a_run_are_a_config(parse, tmp_path):
+    args = parse(None, '--bce-loss', '--bce-pos-weight', '2', '--multimix-alpha', '1', '--aug-splits', '2')
+    again = parse(vars(args))
+    assert args == again and args.loss == 'bce' and args.loss_pos_weight == '2.0'
+
+
+def test_demo_defaults_yield_to_the_user(tmp_path):
+    args = parse_args([])
+    assert (args.dataset, args.num_classes, args.img_size, args.opt) == ('demo/digits', 10, 64, 'adamw')
+    args = parse_args(['--dataset', 'demo/digits', '--img-size', '32', '--opt', 'sgd', '--epochs', '300'])
+    assert (args.num_classes, args.img_size, args.opt, args.epochs) == (10, 32, 'sgd', 300)
+    path = tmp_path / 'config.yaml'
+    path.write_text('epochs: 3\nlr_base: 0.1')
+    args = parse_args(['--config', str(path)])
+    assert (args.epochs, args.lr, args.batch_size) == (3, None, 64)
+
+
+def test_defaults_that_depend_on_others(parse):
+    args = parse(None, '--task', 'multilabel', '--num-classes', '3')
+    assert (args.smoothing, args.eval_metric) == (0.0, 'map')
+    args = parse(None, '--task', 'multilabel', '--num-classes', '3', '--smoothing', '0.2', '--eval-metric', 'loss')
+    assert (args.smoothing, args.eval_metric) == (0.2, 'loss')
+    assert parse(None, '--sched', 'wsd').decay_epochs is None
+    assert parse(None, '--sched', 'wsd', '--decay-epochs', '3').decay_epochs == 3
+
+
+def test_positional_folder(image_folder):
+    args = parse_args([str(image_folder)])
+    assert args.data_dir == str(image_folder) and args.dataset == ''

@@ -1,0 +1,96 @@
+"""What the tests of the training script share: tiny image folders, and the script run in this process."""
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_multimix.training import main
+
+COLOURS = dict(a=(200, 30, 30), b=(30, 30, 200), c=(30, 200, 30))
+
+
+def make_images(root: Path, classes=('a', 'b', 'c'), count: int = 8, size: int = 32) -> Path:
+    """Fill a folder for each class with noisy images of its colour."""
+    rng = np.random.default_rng(len(str(root)))
+    for name in classes:
+        folder = root / name
+        folder.mkdir(parents=True)
+        for index in range(count):
+            noise = rng.integers(-30, 30, (size, size, 3))
+            pixels = (np.array(COLOURS[name]) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f'{index}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def image_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    make_images(root / 'train', count=8)
+    make_images(root / 'validation', count=4)
+    return root
+
+
+class Script:
+    """Runs the script in this process, in a folder of its own.
+
+    Attributes:
+        folder: Where it runs.
+        status: Exit status of the last run.
+        lines: What it told, on stderr.
+    """
+
+    def __init__(self, folder: Path, capsys):
+        self.folder = folder
+        self.capsys = capsys
+        self.status = None
+        self.lines: list[str] = []
+
+    def __call__(self, *argv) -> int:
+        self.capsys.readouterr()
+        self.status = main([str(argument) for argument in argv])
+        self.lines = self.capsys.readouterr().err.splitlines()
+        return self.status
+
+    @property
+    def text(self) -> str:
+        return '\n'.join(self.lines)
+
+    def train(self, data, *argv, **options) -> int:
+        """Train a tiny model on tiny images: `option=value` stands for `--option value`."""
+        defaults = dict(
+            model='test_resnet', img_size=32, batch_size=8, epochs=1, warmup_epochs=0, lr=0.01, opt='sgd', workers=0,
+            experiment='run', multimix_n=20)
+        options = {**defaults, **options}
+        given = [part for name, value in options.items() for part in (f'--{name.replace("_", "-")}', value)]
+        return self('--data-dir', data, *given, *argv)
+
+    def run_folder(self, name: str = 'run') -> Path:
+        return self.folder / 'output' / 'train' / name
+
+    def summary(self, name: str = 'run') -> list[dict]:
+        with open(self.run_folder(name) / 'summary.csv', newline='') as file:
+            return list(csv.DictReader(file))
+
+    def checkpoint(self, file: str = 'last.pth.tar', name: str = 'run') -> dict:
+        import argparse
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(self.run_folder(name) / file, weights_only=True)
+
+    def written(self) -> list[str]:
+        """Everything that lies in the folder."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob('*'))
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'work'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield Script(folder, capsys)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
