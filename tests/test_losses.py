@@ -314,6 +314,33 @@ def test_attention_gradient_is_that_of_all_blocks():
     torch.testing.assert_close((grad * direction).sum(), expected, rtol=1e-5, atol=1e-10)
 
 
+@pytest.mark.parametrize('options', [
+    dict(), dict(attention='cam'), dict(attention_grad=True), dict(tuple_length=2), dict(clean_weight=0.5),
+    dict(loss_type='bce'),
+])
+def test_compiles_without_a_graph_break(output, options):
+    logits, dense, attention = (tensor.float() for tensor in output)
+    target, loss = torch.randint(4, (6,)), MultiMixLoss(20, **options)
+
+    def step(dense, attention):
+        return loss(MultiMixOutput(logits, dense, attention), target)
+
+    def run(step):
+        torch.manual_seed(1)
+        return gradient(step, dense, attention) if options.get('attention_grad') else gradient(
+            lambda dense: step(dense, attention), dense)
+
+    compiled = torch.compile(step, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(run(compiled), run(step))
+
+
+def test_attention_gradient_is_finite_where_attention_vanishes(output):
+    attention = torch.zeros(6, 9, dtype=torch.float64, requires_grad=True)
+    loss = MultiMixLoss(20, attention_grad=True)
+    loss(output._replace(attention=attention), torch.randint(4, (6,))).backward()
+    assert attention.grad.isfinite().all()
+
+
 def test_terms_are_combined_by_their_weights(output):
     target = torch.randint(4, (6,))
     loss = MultiMixLoss(num_mixes=20, pooled_weight=0.25, clean_weight=0.2)

@@ -87,13 +87,18 @@ class DrawnWeights:
         weights = self.sample(rows.stop - rows.start, num_positions=positions.stop - positions.start).to(self.dtype)
         if self.attention is None:
             return weights
-        with torch.set_grad_enabled(self.grad is not None):
-            self._attention = self.attention[:, positions].detach().requires_grad_(self.grad is not None)
-            self._attended = attend(weights, self._attention)
-        return self._attended.detach()
+        attention = self.attention[:, positions]
+        attended = attend(weights, attention)
+        if self.grad is not None:
+            self._drawn = weights, attended, (weights * attention.mT.unsqueeze(1)).sum(dim=-1, keepdim=True)
+        return attended
 
     def backward(self, positions: slice, rows: slice, grad: torch.Tensor) -> None:
-        self.grad[:, positions] += torch.autograd.grad(self._attended, self._attention, grad)[0]
+        # By hand, not by autograd, which cannot be compiled in here: attended = weights * attention / total.
+        weights, attended, total = self._drawn
+        grad = grad - (grad * attended).sum(dim=-1, keepdim=True)
+        grad = torch.where(total > 0, grad / total, 0)  # a row without attention does not depend on it
+        self.grad[:, positions] += (weights * grad).sum(dim=1).mT
 
 
 Weights = GivenWeights | DrawnWeights

@@ -35,6 +35,11 @@ def _class_target(target: torch.Tensor, num_classes: int, smoothing: float) -> t
     return rows.scatter_(1, target.unsqueeze(1), 1 - smoothing + off_value)
 
 
+def _may_look(tensor: torch.Tensor) -> bool:
+    """Whether looking at values is free: it would synchronise a GPU, and break a compiled graph."""
+    return tensor.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
 def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     batch_size, num_classes = logits.shape[0], logits.shape[-1]
     if target.is_floating_point():
@@ -46,7 +51,7 @@ def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
         raise ValueError(
             f'Class indices must be int64 with shape (b,) = ({batch_size},), got {target.dtype} with shape '
             f'{tuple(target.shape)}. Soft targets must be floating point with shape (b, c).')
-    if target.device.type == 'cpu' and batch_size and not 0 <= target.min() <= target.max() < num_classes:
+    if _may_look(target) and batch_size and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
             f'Class indices must lie in [0, {num_classes - 1}] for {num_classes} classes, '
             f'got values from {target.min().item()} to {target.max().item()}.')
@@ -65,7 +70,7 @@ def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
         raise ValueError(
             'Takes logits (b, c) with weights (n, b), or logits (b, r, c) with weights (r, n, b), '
             f'got logits {tuple(logits.shape)} and weights {tuple(weights.shape)}.')
-    if weights.device.type == 'cpu':
+    if _may_look(weights):
         for block in weights.detach().split(max(1, BLOCK_ELEMENTS // weights.shape[-1]), dim=-2):
             # Negated, so that NaN is caught too.
             if not (block.min() >= -1e-6 and (block.sum(dim=-1) - 1).abs().max() <= 1e-3):
@@ -77,7 +82,7 @@ def _check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) ->
         raise ValueError(
             f'attention must have shape (b, r) = {tuple(dense_logits.shape[:2])}, got {tuple(attention.shape)}.')
     # Negated, so that NaN is caught too.
-    if attention.device.type == 'cpu' and not 0 <= attention.detach().min() <= attention.detach().max() < torch.inf:
+    if _may_look(attention) and not 0 <= attention.detach().min() <= attention.detach().max() < torch.inf:
         raise ValueError('attention must be non-negative and finite. See attention_map.')
 
 
@@ -136,7 +141,7 @@ def multimix_cross_entropy(
 
     Raises:
         ValueError: if shapes do not fit, a target is out of range, or weights are off the simplex (values are looked at
-            on CPU only, where that needs no synchronisation).
+            on CPU only, where that needs no synchronisation, and not in compiled code).
     """
     return _mixed_loss(
         SOFTMAX, logits, target, weights, attention_grad, smoothing,
