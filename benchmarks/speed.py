@@ -4,10 +4,10 @@
     python benchmarks/speed.py                                      # ResNet-50, 224 px, b = 32, c = 1000, n = 1000
     python benchmarks/speed.py --model vit_small_patch16_224 --methods cross-entropy 'dense MultiMix'
 
-A step is forward, loss, backward and an SGD update on random images. The methods take turns, so that they share whatever
-else the machine is doing; times are medians with quartiles, ratios medians of the ratios round by round. Peak memory is
-what PyTorch's allocator holds: model, gradients, momentum, activations, loss. (The resident size of a process varies by
-more than MultiMix adds.)
+A step is forward, loss, backward and an SGD update on random images. The methods take turns, so that they share
+whatever else the machine is doing; times are medians with quartiles, ratios medians of the ratios round by round. Peak
+memory is what PyTorch's allocator holds: model, gradients, momentum, activations, loss. (The resident size of a process
+varies by more than MultiMix adds.)
 """
 import argparse
 import copy
@@ -155,7 +155,8 @@ def main() -> None:
     baseline = args.methods[0]
     print(f'{args.model}, b = {args.batch_size}, c = {args.num_classes}, n = {args.num_mixes}, {args.device}, '
           f'{torch.get_num_threads()} threads, {args.repetitions} steps of each, PyTorch {torch.__version__}\n')
-    print(f'| method | step, s | quartiles | × {baseline} | peak memory, MiB | × {baseline} |\n|---|---|---|---|---|---|')
+    print(f'| method | step, s | quartiles | to {baseline} | peak memory, MiB | to {baseline} |')
+    print('|---|---|---|---|---|---|')
     for name in args.methods:
         low, median, high = statistics.quantiles(times[name], n=4)
         ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
