@@ -1,8 +1,6 @@
 """What a model's head is, found by running it on small feature maps, never by its name."""
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +8,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from .blueprint import blueprint, run_example, watching
 from .layouts import Features, Layout, as_streams
 
 TOLERANCE = 1e-4
+# what modules raise on input of a shape that they do not take
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Head:
         reads_positions: Whether the prediction comes from the positions alone, without a class token's help.
         has_class_token: Whether the first entry of each stream is a class token.
         map_norm: Module name of the norm behind the last feature map, if forward_features returns tokens only.
+        resizes_images: Whether the model brings images to one size itself, so that all have the same grid of positions.
     """
     layouts: tuple[Layout, ...]
     as_list: bool
@@ -43,6 +45,7 @@ class Head:
     reads_positions: bool = True
     has_class_token: bool = False
     map_norm: str | None = None
+    resizes_images: bool = False
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """The streams in the form that forward_head takes."""
@@ -52,34 +55,6 @@ class Head:
 def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The mean of a distilled model's two heads, which it predicts with in evaluation; a tensor stays as it is."""
     return sum(output) / len(output) if isinstance(output, tuple) else output
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no autocast within the context, every module's own mode after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Within the context, watch(name, module, output) is told of every call of a submodule."""
-    handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: watch(name, module, output))
-        for name, module in model.named_modules() if name
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
@@ -95,7 +70,7 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
             output = mean_of_heads(model.forward_head(features))
         if output.ndim != 2:
             found = f'shape {tuple(output.shape)}'
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except REFUSALS as error:
         found = f'an error: {error}'
     if found is not None:
         raise ValueError(
@@ -104,24 +79,28 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
     return called
 
 
-def _random_values(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Random parameters and buffers for the modules, so that initial zeros and ones hide nothing; on the CPU."""
+def _random_values(model: nn.Module, called: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Random values for what the called modules hold, so that initial zeros and ones hide nothing; on the CPU."""
     generator = torch.Generator().manual_seed(0)
     values = {}
-    for prefix, module in modules.items():
+    for prefix, module in called.items():
         for name, parameter in module.named_parameters(recurse=False):
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5
-            offset = 0.0 if parameter.ndim > 1 else 0.5
-            value = torch.randn(parameter.shape, generator=generator) * scale + offset
+            scale, offset = (parameter[0].numel() ** -0.5, 0.0) if parameter.ndim > 1 else (0.5, 0.5)
+            value = _random(parameter.shape, generator) * scale + offset
             values[f'{prefix}.{name}'.removeprefix('.')] = value
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, _ in module.named_buffers(recurse=False):
+            name = f'{prefix}.{name}'.removeprefix('.')
+            buffer = model.get_buffer(name)
             if isinstance(module, _BatchNorm) and buffer.is_floating_point():
-                value = torch.rand(buffer.shape, generator=generator) + 0.5
+                values[name] = _random(buffer.shape, generator).square() + 0.5
             else:
                 value = torch.zeros_like(buffer, device='cpu') if buffer.is_meta else buffer.cpu()
-                value = value.float() if value.is_floating_point() else value
-            values[f'{prefix}.{name}'.removeprefix('.')] = value
+                values[name] = value.float() if value.is_floating_point() else value
     return values
+
+
+def _random(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device='cpu', dtype=torch.float32)
 
 
 class _RandomHead(nn.Module):
@@ -166,7 +145,7 @@ def _find_layouts(model: nn.Module, streams: Sequence[torch.Tensor], as_list: bo
         try:
             if mean_of_heads(model.forward_head(short if as_list else short[0])).ndim == 2:
                 return layouts
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except REFUSALS as error:
             errors.append(str(error))
     shapes = ', '.join(str(tuple(stream.shape)) for stream in streams)
     raise ValueError(
@@ -185,7 +164,7 @@ def _window(modules: dict[str, nn.Module]) -> tuple[int, int] | None:
 def _read_mask(run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """For each stream, which entries (r,) along the position axes the prediction depends on."""
     with torch.enable_grad():
-        inputs = [stream.requires_grad_() for stream in streams]
+        inputs = [stream.clone().requires_grad_() for stream in streams]
         gradients = torch.autograd.grad(run.run(head.pack(inputs)).square().sum(), inputs, allow_unused=True)
     masks = []
     for gradient, stream, layout in zip(gradients, streams, head.layouts, strict=True):
@@ -238,14 +217,14 @@ def _find_method(
     """The cheapest method that gives a constant map, at every position, what the head gives for the whole of it."""
     generator = torch.Generator().manual_seed(1)
     pairs = list(zip(streams, head.layouts, strict=True))
-    vectors = [torch.randn(3, s.shape[1 if lay.channels_first else -1], generator=generator) for s, lay in pairs]
+    vectors = [_random((3, s.shape[1 if lay.channels_first else -1]), generator) for s, lay in pairs]
     whole = run.run(head.pack([
         layout.constant(vector, layout.size(stream)) for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
     try:
         single = run.run(head.pack([
             layout.constant(vector, (1,) * len(layout.size(stream)))
             for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
-    except (RuntimeError, ValueError, AssertionError):
+    except REFUSALS:
         return replace(head, method='whole')
     if not _close(single, whole):
         return replace(head, method='whole')
@@ -259,15 +238,16 @@ def _find_method(
 
 
 @torch.no_grad()
-def inspect_head(model: nn.Module, features: Features) -> Head:
+def inspect_head(model: nn.Module, features: Features, twin: nn.Module | None = None) -> Head:
     """Find out how to apply a model's head at every position.
 
-    The head runs on small maps with random parameters, on the CPU and in evaluation mode. The model's parameters,
-    buffers, modes and the global random state stay as they are.
+    The head of a copy runs on small maps, with random parameters and on the CPU. The model itself is not run, and the
+    global random state stays as it is.
 
     Args:
         model: A model with timm's forward_head.
         features: What its forward_features returns, from which only the shapes are read.
+        twin: A copy of the model in evaluation mode; its blueprint if None.
 
     Returns:
         The description that position_logits takes.
@@ -275,38 +255,91 @@ def inspect_head(model: nn.Module, features: Features) -> Head:
     Raises:
         ValueError: if the head cannot be applied at a position, with the reason.
     """
+    twin = blueprint(model) if twin is None else twin
     shapes = [stream.shape for stream in as_streams(features)]
-    as_list = not isinstance(features, torch.Tensor)
-    device, dtype = next(((p.device, p.dtype) for p in _classifier_parameters(model)), (torch.device('cpu'), None))
-    with evaluating(model):
-        empty = [torch.zeros(2, *shape[1:], device=device, dtype=dtype) for shape in shapes]
-        modules = _called_modules(model, empty if as_list else empty[0])
-        layouts = _find_layouts(model, empty, as_list)
-        head = Head(
-            layouts, as_list, 'single',
-            batch_norms=tuple(name for name, module in modules.items() if isinstance(module, _BatchNorm)),
-            dropouts=tuple(name for name, module in modules.items() if isinstance(module, _DropoutNd)))
-        window = _window(modules)
-        if window is not None:
-            return replace(head, method='window', window=window)
-        run = _RandomHead(model, _random_values(modules))
-        generator = torch.Generator().manual_seed(2)
-        streams = [torch.randn(2, *shape[1:], generator=generator) for shape in shapes]
+    parameter = next(twin.parameters())
+    empty = [torch.zeros(2, *shape[1:], device=parameter.device, dtype=parameter.dtype) for shape in shapes]
+    head = Head(layouts=(), as_list=not isinstance(features, torch.Tensor), method='single')
+    called = _called_modules(twin, head.pack(empty))
+    head = replace(
+        head,
+        layouts=_find_layouts(twin, empty, head.as_list),
+        batch_norms=tuple(name for name, module in called.items() if isinstance(module, _BatchNorm)),
+        dropouts=tuple(name for name, module in called.items() if isinstance(module, _DropoutNd)))
+    window = _window(called)
+    if window is not None:
+        return replace(head, method='window', window=window)
+    run = _RandomHead(twin, _random_values(model, called))
+    generator = torch.Generator().manual_seed(2)
+    with torch.autocast('cpu', enabled=False):
+        streams = [_random((2, *shape[1:]), generator) for shape in shapes]
         masks = _read_mask(run, head, streams)
-        layouts = tuple(_resolve_prefix(model, lay, mask) for lay, mask in zip(layouts, masks, strict=True))
+        layouts = tuple(_resolve_prefix(twin, layout, mask) for layout, mask in zip(head.layouts, masks, strict=True))
+        prefixes = [mask[:layout.num_prefix_tokens] for mask, layout in zip(masks, layouts, strict=True)]
         head = replace(
             head,
             layouts=layouts,
-            reads_positions=not any(m[:lay.num_prefix_tokens].any() for m, lay in zip(masks, layouts, strict=True)),
-            has_class_token=_has_class_token(model, layouts))
-        return _find_method(model, run, head, [stream.detach() for stream in streams])
+            reads_positions=not any(prefix.any() for prefix in prefixes),
+            has_class_token=_has_class_token(twin, layouts))
+        return _find_method(twin, run, head, streams)
 
 
-def _classifier_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of the classifier, whose device and type the head's input must have; the model's, if it has none."""
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    classifiers = classifier if isinstance(classifier, tuple) else (classifier,)
-    for module in classifiers:
-        if isinstance(module, nn.Module):
-            yield from module.parameters()
-    yield from model.parameters()
+def _norm_behind_tokens(twin: nn.Module, image: torch.Tensor) -> str | None:
+    """Module name of the norm whose output forward_features returns, if the model keeps the last map before it."""
+    outputs = {}
+
+    def watch(name, module, output):
+        if isinstance(module, nn.LayerNorm):
+            outputs[name] = output
+
+    with watching(twin, watch):
+        features = twin.forward_features(image)
+    names = [name for name, output in outputs.items() if output is features]
+    if not names or not hasattr(twin, 'forward_intermediates'):
+        return None
+    last_map = twin.forward_intermediates(image, indices=1)[1][-1]
+    return names[0] if last_map.ndim == 4 and last_map.shape[1] == features.shape[-1] else None
+
+
+def _resizes_images(twin: nn.Module, image: torch.Tensor, features: Sequence[torch.Tensor]) -> bool:
+    """Whether an image twice as wide gives features of the same shapes."""
+    try:
+        wide = twin.forward_features(torch.cat([image, image], dim=-1))
+    except REFUSALS:
+        return False
+    return [stream.shape for stream in wide] == [stream.shape for stream in features]
+
+
+@torch.no_grad()
+def find_head(model: nn.Module) -> Head:
+    """Find out how to apply a model's head at every position, from the model alone.
+
+    A model whose features are class tokens only gets its positions from forward_intermediates, through the norm that
+    the class token went through.
+
+    Args:
+        model: A model with timm's forward_features and forward_head.
+
+    Returns:
+        The description that position_logits takes.
+
+    Raises:
+        ValueError: if the head cannot be applied at a position, with the reason.
+    """
+    twin, image, features = run_example(model)
+    name = type(model).__name__
+    if not isinstance(features, (torch.Tensor, list, tuple)) or not all(
+            isinstance(stream, torch.Tensor) and stream.ndim > 2 for stream in as_streams(features)):
+        raise ValueError(
+            f'{name}.forward_features returns neither a feature map nor a list of them, so where its positions are is '
+            "unknown: attach with mode='pooled'.")
+    head = inspect_head(model, features, twin)
+    streams = as_streams(features)
+    if all(min(layout.size(stream)) > 0 for layout, stream in zip(head.layouts, streams, strict=True)):
+        return replace(head, resizes_images=len(streams) > 1 and _resizes_images(twin, image, features))
+    norm = _norm_behind_tokens(twin, image)
+    if norm is None:
+        raise ValueError(
+            f'{name}.forward_features returns class tokens only, and its positions cannot be reached: '
+            "attach with mode='pooled'.")
+    return replace(head, map_norm=norm)

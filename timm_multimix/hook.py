@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from .attention import attention_map, check_attention
-from .examples import find_head
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
-from .heads import Head, mean_of_heads
+from .heads import Head, find_head, mean_of_heads
 from .layouts import Features, as_streams
 from .losses import MultiMixOutput
 from .positions import check_protocol, position_features, position_logits
@@ -107,7 +106,7 @@ def _dense_output(
 ) -> MultiMixOutput:
     head = settings.head
     if head.map_norm is None:
-        positions = position_features(head, captured.features, image_size)
+        positions = position_features(head, captured.features, None if head.resizes_images else image_size)
     else:
         positions = [model.get_submodule(head.map_norm)(captured.last_map.flatten(2).transpose(1, 2))]
     dense = position_logits(model, head, captured.features, positions)
@@ -184,7 +183,7 @@ def attach(
     The model keeps its class name, its parameters and the keys of its state_dict; it can be copied, pickled, compiled
     and wrapped for distribution, after attaching. Attaching again replaces the settings. The ordinary logits are what
     the model computes untouched; models with two distilled heads give their mean, also with distilled_training. In
-    dense mode the model runs on one small grey image in evaluation mode, to find out what its features are.
+    dense mode a copy of the model without data runs on one image, to find out what its features and its head are.
 
     Args:
         model: A timm model, or one with timm's forward_features and forward_head.

@@ -133,7 +133,8 @@ def dense_logits(
     On a map whose positions (and prefix tokens) all hold one vector, every position has the logits that the model's
     forward_head gives; after average pooling and an affine classifier, positions average to the prediction. Dropout in
     the head draws a mask for each position. BatchNorm in the head, while training, normalises with the statistics of
-    the pooled batch; the running statistics stay as they are.
+    the pooled batch; the running statistics stay as they are. The head is inspected at every call, unless the model is
+    attached: in a training loop, attach it.
 
     Args:
         model: A timm model, or one with timm's forward_features and forward_head.
@@ -149,7 +150,8 @@ def dense_logits(
         ValueError: if the head cannot be applied at a position, with the reason.
     """
     check_protocol(model)
-    head = inspect_head(model, features)
+    settings = getattr(model, '_multimix', None)
+    head = settings.head if settings is not None and settings.head is not None else inspect_head(model, features)
     positions = position_features(head, features, image_size)
     if not head.batch_norms or not model.training:
         return position_logits(model, head, features, positions)

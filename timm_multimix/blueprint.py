@@ -1,0 +1,105 @@
+"""Run a copy of a model that has no data, to see what its features are and which modules it calls."""
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layouts import Features
+
+# two by two positions at the coarsest stride in use, 64
+SMALL_IMAGE = 128
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an attribute of a module, also those in its lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def blueprint(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, in evaluation mode.
+
+    It costs no memory and no arithmetic, and nothing that it does has an effect on the model: modes, caches, devices.
+
+    Args:
+        model: The model to copy.
+
+    Returns:
+        The copy.
+    """
+    data = {}
+    for module in model.modules():
+        for tensor in _tensors(vars(module)):
+            empty = torch.empty_like(tensor, device='meta', requires_grad=False)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            data[id(tensor)] = empty
+    return copy.deepcopy(model, data).eval()
+
+
+def _copy_on_cpu(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().eval()
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Within the context, watch(name, module, output) is told of every call of a submodule."""
+    handles = [
+        module.register_forward_hook(lambda module, _, output, name=name: watch(name, module, output))
+        for name, module in model.named_modules() if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _image_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """A small size, those that the model or its parts say they take, then, in the last resort, all common ones."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    declared = [getattr(module, 'img_size', None) for module in model.modules()]
+    sizes = [SMALL_IMAGE, *declared, (config.get('input_size') or ())[-2:], 224, *range(32, 545, 32)]
+    sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes if size]
+    return [size for size in dict.fromkeys(sizes) if len(size) == 2]
+
+
+@torch.no_grad()
+def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
+    """Run forward_features of a copy of the model on one image.
+
+    Args:
+        model: A model with timm's forward_features.
+
+    Returns:
+        The copy (a blueprint, or one on the CPU if the model does not run without data), the image (1, 3, h, w) and the
+        features.
+
+    Raises:
+        ValueError: if it runs at no size tried: 128, those that the model declares, and multiples of 32 up to 544.
+    """
+    parameter = next(model.parameters())
+    channels = getattr(model, 'in_chans', None) or next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
+    sizes = _image_sizes(model)
+    for make_copy in (blueprint, _copy_on_cpu):
+        twin = make_copy(model)
+        device = next(twin.parameters()).device
+        for size in sizes:
+            image = torch.zeros(1, channels, *size, device=device, dtype=parameter.dtype)
+            try:
+                return twin, image, twin.forward_features(image)
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as caught:
+                error = caught
+    raise ValueError(
+        f'{type(model).__name__}.forward_features ran at none of the image sizes '
+        f'{", ".join(f"{height}x{width}" for height, width in sizes)}, so its features are unknown: set model.img_size '
+        f'to the size that it takes. The last error was {type(error).__name__}: {error}') from error
