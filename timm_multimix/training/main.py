@@ -173,9 +173,9 @@ def fit(run: Run, args_text: str) -> None:
         raise Interrupted from None
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
-        _logger.info(
-            f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}\nValidate it with\n  '
-            + _command(run, '--validate', best))
+        _logger.info(f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}')
+        if run.loaders.evaluation is not None:
+            _logger.info('Validate it with\n  ' + _command(run, '--validate', best))
 
 
 def validate_checkpoint(run: Run) -> dict[str, float]:

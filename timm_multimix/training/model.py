@@ -114,13 +114,19 @@ def place_model(
         device: torch.device,
         dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Convert the model's BatchNorm as asked for, and bring it to its device, dtype and memory layout."""
+    """Convert the model's BatchNorm as asked for, and bring it to its device, dtype and memory layout.
+
+    Raises:
+        UsageError: if the model or the device cannot have it so.
+    """
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=dtype)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
+        if device.type == 'cpu':
+            raise UsageError('--sync-bn works on accelerators only.')
         args.dist_bn = ''  # nothing is left to share after the epoch
         model = convert_sync_batchnorm(model)
         _logger.info('BatchNorm is synchronised. Layers whose scale starts at zero, as in ResNets, may train worse.')

@@ -167,12 +167,16 @@ def _build_training(run: Run) -> None:
     path = newest_checkpoint(run.folder) if args.resume == 'auto' else args.resume or None
     resume_epoch = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else None
     run.resumed_from = path
+    if args.distributed:
+        # Processes start from seeds of their own, and the average below copies weights before DDP would share them.
+        for tensor in task.get_trainable_module().state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
         setup_ema(args, task, path)
     compile_task(args, task)
     if args.distributed:
-        task.prepare_distributed(
-            device_ids=[run.device] if run.device.type != 'cpu' else None, broadcast_buffers=not args.no_ddp_bb)
+        options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=[run.device] if run.device.type != 'cpu' else None, **options)
     run.updates_per_epoch = -(-len(run.loaders.train) // args.grad_accum_steps)
     _build_schedule(run, resume_epoch)
 
