@@ -10,8 +10,13 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
+from timm.data import create_dataset, create_loader
+from timm.optim import create_optimizer_v2
+from timm.task import distillation
+from timm.utils import random_seed
 
-from timm_multimix.training import loop
+from timm_multimix.training import loaders, loop
 
 pytest_plugins = ['training_helpers']
 
@@ -219,3 +224,111 @@ def test_time_goes_to_training_not_to_waiting(script, image_folder, monkeypatch)
     assert time.perf_counter() - started < 60
     # 12 updates: the first and the last are reported, then the epoch; a handful of items are the optimizer's.
     assert len(fetched) <= 8, len(fetched)
+
+
+class _LabelLists(torch.utils.data.Dataset):
+    """Images with several labels each, as timm's readers give them."""
+    transform = None
+
+    def __init__(self, target_transform, **options):
+        self.target_transform = target_transform
+        self.options = options
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        image = Image.new('RGB', (32, 32), color=(index * 15, 100, 200 - index * 10))
+        return self.transform(image), self.target_transform([index % 3, (index + 1) % 3])
+
+
+@pytest.mark.parametrize('mode,flags', [
+    ('dense', []), ('pooled', ['--mixup', '0.2', '--smoothing', '0.1']), ('off', ['--loss', 'asl']),
+    ('off', ['--loss', 'twoway']), ('off', ['--loss-pos-weight', '1,2,3']), ('dense', ['--bce-target-thresh', '0.4']),
+])
+def test_multi_label_training(script, image_folder, monkeypatch, mode, flags):
+    monkeypatch.setattr(loaders, 'create_dataset', lambda name, **options: _LabelLists(**options))
+    assert script.train(image_folder, '--task', 'multilabel', *flags, multimix=mode, num_classes=3) == 0, script.text
+    row = script.summary()[0]
+    assert 0 <= float(row['eval_map']) <= 100 and 'train_top1' not in row
+    assert ('train_pooled' in row) == (mode != 'off')
+
+
+def test_class_statistics(script, image_folder, monkeypatch):
+    monkeypatch.setattr(loaders, 'create_dataset', lambda name, **options: _LabelLists(**options))
+    path = script.folder / 'stats.json'
+    path.write_text('{"pos_counts": [10, 11, 11], "num_samples": 16}')
+    options = dict(task='multilabel', num_classes=3, class_stats=path)
+    assert script.train(image_folder, loss='db', **options) == 0, script.text
+    assert script.train(image_folder, '--loss-weight-power', '0.5', loss_pos_weight='neg_pos', **options) == 0
+    assert script.train(image_folder, loss_class_weight='1,2', task='multilabel', num_classes=3) == 2
+    assert '2 entries but the model has 3 classes' in script.lines[-1]
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_distillation(script, image_folder, monkeypatch, kind):
+    create = distillation.create_model
+    monkeypatch.setattr(
+        distillation, 'create_model', lambda *args, pretrained, **options: create(*args, **options))
+    flags = ['--kd-model-name', 'test_resnet', '--kd-distill-type', kind, '--task-loss-weight', '0.3']
+    assert script.train(image_folder, *flags, '--model-ema') == 0, script.text
+    assert len([name for name in script.summary()[0] if name.startswith('train_')]) > 2  # the parts of the loss
+    timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(script.run_folder() / 'last.pth.tar'))
+
+
+@pytest.mark.parametrize('flags', [[], ['--mixup', '0.2', '--mixup-off-epoch', '1'], ['--no-prefetcher']])
+def test_naflex(script, image_folder, flags):
+    flags += [
+        '--naflex-loader', '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '9',
+        '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2', 'patch_size=8']
+    status = script.train(image_folder, *flags, model='naflexvit_base_patch16_gap', epochs=2, batch_size=4)
+    assert status == 0, script.text
+    assert len(script.summary()) == 2
+
+
+def test_two_processes_train_one_model(tmp_path, image_folder):
+    """torchrun on the CPU: one log, one folder, metrics over all images."""
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(SCRIPT),
+        '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '--epochs', '2',
+        '-j', '0', '--experiment', 'run', '--multimix', 'dense', '--multimix-n', '20', '--model-ema', '--lr', '0.01',
+        '--warmup-epochs', '0', '--device', 'cpu']
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('Best top1') == 1
+    assert len((tmp_path / 'output' / 'train' / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
+
+def test_weights_are_those_of_a_plain_loop(script, image_folder):
+    """The script against the loop that anyone would write: accumulation with a remainder, clipping, schedule, EMA."""
+    assert script.train(
+        image_folder, '--model-ema', epochs=2, grad_accum_steps=2, clip_grad=1.0, momentum=0.5, smoothing=0.2,
+        model_ema_decay=0.9, val_split='', warmup_epochs=1, warmup_lr=0.005, lr=0.02) == 0
+
+    random_seed(42)
+    model = timm.create_model('test_resnet', num_classes=3, drop_rate=0.0)
+    dataset = create_dataset('', root=image_folder, split='train')
+    loader = create_loader(
+        dataset, (3, 32, 32), 8, is_training=True, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], color_jitter=0.4,
+        interpolation='random', mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=0, device=torch.device('cpu'))
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.02, momentum=0.5, weight_decay=2e-5)
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.2)
+    average = None
+    for lr in (0.005, 0.01):  # one epoch of warmup, then half of a cosine over two
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        batches = list(loader)
+        for share in (batches[:2], batches[2:]):
+            optimizer.zero_grad()
+            for images, target in share:
+                (criterion(model(images), target) / len(share)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            average = average or state  # timm's average starts with the first update
+            average = {
+                name: average[name].lerp(value, 0.1) if value.is_floating_point() else value
+                for name, value in state.items()}
+    torch.testing.assert_close(script.checkpoint()['state_dict'], model.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(script.checkpoint()['state_dict_ema'], average, rtol=1e-4, atol=1e-5)

@@ -36,7 +36,9 @@ def _to_device(run: Run, input: Any, target: torch.Tensor) -> tuple[Any, torch.T
     """Bring a batch to where the model is, unless timm's prefetcher has done so."""
     if run.args.no_prefetcher:
         if isinstance(input, dict):
-            input = {name: value.to(run.device) for name, value in input.items()}
+            input = {
+                name: value.to(run.device) if isinstance(value, torch.Tensor) else value
+                for name, value in input.items()}
         else:
             input = input.to(device=run.device, dtype=run.precision.dtype)
         target = target.to(run.device)
