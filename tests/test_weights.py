@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from timm_multimix import attend, manifold_mixup_weights, sample_weights
 from timm_multimix.reference import attention_weights
+from timm_multimix.weights import _sample_log_gamma
 
 
 @given(
@@ -36,6 +38,19 @@ def test_fixed_alpha_has_the_moments_of_the_dirichlet(alpha):
     torch.testing.assert_close(weights.var(0), torch.full((b,), variance).double(), rtol=0.06, atol=0)
     covariance = torch.cov(weights.T)[0, 1]
     assert covariance.item() == pytest.approx(-variance / (b - 1), rel=0.1)
+
+
+@pytest.mark.parametrize('alpha', [0.05, 0.5, 2.0, 100.0])
+def test_weights_follow_the_beta_distribution(alpha):
+    b = 5
+    marginal = sample_weights(20_000, b, alpha=alpha)[:, 0].numpy()
+    assert stats.kstest(marginal, stats.beta(alpha, (b - 1) * alpha).cdf).pvalue > 1e-3
+
+
+def test_rejected_draws_are_drawn_again():
+    concentration = torch.full((50_000, 1), 1.0)  # the smallest, where most are rejected
+    drawn = _sample_log_gamma(concentration, torch.Size((50_000, 2)), None).exp() * (1 - 1 / 3)
+    assert stats.kstest(drawn.flatten().numpy(), stats.gamma(1.0).cdf).pvalue > 1e-3
 
 
 def test_each_row_draws_its_own_concentration():

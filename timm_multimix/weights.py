@@ -40,15 +40,46 @@ def check_tuple_length(tuple_length: int | None, batch_size: int) -> int:
     return tuple_length
 
 
-def _sample_dirichlet(concentration: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw Dirichlet rows over the last dimension.
+def _propose_log_gamma(d: torch.Tensor, size: torch.Size, generator: torch.Generator | None):
+    """Proposals for log(Gamma(d + 1/3) / d), and which to accept (Marsaglia and Tsang, ACM TOMS 2000)."""
+    normal = torch.randn(size, generator=generator)
+    log_v = (normal * (9 * d).rsqrt()).add_(1).log_().mul_(3)  # NaN where v is not positive: never accepted
+    bound = (log_v - log_v.exp()).add_(1).mul_(d).addcmul_(normal, normal, value=0.5)
+    return log_v, torch.rand(size, generator=generator).log_() < bound
+
+
+def _sample_log_gamma(concentration: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
+    """Logarithms of Gamma(concentration) variables, up to a constant in each row of `size`.
+
+    PyTorch's sampler draws them one by one on the CPU, which would be most of the time that the loss takes: there they
+    are proposed all at once, and the few that are rejected again. Elsewhere asking which are would synchronise.
+
+    Args:
+        concentration: Above 1, one for each row (..., 1).
+        size: (..., m).
+        generator: Source of randomness.
+    """
+    if concentration.device.type != 'cpu' or torch.compiler.is_compiling():
+        return torch._standard_gamma(concentration.expand(size), generator=generator).log_()
+    d = concentration - 1 / 3
+    log_gamma, accepted = _propose_log_gamma(d, size, generator)
+    pending = accepted.logical_not_().flatten().nonzero().squeeze(1)
+    while len(pending):
+        again, accepted = _propose_log_gamma(d.flatten()[pending // size[-1]], pending.shape, generator)
+        log_gamma.view(-1)[pending[accepted]] = again[accepted]
+        pending = pending[~accepted]
+    return log_gamma
+
+
+def _sample_dirichlet(concentration: torch.Tensor, length: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw symmetric Dirichlet rows (..., length), of concentration (..., 1).
 
     A Gamma(a) variable is Gamma(a + 1) * U^(1/a). Multiplying in log space keeps rows finite for the smallest a, where
     every Gamma(a) draw of a row may underflow and their ratio would be 0/0.
     """
-    log_gamma = torch._standard_gamma(concentration + 1, generator=generator).log_()
-    uniform = torch.rand(
-        concentration.shape, dtype=concentration.dtype, device=concentration.device, generator=generator)
+    size = torch.Size((*concentration.shape[:-1], length))
+    log_gamma = _sample_log_gamma(concentration + 1, size, generator)
+    uniform = torch.rand(size, dtype=concentration.dtype, device=concentration.device, generator=generator)
     log_gamma += uniform.neg_().log1p_().div_(concentration)  # 1 - U lies in (0, 1]: its log is finite
     return log_gamma.softmax(dim=-1)
 
@@ -96,7 +127,7 @@ def sample_weights(
     concentration = torch.full((*rows, 1), low, **options)
     if high > low:
         concentration += (high - low) * torch.rand((*rows, 1), generator=generator, **options)
-    weights = _sample_dirichlet(concentration.expand(*rows, length), generator)
+    weights = _sample_dirichlet(concentration, length, generator)
     if length == batch_size:
         return weights
     examples = torch.rand((*rows, batch_size), generator=generator, **options).topk(length, sorted=False).indices
