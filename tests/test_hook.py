@@ -6,11 +6,12 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from timm_multimix.hook import attach
 from timm_multimix.losses import MultiMixOutput
-from timm_multimix.positions import dense_logits
+from timm_multimix.positions import dense_logits, position_features
 
 
 def build(name='test_resnet', **kwargs):
@@ -132,6 +133,90 @@ def test_batch_norm_in_head_sees_the_pooled_batch_once():
     assert model.head.bn._multimix_statistics.mean is None
 
 
+class NormHead(nn.Module):
+    """Average pooling, then BatchNorm with an activation or without, then a linear classifier."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.norm = norm
+        self.fc = nn.Linear(8, 5)
+
+    def forward_features(self, x):
+        return self.stem(x)
+
+    def forward_head(self, x):
+        return self.fc(self.norm(x.mean((2, 3), keepdim=True)).flatten(1))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(8), BatchNormAct2d(8), nn.BatchNorm2d(8, affine=False)])
+def test_evaluation_agrees_with_what_training_optimised(norm):
+    torch.manual_seed(0)
+    model = NormHead(norm).train()
+    with torch.no_grad():
+        model.stem.weight *= 10  # positions differ by much more than their averages do
+    images = torch.randn(64, 3, 16, 16)
+    attach(model)
+    for _ in range(150):  # the running statistics settle on those of this batch
+        trained = model(images)
+    model.eval()
+    torch.testing.assert_close(model(images), trained.logits, atol=0.03, rtol=0.03)
+    dense = dense_logits(model, model.forward_features(images))
+    torch.testing.assert_close(dense, trained.dense_logits, atol=0.1, rtol=0.03)
+
+
+def test_backward_after_another_forward_pass():
+    model = NormHead(nn.BatchNorm2d(8)).train()
+    attach(model)
+    images, others = torch.randn(2, 8, 3, 16, 16)
+
+    def gradient(between):
+        model.zero_grad()
+        loss = model(images).dense_logits.square().mean()
+        between()
+        loss.backward()
+        return model.fc.weight.grad.clone(), model.stem.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(lambda: model(others * 9)), gradient(lambda: None))
+
+
+def test_distributed(images, tmp_path):
+    model = build()
+    attach(model)
+    expected = copy.deepcopy(model)(images)
+    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        output = nn.parallel.DistributedDataParallel(model)(images)
+        for value, wanted in zip(output, expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+        (output.dense_logits * output.attention[..., None]).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_detached_model_exports(images):
+    model = build().eval()
+    attach(model).remove()
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images), model(images))
+
+
+def test_attach_does_not_run_the_model():
+    model = build('levit_128s')
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    state = torch.get_rng_state()
+    attach(model)
+    assert not any(module.__dict__.get('attention_bias_cache') for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert not calls
+
+
 def test_attention_token(images):
     model = build('test_vit')
     images = torch.randn(2, 3, 160, 160)
@@ -152,8 +237,9 @@ def test_attention_uniform(images):
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'size'), [
-    ('test_resnet', {}, 64), ('test_convnext', {}, 64), ('test_vit', {}, 160), ('levit_128s', {}, 224),
-    ('swin_tiny_patch4_window7_224', {'img_size': 64, 'window_size': 2, 'drop_path_rate': 0}, 64)])
+    ('test_resnet', {}, 64), ('test_convnext', {}, 64), ('test_vit', {}, 160), ('shvit_s1', {}, 64),
+    ('swin_tiny_patch4_window7_224', {'img_size': 64, 'window_size': 2, 'depths': (1, 1, 1, 1), 'drop_path_rate': 0},
+     64)])
 def test_compile_without_graph_break(name, kwargs, size):
     model = build(name, **kwargs)
     images = torch.randn(2, 3, size, size)
@@ -220,12 +306,42 @@ def test_distilled_heads_give_their_mean():
         torch.testing.assert_close(value, wanted)
 
 
-@pytest.mark.parametrize('image_size', [(64, 96), (160, 64)])
-def test_other_image_sizes(image_size):
-    model = build()
+@pytest.mark.parametrize(('name', 'kwargs', 'image_size', 'grid'), [
+    ('test_resnet', {}, (64, 96), (2, 3)), ('test_resnet', {}, (160, 64), (5, 2)),
+    ('test_vit', {'img_size': (64, 96)}, (64, 96), (4, 6)), ('test_vit', {'dynamic_img_size': True}, (64, 96), (4, 6)),
+    ('swin_tiny_patch4_window7_224', {'img_size': (64, 128), 'window_size': 2, 'depths': (1, 1, 1, 1)}, (64, 128),
+     (2, 4)),
+    ('coat_lite_tiny', {'img_size': (64, 128)}, (64, 128), (2, 4)),
+    ('efficientvim_m1', {}, (128, 256), (2, 4)),
+    ('crossvit_9_240', {}, (64, 128), (14, 14))])
+def test_other_image_sizes(name, kwargs, image_size, grid):
+    model = build(name, **kwargs)
     attach(model)
     output = model(torch.randn(2, 3, *image_size))
-    assert output.dense_logits.shape[1] == image_size[0] * image_size[1] // 32 ** 2
+    assert output.dense_logits.shape[1] == grid[0] * grid[1]
+
+
+def test_streams_align_on_images_that_are_not_square():
+    model = build('coat_tiny', img_size=(64, 128)).eval()
+    handle = attach(model)
+    head = model._multimix.head
+    features = [torch.zeros(1, 1 + 4 ** (2 - scale) * 8, 152) for scale in range(3)]
+    features[0][0, 1:] = torch.arange(16.0).repeat_interleave(8)[:, None]  # each row of the 8 x 16 grid is two of these
+    rows = position_features(head, features, (64, 128))[0][0, :, 0].unflatten(0, (2, 4))
+    torch.testing.assert_close(rows, torch.tensor([[3.0, 3, 4, 4], [11, 11, 12, 12]]))
+    handle.remove()
+
+
+def test_hidden_states_are_no_positions():
+    model = build('efficientvim_m1').eval()
+    attach(model)
+    head = model._multimix.head
+    assert [layout.has_positions for layout in head.layouts] == [False, False, False, True]
+    features = model.forward_features(torch.randn(1, 3, 192, 192))
+    positions = position_features(head, features)
+    assert {stream.shape[1] for stream in positions} == {features[-1].shape[-1]}
+    torch.testing.assert_close(positions[0][:, 1], features[0].mean(-1))
+    torch.testing.assert_close(positions[-1], features[-1].mT)
 
 
 class Handmade(nn.Module):

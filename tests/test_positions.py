@@ -105,6 +105,30 @@ def test_batch_norm_in_head_uses_the_pooled_batch():
     torch.testing.assert_close(got, torch.autograd.grad(expected.square().sum(), features)[0], atol=1e-5, rtol=1e-3)
 
 
+def test_window_slides_over_a_larger_map():
+    model = build('vgg11').eval()
+    features = torch.randn(2, 512, 8, 9)
+    with torch.no_grad():
+        dense = dense_logits(model, features)
+        assert dense.shape == (2, 6, 7)
+        torch.testing.assert_close(dense[:, 4], model.forward_head(features[:, :, 1:8, 1:8]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(dense.mean(1), model.forward_head(features), atol=1e-5, rtol=1e-4)
+
+
+def test_whole_maps_have_the_gradient_of_the_head():
+    model = build('test_byobnet').train()
+    features = torch.randn(2, model.num_features, 3, 4, requires_grad=True)
+    maps = features.flatten(2).movedim(2, 1)[..., None, None].expand(-1, -1, -1, 3, 4).flatten(0, 1)
+    expected = model.forward_head(maps).unflatten(0, (2, 12))
+    dense = dense_logits(model, features)
+    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
+    weight = torch.randn_like(dense)
+    torch.testing.assert_close(
+        torch.autograd.grad((dense * weight).sum(), [features, *model.head.parameters()], allow_unused=True),
+        torch.autograd.grad((expected * weight).sum(), [features, *model.head.parameters()], allow_unused=True),
+        atol=1e-4, rtol=1e-3)
+
+
 def test_dropout_draws_a_mask_for_each_position():
     model = build('test_resnet', drop_rate=0.5).train()
     features = torch.randn(1, model.num_features, 1, 1).expand(1, -1, 4, 4)

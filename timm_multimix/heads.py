@@ -301,13 +301,17 @@ def _norm_behind_tokens(twin: nn.Module, image: torch.Tensor) -> str | None:
     return names[0] if last_map.ndim == 4 and last_map.shape[1] == features.shape[-1] else None
 
 
-def _resizes_images(twin: nn.Module, image: torch.Tensor, features: Sequence[torch.Tensor]) -> bool:
-    """Whether an image twice as wide gives features of the same shapes."""
+def _compare_sizes(twin: nn.Module, image: torch.Tensor, features: Sequence[torch.Tensor], head: Head) -> Head:
+    """Tell streams that follow the size of the image from those that do not, by an image twice as wide."""
     try:
         wide = twin.forward_features(torch.cat([image, image], dim=-1))
     except REFUSALS:
-        return False
-    return [stream.shape for stream in wide] == [stream.shape for stream in features]
+        return head
+    follows = [after.shape != before.shape for after, before in zip(wide, features, strict=True)]
+    if not any(follows):
+        return replace(head, resizes_images=True)
+    layouts = (replace(layout, has_positions=f) for layout, f in zip(head.layouts, follows, strict=True))
+    return replace(head, layouts=tuple(layouts))
 
 
 @torch.no_grad()
@@ -336,7 +340,7 @@ def find_head(model: nn.Module) -> Head:
     head = inspect_head(model, features, twin)
     streams = as_streams(features)
     if all(min(layout.size(stream)) > 0 for layout, stream in zip(head.layouts, streams, strict=True)):
-        return replace(head, resizes_images=len(streams) > 1 and _resizes_images(twin, image, features))
+        return _compare_sizes(twin, image, features, head) if len(streams) > 1 else head
     norm = _norm_behind_tokens(twin, image)
     if norm is None:
         raise ValueError(

@@ -106,15 +106,16 @@ def _dense_output(
 ) -> MultiMixOutput:
     head = settings.head
     if head.map_norm is None:
-        positions = position_features(head, captured.features, None if head.resizes_images else image_size)
+        positions = position_features(head, captured.features, image_size)
     else:
         positions = [model.get_submodule(head.map_norm)(captured.last_map.flatten(2).transpose(1, 2))]
     dense = position_logits(model, head, captured.features, positions)
     token = None
     if settings.attention == 'token':
         token = torch.cat([stream[:, 0] for stream in as_streams(captured.features)], dim=-1)
-    joined = positions[0] if len(positions) == 1 else torch.cat(positions, dim=-1)
-    attention = attention_map(joined, query=settings.attention, norm=settings.attention_norm, token=token)
+    placed = [stream for stream, layout in zip(positions, head.layouts, strict=True) if layout.has_positions]
+    keys = placed[0] if len(placed) == 1 else torch.cat(placed, dim=-1)
+    attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token)
     return MultiMixOutput(_checked_logits(model, captured.output), dense, attention)
 
 

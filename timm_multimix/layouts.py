@@ -16,10 +16,12 @@ class Layout:
         channels_first: Whether the channel axis follows the batch axis (NCHW, NCL) or comes last (NHWC, NLC).
         ndim: Number of axes, with those of batch and channels.
         num_prefix_tokens: Leading entries that are no positions: class, distillation and register tokens.
+        has_positions: Whether the other entries are positions; not so for hidden states of a fixed number.
     """
     channels_first: bool
     ndim: int
     num_prefix_tokens: int = 0
+    has_positions: bool = True
 
     def size(self, features: torch.Tensor) -> tuple[int, ...]:
         """Sizes of the position axes, without the prefix tokens."""

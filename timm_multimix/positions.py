@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
-from .heads import Head, inspect_head, mean_of_heads
+from .heads import Head, find_head, inspect_head, mean_of_heads
 from .layouts import Features, align_streams, as_streams, grid_size
 
 WHOLE_MAPS_AT_ONCE = 4
@@ -32,7 +32,8 @@ def position_features(
             if None.
 
     Returns:
-        Features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams.
+        Features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams. Streams of other
+        scales come to the coarsest grid; one without positions has its mean everywhere.
 
     Raises:
         ValueError: if the features have no positions.
@@ -44,11 +45,18 @@ def position_features(
     if min(p.shape[1] for p in positions) == 0:
         raise ValueError(
             'The features are class tokens only: attach() reaches the positions of such a model, dense_logits cannot.')
-    if len({p.shape[1] for p in positions}) > 1:
-        sizes = [layout.size(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
-        sizes = [size if len(size) == 2 else grid_size(size[0], image_size) for size in sizes]
-        positions = align_streams(positions, sizes)
-    return positions
+    if len(positions) == 1:
+        return positions
+    placed = [i for i, layout in enumerate(head.layouts) if layout.has_positions]
+    sizes = [head.layouts[i].size(streams[i]) for i in placed]
+    image_size = None if head.resizes_images else image_size
+    sizes = [size if len(size) == 2 else grid_size(size[0], image_size) for size in sizes]
+    for i, aligned in zip(placed, align_streams([positions[i] for i in placed], sizes), strict=True):
+        positions[i] = aligned
+    num_positions = positions[placed[0]].shape[1]
+    return [
+        stream if layout.has_positions else stream.mean(1, keepdim=True).expand(-1, num_positions, -1)
+        for stream, layout in zip(positions, head.layouts, strict=True)]
 
 
 def _classifier_logits(model: nn.Module, head: Head, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -150,8 +158,8 @@ def dense_logits(
         ValueError: if the head cannot be applied at a position, with the reason.
     """
     check_protocol(model)
-    settings = getattr(model, '_multimix', None)
-    head = settings.head if settings is not None and settings.head is not None else inspect_head(model, features)
+    head = _known_head(model) or (
+        inspect_head(model, features) if isinstance(features, torch.Tensor) else find_head(model))
     positions = position_features(head, features, image_size)
     if not head.batch_norms or not model.training:
         return position_logits(model, head, features, positions)
@@ -166,6 +174,10 @@ def dense_logits(
         set_phase(model, head.batch_norms, None)
         if not attached:
             restore_batch_norms(model)
+
+
+def _known_head(model: nn.Module) -> Head | None:
+    return getattr(getattr(model, '_multimix', None), 'head', None)
 
 
 def check_protocol(model: nn.Module) -> None:
