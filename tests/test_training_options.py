@@ -57,7 +57,7 @@ def parse(tmp_path, image_folder):
 def test_defaults_are_timms_with_data_of_ones_own(parse):
     args = vars(parse())
     for name, value in vars(build_parser().parse_args([])).items():
-        if name not in ('config', 'data_dir', 'device'):
+        if name not in ('config', 'timm_script', 'data_dir', 'device'):
             assert args[name] == value, name
 
 

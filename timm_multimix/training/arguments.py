@@ -361,6 +361,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='An example: train_timm.py --model resnet50 --multimix dense',
     )
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for these options')
+    parser.add_argument('--timm-script', metavar='FILE',
+                        help="run this train.py of timm's instead, with the MultiMix options added to its own")
     parser.add_argument('data', nargs='?', metavar='DIR', help='old way to give --data-dir')
     add_multimix_args(parser)
     for title, options in GROUPS.items():

@@ -114,14 +114,21 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise UsageError(f'--eval-metric must be one of {", ".join(evaluator.metric_names)}, got {args.eval_metric}.')
 
 
-def _check_multimix(args: argparse.Namespace) -> None:
-    batch_size = min([args.batch_size, *(args.train_batch_sizes or ())])
+def check_multimix(args: argparse.Namespace) -> None:
+    """Check what MultiMix cannot be combined with.
+
+    Raises:
+        UsageError: for the first combination that is refused, with the reason.
+    """
+    batch_size = min([args.batch_size, *(getattr(args, 'train_batch_sizes', None) or ())])
     length = args.multimix_tuple_length
     rules = (
         (args.torchscript, 'TorchScript cannot return what MultiMix needs: use --torchcompile.'),
         (args.kd_model_name, 'distillation has a training task of its own: leave one of the two out.'),
-        (args.naflex_loader, 'NaFlex sequences differ in length and hold padding, whose logits must not be mixed.'),
-        (args.loss == 'jsd', '--loss jsd compares copies of an image and MultiMix mixes images.'),
+        (getattr(args, 'naflex_loader', False),
+         'NaFlex sequences differ in length and hold padding, whose logits must not be mixed.'),
+        (args.jsd_loss or getattr(args, 'loss', None) == 'jsd',
+         'the jsd loss compares copies of an image and MultiMix mixes images.'),
         (batch_size < 2, 'there is nothing to mix in a batch of 1: raise --batch-size.'),
         (length is not None and not 1 <= length <= batch_size,
          f'--multimix-tuple-length must lie between 1 and the batch size {batch_size}, got {length}.'),
@@ -148,7 +155,7 @@ def check_args(args: argparse.Namespace) -> None:
     _check_files(args)
     _check_combinations(args)
     if args.multimix != 'off':
-        _check_multimix(args)
+        check_multimix(args)
 
 
 def check_classes(args: argparse.Namespace, train, evaluation) -> None:

@@ -16,6 +16,7 @@ from .errors import UsageError, near_names
 _logger = logging.getLogger(__name__)
 
 _NOT_GIVEN = object()
+_NOT_OF_A_RUN = ('config', 'timm_script')
 
 
 def _scalar(action: argparse.Action, value: Any) -> Any:
@@ -76,7 +77,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise UsageError(f'--config {path} is not valid YAML: {error}') from error
     if not isinstance(config or {}, dict):
         raise UsageError(f'--config {path} must hold options as "name: value" lines.')
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', 'config')}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', *_NOT_OF_A_RUN)}
     values = {}
     for key, value in (config or {}).items():
         dest = str(key).replace('-', '_')
@@ -175,7 +176,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     values = {**(read_config(config, parser) if config else {}), **given}
     if values.get('data'):
         values.setdefault('data_dir', values['data'])
-    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name != 'config'}
+    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _NOT_OF_A_RUN}
     demo, demo_note = _demo_defaults(values)
     args = argparse.Namespace(**{**defaults, **demo, **values})
     _settle(args, values)

@@ -1,4 +1,5 @@
 """train_timm.py: from the command line to the last checkpoint."""
+import argparse
 import logging
 import os
 import shlex
@@ -198,7 +199,15 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
     return metrics
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --timm-script, and the rest of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--timm-script')
+    known, rest = parser.parse_known_args(argv)
+    return known.timm_script, rest
+
+
+def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
     run = build_run(args)
@@ -217,9 +226,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C.
     """
+    script, rest = _timm_script(sys.argv[1:] if argv is None else argv)
+    if script is not None:
+        from ..patch import main as run_patched  # builds on this package
+        return run_patched([script, *rest])
     setup_logging()
     try:
-        _run(argv)
+        _run(rest)
     except UsageError as error:
         _logger.error(error)
         return 2

@@ -1,0 +1,167 @@
+"""Runs timm's own train.py with MultiMix added: `python -m timm_multimix.patch path/to/train.py --multimix dense ...`.
+
+Nothing of timm is changed on disk. The script is loaded as a module, its parser gets the MultiMix options, and the name
+ClassificationTask in it stands for MultiMixTask. Without `--multimix` all that is left as it was.
+"""
+import argparse
+import ast
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from .options import add_multimix_args, multimix_kwargs
+from .task import MultiLabelMultiMixTask, MultiMixTask
+from .training.checks import check_multimix
+from .training.errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+# What a script must have for this to work, all of it on its top level; timm's has had it since 1.0.29.
+_NEEDED = ('parser', '_parse_args', 'main', 'train_one_epoch', 'ClassificationTask')
+_TASKS = {'ClassificationTask': MultiMixTask, 'MultiLabelClassificationTask': MultiLabelMultiMixTask}
+
+
+def _top_level_names(path: str) -> set[str]:
+    """Names that a script defines, found without running it."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            tree = ast.parse(file.read(), path)
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror or error}.') from error
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise UsageError(f'{path} is not a Python script: {error}') from error
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    return names
+
+
+def load_script(path: str) -> ModuleType:
+    """Load timm's training script as a module, without starting it.
+
+    Args:
+        path: The script.
+
+    Returns:
+        The module, registered in sys.modules under the script's name, so that its functions can be pickled.
+
+    Raises:
+        UsageError: if it cannot be read, or is not timm's training script of version 1.0.29 or later.
+    """
+    missing = [name for name in _NEEDED if name not in _top_level_names(path)]
+    if missing:
+        raise UsageError(
+            f"{path} is not the train.py of timm 1.0.29 or later: it has no {', '.join(missing)}. For a script of your "
+            'own use add_multimix_args and MultiMixTask.')
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    # Behind the installed packages: a timm that lies next to the script must not mix with the one in use.
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        import timm
+        raise UsageError(f'{path} does not run with timm {timm.__version__}, which is installed: {error}') from error
+    return module
+
+
+class _Patch:
+    """The MultiMix side of a loaded script; keeps the task that the script makes, to tell it the epoch."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+        self.task: MultiMixTask | None = None
+        try:
+            add_multimix_args(module.parser)
+        except argparse.ArgumentError as error:
+            raise UsageError(f'{module.__file__} has MultiMix options already: {error}') from error
+        self._parse_args = module._parse_args
+        module._parse_args = self.parse_args
+
+    def parse_args(self) -> tuple[argparse.Namespace, str]:
+        """Parse as the script does; with MultiMix on, put its task in place."""
+        args, text = self._parse_args()
+        args.multimix = args.multimix or 'off'  # YAML reads a bare off as false
+        if args.multimix != 'off':
+            check_multimix(args)
+            self._install(args)
+        return args, text
+
+    def _install(self, args: argparse.Namespace) -> None:
+        for name, task_cls in _TASKS.items():
+            if hasattr(self.module, name):
+                setattr(self.module, name, self._bound(task_cls, args))
+        self.module.train_one_epoch = self._with_epoch(self.module.train_one_epoch)
+
+    def _bound(self, task_cls: type[MultiMixTask], args: argparse.Namespace) -> type[MultiMixTask]:
+        """The task class, with the options of this run: still a subclass of timm's, whatever the script asks of it."""
+        patch = self
+
+        class BoundTask(task_cls):
+            def __init__(self, *positional, **keywords):
+                try:
+                    super().__init__(*positional, **keywords, **multimix_kwargs(args))
+                except (ValueError, TypeError) as error:
+                    raise UsageError(f'--multimix {args.multimix}: {error}') from error
+                patch.task = self
+
+        BoundTask.__name__ = BoundTask.__qualname__ = task_cls.__name__
+        return BoundTask
+
+    def _with_epoch(self, train_one_epoch: Callable) -> Callable:
+        def train(epoch: int, *args, **kwargs):
+            if self.task is None:
+                raise UsageError('--multimix: the script trains with a task of another kind, such as distillation.')
+            self.task.set_epoch(epoch)
+            return train_one_epoch(epoch, *args, **kwargs)
+
+        return train
+
+
+def run_script(path: str, argv: Sequence[str]) -> None:
+    """Run timm's training script with the MultiMix options.
+
+    Args:
+        path: The script.
+        argv: Its command line.
+
+    Raises:
+        UsageError: if the script, or what is asked of MultiMix, is not as it should be.
+    """
+    module = load_script(path)
+    _Patch(module)
+    sys.argv = [path, *argv]
+    module.main()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m timm_multimix.patch SCRIPT OPTIONS`.
+
+    Returns:
+        Exit status: 0, or 2 for something that the user can put right.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0].startswith('-'):
+        print('usage: python -m timm_multimix.patch path/to/train.py [OPTIONS of train.py and --multimix ...]',
+              file=sys.stderr)
+        return 0 if argv[:1] in (['-h'], ['--help']) else 2
+    try:
+        run_script(argv[0], argv[1:])
+    except UsageError as error:
+        print(f'ERROR: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
