@@ -1,0 +1,41 @@
+"""Every recipe parses without a warning, builds its model and takes two steps."""
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_helpers import make_images
+
+from timm_multimix.training.arguments import build_parser
+from timm_multimix.training.config import parse_args, read_config
+from timm_multimix.training.loop import train_epoch
+from timm_multimix.training.run import build_run
+
+RECIPES = sorted((Path(__file__).parent.parent / 'hfconfigs').glob('*.yaml'))
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 9
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_recipe(recipe, tmp_path, caplog, monkeypatch):
+    lines = recipe.read_text().splitlines()
+    assert lines[0].startswith('# ') and lines[1].startswith('# Checked: ')
+    assert f'hfconfigs/{recipe.name}' in '\n'.join(lines[:7])
+    recipe_options = yaml.safe_load(recipe.read_text())
+    assert read_config(str(recipe), build_parser()) == recipe_options
+    assert recipe_options['multimix'] == 'dense'
+
+    images = make_images(tmp_path, count=2, size=64)
+    # Only what ties a recipe to its data and its machine is replaced.
+    args = parse_args([
+        '--config', str(recipe), '--data-dir', str(images), '--dataset', '', '--val-split', '', '--img-size', '64',
+        '--batch-size', '3', '--workers', '0', '--device', 'cpu', '--multimix-n', '30', '--eval-metric', 'loss'])
+    assert not caplog.records
+    args.pretrained = False
+    run = build_run(args)
+    averages, _ = train_epoch(run, 0)
+    assert run.updates_per_epoch == 2
+    assert {'loss', 'dense', 'pooled', 'top1'} <= set(averages)
+    assert all(torch.isfinite(p).all() for p in run.task.parameters())
