@@ -9,6 +9,8 @@ import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
+_logger = logging.getLogger(__name__)
+
 
 class _LineFormatter(logging.Formatter):
     """Information as it is, everything else with its level."""
@@ -88,7 +90,8 @@ class EpochReporter:
         self.data_time = 0.0
         self.started = self.window_started = time.perf_counter()
         self.bar = tqdm(
-            total=num_updates, desc=f'Epoch {epoch}', unit='update', leave=False, dynamic_ncols=True, file=sys.stderr,
+            total=num_updates, desc=f'Epoch {epoch}', leave=False, dynamic_ncols=True, file=sys.stderr,
+            bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]',
             disable=None if logging.root.isEnabledFor(logging.INFO) else True)  # None: off unless on a terminal
 
     def add(self, num_images: int, data_time: float) -> None:
@@ -109,19 +112,20 @@ class EpochReporter:
     def report(self, update: int, latest: Mapping[str, float], averages: Mapping[str, float], lr: float) -> None:
         """Tell the state after an update."""
         elapsed = time.perf_counter() - self.window_started
-        parts = [f'Loss: {latest["loss"]:#.3g} ({averages["loss"]:#.3g})']
-        parts += [f'{name}: {value:#.3g}' for name, value in averages.items() if name not in ('loss', 'top1')]
-        if 'top1' in averages:
-            parts.append(f'Acc@1: {averages["top1"]:.2f}')
-        parts.append(f'Time: {elapsed / max(self.updates, 1):.3f}s, {self.images / elapsed:.1f}/s')
-        parts.append(f'LR: {lr:.3e}')
-        if self.bar.disable:
-            percent = 100 * (update + 1) / self.num_updates
-            parts.append(f'Data: {self.data_time / max(self.updates, 1):.3f}')
-            logging.getLogger(__name__).info(
-                f'Train: {self.epoch} [{update:>4d}/{self.num_updates} ({percent:>3.0f}%)]  ' + '  '.join(parts))
+        speed = self.images / elapsed
+        if not self.bar.disable:
+            shown = [f'{name} {value:#.3g}' for name, value in averages.items()]
+            self.bar.set_postfix_str(', '.join([*shown, f'{speed:.0f} images/s', f'lr {lr:.1e}']))
         else:
-            self.bar.set_postfix_str(', '.join(parts))
+            updates = max(self.updates, 1)
+            parts = [f'Loss: {latest["loss"]:#.3g} ({averages["loss"]:#.3g})']
+            parts += [f'{name}: {value:#.3g}' for name, value in averages.items() if name not in ('loss', 'top1')]
+            parts += [f'Acc@1: {averages["top1"]:.2f}'] if 'top1' in averages else []
+            parts += [f'Time: {elapsed / updates:.3f}s, {speed:.1f}/s', f'LR: {lr:.3e}']
+            parts += [f'Data: {self.data_time / updates:.3f}']
+            percent = 100 * (update + 1) / self.num_updates
+            _logger.info(
+                f'Train: {self.epoch} [{update:>4d}/{self.num_updates} ({percent:>3.0f}%)]  ' + '  '.join(parts))
         self.images = self.updates = 0
         self.data_time = 0.0
         self.window_started = time.perf_counter()
