@@ -287,11 +287,12 @@ def test_gradient_checkpointing(name):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
-def test_reset_classifier_keeps_it_attached(images):
-    model = build()
+@pytest.mark.parametrize('name', ['test_resnet', 'shvit_s1'])
+def test_reset_classifier_keeps_it_attached(name, images):
+    model = build(name)
     handle = attach(model)
     model.reset_classifier(5)
-    assert model(images).dense_logits.shape == (3, 9, 5)
+    assert model(images).dense_logits.shape[2] == 5
     handle.remove()
     assert model(images).shape == (3, 5)
 

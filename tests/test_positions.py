@@ -4,6 +4,8 @@ import timm
 import torch
 from torch import nn
 
+from timm_multimix.blueprint import blueprint
+from timm_multimix.heads import inspect_head
 from timm_multimix.layouts import Layout, align_streams, grid_size
 from timm_multimix.positions import dense_logits
 
@@ -16,7 +18,7 @@ MODELS = {
     'class token': ('test_vit', {}),
     'average of tokens': ('test_vit', {'global_pool': 'avg'}),
     'attention pooling': ('test_vit', {'global_pool': 'map'}),
-    'attention pooling with position embedding': ('test_byobnet', {}),
+    'attention pooling with position embedding': ('resnet50_clip', {}),
     'concatenated average and maximum': ('test_resnet', {'global_pool': 'catavgmax'}),
     'average plus maximum': ('test_resnet', {'global_pool': 'avgmax'}),
     'convolution as classifier': ('resnetv2_18', {}),
@@ -116,17 +118,72 @@ def test_window_slides_over_a_larger_map():
 
 
 def test_whole_maps_have_the_gradient_of_the_head():
-    model = build('test_byobnet').train()
-    features = torch.randn(2, model.num_features, 3, 4, requires_grad=True)
-    maps = features.flatten(2).movedim(2, 1)[..., None, None].expand(-1, -1, -1, 3, 4).flatten(0, 1)
-    expected = model.forward_head(maps).unflatten(0, (2, 12))
+    model = build('resnet50_clip').train()
+    features = torch.randn(2, model.num_features, 2, 3, requires_grad=True)
+    maps = features.flatten(2).movedim(2, 1)[..., None, None].expand(-1, -1, -1, 2, 3).flatten(0, 1)
+    expected = model.forward_head(maps).unflatten(0, (2, 6))
     dense = dense_logits(model, features)
     torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
-    weight = torch.randn_like(dense)
+    weight, inputs = torch.randn_like(dense), [features, *model.head.parameters()]
     torch.testing.assert_close(
-        torch.autograd.grad((dense * weight).sum(), [features, *model.head.parameters()], allow_unused=True),
-        torch.autograd.grad((expected * weight).sum(), [features, *model.head.parameters()], allow_unused=True),
+        torch.autograd.grad((dense * weight).sum(), inputs), torch.autograd.grad((expected * weight).sum(), inputs),
         atol=1e-4, rtol=1e-3)
+
+
+class WeightedHead(nn.Module):
+    """Weighs places, scales channels, normalises: a head of a user's own that looks affine at first, and is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 5
+        self.stem = nn.Conv2d(3, 8, 32, 32)
+        self.places = nn.Parameter(torch.rand(4, 4))
+        self.scale = nn.Parameter(torch.ones(8))
+        self.norm = nn.BatchNorm1d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward_features(self, x):
+        return self.stem(x)
+
+    def forward_head(self, x):
+        x = (x * self.places[:x.shape[2], :x.shape[3]]).sum((2, 3)) * self.scale
+        return self.fc(self.norm(x))
+
+
+def test_whole_maps_with_batch_norm():
+    model = WeightedHead().train()
+    features = torch.randn(6, 8, 4, 4, requires_grad=True)
+    dense = dense_logits(model, features)
+    pooled = (features * model.places).sum((2, 3))
+    vectors = features.flatten(2).movedim(2, 1) * model.places.sum()
+    expected = model.fc((vectors - pooled.mean(0)) / (pooled.var(0, correction=0) + model.norm.eps).sqrt())
+    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
+    got, wanted = (torch.autograd.grad(x.square().sum(), [features, model.places]) for x in (dense, expected))
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+
+
+class ScaledHead(WeightedHead):
+    def forward_head(self, x):
+        return self.fc(x.mean((2, 3)) * self.scale)
+
+
+@pytest.mark.parametrize(('head', 'method'), [(WeightedHead, 'whole'), (ScaledHead, 'single')])
+def test_initial_values_do_not_hide_what_a_head_is(head, method):
+    model = head()
+    nn.init.zeros_(model.fc.weight)
+    assert inspect_head(model, torch.empty(1, 8, 4, 4)).method == method
+
+
+def test_blueprint_has_no_data_and_leaves_the_model_alone():
+    model = build('levit_128s').eval()
+    model(image(model))  # caches attention biases, with their graph
+    assert any(module.__dict__.get('attention_bias_cache') for module in model.modules())
+    copied = blueprint(model)
+    assert all(tensor.is_meta for tensor in copied.state_dict().values())
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def test_dropout_draws_a_mask_for_each_position():
