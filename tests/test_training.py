@@ -17,6 +17,7 @@ from timm.task import distillation
 from timm.utils import random_seed
 
 from timm_multimix.training import loaders, loop
+from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']
 
@@ -139,14 +140,14 @@ def test_interruption_loses_nothing(script, image_folder, monkeypatch):
     recovery, = script.run_folder().glob('recovery-1-*.pth.tar')
     state, last = script.checkpoint(recovery.name), script.checkpoint()
     assert any(not torch.equal(state['state_dict'][key], last['state_dict'][key]) for key in last['state_dict'])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert script(*script.lines[-1].split()[2:]) == 0, script.text
     assert f'Continuing from {recovery.relative_to(script.folder)} with epoch 1.' in script.text
     assert [row['epoch'] for row in script.summary()] == ['0', '1', '2']
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
-def test_interrupted_process_ends_cleanly(tmp_path, image_folder):
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_process_ends_cleanly(tmp_path, image_folder, number):
     command = [
         sys.executable, str(SCRIPT), '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32',
         '-b', '8', '--epochs', '100000', '-j', '1', '--experiment', 'run', '--log-interval', '1']
@@ -157,10 +158,10 @@ def test_interrupted_process_ends_cleanly(tmp_path, image_folder):
     for line in process.stderr:
         lines.append(line)
         if line.startswith('Train: 1'):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and 'Traceback' not in rest, rest
+    assert process.returncode == 128 + number and 'Traceback' not in rest, rest
     assert '--resume auto' in rest.splitlines()[-1]
     assert (tmp_path / 'output' / 'train' / 'run' / 'last.pth.tar').is_file()
 
@@ -298,6 +299,18 @@ def test_two_processes_train_one_model(tmp_path, image_folder):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('Best top1') == 1
     assert len((tmp_path / 'output' / 'train' / 'run' / 'summary.csv').read_text().splitlines()) == 3
+
+
+def test_second_signal_stops_at_once():
+    with StopRequest() as stop:
+        stop.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert stop.signal_number == signal.SIGINT
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_weights_are_those_of_a_plain_loop(script, image_folder):

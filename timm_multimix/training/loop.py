@@ -170,6 +170,7 @@ def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None
                     reporter.report(update, latest, averages.compute(args.distributed), lr)
                     if saver is not None and args.save_images and not isinstance(input, dict):
                         _save_images(run, input, index)
+            run.stop.check()
             waiting_since = time.perf_counter()
     finally:
         images_per_second = reporter.close()
@@ -201,4 +202,5 @@ def validate(run: Run, model: nn.Module) -> dict[str, float]:
             output = output.unfold(0, args.tta, args.tta).mean(dim=2)
             target = target[::args.tta]
         evaluator.update(output, target)
+        run.stop.check()
     return dict(evaluator.compute(distributed=args.distributed))

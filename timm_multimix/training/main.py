@@ -22,12 +22,18 @@ from .run import Run, build_run, compile_task
 
 _logger = logging.getLogger(__name__)
 
-# As shells count it: ended by signal 2.
-_EXIT_INTERRUPTED = 130
+_EXIT_BY_SIGNAL = 128  # and the number of the signal, as shells count it
 
 
 class Interrupted(Exception):
-    """The user stopped the run."""
+    """The user stopped the run.
+
+    Attributes:
+        signal_number: How.
+    """
+
+    def __init__(self, signal_number: int):
+        self.signal_number = signal_number
 
 
 def _save_args(run: Run, args_text: str) -> None:
@@ -142,7 +148,7 @@ def _command(run: Run, *options: str) -> str:
 
 def _interrupt(run: Run, epoch: int, saver: RunSaver | None) -> None:
     """Save what there is, and say how to continue."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would cut the checkpoint
+    run.stop.ignore()
     if saver is None:
         return
     saver.save_recovery(epoch)
@@ -164,14 +170,15 @@ def fit(run: Run, args_text: str) -> None:
         f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates each, '
         f'into {run.folder}')
     epoch = run.start_epoch
-    try:
-        for epoch in range(run.start_epoch, run.stop_epoch):
-            train_metrics, images_per_second = train_epoch(run, epoch, saver)
-            _logger.info(f'Epoch {epoch}: training  {_shown(train_metrics)}  ({images_per_second:.1f} images/s)')
-            _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
-    except KeyboardInterrupt:
-        _interrupt(run, epoch, saver)
-        raise Interrupted from None
+    with run.stop:
+        try:
+            for epoch in range(run.start_epoch, run.stop_epoch):
+                train_metrics, images_per_second = train_epoch(run, epoch, saver)
+                _logger.info(f'Epoch {epoch}: training  {_shown(train_metrics)}  ({images_per_second:.1f} images/s)')
+                _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
+        except KeyboardInterrupt:
+            _interrupt(run, epoch, saver)
+            raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}')
@@ -224,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line, by default that of the process.
 
     Returns:
-        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C.
+        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C, 143 after SIGTERM.
     """
     script, rest = _timm_script(sys.argv[1:] if argv is None else argv)
     if script is not None:
@@ -236,8 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _logger.error(error)
         return 2
-    except (KeyboardInterrupt, Interrupted):
-        return _EXIT_INTERRUPTED
+    except Interrupted as stop:
+        return _EXIT_BY_SIGNAL + stop.signal_number
+    except KeyboardInterrupt:
+        return _EXIT_BY_SIGNAL + signal.SIGINT
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

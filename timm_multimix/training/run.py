@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from .checkpoints import newest_checkpoint, resume, setup_ema
 from .checks import check_classes
 from .errors import UsageError, blame
+from .interrupt import StopRequest
 from .loaders import Loaders, build_datasets, build_loaders
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
 from .objective import build_task
@@ -63,6 +64,7 @@ class Run:
         stop_epoch: Epoch not to train any more: num_epochs or earlier.
         folder: Where the run writes.
         resumed_from: Checkpoint that the run continues from, or None.
+        stop: Whether the user wants it to end.
     """
     args: argparse.Namespace
     device: torch.device
@@ -78,6 +80,7 @@ class Run:
     stop_epoch: int = 0
     folder: str = ''
     resumed_from: str | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def decreasing(self) -> bool:
