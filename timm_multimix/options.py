@@ -7,6 +7,10 @@ from .attention import ATTENTION_NORMS, ATTENTION_QUERIES
 from .losses import MultiMixLoss
 from .task import TASK_MODES, MultiMixTask
 
+_DESCRIPTION = (
+    'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; keep the '
+    'rest of your recipe.')
+
 # Option, keyword argument of MultiMixTask. The other three are not one value for one argument.
 _KEYWORDS = {
     'multimix_n': 'num_mixes',
@@ -43,10 +47,7 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     Raises:
         argparse.ArgumentError: if the parser has one of the options already.
     """
-    group = parser.add_argument_group(
-        'MultiMix parameters',
-        'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; '
-        'keep the rest of your recipe.')
+    group = parser.add_argument_group('MultiMix parameters', _DESCRIPTION)
     add = group.add_argument
     add('--multimix', default='off', choices=TASK_MODES,
         help='mix the logits at every position of the feature map (dense), the ordinary logits only (pooled: for any '
