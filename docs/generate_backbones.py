@@ -22,7 +22,7 @@ INTRODUCTION = """\
 What MultiMix does with each model module of timm {version}. Made by `python docs/generate_backbones.py`, which attaches
 to every architecture and runs it in training mode at its native image size: do not edit by hand.
 
-- **Architectures**: those of the module that classify{excluded}.
+- **Architectures**: those of the module that classify.{excluded}
 - **Pooled**, **dense**: how many of them `attach` takes in that mode.
 - **Positions**: of the feature map at the native image size, from the smallest to the largest.
 - **Head**: how it is applied at a position. *Classifier*: one matrix product over all positions. *Head*: the model's
@@ -118,8 +118,8 @@ def render(results: list[Result]) -> str:
         if result.classifies:
             by_module[result.module].append(result)
     excluded = collections.Counter(result.module for result in results if not result.classifies)
-    excluded = '; encoders without a classifier are left out: ' + ', '.join(
-        f'{n} of {module}' for module, n in sorted(excluded.items())) if excluded else ''
+    excluded = '\n  Encoders without a classifier are left out: ' + ', '.join(
+        f'{n} of {module}' for module, n in sorted(excluded.items())) + '.' if excluded else ''
     rows = [_row(module, by_module[module]) for module in sorted(by_module)]
     kept = [result for group in by_module.values() for result in group]
     total = (
