@@ -8,8 +8,8 @@ from .losses import MultiMixLoss
 from .task import TASK_MODES, MultiMixTask
 
 _DESCRIPTION = (
-    'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; keep the '
-    'rest of your recipe.')
+    'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; keep '
+    'the rest of your recipe.')
 
 # Option, keyword argument of MultiMixTask. The other three are not one value for one argument.
 _KEYWORDS = {
