@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python train_timm.py --config hfconfigs/digits_resnet18.yaml
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python train_timm.py --config hfconfigs/digits_resnet18.yaml
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Images per second of train_timm.py, with MultiMix off, beside timm's own train.py on the same options.
+
+    python benchmarks/throughput.py path/to/pytorch-image-models/train.py
+    python benchmarks/throughput.py path/to/train.py --options --model resnet18 --img-size 64 --batch-size 64
+
+Both scripts train on the same folder of images (the embedded digits, written as PNG files), in processes of their own
+that take turns, with validation off and the installed timm. A run of one epoch is subtracted from a longer one, so that
+start-up does not count.
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from timm_multimix.data import DigitsDataset
+
+OUR_SCRIPT = Path(__file__).resolve().parent.parent / 'train_timm.py'
+OPTIONS = ['--model', 'test_resnet', '--img-size', '32', '--batch-size', '64', '--workers', '1', '--lr', '0.1']
+FIXED_OPTIONS = ['--num-classes', '10', '--val-split', '', '--device', 'cpu', '--log-interval', '1000']
+
+
+def write_images(folder: Path) -> int:
+    """Write the training digits as folders of PNG files; return how many."""
+    dataset = DigitsDataset('train')
+    for index in range(len(dataset)):
+        image, _ = dataset[index]
+        path = folder / 'train' / dataset.filename(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return len(dataset)
+
+
+def run_seconds(script: str, folder: Path, epochs: int, options: list[str]) -> float:
+    """Wall-clock seconds of a run."""
+    command = [
+        sys.executable, script, '--data-dir', str(folder), '--output', str(folder / 'output'), '--epochs', str(epochs),
+        '--warmup-epochs', '0', *FIXED_OPTIONS, *options]
+    # Without PYTHONSAFEPATH timm's script would take the timm beside it, not the installed one.
+    environment = {**os.environ, 'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONSAFEPATH': '1'}
+    start = time.perf_counter()
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise SystemExit(f'{" ".join(command)} failed:\n{run.stderr[-2000:]}')
+    return time.perf_counter() - start
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('timm_script', metavar='PATH', help="timm's train.py, of its repository")
+    parser.add_argument('--epochs', type=int, default=21, help='epochs of a run (default: %(default)s)')
+    parser.add_argument('--repetitions', type=int, default=3, help='runs of each script (default: %(default)s)')
+    parser.add_argument('--options', nargs=argparse.REMAINDER, default=OPTIONS,
+                        help=f'options of both scripts, last on the command line (default: {" ".join(OPTIONS)})')
+    args = parser.parse_args()
+    if not os.path.isfile(args.timm_script):
+        parser.error(f"{args.timm_script} is not a file: give the path of timm's train.py.")
+    if args.epochs < 2:
+        parser.error('--epochs must be at least 2: the first one is start-up.')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    scripts = {'train_timm.py': str(OUR_SCRIPT), "timm's train.py": args.timm_script}
+    rates = {name: [] for name in scripts}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = write_images(folder)
+        for _ in tqdm(range(args.repetitions), desc='rounds', disable=None):
+            for script, path in scripts.items():
+                short = run_seconds(path, folder, 1, args.options)
+                long = run_seconds(path, folder, args.epochs, args.options)
+                rates[script].append(images * (args.epochs - 1) / (long - short))
+    print(f'{" ".join(args.options)}, {images} images, {args.epochs - 1} epochs, {args.repetitions} runs of each\n')
+    print('| script | images/s, median | lowest to highest |\n|---|---|---|')
+    for script, values in rates.items():
+        print(f'| {script} | {statistics.median(values):.0f} | {min(values):.0f} to {max(values):.0f} |')
+    ours, theirs = rates.values()
+    print(f'\nratio, round by round: {statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.3f}')
+
+
+if __name__ == '__main__':
+    main()
