@@ -80,6 +80,7 @@ class Bench:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.device = torch.device(args.device)
+        self.clock = args.clock
         model = timm.create_model(args.model, num_classes=args.num_classes, global_pool='avg')
         size = args.image_size or model.default_cfg['input_size'][-1]
         self.images = torch.randn(args.batch_size, 3, size, size, device=self.device)
@@ -93,12 +94,13 @@ class Bench:
     def step(self, name: str) -> float:
         """Seconds of one training step."""
         self._synchronize()
-        start = time.perf_counter()
+        clock = time.process_time if self.clock == 'cpu' else time.perf_counter
+        start = clock()
         self.optimizers[name].zero_grad()
         self.steps[name](self.images, self.target).backward()
         self.optimizers[name].step()
         self._synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     def _synchronize(self) -> None:
         if self.device.type == 'cuda':
@@ -144,6 +146,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='default: all')
     parser.add_argument('--repetitions', type=int, default=7, help='steps timed of each method (default: %(default)s)')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='(default: %(default)s)')
+    parser.add_argument('--clock', default='wall', choices=('wall', 'cpu'),
+                        help='wall: seconds on the clock; cpu: seconds that the processor worked, summed over threads, '
+                             'for a machine that does other work too: set OMP_WAIT_POLICY=PASSIVE with it, so that '
+                             'waiting does not count (default: %(default)s)')
     parser.add_argument('--threads', type=int, help="CPU threads (default: PyTorch's)")
     return parser.parse_args()
 
@@ -154,7 +160,8 @@ def main() -> None:
     times = measure_times(args)
     baseline = args.methods[0]
     print(f'{args.model}, b = {args.batch_size}, c = {args.num_classes}, n = {args.num_mixes}, {args.device}, '
-          f'{torch.get_num_threads()} threads, {args.repetitions} steps of each, PyTorch {torch.__version__}\n')
+          f'{args.clock} time, {torch.get_num_threads()} threads, {args.repetitions} steps of each, '
+          f'PyTorch {torch.__version__}\n')
     print(f'| method | step, s | quartiles | to {baseline} | peak memory, MiB | to {baseline} |')
     print('|---|---|---|---|---|---|')
     for name in args.methods:
