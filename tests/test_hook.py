@@ -376,6 +376,12 @@ def test_users_own_model():
     torch.testing.assert_close(output.dense_logits, model.fc(model.norm(positions)))
 
 
+def test_compiled_model_is_refused():
+    compiled = torch.compile(timm.create_model('test_resnet', num_classes=3), backend='eager')
+    with pytest.raises(TypeError, match='before you wrap the model'):
+        attach(compiled)
+
+
 def test_models_outside_the_protocol():
     class Plain(nn.Sequential):
         pass

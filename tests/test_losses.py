@@ -240,6 +240,13 @@ def test_logit_scale_is_a_factor_on_the_logits():
     torch.testing.assert_close(gradient(scaled, logits), gradient(reference_scaled, logits))
 
 
+def test_second_derivatives_are_refused():
+    logits, target, _, weights = problem(6, 2, 4, 30)
+    logits.requires_grad_()
+    with pytest.raises(RuntimeError, match='differentiated once'):
+        torch.autograd.grad(multimix_cross_entropy(logits, target, weights), logits, create_graph=True)
+
+
 def test_autocast_changes_nothing():
     logits, target, _, weights = problem(6, 2, 4, 30)
     logits = logits.bfloat16()
@@ -468,6 +475,9 @@ GOOD = dict(logits=torch.zeros(4, 3), target=torch.zeros(4).long(), weights=torc
     (dict(target=torch.zeros(4).int()), 'must be int64'),
     (dict(target=torch.zeros(5).long()), r'shape \(b,\) = \(4,\)'),
     (dict(target=torch.zeros(4, 2)), r'\(b, c\) = \(4, 3\), got \(4, 2\)'),
+    (dict(target=-torch.ones(4, 3)), 'must not be negative'),
+    (dict(target=torch.full((4, 3), torch.nan)), 'must not be negative'),
+    (dict(logits=torch.zeros(0, 3), target=torch.zeros(0).long(), weights=torch.zeros(5, 0)), 'logits'),
     (dict(smoothing=1.0), r'smoothing must lie in \[0, 1\), got 1.0'),
 ])
 def test_bad_input_is_refused(change, message):

@@ -98,12 +98,6 @@ def test_resume_from_a_file_into_a_new_folder(script, image_folder):
     assert 'state_dict_ema' in script.checkpoint()
 
 
-def test_new_run_in_an_old_folder_starts_its_summary_anew(script, image_folder):
-    script.train(image_folder, epochs=2)
-    script.train(image_folder, epochs=1)
-    assert len(script.summary()) == 1
-
-
 def test_milestones_and_validation_interval(script, image_folder):
     script.train(image_folder, epochs=5, val_interval=4, save_epochs=2)
     assert [row['epoch'] for row in script.summary()] == ['1', '3', '4']
@@ -261,8 +255,9 @@ def test_class_statistics(script, image_folder, monkeypatch):
     path.write_text('{"pos_counts": [10, 11, 11], "num_samples": 16}')
     options = dict(task='multilabel', num_classes=3, class_stats=path)
     assert script.train(image_folder, loss='db', **options) == 0, script.text
+    options['experiment'] = 'weighted'
     assert script.train(image_folder, '--loss-weight-power', '0.5', loss_pos_weight='neg_pos', **options) == 0
-    assert script.train(image_folder, loss_class_weight='1,2', task='multilabel', num_classes=3) == 2
+    assert script.train(image_folder, loss_class_weight='1,2', task='multilabel', num_classes=3, experiment='c') == 2
     assert '2 entries but the model has 3 classes' in script.lines[-1]
 
 

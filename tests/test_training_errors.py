@@ -27,6 +27,8 @@ WRONG_OPTIONS = {
     'missing folder': (['--data-dir', 'nowhere'], 'nowhere: no such folder'),
     'empty folder name': (['--data-dir', ''], 'embedded digits'),
     'unknown dataset': (['--dataset', 'cifar10'], 'torch/'),
+    'two datasets': (['--data-dir', '.', '--dataset', 'demo/digits'], "--dataset ''"),
+    'no mixes': (['--multimix', 'dense', '--multimix-n', '0'], 'num_mixes must be at least 1'),
     'unknown demo': (['--dataset', 'demo/letters'], 'demo/digits'),
     'class count': (['--num-classes', '7'], '10 classes'),
     'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),
@@ -61,6 +63,28 @@ def test_mistake_ends_in_one_line(script, argv, word):
     assert word in errors[0]
     assert 'Traceback' not in script.text
     assert script.written() == []
+
+
+def test_another_run_is_not_overwritten(script, image_folder):
+    assert script.train(image_folder) == 0
+    before = {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')}
+    assert script.train(image_folder) == 2
+    assert '--resume auto' in script.lines[-1]
+    assert {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')} == before
+    assert script.train(image_folder, '--resume', 'auto', epochs=2) == 0
+    assert script.train(image_folder, resume=script.run_folder() / 'last.pth.tar', epochs=3) == 0
+
+
+def test_checkpoint_of_another_model_is_named(script, image_folder):
+    assert script.train(image_folder) == 0
+    path = script.run_folder() / 'last.pth.tar'
+    assert script.train(image_folder, model='test_convnext', resume=path, experiment='other') == 2
+    assert 'is a checkpoint of test_resnet, not of --model test_convnext' in script.lines[-1]
+
+
+def test_multimix_options_without_multimix_are_told(script, image_folder):
+    assert script.train(image_folder, '--no-multimix-balance') == 0
+    assert any('--no-multimix-balance' in line and 'without effect' in line for line in script.lines)
 
 
 def test_cuda_that_is_not_there(script):

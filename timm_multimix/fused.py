@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .weights import attend
 
@@ -242,8 +241,10 @@ class FusedLossFunction(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                'MultiMix losses can be differentiated once: no create_graph=True, and no second-order optimizer.')
         grads = (
             # Scaled before it is cast: a float16 gradient would underflow ahead of the loss scaler's factor.
             (grad * grad_output).to(dtype) if grad is not None else None

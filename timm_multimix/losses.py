@@ -42,16 +42,20 @@ def _may_look(tensor: torch.Tensor) -> bool:
 
 def _check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     batch_size, num_classes = logits.shape[0], logits.shape[-1]
+    if not batch_size:
+        raise ValueError('The batch is empty: there is nothing to mix.')
     if target.is_floating_point():
         if target.shape != (batch_size, num_classes):
             raise ValueError(
                 f'Soft targets must have shape (b, c) = ({batch_size}, {num_classes}), got {tuple(target.shape)}.')
+        if _may_look(target) and not target.min() >= 0:  # negated, so that NaN is caught too
+            raise ValueError(f'Soft targets must not be negative, got {target.min().item()}.')
         return
     if target.dtype != torch.int64 or target.shape != (batch_size,):
         raise ValueError(
             f'Class indices must be int64 with shape (b,) = ({batch_size},), got {target.dtype} with shape '
             f'{tuple(target.shape)}. Soft targets must be floating point with shape (b, c).')
-    if _may_look(target) and batch_size and not 0 <= target.min() <= target.max() < num_classes:
+    if _may_look(target) and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
             f'Class indices must lie in [0, {num_classes - 1}] for {num_classes} classes, '
             f'got values from {target.min().item()} to {target.max().item()}.')

@@ -184,8 +184,10 @@ def check_protocol(model: nn.Module) -> None:
     """Raise TypeError if a model does not follow timm's protocol, ValueError if it has no classifier."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'Expected a torch.nn.Module, got {type(model).__name__}.')
-    if not callable(getattr(model, 'forward_features', None)) or not callable(getattr(model, 'forward_head', None)):
-        wrapped = isinstance(getattr(model, 'module', None) or getattr(model, '_orig_mod', None), nn.Module)
+    # A compiled model forwards every attribute, so it seems to have both.
+    wrapped = isinstance(getattr(model, '_orig_mod', None) or getattr(model, 'module', None), nn.Module)
+    follows = callable(getattr(model, 'forward_features', None)) and callable(getattr(model, 'forward_head', None))
+    if not follows or isinstance(getattr(model, '_orig_mod', None), nn.Module):
         hint = 'Attach before you wrap the model for compilation or distribution.' if wrapped else (
             "timm's models have both. For any other model use pooled MultiMix: give its logits (b, c) to MultiMixLoss.")
         raise TypeError(f'{type(model).__name__} has no forward_features and forward_head. {hint}')

@@ -117,6 +117,8 @@ class MultiMixTask(ClassificationTask):
         in_loss = mode == 'dense' and attention == 'cam'
         self._attach_options = dict(
             mode=mode, attention='uniform' if in_loss else attention, attention_norm=attention_norm)
+        if '_multimix' in vars(model):  # attached before: take that back
+            attach(model, 'pooled').remove()
         self._handle = None
         self.loss = None
         if mode != 'off':

@@ -19,7 +19,7 @@ class Option(NamedTuple):
 
 
 def _value(*names: str, type: type = str, default: Any = None, help: str, **settings: Any) -> Option:
-    shown = '' if default is None or default == '' else f' (default: {_shown(default)})'
+    shown = '' if default in (None, '', []) else f' (default: {_shown(default)})'
     return Option(names, dict(type=type, default=default, help=(help + shown).replace('%', '%%'), **settings))
 
 
@@ -38,8 +38,8 @@ def _shown(default: Any) -> str:
 DATASET = (
     _value('--data-dir', metavar='DIR', help='root folder of the dataset, with a folder for each split in it'),
     _value('--dataset', default='', metavar='NAME',
-           help='TYPE/NAME of a dataset (torch/, hfds/, hfids/, tfds/, wds/), or demo/digits; without it --data- '
-                'dir is an image folder or a tar of one'),
+           help='TYPE/NAME of a dataset (torch/, hfds/, hfids/, tfds/, wds/), or demo/digits; without it '
+                '--data-dir is an image folder or a tar of one'),
     _value('--train-split', default='train', metavar='NAME', help='split to train on'),
     _value('--val-split', default='validation', metavar='NAME', help="split to validate on, '' for none"),
     _value('--train-num-samples', type=int, metavar='N',

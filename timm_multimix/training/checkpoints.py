@@ -40,7 +40,8 @@ def read_checkpoint(path: str) -> dict:
     try:
         checkpoint = load_checkpoint_metadata(path)
     except Exception as error:  # of many kinds: a truncated archive, another format, objects that are not data
-        raise UsageError(f'{path} is not a checkpoint that can be read safely: {error}') from error
+        raise UsageError(
+            f'{path} is damaged, or no PyTorch checkpoint that can be read as data only: {error}') from error
     if not isinstance(checkpoint, dict) or not any(key in checkpoint for key in ('state_dict', 'model')):
         raise UsageError(f'{path} is not a training checkpoint: it has no state_dict.')
     return checkpoint
@@ -55,7 +56,9 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     Raises:
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
     """
-    read_checkpoint(path)
+    architecture = read_checkpoint(path).get('arch')
+    if architecture not in (None, args.model):
+        raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
     keep = not args.no_resume_opt
     try:
         epoch = resume_task_checkpoint(

@@ -7,6 +7,8 @@ from timm.models import is_model, list_models, parse_model_name, split_model_nam
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from ..data import DEMOS
+from ..losses import MultiMixLoss
+from ..options import add_multimix_args, multimix_kwargs
 from .errors import UsageError, blame, near_names
 
 _logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch')
+DEFAULT_OUTPUT = os.path.join('output', 'train')
 _DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 
@@ -61,6 +64,10 @@ def _check_dataset(args: argparse.Namespace) -> None:
     if prefix == 'demo':
         if args.dataset.lower() not in DEMOS:
             raise UsageError(f'--dataset {args.dataset}: the embedded datasets are {", ".join(DEMOS)}.')
+        if args.data_dir:
+            raise UsageError(
+                f'--data-dir {args.data_dir} and --dataset {args.dataset} are two datasets. To train on the folder '
+                "with a config that names the other, add --dataset ''.")
     elif prefix not in _DATASET_TYPES:
         if not args.data_dir:
             raise UsageError(
@@ -81,6 +88,19 @@ def _check_files(args: argparse.Namespace) -> None:
         raise UsageError('--wandb-resume-id continues a run: give --resume too.')
     if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
         raise UsageError(f'--output {args.output}: not a folder.')
+    _check_run_folder(args)
+
+
+def _check_run_folder(args: argparse.Namespace) -> None:
+    """A run may continue in its own folder; another one may not overwrite it."""
+    if not args.experiment or args.validate or args.resume == 'auto':
+        return
+    folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
+    continues = args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
+    if os.path.exists(os.path.join(folder, 'last.pth.tar')) and not continues:
+        raise UsageError(
+            f'--experiment {args.experiment}: {folder} holds a run. Continue it with --resume auto, or choose another '
+            'name.')
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -136,6 +156,18 @@ def check_multimix(args: argparse.Namespace) -> None:
     for is_wrong, message in rules:
         if is_wrong:
             raise UsageError(f'--multimix {args.multimix}: {message}')
+    options = multimix_kwargs(args)
+    for_the_task = ('mode', 'attention', 'start_epoch', 'off_epoch')
+    with blame(f'--multimix {args.multimix}'):
+        MultiMixLoss(**{name: value for name, value in options.items() if name not in for_the_task})
+
+
+def _warn_of_idle_options(args: argparse.Namespace) -> None:
+    defaults = argparse.ArgumentParser()
+    add_multimix_args(defaults)
+    idle = [_option(name) for name, value in vars(defaults.parse_args([])).items() if getattr(args, name) != value]
+    if idle:
+        _logger.warning(f'{", ".join(idle)}: without effect, add --multimix dense or --multimix pooled.')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:
@@ -156,6 +188,8 @@ def check_args(args: argparse.Namespace) -> None:
     _check_combinations(args)
     if args.multimix != 'off':
         check_multimix(args)
+    else:
+        _warn_of_idle_options(args)
 
 
 def check_classes(args: argparse.Namespace, train, evaluation) -> None:

@@ -21,7 +21,7 @@ from timm.task import TrainingTask
 from torch.optim import Optimizer
 
 from .checkpoints import newest_checkpoint, resume, setup_ema
-from .checks import check_classes
+from .checks import DEFAULT_OUTPUT, check_classes
 from .errors import UsageError, blame
 from .interrupt import StopRequest
 from .loaders import Loaders, build_datasets, build_loaders
@@ -139,7 +139,7 @@ def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
 def _run_folder(args: argparse.Namespace, image_size: int) -> str:
     name = args.experiment or '-'.join(
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
-    return os.path.normpath(os.path.join(args.output or 'output/train', name))
+    return os.path.normpath(os.path.join(args.output or DEFAULT_OUTPUT, name))
 
 
 def _build_schedule(run: Run, resume_epoch: int | None) -> None:
