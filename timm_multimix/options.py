@@ -26,6 +26,9 @@ _KEYWORDS = {
 }
 
 
+_OF_THE_TASK = ('mode', 'attention', 'start_epoch', 'off_epoch')
+
+
 def _default(keyword: str) -> Any:
     """The default of a keyword argument, where it is defined: in MultiMixTask, else in MultiMixLoss."""
     for owner in (MultiMixTask, MultiMixLoss):
@@ -94,10 +97,16 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         Keyword arguments. With `--multimix off` they make a task that trains as timm's ClassificationTask.
+
+    Raises:
+        ValueError: if a value is out of range.
     """
-    return dict(
+    options = dict(
         mode=args.multimix,
         alpha=tuple(args.multimix_alpha),
         balance=not args.no_multimix_balance,
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
+    # Told here, before a model is built. The rest of the options is the task's own.
+    MultiMixLoss(**{name: value for name, value in options.items() if name not in _OF_THE_TASK})
+    return options

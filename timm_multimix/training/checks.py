@@ -7,7 +7,6 @@ from timm.models import is_model, list_models, parse_model_name, split_model_nam
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from ..data import DEMOS
-from ..losses import MultiMixLoss
 from ..options import add_multimix_args, multimix_kwargs
 from .errors import UsageError, blame, near_names
 
@@ -156,10 +155,8 @@ def check_multimix(args: argparse.Namespace) -> None:
     for is_wrong, message in rules:
         if is_wrong:
             raise UsageError(f'--multimix {args.multimix}: {message}')
-    options = multimix_kwargs(args)
-    for_the_task = ('mode', 'attention', 'start_epoch', 'off_epoch')
     with blame(f'--multimix {args.multimix}'):
-        MultiMixLoss(**{name: value for name, value in options.items() if name not in for_the_task})
+        multimix_kwargs(args)
 
 
 def _warn_of_idle_options(args: argparse.Namespace) -> None:
