@@ -93,18 +93,18 @@ def test_learning_rate_grows_with_the_batch(script, image_folder, calls, options
 def test_schedule_per_update_or_per_epoch(script, image_folder):
     script.train(image_folder, epochs=2, lr=0.01)
     assert [float(row['lr']) for row in script.summary()] == pytest.approx([0.01, 0.005])
-    script.train(image_folder, '--sched-on-updates', epochs=2, lr=0.01)
-    assert [float(row['lr']) for row in script.summary()] == pytest.approx([0.005, 0.0], abs=1e-9)
+    script.train(image_folder, '--sched-on-updates', epochs=2, lr=0.01, experiment='updates')
+    assert [float(row['lr']) for row in script.summary('updates')] == pytest.approx([0.005, 0.0], abs=1e-9)
 
 
 def test_resumed_schedule_is_the_uninterrupted_one(script, image_folder):
     script.train(image_folder, epochs=4)
     expected = [row['lr'] for row in script.summary()]
-    script.train(image_folder, epochs=4, stop_epoch=2)
-    script.train(image_folder, epochs=4, resume='auto')
-    assert [row['lr'] for row in script.summary()] == expected
-    script.train(image_folder, epochs=4, start_epoch=3)
-    assert [row['lr'] for row in script.summary()] == expected  # of a folder's rows, those from the epoch on are redone
+    script.train(image_folder, epochs=4, stop_epoch=2, experiment='halves')
+    script.train(image_folder, epochs=4, resume='auto', experiment='halves')
+    assert [row['lr'] for row in script.summary('halves')] == expected
+    script.train(image_folder, epochs=4, start_epoch=3, resume='auto', experiment='halves')
+    assert [row['lr'] for row in script.summary('halves')] == expected  # of a folder's rows, those from the epoch on are redone
     assert sum(line.startswith('Epoch ') and 'training' in line for line in script.lines) == 1
 
 
