@@ -4,9 +4,9 @@ import os
 # Tests run in as many processes as there are cores: threads would only wait for each other. Also in what tests start.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 # The same examples on every run: a test that fails here fails everywhere.
 hypothesis.settings.register_profile('timm_multimix', derandomize=True, deadline=None, max_examples=50)

@@ -104,7 +104,8 @@ def test_resumed_schedule_is_the_uninterrupted_one(script, image_folder):
     script.train(image_folder, epochs=4, resume='auto', experiment='halves')
     assert [row['lr'] for row in script.summary('halves')] == expected
     script.train(image_folder, epochs=4, start_epoch=3, resume='auto', experiment='halves')
-    assert [row['lr'] for row in script.summary('halves')] == expected  # of a folder's rows, those from the epoch on are redone
+    # Of a folder's rows, those from that epoch on are redone.
+    assert [row['lr'] for row in script.summary('halves')] == expected
     assert sum(line.startswith('Epoch ') and 'training' in line for line in script.lines) == 1
 
 
