@@ -81,6 +81,19 @@ def test_order_is_row_major():
     torch.testing.assert_close(dense[:, 7], model.fc(features[:, :, 1, 2]))
 
 
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_hooks_and_substitutes_of_the_classifier_have_their_say(name):
+    model = build(name, global_pool='avg').eval()
+    with torch.no_grad():
+        features = model.forward_features(image(model))
+        plain = dense_logits(model, features)
+        hook = model.get_classifier().register_forward_hook(lambda module, args, output: output + 1)
+        torch.testing.assert_close(dense_logits(model, features), plain + 1)
+        hook.remove()
+        nn.utils.parametrize.register_parametrization(model.get_classifier(), 'weight', nn.Tanh())
+        torch.testing.assert_close(dense_logits(model, features).mean(1), model.forward_head(features))
+
+
 def test_class_token_model_reads_the_position():
     model = build('test_vit').eval()
     with torch.no_grad():
