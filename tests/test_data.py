@@ -1,4 +1,4 @@
-"""The embedded digits, and timm's dataset protocol."""
+"""The embedded datasets, and timm's dataset protocol."""
 from collections import Counter
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from timm.data import create_loader
 
-from timm_multimix.data import DEMOS, DigitsDataset, create_dataset
+from timm_multimix.data import DEMOS, DigitsDataset, GlyphsDataset, LettersDataset, create_dataset
 
 
 @pytest.fixture(scope='module')
@@ -41,13 +41,37 @@ def test_images_are_the_digits(splits):
 
 
 @pytest.mark.parametrize('is_training', [True, False])
-def test_works_with_timms_loader(is_training):
-    dataset = create_dataset('demo/digits', split='train' if is_training else 'val', input_img_mode='L')
+@pytest.mark.parametrize('name', DEMOS)
+def test_works_with_timms_loader(name, is_training):
+    dataset = create_dataset(name, split='train' if is_training else 'val', input_img_mode='L')
     loader = create_loader(
         dataset, (1, 48, 48), 16, is_training=is_training, mean=(0.5,), std=(0.5,), num_workers=0,
         device=torch.device('cpu'))
     images, target = next(iter(loader))
     assert images.shape == (16, 1, 48, 48) and images.dtype == torch.float32 and target.dtype == torch.int64
+
+
+def test_glyphs_follow_the_characters():
+    train, test = GlyphsDataset('train', num_samples=72), GlyphsDataset('test')
+    assert (len(GlyphsDataset()), len(GlyphsDataset('val')), len(train), len(test)) == (2000, 1000, 72, 3000)
+    assert train.classes[10] == 'A' and len(train.classes) == 36
+    assert train.targets == [*range(36)] * 2
+    assert train[10][0].size == (32, 32) and train[10][1] == 10 and train.filename(46) == 'A/0046.png'
+    assert (train.images[:36] != test.images[:36]).any(axis=(1, 2)).all()
+
+
+def test_letters_are_as_the_digits():
+    letters, digits = LettersDataset('test'), DigitsDataset('validation')
+    assert letters.classes[0] == 'A' and len(letters.classes) == 26
+    assert letters.images.shape[1:] == digits.images.shape[1:] == (8, 8)
+    assert set(np.unique(letters.images)) == set(np.unique(digits.images))
+    assert abs(letters.images.mean() - digits.images.mean()) < 25
+
+
+def test_number_of_images_is_free():
+    assert len(create_dataset('demo/glyphs', split='train', num_samples=700)) == 700
+    with pytest.raises(ValueError, match='at least 1, got 0'):
+        create_dataset('demo/glyphs', split='train', num_samples=0)
 
 
 def test_target_transform():
@@ -57,7 +81,7 @@ def test_target_transform():
 
 def test_unknown_names_and_splits():
     with pytest.raises(ValueError, match='demo/digits'):
-        create_dataset('demo/letters')
+        create_dataset('demo/numbers')
     with pytest.raises(ValueError, match='validation'):
         create_dataset('demo/digits', split='third')
 

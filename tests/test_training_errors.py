@@ -29,7 +29,7 @@ WRONG_OPTIONS = {
     'unknown dataset': (['--dataset', 'cifar10'], 'torch/'),
     'two datasets': (['--data-dir', '.', '--dataset', 'demo/digits'], "--dataset ''"),
     'no mixes': (['--multimix', 'dense', '--multimix-n', '0'], 'num_mixes must be at least 1'),
-    'unknown demo': (['--dataset', 'demo/letters'], 'demo/digits'),
+    'unknown demo': (['--dataset', 'demo/numbers'], 'demo/digits'),
     'class count': (['--num-classes', '7'], '10 classes'),
     'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),
     'missing checkpoint': (['--resume', 'nothing.pth.tar'], 'nothing.pth.tar'),

@@ -1,5 +1,5 @@
 """Datasets that come with the package, for a first run on a machine with nothing else."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,50 +7,41 @@ import torch
 from PIL import Image
 from timm.data import create_dataset as create_timm_dataset
 
+from .glyphs import FIGURES, LETTERS, render_glyphs
+
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
 _TRAIN_SPLITS = ('train', 'training')
-_VALIDATION_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+_VALIDATION_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
 
 
-class DigitsDataset(torch.utils.data.Dataset):
-    """scikit-learn's bundled digits: 1,797 real handwritten digits, 8 x 8 pixels, enlarged so that transforms work.
-
-    The split is fixed: of every class each fifth image is held out, which keeps classes and writers balanced.
+class EmbeddedDataset(torch.utils.data.Dataset):
+    """Grey images held in memory, as timm reads datasets.
 
     Args:
-        split: 'train' (1,442 images) or 'validation' (355 images), or a synonym that timm knows.
+        images: uint8 images (n, h, w).
+        targets: Class indices (n,).
+        names: Numbers that name the images, by default 0 to n - 1.
         img_mode: PIL mode of the images, such as 'RGB' or 'L'.
         transform: Applied to the PIL image; timm's create_loader sets it.
         target_transform: Applied to the class index.
-
-    Raises:
-        ValueError: if the split is unknown.
     """
-    classes = tuple('0123456789')
+    classes: tuple[str, ...]
     # Enlarged to less than usual image sizes: a crop at the loader's size then never throws resolution away.
     image_size = 32
 
     def __init__(
             self,
-            split: str = 'train',
+            images: np.ndarray,
+            targets: np.ndarray,
+            names: Sequence[int] | None = None,
             img_mode: str = 'RGB',
             transform: Callable | None = None,
             target_transform: Callable | None = None,
     ):
-        from sklearn.datasets import load_digits  # takes a second to import, which only the demo should pay
-
-        if split not in _TRAIN_SPLITS + _VALIDATION_SPLITS:
-            raise ValueError(f"demo/digits has the splits 'train' and 'validation', got {split!r}.")
-        digits = load_digits()
-        rank_in_class = np.zeros(len(digits.target), dtype=int)
-        for index in range(len(self.classes)):
-            members = np.flatnonzero(digits.target == index)
-            rank_in_class[members] = np.arange(len(members))
-        held_out = rank_in_class % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
-        self.indices = np.flatnonzero(~held_out if split in _TRAIN_SPLITS else held_out)
-        self.images = (digits.images[self.indices] * (255 / 16)).round().astype(np.uint8)  # stored as 0 to 16
-        self.targets = digits.target[self.indices].tolist()
+        self.images = images
+        self.targets = targets.tolist()
+        self.indices = range(len(targets)) if names is None else names
         self.img_mode = img_mode
         self.transform = transform
         self.target_transform = target_transform
@@ -73,12 +64,86 @@ class DigitsDataset(torch.utils.data.Dataset):
         return image, target
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Name of an image: its class and its number in scikit-learn's order."""
+        """Name of an image: its class and its number."""
         name = f'{self.indices[index]:04d}.png'
         return name if basename else f'{self.classes[self.targets[index]]}/{name}'
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
         return [self.filename(index, basename, absolute) for index in range(len(self))]
+
+
+def _known_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:
+    for known, others in synonyms.items():
+        if split in others:
+            return known
+    raise ValueError(f'{name} has the splits {", ".join(map(repr, synonyms))}, got {split!r}.')
+
+
+class DigitsDataset(EmbeddedDataset):
+    """scikit-learn's bundled digits: 1,797 real handwritten digits, 8 x 8 pixels, enlarged so that transforms work.
+
+    The split is fixed: of every class each fifth image is held out, which keeps classes and writers balanced. Images
+    are named by their number in scikit-learn's order.
+
+    Args:
+        split: 'train' (1,442 images) or 'validation' (355 images), or a synonym that timm knows.
+        **options: Of EmbeddedDataset: img_mode, transform, target_transform.
+
+    Raises:
+        ValueError: if the split is unknown.
+    """
+    classes = tuple(FIGURES)
+
+    def __init__(self, split: str = 'train', **options):
+        from sklearn.datasets import load_digits  # takes a second to import, which only the demo should pay
+
+        split = _known_split('demo/digits', split, train=_TRAIN_SPLITS, validation=(*_VALIDATION_SPLITS, 'test'))
+        digits = load_digits()
+        rank_in_class = np.zeros(len(digits.target), dtype=int)
+        for index in range(len(self.classes)):
+            members = np.flatnonzero(digits.target == index)
+            rank_in_class[members] = np.arange(len(members))
+        held_out = rank_in_class % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
+        indices = np.flatnonzero(~held_out if split == 'train' else held_out)
+        images = (digits.images[indices] * (255 / 16)).round().astype(np.uint8)  # stored as 0 to 16
+        super().__init__(images, digits.target[indices], indices, **options)
+
+
+class GlyphsDataset(EmbeddedDataset):
+    """Distorted, noisy figures and letters, 32 x 32 pixels, drawn on first use; as many as are asked for.
+
+    Fonts of one split are in no other, so that validation and test ask for what fonts have in common.
+
+    Args:
+        split: 'train' (2,000 images unless told), 'validation' (1,000) or 'test' (3,000), or a synonym that timm knows.
+        num_samples: Number of images. More images begin with those of fewer.
+        seed: Seed of the images.
+        **options: Of EmbeddedDataset: img_mode, transform, target_transform.
+
+    Raises:
+        ValueError: if the split is unknown, or the number of images below 1.
+    """
+    name = 'demo/glyphs'
+    classes = tuple(FIGURES + LETTERS)
+    coarse = False
+
+    def __init__(self, split: str = 'train', num_samples: int | None = None, seed: int = 0, **options):
+        split = _known_split(
+            self.name, split, train=_TRAIN_SPLITS, validation=_VALIDATION_SPLITS, test=('test',))
+        if num_samples is None:
+            num_samples = dict(train=2000, validation=1000, test=3000)[split]
+        if num_samples < 1:
+            raise ValueError(f'{self.name} needs a number of images of at least 1, got {num_samples}.')
+        images, targets = render_glyphs(
+            split, num_samples, characters=''.join(self.classes), coarse=self.coarse, seed=seed)
+        super().__init__(images, targets, **options)
+
+
+class LettersDataset(GlyphsDataset):
+    """Letters in the manner of scikit-learn's digits, 8 x 8 pixels: nothing a digit classifier should know."""
+    name = 'demo/letters'
+    classes = tuple(LETTERS)
+    coarse = True
 
 
 class Demo(NamedTuple):
@@ -94,27 +159,42 @@ class Demo(NamedTuple):
     defaults: dict[str, Any]
 
 
+# Small grey characters, of which some are others when mirrored.
+_CHARACTERS = dict(
+    img_size=64,
+    crop_pct=1.0,  # they fill their images: a centre crop would cut them
+    batch_size=64,
+    opt='adamw',
+    lr=1e-3,
+    weight_decay=0.05,
+    warmup_epochs=1,
+    sched_on_updates=True,
+    smoothing=0.0,
+    scale=[0.7, 1.0],
+    ratio=[0.85, 1.18],
+    hflip=0.0,
+    color_jitter=0.0,
+    workers=0,  # decoding is nothing here, starting processes is not
+    log_interval=10,
+    checkpoint_hist=1,
+)
+
 DEMOS = {
-    'demo/digits': Demo(DigitsDataset, '1,797 handwritten digits, 1,442 to train on and 355 to validate', dict(
-        num_classes=10,
-        img_size=64,
-        crop_pct=1.0,  # the digits fill their images: a centre crop would cut them
-        batch_size=64,
-        epochs=9,
-        opt='adamw',
-        lr=1e-3,
-        weight_decay=0.05,
-        warmup_epochs=1,
-        sched_on_updates=True,
-        smoothing=0.0,
-        scale=[0.7, 1.0],
-        ratio=[0.85, 1.18],
-        hflip=0.0,  # a mirrored 2 is no 2
-        color_jitter=0.0,
-        workers=0,  # decoding is nothing here, starting processes is not
-        log_interval=10,
-        checkpoint_hist=1,
-    )),
+    'demo/digits': Demo(
+        DigitsDataset,
+        '1,797 handwritten digits, 1,442 to train on and 355 to validate',
+        dict(num_classes=10, epochs=9, **_CHARACTERS),
+    ),
+    'demo/glyphs': Demo(
+        GlyphsDataset,
+        'figures and letters in 36 classes, distorted and noisy, 2,000 to train on unless --train-num-samples says',
+        dict(num_classes=36, epochs=30, **_CHARACTERS),
+    ),
+    'demo/letters': Demo(
+        LettersDataset,
+        'letters in the manner of the digits, 2,000 to train on unless --train-num-samples says',
+        dict(num_classes=26, epochs=9, **_CHARACTERS),
+    ),
 }
 
 
@@ -122,10 +202,11 @@ def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str 
     """timm's create_dataset, which also knows the embedded datasets under `demo/`.
 
     Args:
-        name: 'demo/digits', or a name that timm knows.
+        name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a name that timm knows.
         split: Name of the split.
         input_img_mode: PIL mode of the images.
-        **kwargs: Of timm's create_dataset. An embedded dataset reads target_transform only.
+        **kwargs: Of timm's create_dataset. An embedded dataset reads target_transform, and num_samples if it can make
+            any number of images.
 
     Raises:
         ValueError: if there is no such embedded dataset, or no such split of it.
@@ -134,5 +215,8 @@ def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str 
         return create_timm_dataset(name, split=split, input_img_mode=input_img_mode, **kwargs)
     if name.lower() not in DEMOS:
         raise ValueError(f'No embedded dataset {name!r}: there is {", ".join(DEMOS)}.')
-    return DEMOS[name.lower()].dataset(
-        split=split, img_mode=input_img_mode, target_transform=kwargs.get('target_transform'))
+    dataset = DEMOS[name.lower()].dataset
+    options = dict(img_mode=input_img_mode, target_transform=kwargs.get('target_transform'))
+    if issubclass(dataset, GlyphsDataset):
+        options['num_samples'] = kwargs.get('num_samples')
+    return dataset(split=split, **options)

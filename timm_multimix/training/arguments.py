@@ -38,12 +38,12 @@ def _shown(default: Any) -> str:
 DATASET = (
     _value('--data-dir', metavar='DIR', help='root folder of the dataset, with a folder for each split in it'),
     _value('--dataset', default='', metavar='NAME',
-           help='TYPE/NAME of a dataset (torch/, hfds/, hfids/, tfds/, wds/), or demo/digits; without it '
-                '--data-dir is an image folder or a tar of one'),
+           help='TYPE/NAME of a dataset (torch/, hfds/, hfids/, tfds/, wds/), or an embedded one (demo/digits, '
+                'demo/glyphs, demo/letters); without it --data-dir is an image folder or a tar of one'),
     _value('--train-split', default='train', metavar='NAME', help='split to train on'),
     _value('--val-split', default='validation', metavar='NAME', help="split to validate on, '' for none"),
     _value('--train-num-samples', type=int, metavar='N',
-           help='size of the training split, for streams that do not know it'),
+           help='size of the training split, for streams that do not know it and demos that draw any number'),
     _value('--val-num-samples', type=int, metavar='N',
            help='size of the validation split, for streams that do not know it'),
     _flag('--dataset-download', help='download the dataset if it is missing and its reader can'),

@@ -1,0 +1,139 @@
+"""Letters and figures from the fonts that matplotlib ships, distorted at random: any number of images from a seed."""
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+FIGURES = '0123456789'
+LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+
+# No font is in two splits. The families too are kept apart, but for Computer Modern, whose styles differ most.
+FONTS = {
+    'train': (
+        'DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold',
+        'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'cmr10', 'cmtt10',
+    ),
+    'validation': ('cmb10', 'cmss10', 'cmti10'),
+    'test': ('STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'STIXGeneralBolIta'),
+}
+
+IMAGE_SIZE = 32
+_CANVAS = 2 * IMAGE_SIZE  # glyphs are drawn and distorted at twice the size, then averaged down
+_BLOCK = 500  # images drawn with one random state: the first of many images are those of few
+
+
+@lru_cache(maxsize=8)
+def _templates(split: str, characters: str) -> torch.Tensor:
+    """Blurred glyphs (fonts, characters, canvas, canvas) in [0, 1], each centred; a threshold makes strokes of them."""
+    folder = Path(matplotlib.get_data_path(), 'fonts', 'ttf')
+    templates = []
+    for name in FONTS[split]:
+        font = ImageFont.truetype(str(folder / f'{name}.ttf'), round(0.85 * _CANVAS))
+        for character in characters:
+            canvas = Image.new('L', (_CANVAS, _CANVAS))
+            left, top, right, bottom = font.getbbox(character)
+            corner = ((_CANVAS - left - right) / 2, (_CANVAS - top - bottom) / 2)
+            ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
+            templates.append(np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float32) / 255)
+    return torch.from_numpy(np.stack(templates)).unflatten(0, (len(FONTS[split]), len(characters)))
+
+
+def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    return low + (high - low) * torch.rand(size, generator=generator)
+
+
+def _smooth_noise(count: int, channels: int, knots: int, generator: torch.Generator) -> torch.Tensor:
+    """Random fields (count, channels, canvas, canvas): standard normal at knots x knots points, smooth in between."""
+    field = torch.randn((count, channels, knots, knots), generator=generator)
+    return F.interpolate(field, _CANVAS, mode='bicubic', align_corners=True)
+
+
+def _distort(templates: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Strokes (count, canvas, canvas) in [0, 1]: templates under a random affine and elastic map, of random width."""
+    count = len(templates)
+    angle = _uniform((count,), -math.pi / 9, math.pi / 9, generator)
+    shear = _uniform((count,), -0.3, 0.3, generator)
+    stretch = _uniform((count, 2), math.log(0.75), math.log(1.3), generator).exp()
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
+    skew = torch.eye(2).repeat(count, 1, 1)
+    skew[:, 0, 1] = shear
+    linear = rotation @ skew / stretch.unsqueeze(1)  # from image to template, so a large stretch enlarges
+    offset = _uniform((count, 2, 1), -0.15, 0.15, generator)
+    grid = F.affine_grid(torch.cat([linear, offset], dim=2), [count, 1, _CANVAS, _CANVAS], align_corners=False)
+    grid = grid + 0.06 * _smooth_noise(count, 2, 6, generator).permute(0, 2, 3, 1)
+    sampled = F.grid_sample(templates.unsqueeze(1), grid, align_corners=False).squeeze(1)
+    threshold = _uniform((count, 1, 1), 0.2, 0.55, generator)
+    return ((sampled - threshold) / 0.15 + 0.5).clamp(0, 1)
+
+
+def _paint(strokes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Images (count, size, size) in [0, 1]: strokes light on dark or dark on light, on an uneven ground, with noise."""
+    count = len(strokes)
+    contrast = _uniform((count, 1, 1), 0.25, 0.8, generator)
+    contrast = contrast * torch.where(torch.rand((count, 1, 1), generator=generator) < 0.5, -1, 1)
+    middle = 0.5 + _uniform((count, 1, 1), -0.5, 0.5, generator) * (1 - contrast.abs())
+    ground = _smooth_noise(count, 1, 5, generator).squeeze(1) * _uniform((count, 1, 1), 0, 0.15, generator)
+    images = F.avg_pool2d(middle + contrast * (strokes - 0.5) + ground, 2)
+    noise = torch.randn(images.shape, generator=generator) * _uniform((count, 1, 1), 0, 0.15, generator)
+    return (images + noise).clamp(0, 1)
+
+
+def _extent(inked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Middle and half length of the inked part of lines (count, canvas), in the units of a sampling grid."""
+    first, last = inked.int().argmax(dim=1), _CANVAS - inked.flip(1).int().argmax(dim=1)
+    return (first + last) / _CANVAS - 1, (last - first) / _CANVAS
+
+
+def _coarsen(strokes: torch.Tensor) -> torch.Tensor:
+    """Images (count, 8, 8) as scikit-learn's digits are: filling the image, counted in blocks, light on black."""
+    inked = strokes > 0.5
+    (y, half_height), (x, half_width) = _extent(inked.any(dim=2)), _extent(inked.any(dim=1))
+    half = torch.maximum(half_height, half_width)
+    box = torch.zeros(len(strokes), 2, 3)
+    box[:, 0, 0], box[:, 1, 1], box[:, 0, 2], box[:, 1, 2] = half, half, x, y
+    grid = F.affine_grid(box, [len(strokes), 1, _CANVAS, _CANVAS], align_corners=False)
+    fitted = F.grid_sample(strokes.unsqueeze(1), grid, align_corners=False)
+    return (F.adaptive_avg_pool2d(fitted, 8).squeeze(1) * 16).round() / 16  # 17 levels
+
+
+@lru_cache(maxsize=8)
+def render_glyphs(
+        split: str,
+        count: int,
+        *,
+        characters: str = FIGURES + LETTERS,
+        coarse: bool = False,
+        seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw distorted characters. The same arguments give the same images, and more images begin with those of fewer.
+
+    Args:
+        split: 'train', 'validation' or 'test': which fonts to draw with. No two splits share one.
+        count: Number of images.
+        characters: The classes, in order. Classes take turns, so any number of images is balanced.
+        coarse: Draw in the manner of scikit-learn's digits, 8 x 8 light on black, without ground and noise.
+        seed: Seed of the images; every split draws others.
+
+    Returns:
+        Images (count, 32, 32), or (count, 8, 8) if coarse, uint8, and their class indices (count,).
+    """
+    templates = _templates(split, characters)
+    targets = np.arange(count) % len(characters)
+    blocks = []
+    for block in range(math.ceil(count / _BLOCK)):
+        state = np.random.SeedSequence([seed, list(FONTS).index(split), block]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(state))
+        fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
+        classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
+        strokes = _distort(templates[fonts, classes], generator)
+        blocks.append(_coarsen(strokes) if coarse else _paint(strokes, generator))
+    images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
+    images.setflags(write=False)  # they are shared by all who ask
+    targets.setflags(write=False)
+    return images, targets
