@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_multimix import MultiMixLoss, attach
+from timm_multimix.calibration import fold_temperature, scalable_classifier
 from timm_multimix.heads import find_head
 from timm_multimix.positions import dense_logits, position_logits
 
@@ -269,6 +270,23 @@ def test_dense_step_reaches_what_a_plain_step_reaches(backbone):
     model.eval()
     assert gradients.keys() >= reached
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@torch.no_grad()
+def test_temperature_goes_into_the_classifier(backbone, monkeypatch):
+    model = backbone.model
+    features = [stream.clone().requires_grad_() for stream in streams_of(backbone.features)]
+    features = features if isinstance(backbone.features, (list, tuple)) else features[0]
+    monkeypatch.setattr(model, 'forward_features', lambda *args, **kwargs: features)  # only the head has to run
+    expected = model(backbone.images)
+    layers = [model.get_submodule(name) for name in scalable_classifier(model, backbone.images)]
+    state = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    fold_temperature(model, 1.7, backbone.images)
+    logits = model(backbone.images)
+    for layer, before in zip(layers, state, strict=True):
+        layer.load_state_dict(before)
+    torch.testing.assert_close(logits, expected / 1.7, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model(backbone.images), expected)
 
 
 def generator():
