@@ -7,7 +7,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
-from .fused import BLOCK_ELEMENTS, SIGMOID, SOFTMAX, DrawnWeights, FusedLoss, FusedLossFunction, GivenWeights, Partition
+from .fused import (
+    BLOCK_ELEMENTS,
+    SIGMOID,
+    SOFTMAX,
+    Distillation,
+    DrawnWeights,
+    FusedLoss,
+    FusedLossFunction,
+    GivenWeights,
+    Partition,
+)
 from .weights import Alpha, check_alpha, check_tuple_length, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
@@ -24,6 +34,10 @@ class MultiMixOutput(NamedTuple):
     logits: torch.Tensor
     dense_logits: torch.Tensor | None = None
     attention: torch.Tensor | None = None
+
+
+def _as_output(output: MultiMixOutput | torch.Tensor | None) -> MultiMixOutput:
+    return output if isinstance(output, tuple) else MultiMixOutput(output)
 
 
 def _class_target(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
@@ -90,6 +104,34 @@ def _check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) ->
         raise ValueError('attention must be non-negative and finite. See attention_map.')
 
 
+def check_distillation(distill_weight: float, distill_temperature: float) -> Distillation:
+    """Return the share and the temperature of a distillation term.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    if not 0 <= distill_weight <= 1:
+        raise ValueError(f'distill_weight is a share and must lie in [0, 1], got {distill_weight}.')
+    if not 0 < distill_temperature < torch.inf:
+        raise ValueError(f'distill_temperature must be positive, got {distill_temperature}.')
+    return Distillation(distill_weight, distill_temperature)
+
+
+def _teacher_rows(logits: torch.Tensor, teacher_logits: torch.Tensor | None, weight: float) -> torch.Tensor | None:
+    """The teacher's logits as (b, r, c), or (b, 1, c) for all positions of logits (b, r, c); None without a teacher."""
+    if teacher_logits is None or weight == 0:
+        return None
+    if teacher_logits.ndim == 2:
+        teacher_logits = teacher_logits.unsqueeze(1)
+    batch_size, num_positions, num_classes = logits.shape
+    if teacher_logits.shape not in ((batch_size, 1, num_classes), logits.shape):
+        raise ValueError(
+            f"The teacher's logits must have shape (b, c) = ({batch_size}, {num_classes}), or (b, r, c) = "
+            f'({batch_size}, {num_positions}, {num_classes}), to teach these, got {tuple(teacher_logits.shape)}. '
+            'A teacher of another resolution can teach with its ordinary logits (b, c).')
+    return teacher_logits.detach()
+
+
 def _mixed_loss(
         partition: Partition,
         logits: torch.Tensor,
@@ -97,6 +139,8 @@ def _mixed_loss(
         weights: torch.Tensor,
         attention_grad: bool,
         smoothing: float,
+        teacher_logits: torch.Tensor | None,
+        distillation: Distillation,
         **options,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
@@ -108,8 +152,9 @@ def _mixed_loss(
         logits,
         weights if attention_grad else weights.detach(),
         _class_target(target, logits.shape[-1], smoothing),
+        _teacher_rows(logits, teacher_logits, distillation.weight),
         GivenWeights,
-        FusedLoss(partition, weights.shape[1], **options),
+        FusedLoss(partition, weights.shape[1], distillation=distillation, **options),
     )
 
 
@@ -122,12 +167,22 @@ def multimix_cross_entropy(
         attention_grad: bool = False,
         smoothing: float = 0.0,
         logit_scale: float = 1.0,
+        teacher_logits: torch.Tensor | None = None,
+        distill_weight: float = 0.5,
+        distill_temperature: float = 1.0,
         tile_size: int | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, sec. 3.2 and eq. 14).
 
     Works in float32 (float64 for float64 logits), under autocast too. Memory beyond that of the arguments does not grow
     with n. Differentiable once.
+
+    With a teacher it is the convex combination of that and of distillation (P1, eq. 9): for a mix with logits l,
+    targets y and teacher's logits t, all mixed with the same weights, share w and temperature T,
+
+        (1 - w) H(y, softmax(l)) + w T² H(softmax(t / T), softmax(l / T))
+
+    where T² keeps the gradient's size, as in timm's LogitDistillationTask.
 
     Args:
         logits: Logits (b, c), or at every position (b, r, c).
@@ -137,7 +192,11 @@ def multimix_cross_entropy(
             loss is the same.
         attention_grad: Let gradient through the weights. Exact; not affected by balance.
         smoothing: Label smoothing of class indices. Soft targets are taken as they are.
-        logit_scale: Factor on the mixed logits.
+        logit_scale: Factor on the mixed logits, a teacher's too.
+        teacher_logits: A teacher's logits for the same examples, of the shape of logits, or (b, c) to teach all
+            positions alike; no gradient reaches them. None without a teacher.
+        distill_weight: Share of the distillation term if there is a teacher, in [0, 1].
+        distill_temperature: Divides both sides' logits in that term.
         tile_size: Mixes worked on at a time, by default what fits the cache. Does not change the result.
 
     Returns:
@@ -148,7 +207,8 @@ def multimix_cross_entropy(
             on CPU only, where that needs no synchronisation, and not in compiled code).
     """
     return _mixed_loss(
-        SOFTMAX, logits, target, weights, attention_grad, smoothing,
+        SOFTMAX, logits, target, weights, attention_grad, smoothing, teacher_logits,
+        check_distillation(distill_weight, distill_temperature),
         balance=balance, logit_scale=logit_scale, tile_size=tile_size)
 
 
@@ -162,18 +222,22 @@ def multimix_binary_cross_entropy(
         smoothing: float = 0.0,
         sum_classes: bool = False,
         logit_scale: float = 1.0,
+        teacher_logits: torch.Tensor | None = None,
+        distill_weight: float = 0.5,
+        distill_temperature: float = 1.0,
         tile_size: int | None = None,
 ) -> torch.Tensor:
     """Binary cross-entropy of mixed logits with mixed targets, for multi-label targets and timm's BCE training.
 
-    The twin of `multimix_cross_entropy`, with the same arguments, except:
+    The twin of `multimix_cross_entropy`, with the same arguments (a teacher's probabilities are sigmoids too), except:
 
     Args:
         target: Multi-hot or soft targets (b, c), or class indices (b,) for BCE training on single labels.
         sum_classes: Sum over classes instead of taking their mean, as timm's BinaryCrossEntropy does.
     """
     loss = _mixed_loss(
-        SIGMOID, logits, target, weights, attention_grad, smoothing,
+        SIGMOID, logits, target, weights, attention_grad, smoothing, teacher_logits,
+        check_distillation(distill_weight, distill_temperature),
         balance=balance, logit_scale=logit_scale, tile_size=tile_size)
     return loss if sum_classes else loss / logits.shape[-1]
 
@@ -275,9 +339,35 @@ class MultiMixLoss(nn.Module):
     def forward(self, output: MultiMixOutput | torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.terms(output, target)['loss']
 
-    def terms(self, output: MultiMixOutput | torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss and what it is made of: 'loss', and those of 'dense', 'pooled', 'clean' that have weight."""
-        logits, dense_logits, attention = output if isinstance(output, tuple) else MultiMixOutput(output)
+    def terms(
+            self,
+            output: MultiMixOutput | torch.Tensor,
+            target: torch.Tensor,
+            teacher: MultiMixOutput | torch.Tensor | None = None,
+            *,
+            distill_weight: float = 0.5,
+            distill_temperature: float = 1.0,
+    ) -> dict[str, torch.Tensor]:
+        """The loss and what it is made of.
+
+        Args:
+            output: What an attached model returned, or logits (b, c).
+            target: Class indices (b,), or soft or multi-hot targets (b, c).
+            teacher: What a teacher returned for the same examples. Each term then combines classification and
+                distillation, both with the same weights, attended with the attention of `output`: what a mix shows, its
+                target and its teacher belong together. A teacher without dense logits teaches all positions alike.
+            distill_weight: Share of the distillation term, in [0, 1]; 0 is the loss without a teacher.
+            distill_temperature: Divides both sides' logits in that term.
+
+        Returns:
+            'loss', and those of 'dense', 'pooled', 'clean' that have weight.
+
+        Raises:
+            ValueError: for inputs whose shapes do not fit.
+        """
+        distillation = check_distillation(distill_weight, distill_temperature)
+        logits, dense_logits, attention = _as_output(output)
+        teacher = _as_output(teacher)
         if logits.ndim != 2:
             raise ValueError(f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got shape {tuple(logits.shape)}.')
         _check_target(logits, target)
@@ -289,11 +379,13 @@ class MultiMixLoss(nn.Module):
         }
         terms = {}
         if shares['dense']:
-            terms['dense'] = self._mixed(dense_logits, target, self._attention(dense_logits, attention, target))
+            attention = self._attention(dense_logits, attention, target)
+            dense_teacher = teacher.logits if teacher.dense_logits is None else teacher.dense_logits
+            terms['dense'] = self._mixed(dense_logits, target, attention, dense_teacher, distillation)
         if shares['pooled']:
-            terms['pooled'] = self._mixed(logits.unsqueeze(1), target, None)
+            terms['pooled'] = self._mixed(logits.unsqueeze(1), target, None, teacher.logits, distillation)
         if shares['clean']:
-            terms['clean'] = self._clean(logits, target)
+            terms['clean'] = self._clean(logits, target, teacher.logits, distillation)
         loss = sum(shares[name] * term for name, term in terms.items())
         return {'loss': loss, **terms}
 
@@ -312,7 +404,14 @@ class MultiMixLoss(nn.Module):
         _check_attention_map(dense_logits, attention)
         return attention if self.attention_grad else attention.detach()
 
-    def _mixed(self, logits: torch.Tensor, target: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
+    def _mixed(
+            self,
+            logits: torch.Tensor,
+            target: torch.Tensor,
+            attention: torch.Tensor | None,
+            teacher: torch.Tensor | None,
+            distillation: Distillation,
+    ) -> torch.Tensor:
         batch_size, _, num_classes = logits.shape
         sample = partial(
             sample_weights,
@@ -326,6 +425,7 @@ class MultiMixLoss(nn.Module):
             logits,
             attention,
             _class_target(target, num_classes, self.smoothing),
+            _teacher_rows(logits, teacher, distillation.weight),
             partial(DrawnWeights, sample=sample),
             FusedLoss(
                 SOFTMAX if self.loss_type == 'ce' else SIGMOID,
@@ -333,13 +433,25 @@ class MultiMixLoss(nn.Module):
                 self.balance,
                 self.logit_scale,
                 self.tile_size,
+                distillation,
             ),
         )
         return loss if self.loss_type == 'ce' else loss / num_classes
 
-    def _clean(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _clean(
+            self,
+            logits: torch.Tensor,
+            target: torch.Tensor,
+            teacher: torch.Tensor | None,
+            distillation: Distillation,
+    ) -> torch.Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = _class_target(target, logits.shape[1], self.smoothing).to(logits.dtype)
+        if teacher is not None and distillation.weight:
+            function = multimix_cross_entropy if self.loss_type == 'ce' else multimix_binary_cross_entropy
+            return function(
+                logits, target, torch.eye(len(logits), device=logits.device), teacher_logits=teacher,
+                distill_weight=distillation.weight, distill_temperature=distillation.temperature)
         if self.loss_type == 'ce':
             return F.cross_entropy(logits, target)
         return F.binary_cross_entropy_with_logits(logits, target)

@@ -33,6 +33,11 @@ def binary_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, y, reduction='none').mean(dim=-1)
 
 
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the classes, of every row."""
+    return logits.softmax(dim=-1)
+
+
 def pooled_multimix(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor, classifier: Classifier, loss=cross_entropy):
     """Pooled MultiMix (P1 and P2, sec. 3.2)."""
     z_mixed = w @ z                                                     # eq. 6, (n, d)
@@ -60,6 +65,35 @@ def dense_multimix(
     z_mixed = torch.einsum('rnb,brd->rnd', m, z)                        # eq. 12
     y_mixed = torch.einsum('rnb,bc->rnc', m, y)                         # eq. 13
     return loss(classifier(z_mixed), y_mixed).mean()                    # eq. 14
+
+
+def self_distillation(
+        z: torch.Tensor,
+        y: torch.Tensor,
+        w: torch.Tensor,
+        a: torch.Tensor,
+        classifier: Classifier,
+        z_teacher: torch.Tensor,
+        classifier_teacher: Classifier,
+        weight: float,
+        temperature: float = 1.0,
+        loss=cross_entropy,
+        predict=softmax,
+):
+    """Dense MultiMix with a teacher, which sees another view of the same examples (P1, sec. 3.3, eq. 9).
+
+    Student and teacher are mixed with the same weights, of the student's attention. Hinton et al.'s T² in front of the
+    term with temperature T is timm's. For binary cross-entropy `predict` is the sigmoid.
+    """
+    m = attention_weights(w, a)
+    z_mixed = torch.einsum('rnb,brd->rnd', m, z)
+    y_mixed = torch.einsum('rnb,bc->rnc', m, y)
+    z_teacher_mixed = torch.einsum('rnb,brd->rnd', m, z_teacher.detach())
+    teacher = predict(classifier_teacher(z_teacher_mixed) / temperature)
+    student = classifier(z_mixed)
+    classification = loss(student, y_mixed).mean()
+    distillation = temperature ** 2 * loss(student / temperature, teacher).mean()
+    return (1 - weight) * classification + weight * distillation
 
 
 def manifold_mixup(z: torch.Tensor, y: torch.Tensor, lam: torch.Tensor, partners: torch.Tensor, classifier: Classifier):

@@ -1,0 +1,211 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_helpers import drawn, gradient, peak_memory
+
+import timm_multimix
+from timm_multimix import (
+    MultiMixLoss,
+    MultiMixOutput,
+    attend,
+    attention_map,
+    multimix_binary_cross_entropy,
+    multimix_cross_entropy,
+    reference,
+    sample_weights,
+)
+
+
+@pytest.fixture
+def output():
+    dense = torch.randn(6, 9, 4, dtype=torch.float64)
+    return MultiMixOutput(dense.mean(1), dense, torch.rand(6, 9))
+
+
+def test_drawn_weights_give_the_loss_of_the_same_weights(output):
+    target = torch.randint(4, (6,))
+    weights = sample_weights(50, 6, 9, generator=torch.Generator().manual_seed(0)).double()
+    loss, grads = drawn(output, target, num_mixes=50, pooled_weight=0.0)
+    attended = attend(weights, output.attention.double())
+    torch.testing.assert_close(loss, multimix_cross_entropy(output.dense_logits, target, attended))
+    expected, = gradient(lambda x: multimix_cross_entropy(x, target, attended), output.dense_logits)
+    torch.testing.assert_close(grads[1], expected)
+
+
+@pytest.mark.parametrize('tile_size', [1, 7, 64, 10_000])
+def test_result_does_not_depend_on_the_tile_size(tile_size):
+    # Large enough that weights are drawn in several blocks, of positions and of rows.
+    dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
+    output = MultiMixOutput(dense[:, 0], dense)
+    torch.testing.assert_close(
+        drawn(output, target, num_mixes=1500), drawn(output, target, num_mixes=1500, tile_size=tile_size))
+
+
+def test_tile_size_bounds_memory():
+    logits, target = torch.randn(16, 100), torch.randint(100, (16,))
+    def step(tile_size):
+        return lambda: MultiMixLoss(4096, tile_size=tile_size)(logits, target)
+    assert peak_memory(step(64)) < 0.5 * peak_memory(step(4096))
+
+
+def test_attention_gradient_is_that_of_all_blocks():
+    # Large enough that weights are drawn in several blocks, of positions and of rows.
+    dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
+    attention = torch.rand(300, 3, dtype=torch.float64).add_(0.1).requires_grad_()
+    def loss(attention):
+        criterion = MultiMixLoss(
+            1500, pooled_weight=0.0, attention_grad=True, generator=torch.Generator().manual_seed(0))
+        return criterion(MultiMixOutput(dense[:, 0], dense, attention), target)
+    direction = torch.randn(300, 3, dtype=torch.float64)
+    grad, = torch.autograd.grad(loss(attention), attention)
+    with torch.no_grad():
+        expected = (loss(attention + 1e-6 * direction) - loss(attention - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close((grad * direction).sum(), expected, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(attention='cam'), dict(attention_grad=True), dict(tuple_length=2), dict(clean_weight=0.5),
+    dict(loss_type='bce'),
+])
+def test_compiles_without_a_graph_break(output, options, monkeypatch):
+    def sample(concentration, size, generator):
+        return torch._standard_gamma(concentration.expand(size)).log_()
+    monkeypatch.setattr(timm_multimix.weights, '_sample_log_gamma', sample)  # compiled code does not reject and retry
+    logits, dense, attention = (tensor.float() for tensor in output)
+    target, loss = torch.randint(4, (6,)), MultiMixLoss(20, **options)
+
+    def step(dense, attention):
+        return loss(MultiMixOutput(logits, dense, attention), target)
+
+    def run(step):
+        torch.manual_seed(1)
+        return gradient(step, dense, attention) if options.get('attention_grad') else gradient(
+            lambda dense: step(dense, attention), dense)
+
+    compiled = torch.compile(step, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(run(compiled), run(step))
+
+
+def test_attention_gradient_is_finite_where_attention_vanishes(output):
+    attention = torch.zeros(6, 9, dtype=torch.float64, requires_grad=True)
+    loss = MultiMixLoss(20, attention_grad=True)
+    loss(output._replace(attention=attention), torch.randint(4, (6,))).backward()
+    assert attention.grad.isfinite().all()
+
+
+def test_terms_are_combined_by_their_weights(output):
+    target = torch.randint(4, (6,))
+    loss = MultiMixLoss(num_mixes=20, pooled_weight=0.25, clean_weight=0.2)
+    terms = loss.terms(output, target)
+    assert list(terms) == ['loss', 'dense', 'pooled', 'clean']
+    expected = 0.8 * (0.75 * terms['dense'] + 0.25 * terms['pooled']) + 0.2 * terms['clean']
+    torch.testing.assert_close(terms['loss'], expected)
+    torch.testing.assert_close(terms['clean'], F.cross_entropy(output.logits, target))
+    assert list(loss.terms(output.logits, target)) == ['loss', 'pooled', 'clean']
+    assert list(MultiMixLoss(pooled_weight=0.0).terms(output, target)) == ['loss', 'dense']
+    assert list(MultiMixLoss(clean_weight=1.0).terms(output, target)) == ['loss', 'clean']
+
+
+def test_plain_logits_give_pooled_multimix():
+    logits, target = torch.randn(6, 4, dtype=torch.float64), torch.randint(4, (6,))
+    weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
+    loss = MultiMixLoss(20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss(logits, target), multimix_cross_entropy(logits, target, weights))
+
+
+def test_uniform_attention_is_no_attention(output):
+    target = torch.randint(4, (6,))
+    uniform = attention_map(output.dense_logits, query='uniform')
+    expected = drawn(output._replace(attention=uniform), target)
+    torch.testing.assert_close(drawn(output._replace(attention=None), target), expected)
+    torch.testing.assert_close(drawn(output, target, attention='uniform'), expected)
+
+
+@pytest.mark.parametrize('norm', ['relu', 'softmax'])
+def test_cam_attention_is_computed_from_the_target(output, norm):
+    target = torch.randint(4, (6,))
+    cam = attention_map(None, output.dense_logits, target, query='cam', norm=norm)
+    torch.testing.assert_close(
+        drawn(output, target, attention='cam', attention_norm=norm), drawn(output._replace(attention=cam), target))
+
+
+def test_attention_gradient(output):
+    target = torch.randint(4, (6,))
+    weights = sample_weights(50, 6, 9, generator=torch.Generator().manual_seed(0)).double()
+    attention = output.attention.double().requires_grad_()
+    def run(attention_grad):
+        loss = MultiMixLoss(
+            50, pooled_weight=0.0, attention_grad=attention_grad, generator=torch.Generator().manual_seed(0))
+        return loss(output._replace(attention=attention), target)
+    assert not run(False).requires_grad
+    y = reference.one_hot(target, 4, torch.float64)
+    expected = reference.dense_multimix(output.dense_logits, y, weights, attention, lambda z: z)
+    torch.testing.assert_close(run(True), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(run(True), attention), torch.autograd.grad(expected, attention))
+
+
+def test_multi_label_targets(output):
+    target = torch.randint(2, (6, 4)).double()
+    weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
+    loss = MultiMixLoss(20, loss_type='bce', generator=torch.Generator().manual_seed(0))
+    expected = multimix_binary_cross_entropy(output.logits, target, weights)
+    torch.testing.assert_close(loss(output.logits, target), expected)
+
+
+def test_draws_differ_from_step_to_step_and_are_reproduced_by_the_seed(output):
+    target, loss = torch.randint(4, (6,)), MultiMixLoss(20)
+    torch.manual_seed(1)
+    first, second = loss(output, target), loss(output, target)
+    torch.manual_seed(1)
+    assert first != second and loss(output, target) == first
+
+
+def test_is_copied_and_pickled():
+    loss = MultiMixLoss(num_mixes=7, alpha=1.0)
+    for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert repr(clone) == repr(loss) and clone.num_mixes == 7
+
+
+def test_memory_does_not_grow_with_the_number_of_mixes():
+    dense, target = torch.randn(16, 8, 50, requires_grad=True), torch.randint(50, (16,))
+    output = MultiMixOutput(dense.mean(1), dense, torch.rand(16, 8))
+    def step(num_mixes):
+        return lambda: MultiMixLoss(num_mixes)(output, target).backward()
+    step(10)()
+    few, many = peak_memory(step(50_000)), peak_memory(step(400_000))
+    assert few > 0 and many <= 1.02 * few
+    # The probe sees what does grow.
+    assert peak_memory(lambda: sample_weights(400_000, 16)) > 7 * peak_memory(lambda: sample_weights(50_000, 16))
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(num_mixes=0), 'num_mixes must be at least 1, got 0'),
+    (dict(alpha=0.0), 'alpha must be a positive number'),
+    (dict(tuple_length=0), 'tuple_length must be at least 1'),
+    (dict(attention='gap'), r'pass them to attach\(\)'),
+    (dict(attention='cam', attention_norm='l2'), 'attention norm must be one of'),
+    (dict(pooled_weight=1.5), 'pooled_weight is a share'),
+    (dict(clean_weight=-0.1), 'clean_weight is a share'),
+    (dict(logit_scale=0), 'logit_scale must be positive'),
+    (dict(smoothing=1.0), 'smoothing must lie'),
+    (dict(loss_type='mse'), "must be one of ce, bce, got 'mse'"),
+])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiMixLoss(**options)
+
+
+def test_bad_attention_and_logits_are_refused(output):
+    target, loss = torch.randint(4, (6,)), MultiMixLoss(10)
+    with pytest.raises(ValueError, match='attention must be non-negative and finite'):
+        loss(output._replace(attention=torch.full((6, 9), torch.nan)), target)
+    with pytest.raises(ValueError, match=r'attention must have shape \(b, r\) = \(6, 9\), got \(6, 8\)'):
+        loss(output._replace(attention=torch.ones(6, 8)), target)
+    with pytest.raises(ValueError, match='takes logits'):
+        loss(output.dense_logits, target)
+    with pytest.raises(ValueError, match='between 1 and the batch size 6, got 7'):
+        MultiMixLoss(10, tuple_length=7)(output, target)
