@@ -14,6 +14,7 @@ OPTIONS = {
     '--multimix', '--multimix-n', '--multimix-alpha', '--multimix-tuple-length', '--multimix-attention',
     '--multimix-attention-norm', '--multimix-attention-grad', '--no-multimix-balance', '--multimix-pooled-weight',
     '--multimix-clean-weight', '--multimix-logit-scale', '--multimix-start-epoch', '--multimix-off-epoch',
+    '--multimix-gather',
 }
 
 
@@ -49,15 +50,15 @@ def test_every_option_reaches_its_argument():
         '--multimix', 'dense', '--multimix-n', '7', '--multimix-alpha', '0.1', '3', '--multimix-tuple-length', '2',
         '--multimix-attention', 'cam', '--multimix-attention-norm', 'softmax', '--multimix-attention-grad',
         '--no-multimix-balance', '--multimix-pooled-weight', '0.25', '--multimix-clean-weight', '0.125',
-        '--multimix-logit-scale', '2', '--multimix-start-epoch', '4', '--multimix-off-epoch', '9')
+        '--multimix-logit-scale', '2', '--multimix-start-epoch', '4', '--multimix-off-epoch', '9', '--multimix-gather')
     assert kwargs == dict(
         mode='dense', num_mixes=7, alpha=(0.1, 3.0), tuple_length=2, attention='cam', attention_norm='softmax',
         attention_grad=True, balance=False, pooled_weight=0.25, clean_weight=0.125, logit_scale=2.0, start_epoch=4,
-        off_epoch=9)
+        off_epoch=9, gather=True)
     task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
     assert (task.mode, task.start_epoch, task.off_epoch, task.active) == ('dense', 4, 9, False)
     for name in ('num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance',
-                 'pooled_weight', 'clean_weight', 'logit_scale'):
+                 'pooled_weight', 'clean_weight', 'logit_scale', 'gather'):
         assert getattr(task.loss, name) == kwargs[name], name
 
 

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
+from .distributed import check_same_sizes, gather_batch, mean_over_processes, num_processes, share_positions
 from .fused import (
     BLOCK_ELEMENTS,
     SIGMOID,
@@ -47,6 +48,10 @@ def _class_target(target: torch.Tensor, num_classes: int, smoothing: float) -> t
     off_value = smoothing / num_classes
     rows = torch.full((len(target), num_classes), off_value, device=target.device)
     return rows.scatter_(1, target.unsqueeze(1), 1 - smoothing + off_value)
+
+
+def _loss_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _may_look(tensor: torch.Tensor) -> bool:
@@ -268,6 +273,10 @@ class MultiMixLoss(nn.Module):
         logit_scale: Factor on mixed logits inside the loss.
         smoothing: Label smoothing of class indices. Soft targets, such as those of timm's Mixup, are taken as they are.
         loss_type: 'ce' for softmax cross-entropy; 'bce' for binary cross-entropy, mean over classes.
+        gather: Mix the joined batch of all processes of torch.distributed instead of every process its own. Loss and,
+            after DistributedDataParallel or FSDP have averaged it, gradient are those of one process with all the
+            examples, at the cost of sending the logits once to where they are mixed (docs/distributed.md). Every
+            process draws weights for its share of the positions, so their generators should differ.
         generator: Source of randomness, by default PyTorch's own for the device of the logits.
         tile_size: Mixes worked on at a time. Does not change the result.
 
@@ -295,6 +304,7 @@ class MultiMixLoss(nn.Module):
             logit_scale: float = 1.0,
             smoothing: float = 0.0,
             loss_type: str = 'ce',
+            gather: bool = False,
             generator: torch.Generator | None = None,
             tile_size: int | None = None,
     ):
@@ -328,6 +338,7 @@ class MultiMixLoss(nn.Module):
         self.logit_scale = logit_scale
         self.smoothing = smoothing
         self.loss_type = loss_type
+        self.gather = gather
         self.generator = generator
         self.tile_size = tile_size
 
@@ -371,6 +382,9 @@ class MultiMixLoss(nn.Module):
         if logits.ndim != 2:
             raise ValueError(f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got shape {tuple(logits.shape)}.')
         _check_target(logits, target)
+        if self.gather:
+            num_positions = 0 if dense_logits is None else dense_logits.shape[1]
+            check_same_sizes((len(logits), num_positions, logits.shape[1]), logits.device)
         pooled_weight = 1.0 if dense_logits is None else self.pooled_weight
         shares = {
             'dense': (1 - self.clean_weight) * (1 - pooled_weight),
@@ -386,6 +400,8 @@ class MultiMixLoss(nn.Module):
             terms['pooled'] = self._mixed(logits.unsqueeze(1), target, None, teacher.logits, distillation)
         if shares['clean']:
             terms['clean'] = self._clean(logits, target, teacher.logits, distillation)
+        if self.gather:
+            terms = dict(zip(terms, mean_over_processes(torch.stack(list(terms.values()))).unbind(), strict=True))
         loss = sum(shares[name] * term for name, term in terms.items())
         return {'loss': loss, **terms}
 
@@ -412,6 +428,16 @@ class MultiMixLoss(nn.Module):
             teacher: torch.Tensor | None,
             distillation: Distillation,
     ) -> torch.Tensor:
+        teacher = _teacher_rows(logits, teacher, distillation.weight)
+        share = 1.0
+        if self.gather:
+            num_positions = logits.shape[1]
+            target, = gather_batch(target)
+            teacher = teacher.expand_as(logits) if teacher is not None else None
+            logits, attention, teacher = share_positions(logits, attention, teacher)
+            share = num_processes() * logits.shape[1] / num_positions
+            if not share:  # more processes than positions: nothing to do but take part in the backward pass
+                return sum(tensor.to(_loss_dtype(logits)).sum() for tensor in (logits, attention) if tensor is not None)
         batch_size, _, num_classes = logits.shape
         sample = partial(
             sample_weights,
@@ -425,7 +451,7 @@ class MultiMixLoss(nn.Module):
             logits,
             attention,
             _class_target(target, num_classes, self.smoothing),
-            _teacher_rows(logits, teacher, distillation.weight),
+            teacher,
             partial(DrawnWeights, sample=sample),
             FusedLoss(
                 SOFTMAX if self.loss_type == 'ce' else SIGMOID,
@@ -436,7 +462,7 @@ class MultiMixLoss(nn.Module):
                 distillation,
             ),
         )
-        return loss if self.loss_type == 'ce' else loss / num_classes
+        return share * (loss if self.loss_type == 'ce' else loss / num_classes)
 
     def _clean(
             self,
@@ -445,7 +471,7 @@ class MultiMixLoss(nn.Module):
             teacher: torch.Tensor | None,
             distillation: Distillation,
     ) -> torch.Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(_loss_dtype(logits))
         target = _class_target(target, logits.shape[1], self.smoothing).to(logits.dtype)
         if teacher is not None and distillation.weight:
             function = multimix_cross_entropy if self.loss_type == 'ce' else multimix_binary_cross_entropy

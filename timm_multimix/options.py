@@ -21,6 +21,7 @@ _KEYWORDS = {
     'multimix_pooled_weight': 'pooled_weight',
     'multimix_clean_weight': 'clean_weight',
     'multimix_logit_scale': 'logit_scale',
+    'multimix_gather': 'gather',
     'multimix_start_epoch': 'start_epoch',
     'multimix_off_epoch': 'off_epoch',
 }
@@ -82,6 +83,9 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add('--multimix-logit-scale', type=float, default=_default('logit_scale'), metavar='S',
         help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model. '
              '(default: %(default)s)')
+    add('--multimix-gather', action='store_true', default=_default('gather'),
+        help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
+             'Raise --multimix-n with it.')
     add('--multimix-start-epoch', type=int, default=_default('start_epoch'), metavar='N',
         help='first epoch with MultiMix, counted from 0. (default: %(default)s)')
     add('--multimix-off-epoch', type=int, default=_default('off_epoch'), metavar='N',

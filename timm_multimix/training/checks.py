@@ -5,6 +5,7 @@ import os
 
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
+from timm.utils.distributed import world_info_from_env
 
 from ..data import DEMOS
 from ..options import add_multimix_args, multimix_kwargs
@@ -140,6 +141,8 @@ def check_multimix(args: argparse.Namespace) -> None:
         UsageError: for the first combination that is refused, with the reason.
     """
     batch_size = min([args.batch_size, *(getattr(args, 'train_batch_sizes', None) or ())])
+    if args.multimix_gather:
+        batch_size *= world_info_from_env()[2]
     length = args.multimix_tuple_length
     rules = (
         (args.torchscript, 'TorchScript cannot return what MultiMix needs: use --torchcompile.'),

@@ -1,0 +1,55 @@
+"""What the tests with several processes share: real processes, which meet through a file and need no port."""
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The server imports once what every process needs, and forks them.
+_context = multiprocessing.get_context('forkserver')
+_context.set_forkserver_preload(['torch', 'timm', 'timm_multimix', 'timm_multimix.training'])
+
+PATIENCE = 240.0  # seconds; machines can be busy
+
+
+def _enter(function: Callable, rank: int, world_size: int, folder: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder / "store"}', rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=PATIENCE))
+    result = function(*arguments)
+    with open(folder / f'result-{rank}', 'wb') as file:
+        pickle.dump(result, file)
+    dist.destroy_process_group()
+
+
+def start(function: Callable, arguments: list[tuple]) -> list[multiprocessing.Process]:
+    """Start a process for each of the arguments."""
+    processes = [_context.Process(target=function, args=each, daemon=True) for each in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def join(processes: list[multiprocessing.Process], patience: float = PATIENCE) -> list[int]:
+    """Wait for processes, and return their exit codes; those that do not end in time are killed."""
+    deadline = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()  # nothing to a process that has ended
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def on_ranks(folder: Path, world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """Run a function in processes of one process group (gloo) and return what each returned, by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = start(_enter, [(function, rank, world_size, folder, arguments) for rank in range(world_size)])
+    assert join(processes) == [0] * world_size
+    return [pickle.loads((folder / f'result-{rank}').read_bytes()) for rank in range(world_size)]
