@@ -47,10 +47,10 @@ def test_weights_follow_the_beta_distribution(alpha):
     assert stats.kstest(marginal, stats.beta(alpha, (b - 1) * alpha).cdf).pvalue > 1e-3
 
 
-def test_rejected_draws_are_drawn_again():
-    concentration = torch.full((50_000, 1), 1.0)  # the smallest, where most are rejected
-    drawn = _sample_log_gamma(concentration, torch.Size((50_000, 2)), None).exp() * (1 - 1 / 3)
-    assert stats.kstest(drawn.flatten().numpy(), stats.gamma(1.0).cdf).pvalue > 1e-3
+@pytest.mark.parametrize('a', [0.1, 0.5, 1.0, 2.0, 30.0])
+def test_gamma_variables_follow_their_distribution(a):
+    drawn = _sample_log_gamma(torch.full((50_000, 1), a), torch.Size((50_000, 4)), None).exp() * (a + 2 / 3)
+    assert stats.kstest(drawn.flatten().numpy(), stats.gamma(a).cdf).pvalue > 1e-3
 
 
 def test_each_row_draws_its_own_concentration():

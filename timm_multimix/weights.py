@@ -40,48 +40,52 @@ def check_tuple_length(tuple_length: int | None, batch_size: int) -> int:
     return tuple_length
 
 
-def _propose_log_gamma(d: torch.Tensor, size: torch.Size, generator: torch.Generator | None):
-    """Proposals for log(Gamma(d + 1/3) / d), and which to accept (Marsaglia and Tsang, ACM TOMS 2000)."""
+def _propose_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None):
+    """Proposals for log Gamma(a), up to a constant for each a, and which to accept.
+
+    Proposals for Gamma(a + 1) are those of Marsaglia and Tsang (ACM TOMS 2000). Where one is accepted, what the uniform
+    variable of its test is of its bound is uniform again, and independent of the proposal.
+    """
+    d = a + (1 - 1 / 3)
     normal = torch.randn(size, generator=generator)
     log_v = (normal * (9 * d).rsqrt()).add_(1).log_().mul_(3)  # NaN where v is not positive: never accepted
     bound = (log_v - log_v.exp()).add_(1).mul_(d).addcmul_(normal, normal, value=0.5)
-    return log_v, torch.rand(size, generator=generator).log_() < bound
+    log_uniform = torch.rand(size, generator=generator).neg_().log1p_().sub_(bound)  # of 1 - U, which is never 0
+    accepted = log_uniform < 0
+    return log_v.add_(log_uniform.div_(a)), accepted
 
 
 def _sample_log_gamma(concentration: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
     """Logarithms of Gamma(concentration) variables, up to a constant in each row of `size`.
 
+    A Gamma(a) variable is Gamma(a + 1) * U^(1/a). Multiplying in log space keeps rows finite for the smallest a, where
+    every Gamma(a) draw of a row may underflow and their ratio would be 0/0.
+
     PyTorch's sampler draws them one by one on the CPU, which would be most of the time that the loss takes: there they
     are proposed all at once, and the few that are rejected again. Elsewhere asking which are would synchronise.
 
     Args:
-        concentration: Above 1, one for each row (..., 1).
+        concentration: One for each row (..., 1).
         size: (..., m).
         generator: Source of randomness.
     """
     if concentration.device.type != 'cpu' or torch.compiler.is_compiling():
-        return torch._standard_gamma(concentration.expand(size), generator=generator).log_()
-    d = concentration - 1 / 3
-    log_gamma, accepted = _propose_log_gamma(d, size, generator)
+        log_gamma = torch._standard_gamma((concentration + 1).expand(size), generator=generator).log_()
+        uniform = torch.rand(size, dtype=concentration.dtype, device=concentration.device, generator=generator)
+        return log_gamma.add_(uniform.neg_().log1p_().div_(concentration))
+    log_gamma, accepted = _propose_log_gamma(concentration, size, generator)
     pending = accepted.logical_not_().flatten().nonzero().squeeze(1)
     while len(pending):
-        again, accepted = _propose_log_gamma(d.flatten()[pending // size[-1]], pending.shape, generator)
+        again, accepted = _propose_log_gamma(concentration.flatten()[pending // size[-1]], pending.shape, generator)
         log_gamma.view(-1)[pending[accepted]] = again[accepted]
         pending = pending[~accepted]
     return log_gamma
 
 
 def _sample_dirichlet(concentration: torch.Tensor, length: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw symmetric Dirichlet rows (..., length), of concentration (..., 1).
-
-    A Gamma(a) variable is Gamma(a + 1) * U^(1/a). Multiplying in log space keeps rows finite for the smallest a, where
-    every Gamma(a) draw of a row may underflow and their ratio would be 0/0.
-    """
+    """Draw symmetric Dirichlet rows (..., length), of concentration (..., 1)."""
     size = torch.Size((*concentration.shape[:-1], length))
-    log_gamma = _sample_log_gamma(concentration + 1, size, generator)
-    uniform = torch.rand(size, dtype=concentration.dtype, device=concentration.device, generator=generator)
-    log_gamma += uniform.neg_().log1p_().div_(concentration)  # 1 - U lies in (0, 1]: its log is finite
-    return log_gamma.softmax(dim=-1)
+    return _sample_log_gamma(concentration, size, generator).softmax(dim=-1)
 
 
 def sample_weights(
