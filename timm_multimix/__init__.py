@@ -6,14 +6,21 @@ from .losses import MultiMixLoss, MultiMixOutput, multimix_binary_cross_entropy,
 from .options import add_multimix_args, multimix_kwargs
 from .positions import dense_logits
 from .task import MultiLabelMultiMixTask, MultiMixTask
+from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss
+from .views import TwoViews, add_second_view, split_views
 from .weights import attend, manifold_mixup_weights, sample_weights
 
 __all__ = [
+    'EMATeacher',
     'MultiLabelMultiMixTask',
     'MultiMixLoss',
     'MultiMixOutput',
     'MultiMixTask',
+    'PretrainedTeacher',
+    'SelfDistillationLoss',
+    'TwoViews',
     'add_multimix_args',
+    'add_second_view',
     'attach',
     'attend',
     'attention_map',
@@ -24,4 +31,5 @@ __all__ = [
     'multimix_cross_entropy',
     'multimix_kwargs',
     'sample_weights',
+    'split_views',
 ]

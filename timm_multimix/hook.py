@@ -1,5 +1,6 @@
 """attach(): makes a timm model return a MultiMixOutput while it trains."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ class _Settings:
         self.attention = attention
         self.attention_norm = attention_norm
         self.head = head
+        self.in_evaluation = False
 
 
 class _Captured:
@@ -39,7 +41,7 @@ class _MultiMixModel:
 
     def forward(self, *args, **kwargs):
         settings = self._multimix
-        if not self.training:
+        if not (self.training or settings.in_evaluation):
             return super().forward(*args, **kwargs)
         if settings.mode == 'pooled':
             return MultiMixOutput(_checked_logits(self, super().forward(*args, **kwargs)))
@@ -212,3 +214,20 @@ def attach(
     settings = _Settings(mode, attention, attention_norm, None)
     _install(model, settings)
     return MultiMixHandle(model, settings)
+
+
+@contextmanager
+def outputs_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While it lasts, an attached model returns a MultiMixOutput in evaluation mode too, as a teacher has to.
+
+    Args:
+        model: A model. One that is not attached returns what it always does.
+    """
+    settings = getattr(model, '_multimix', None)
+    if settings is not None:
+        settings.in_evaluation = True
+    try:
+        yield
+    finally:
+        if settings is not None:
+            settings.in_evaluation = False

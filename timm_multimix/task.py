@@ -11,6 +11,8 @@ from torch import nn
 
 from .hook import attach
 from .losses import MultiMixLoss, MultiMixOutput
+from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss
+from .views import split_views
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +67,15 @@ class MultiMixTask(ClassificationTask):
         attention_norm: 'relu' or 'softmax'.
         start_epoch: First epoch with MultiMix, counted from 0.
         off_epoch: First epoch without it again; 0 means never, as in timm's mixup_off_epoch.
+        teacher: 'none', 'ema' (the average of the model, see EMATeacher), the name of a timm model with pretrained
+            weights, or a module that maps images to logits or to a MultiMixOutput.
+        teacher_decay: Decay of the 'ema' teacher.
+        teacher_path: Checkpoint of a teacher that is named.
+        distill_weight: Share of the distillation term with a teacher, in [0, 1].
+        distill_temperature: Divides both sides' logits in that term.
+        distill_ramp_epochs: Epochs over which that share grows from 0.
+        views: Of 2 the student sees the first and the teacher the second: images are then (b, 2c, h, w), see
+            timm_multimix.views. 1 shows the same image to both.
         device: Device for task tensors and buffers.
         dtype: Dtype for task tensors and buffers.
         verbose: Log what is trained.
@@ -98,6 +109,13 @@ class MultiMixTask(ClassificationTask):
             attention_norm: str = 'relu',
             start_epoch: int = 0,
             off_epoch: int = 0,
+            teacher: str | nn.Module = 'none',
+            teacher_decay: float = 0.999,
+            teacher_path: str | None = None,
+            distill_weight: float = 0.5,
+            distill_temperature: float = 1.0,
+            distill_ramp_epochs: int = 0,
+            views: int = 1,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -109,6 +127,10 @@ class MultiMixTask(ClassificationTask):
             raise ValueError(
                 'MultiMix is on from start_epoch until off_epoch (0 for never): '
                 f'start_epoch={start_epoch} and off_epoch={off_epoch} leave no epoch to it.')
+        if views not in (1, 2):
+            raise ValueError(f'views must be 1 or 2, got {views}.')
+        if views == 2 and teacher == 'none':
+            raise ValueError('The second view is for a teacher: name one, or take 1 view.')
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
         self.start_epoch = start_epoch
@@ -120,7 +142,8 @@ class MultiMixTask(ClassificationTask):
         if '_multimix' in vars(model):  # attached before: take that back
             attach(model, 'pooled').remove()
         self._handle = None
-        self.loss = None
+        self.loss = self.distillation = self.teacher = None
+        self.views = views
         if mode != 'off':
             self.loss = MultiMixLoss(
                 attention='cam' if in_loss else None,
@@ -129,6 +152,10 @@ class MultiMixTask(ClassificationTask):
                 **options,
             )
             self._check_objective()
+            if teacher != 'none':
+                self.distillation = SelfDistillationLoss(
+                    self.loss, distill_weight, distill_temperature, distill_ramp_epochs)
+                self.teacher = self._make_teacher(teacher, teacher_decay, teacher_path)
         self.set_epoch(0)
         if verbose and mode != 'off':
             _logger.info(f'{type(self).__name__}: mode={mode}, attention={attention}, {self.loss.extra_repr()}')
@@ -141,6 +168,13 @@ class MultiMixTask(ClassificationTask):
             raise ValueError(
                 "This model predicts from its class token, which the dense term does not train: set pooled_weight or "
                 'clean_weight above 0.')
+
+    def _make_teacher(self, teacher: str | nn.Module, decay: float, path: str | None) -> nn.Module:
+        if teacher == 'ema':
+            return EMATeacher(self.trainable_module, decay)  # a copy of the model, attached as it is now
+        if isinstance(teacher, str):
+            return PretrainedTeacher(teacher, self.trainable_module, path=path, device=self.device, dtype=self.dtype)
+        return teacher
 
     @property
     def active(self) -> bool:
@@ -162,6 +196,8 @@ class MultiMixTask(ClassificationTask):
         """Switch MultiMix on or off, as start_epoch and off_epoch say. Call it before every epoch."""
         ended = self.off_epoch and epoch >= self.off_epoch
         self._switch(self.mode != 'off' and epoch >= self.start_epoch and not ended)
+        if self.distillation is not None:
+            self.distillation.set_epoch(epoch)
 
     def _switch(self, on: bool) -> None:
         # A detached model is the plain one: an epoch without MultiMix does no work for it, compiled or not.
@@ -175,21 +211,95 @@ class MultiMixTask(ClassificationTask):
         """Forward pass and loss.
 
         Args:
-            input: Images (b, c, h, w).
+            input: Images (b, c, h, w); of two views (b, 2c, h, w).
             target: Class indices (b,), or soft or multi-hot targets (b, c).
 
         Returns:
             'loss'; 'output', the ordinary logits; and the parts of the MultiMix loss that have weight ('dense',
             'pooled', 'clean'), detached, for logging.
         """
+        input, taught = split_views(input) if self.views == 2 else (input, input)
+        # The teacher goes first: it keeps nothing, and the student's activations are not there yet.
+        lesson = self.teacher(taught) if self._teaches else None
         output = self.trainable_module(input)
         if not isinstance(output, MultiMixOutput):  # MultiMix is off, or the task is in evaluation mode
             return {'loss': self.criterion(output, target), 'output': output}
-        terms = self.loss.terms(output, self._mixable(target, output.logits))
+        loss = self.distillation or self.loss
+        terms = loss.terms(output, self._mixable(target, output.logits), lesson)
         if getattr(self.criterion, 'sum_classes', False):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}
         parts = {name: term.detach() for name, term in terms.items() if name != 'loss'}
         return {'loss': terms['loss'], 'output': output.logits, **parts}
+
+    @property
+    def _teaches(self) -> bool:
+        trains = self.active and unwrap_model(self.trainable_module).training
+        return trains and self.teacher is not None and self.distillation.weight > 0
+
+    @property
+    def _owns_average(self) -> bool:
+        """Whether the teacher is an average of its own, and not the one that timm's task keeps."""
+        shared = self.get_trainable_module(ema=True)
+        return isinstance(self.teacher, EMATeacher) and self.teacher.average is not shared
+
+    def setup_ema(self, decay: float = 0.9999, use_warmup: bool = False, device=None, **kwargs) -> nn.Module:
+        """Keep an average of the weights, as timm does. With the decay of the teacher it is the teacher, too."""
+        average = super().setup_ema(decay, use_warmup, device, **kwargs)
+        if isinstance(self.teacher, EMATeacher) and self.teacher.average.decay == decay and device is None:
+            attach(average.module, **self._attach_options)
+            self.teacher = EMATeacher.of_average(average)
+        return average
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the averages towards the weights, after every step of the optimizer."""
+        super().update_ema(step)
+        if self._owns_average:
+            self.teacher.update(self.trainable_module)
+
+    def get_eval_teacher(self) -> nn.Module | None:
+        """The model to validate for a teacher that learns; None without one."""
+        return self.teacher.module if isinstance(self.teacher, EMATeacher) else None
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs) -> nn.Module:
+        """Compile student and teacher."""
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend, mode=mode, **kwargs)
+        return super().compile(backend, mode, **kwargs)
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiMixTask':
+        """Wrap the student for distribution. Teachers are not wrapped: nothing flows back to them."""
+        super().prepare_distributed(device_ids, **ddp_kwargs)
+        if self._owns_average:  # the student's weights are those of the first process from now on
+            for tensor in self.teacher.module.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+        return self
+
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn=unwrap_model) -> dict[str, Any]:
+        """timm's entries, and with a teacher that is an average of its own 'state_dict_teacher': plain timm weights."""
+        state = super().get_checkpoint_state(ema, unwrap_fn)
+        if self._owns_average and not ema:
+            state['state_dict_teacher'] = self.teacher.module.state_dict()
+        return state
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """The teacher's number of updates."""
+        return {'teacher': self.teacher.get_extra_state()} if self._owns_average and not ema else {}
+
+    def load_task_state(self, state: dict[str, Any] | None, *args, ema: bool = False, **kwargs) -> None:
+        """Restore get_task_state."""
+        if self._owns_average and not ema and state and 'teacher' in state:
+            self.teacher.set_extra_state(state['teacher'])
+
+    def load_checkpoint_state(self, state_dict: dict[str, Any], *args, ema: bool = False, **kwargs) -> None:
+        """Load weights as timm does. A teacher begins with them anew, until load_teacher_state."""
+        super().load_checkpoint_state(state_dict, *args, ema=ema, **kwargs)
+        if self._owns_average and not ema:
+            self.teacher.set(self.trainable_module)
+
+    def load_teacher_state(self, state_dict: dict[str, Any]) -> None:
+        """Load the weights of a teacher that is an average of its own."""
+        if self._owns_average:
+            self.teacher.module.load_state_dict(state_dict)
 
     def _mixable(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Targets as timm's BinaryCrossEntropy reads them, so that those are mixed; others as they are."""
