@@ -382,9 +382,11 @@ class MultiMixLoss(nn.Module):
         if logits.ndim != 2:
             raise ValueError(f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got shape {tuple(logits.shape)}.')
         _check_target(logits, target)
+        mixed_target = target
         if self.gather:
             num_positions = 0 if dense_logits is None else dense_logits.shape[1]
             check_same_sizes((len(logits), num_positions, logits.shape[1]), logits.device)
+            mixed_target, = gather_batch(target)
         pooled_weight = 1.0 if dense_logits is None else self.pooled_weight
         shares = {
             'dense': (1 - self.clean_weight) * (1 - pooled_weight),
@@ -395,9 +397,9 @@ class MultiMixLoss(nn.Module):
         if shares['dense']:
             attention = self._attention(dense_logits, attention, target)
             dense_teacher = teacher.logits if teacher.dense_logits is None else teacher.dense_logits
-            terms['dense'] = self._mixed(dense_logits, target, attention, dense_teacher, distillation)
+            terms['dense'] = self._mixed(dense_logits, mixed_target, attention, dense_teacher, distillation)
         if shares['pooled']:
-            terms['pooled'] = self._mixed(logits.unsqueeze(1), target, None, teacher.logits, distillation)
+            terms['pooled'] = self._mixed(logits.unsqueeze(1), mixed_target, None, teacher.logits, distillation)
         if shares['clean']:
             terms['clean'] = self._clean(logits, target, teacher.logits, distillation)
         if self.gather:
@@ -432,12 +434,14 @@ class MultiMixLoss(nn.Module):
         share = 1.0
         if self.gather:
             num_positions = logits.shape[1]
-            target, = gather_batch(target)
             teacher = teacher.expand_as(logits) if teacher is not None else None
             logits, attention, teacher = share_positions(logits, attention, teacher)
             share = num_processes() * logits.shape[1] / num_positions
-            if not share:  # more processes than positions: nothing to do but take part in the backward pass
-                return sum(tensor.to(_loss_dtype(logits)).sum() for tensor in (logits, attention) if tensor is not None)
+            if not share:
+                # More processes than positions: nothing to do but take part in the exchange, forward and backward. A
+                # compiler would drop what has no use.
+                received = (tensor for tensor in (logits, attention, teacher, target) if tensor is not None)
+                return sum(tensor[:0].sum(dtype=_loss_dtype(logits)) for tensor in received)
         batch_size, _, num_classes = logits.shape
         sample = partial(
             sample_weights,
