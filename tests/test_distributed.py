@@ -1,10 +1,16 @@
 """Several processes: the joined batch mixed exactly, with real processes and real collectives."""
+from functools import partial
+
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from distributed_helpers import on_ranks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from timm_multimix import MultiMixLoss, MultiMixOutput, losses
+from timm_multimix import MultiMixLoss, MultiMixOutput, attach, losses
 from timm_multimix.distributed import gather_batch, share_positions
 from timm_multimix.weights import sample_weights
 
@@ -167,3 +173,81 @@ def test_batches_of_different_sizes_are_refused_everywhere(tmp_path):
     for message in on_ranks(tmp_path, 2, _uneven):
         assert '(3, 0, 5) on rank 0, (4, 0, 5) on rank 1' in message
         assert 'drop_last' in message
+
+
+def _train(model_name, how, accumulation=1, **options):
+    """A user's own loop: two updates on two processes' halves of the same batches."""
+    torch.manual_seed(0)
+    model = timm.create_model(model_name, num_classes=NUM_CLASSES)
+    handle = attach(model)
+    if how == 'ddp':
+        trained = DistributedDataParallel(model)
+    else:
+        for block in getattr(model, 'blocks', ()):
+            fully_shard(block)
+        if how == 'sharded head':
+            fully_shard(model.get_classifier())
+        trained = fully_shard(model)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1, momentum=0.9)
+    loss = MultiMixLoss(20, **options)
+    images = torch.randn(2, accumulation, dist.get_world_size(), BATCH_SIZE, 3, 64, 64)
+    target = torch.randint(NUM_CLASSES, images.shape[:4])
+    rank = dist.get_rank()
+    torch.manual_seed(10 + rank)
+    losses = []
+    for step in range(len(images)):
+        for part in range(accumulation):
+            last = part == accumulation - 1
+            if how == 'ddp':
+                trained.require_backward_grad_sync = last
+            else:
+                trained.set_requires_gradient_sync(last)
+            result = loss(trained(images[step, part, rank]), target[step, part, rank]) / accumulation
+            result.backward()
+            losses.append(result.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    message = None
+    if how != 'ddp':
+        with pytest.raises(RuntimeError, match='fully_shard') as caught:
+            handle.remove()
+        message = str(caught.value)
+    parameters = [
+        parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        for parameter in trained.parameters()]
+    return losses, parameters, message
+
+
+def _ddp_and_sharded(model_name, **options):
+    return [_train(model_name, how, **options) for how in ('ddp', 'sharded', 'sharded head')]
+
+
+@pytest.mark.parametrize(('model_name', 'options'), [
+    ('test_resnet', {}),
+    ('test_vit', dict(gather=True, accumulation=2)),
+])
+def test_sharded_training_is_that_of_ddp(tmp_path, model_name, options):
+    """FSDP2, the model in one unit or with units for its blocks and its classifier."""
+    for results in on_ranks(tmp_path, 2, partial(_ddp_and_sharded, model_name, **options)):
+        expected_losses, expected, _ = results[0]
+        assert len(set(expected_losses)) == len(expected_losses)
+        for losses_, parameters, message in results[1:]:
+            assert losses_ == pytest.approx(expected_losses, rel=1e-5)
+            torch.testing.assert_close(parameters, expected, rtol=1e-5, atol=1e-6)
+            assert 'use its logits' in message
+
+
+def _attach_to_a_sharded_model():
+    model = fully_shard(timm.create_model('test_resnet', num_classes=NUM_CLASSES))
+    with pytest.raises(TypeError, match='before you shard') as caught:
+        attach(model)
+    assert not isinstance(model(torch.zeros(2, 3, 32, 32)), MultiMixOutput)
+    handle = attach(model, 'pooled')
+    assert isinstance(model(torch.zeros(2, 3, 32, 32)), MultiMixOutput)
+    handle.remove()
+    assert not isinstance(model(torch.zeros(2, 3, 32, 32)), MultiMixOutput)
+    return str(caught.value)
+
+
+def test_attaching_to_a_sharded_model_is_refused_in_dense_mode(tmp_path):
+    assert on_ranks(tmp_path, 1, _attach_to_a_sharded_model)

@@ -35,7 +35,14 @@ def blueprint(model: nn.Module) -> nn.Module:
 
     Returns:
         The copy.
+
+    Raises:
+        TypeError: if its parameters are sharded, which cannot be copied.
     """
+    if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):  # DTensors
+        raise TypeError(
+            f'{type(model).__name__} has sharded parameters: attach in dense mode before you shard the model, for '
+            'example with fully_shard.')
     data = {}
     for module in model.modules():
         for tensor in _tensors(vars(module)):

@@ -152,14 +152,18 @@ class MultiMixHandle:
         return self._settings.head is None or self._settings.head.reads_positions
 
     def remove(self) -> None:
-        """Restore the model. Nothing happens if it has been restored, or attached anew, since."""
+        """Restore the model. Nothing happens if it has been restored, or attached anew, since.
+
+        Raises:
+            RuntimeError: if it has been sharded with fully_shard since.
+        """
         if self.model.__dict__.get('_multimix') is self._settings:
             _detach(self.model)
 
 
 def _detach(model: nn.Module) -> None:
+    restore_class(model)  # first, since it may refuse
     restore_batch_norms(model)
-    restore_class(model)
     del model._multimix
 
 
@@ -183,10 +187,11 @@ def attach(
 ) -> MultiMixHandle:
     """Make a timm model return a MultiMixOutput while it trains; in evaluation mode nothing changes.
 
-    The model keeps its class name, its parameters and the keys of its state_dict; it can be copied, pickled, compiled
-    and wrapped for distribution, after attaching. Attaching again replaces the settings. The ordinary logits are what
-    the model computes untouched; models with two distilled heads give their mean, also with distilled_training. In
-    dense mode a copy of the model without data runs on one image, to find out what its features and its head are.
+    The model keeps its class name, its parameters and the keys of its state_dict; it can be copied, pickled, compiled,
+    wrapped for distribution and sharded, after attaching. Attaching again replaces the settings. The ordinary logits
+    are what the model computes untouched; models with two distilled heads give their mean, also with
+    distilled_training. In dense mode a copy of the model without data runs on one image, to find out what its features
+    and its head are.
 
     Args:
         model: A timm model, or one with timm's forward_features and forward_head.

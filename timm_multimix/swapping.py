@@ -33,5 +33,14 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo swap_class."""
-    module.__class__ = type(module).__bases__[-1]
+    """Undo swap_class.
+
+    Raises:
+        RuntimeError: if somebody else, such as fully_shard, has given the module another class since.
+    """
+    cls = type(module)
+    if SwappedModule not in cls.__bases__:
+        raise RuntimeError(
+            f'{cls.__name__} was made of the attached model, by fully_shard for example, and cannot be restored to the '
+            'plain one. Where it returns a MultiMixOutput and MultiMix is not wanted, use its logits.')
+    module.__class__ = cls.__bases__[-1]
