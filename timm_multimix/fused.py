@@ -9,22 +9,30 @@ softplus for binary cross-entropy), the loss of n mixes at one position is
 Only A needs the mixed logits M L. They are formed tile by tile, value and gradient in the same pass, so nothing of size
 n x c is kept, and the weights themselves can be drawn block by block. docs/method.md has the derivation.
 
+With w and K the mean and the covariance of the rows of M, MᵀM / n is K + w wᵀ, and the gradient falls apart into what
+moves all examples together, w times the sum of its rows, and what tells them apart, which balancing multiplies.
+
 A teacher adds a term A(M_k L) - A'(M_k L')·M_k L, whose targets are its own predictions A' of the same mixes of its
 logits L'. They exist tile by tile too, and share the student's tiles.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .balance import RowMoments, kappa
+from .products import are_exact, product
 from .weights import attend
 
-# Elements of a tile of mixed logits, which should fit a core's cache, and of a block of freshly drawn weights. Blocks
-# do not follow tiles: weights are drawn a block at a time, and the result may not depend on how the work is tiled.
-TILE_ELEMENTS = 2 ** 18
-BLOCK_ELEMENTS = 2 ** 18
+# Elements of a tile of mixed logits, and of a block of freshly drawn weights. On the CPU a tile should fit a core's
+# cache, and has several positions only if they are small; a GPU wants many at a time. Blocks do not follow tiles:
+# weights are drawn a block at a time, and the result may not depend on how the work is tiled.
+TILE_ELEMENTS = {'cpu': 2 ** 19}
+MANY_POSITIONS = {'cpu': 2 ** 16}
+BLOCK_ELEMENTS = {'cpu': 2 ** 17}
+ON_A_GPU = 2 ** 24
 MIN_ROWS = 64
 
 
@@ -32,12 +40,12 @@ class Partition(NamedTuple):
     """The log-partition A of a loss A(l) - y·l; its derivative A' is what the model predicts from l.
 
     Attributes:
-        derivative: Takes mixed logits (p, t, c) and fills a tensor of that shape with A'.
+        derivative: Takes mixed logits (p, t, c); returns A' of that shape.
         value: Takes mixed logits and their A'; returns A of every row (p, t).
         second: Takes A' and a direction of that shape; returns A'' times the direction.
         scales_with_target: Whether A is multiplied by the sum of the row's target, as logsumexp is in cross-entropy.
     """
-    derivative: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    derivative: Callable[[torch.Tensor], torch.Tensor]
     value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     second: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     scales_with_target: bool
@@ -49,13 +57,13 @@ def _logsumexp(mixed: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor
 
 
 SOFTMAX = Partition(
-    derivative=lambda mixed, out: torch.softmax(mixed, dim=-1, out=out),
+    derivative=lambda mixed: mixed.softmax(dim=-1),
     value=_logsumexp,
     second=lambda q, direction: q * (direction - (q * direction).sum(dim=-1, keepdim=True)),
     scales_with_target=True,
 )
 SIGMOID = Partition(
-    derivative=lambda mixed, out: torch.sigmoid(mixed, out=out),
+    derivative=torch.sigmoid,
     value=lambda mixed, _: F.softplus(mixed).sum(dim=-1),
     second=lambda q, direction: q * (1 - q) * direction,
     scales_with_target=False,
@@ -129,27 +137,26 @@ def _block(logits: torch.Tensor, positions: slice, dtype: torch.dtype, scale: fl
     return logits[:, positions].transpose(0, 1).to(dtype).mul(scale).contiguous()
 
 
+def _at(tensor: torch.Tensor | None, positions: slice) -> torch.Tensor | None:
+    return None if tensor is None else tensor[positions]
+
+
 def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _balance_gradient(grad: torch.Tensor, gram: torch.Tensor, num_mixes: int) -> torch.Tensor:
-    """Replace G = w (1ᵀG) + C by w (1ᵀG) + κC at every position (docs/method.md, gradient balancing).
+class Anchor(NamedTuple):
+    """What A' is near in every row of a block of positions: its values at the mean of the rows.
 
-    Args:
-        grad: Gradient of the loss with respect to the logits (p, b, c).
-        gram: MᵀM at those positions (p, b, b). The rows of M sum to 1, so those of MᵀM sum to n w.
-        num_mixes: Number of rows n of M.
+    Rows of M differ a lot and what is predicted from them little. Were Mᵀ A' formed as it is by products that round,
+    its covariance, which balancing multiplies, would be lost in the rounding; of A' less the anchor it is not.
+
+    Attributes:
+        classified: A' (p, 1, c), for the classification term.
+        distilled: The gradient of the distillation term (p, 1, c); None without a teacher.
     """
-    w = gram.sum(dim=-1) / num_mixes
-    mean_square = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / num_mixes  # S
-    w_square = w.square().sum(dim=-1)
-    spread = mean_square - w_square
-    # Where all rows are alike, C is zero and κ undefined.
-    alike = spread <= 8 * torch.finfo(gram.dtype).eps * mean_square
-    kappa = torch.where(alike, 1, (1 - w_square) / spread.masked_fill(alike, 1))
-    together = w.unsqueeze(-1) * grad.sum(dim=-2, keepdim=True)
-    return torch.lerp(together, grad, kappa[:, None, None])
+    classified: torch.Tensor
+    distilled: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -162,14 +169,22 @@ class FusedLoss:
     tile_size: int | None = None
     distillation: Distillation | None = None
 
-    def block_shape(self, num_positions: int, batch_size: int, num_classes: int) -> tuple[int, int]:
+    def block_shape(self, logits: torch.Tensor) -> tuple[int, int]:
         """Positions and rows of a block of weights: functions of the problem only, not of the tile size."""
-        rows = min(self.num_mixes, max(MIN_ROWS, BLOCK_ELEMENTS // batch_size))
-        positions = min(BLOCK_ELEMENTS // (rows * batch_size), TILE_ELEMENTS // (rows * num_classes))
+        batch_size, num_positions, num_classes = logits.shape
+        elements = BLOCK_ELEMENTS.get(logits.device.type, ON_A_GPU)
+        rows = min(self.num_mixes, max(MIN_ROWS, elements // batch_size))
+        positions = min(elements // (rows * batch_size), 2 * elements // (batch_size * num_classes))
         return min(num_positions, max(1, positions)), rows
 
-    def tile_rows(self, num_positions: int, num_classes: int) -> int:
-        return self.tile_size or max(MIN_ROWS, TILE_ELEMENTS // (num_positions * num_classes))
+    def tile_shape(self, m: torch.Tensor, num_classes: int) -> tuple[int, int]:
+        """Positions and rows of a tile of the mixed logits of a block of weights."""
+        num_positions, num_rows, _ = m.shape
+        most = self.tile_size or max(MIN_ROWS, TILE_ELEMENTS.get(m.device.type, ON_A_GPU) // num_classes)
+        num_tiles = -(-num_rows // most)
+        rows = min(num_rows, self.tile_size or -(-num_rows // num_tiles))
+        positions = MANY_POSITIONS.get(m.device.type, ON_A_GPU) // (rows * num_classes)
+        return min(num_positions, max(1, positions)), rows
 
     def evaluate(
             self,
@@ -188,15 +203,14 @@ class FusedLoss:
             weights: Where the weights come from.
             dtype: Of the computation.
         """
-        batch_size, num_positions, num_classes = logits.shape
-        block_positions, block_rows = self.block_shape(num_positions, batch_size, num_classes)
+        block_positions, block_rows = self.block_shape(logits)
         grad = torch.empty(logits.shape, dtype=dtype, device=logits.device)
         loss = torch.zeros((), dtype=_sum_dtype(logits), device=logits.device)
         teacher_block = None
         if teacher is not None:
             teacher = teacher.expand(logits.shape)
             target = target * (1 - self.distillation.weight)
-        for positions in _slices(num_positions, block_positions):
+        for positions in _slices(logits.shape[1], block_positions):
             block = _block(logits, positions, dtype, self.logit_scale)
             if teacher is not None:
                 teacher_block = _block(
@@ -204,10 +218,10 @@ class FusedLoss:
             block_loss, block_grad = self._evaluate_block(block, target, teacher_block, weights, positions, block_rows)
             loss += block_loss
             grad[:, positions] = block_grad.transpose(0, 1)
-        mixes = self.num_mixes * num_positions
+        num_positions = logits.shape[1]
         if weights.grad is not None:
-            weights.grad /= mixes
-        return (loss / mixes).to(dtype), grad.mul_(self.logit_scale / mixes)
+            weights.grad /= self.num_mixes * num_positions
+        return (loss / num_positions).to(dtype), grad.mul_(self.logit_scale / num_positions)
 
     def _evaluate_block(
             self,
@@ -218,81 +232,144 @@ class FusedLoss:
             positions: slice,
             block_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and gradient, summed over rows, of a block of positions: logits, teacher (p, b, c), target (b, c)."""
+        """Loss and gradient, means over rows, of a block of positions: logits, teacher (p, b, c), target (b, c)."""
+        mass = target.sum(dim=1) if self.partition.scales_with_target else None
         slope = torch.zeros_like(logits)
-        gram = logits.new_zeros(len(logits), logits.shape[1], logits.shape[1])
         loss = logits.new_zeros((), dtype=_sum_dtype(logits))
+        moments = anchor = None
         for rows in _slices(self.num_mixes, block_rows):
             m = weights.block(positions, rows)
-            gram.baddbmm_(m.mT, m)
+            if moments is None:
+                moments = RowMoments(m)
+                anchor = None if are_exact(m.device) else self._anchor(moments.shift, logits, mass, teacher)
+            moments.add(m)
             m_grad = torch.empty_like(m) if weights.grad is not None else None
-            loss += self._evaluate_rows(m, logits, target, teacher, slope, m_grad)
+            loss += self._evaluate_rows(m, logits, target, mass, teacher, anchor, slope, m_grad)
             if m_grad is not None:
                 weights.backward(positions, rows, m_grad)
-        mixed_target = gram @ target
-        loss -= (mixed_target * logits).sum(dtype=loss.dtype)
-        grad = slope.sub_(mixed_target)
-        return loss, _balance_gradient(grad, gram, self.num_mixes) if self.balance else grad
+        w, covariance = moments.mean(), moments.covariance()
+        slope /= self.num_mixes
+        mixed_target = w.mT @ target
+        covariant_target = covariance @ target
+        agreement = (covariant_target * logits).sum(dtype=loss.dtype)
+        agreement += ((w * logits).sum(dim=1, keepdim=True) * mixed_target).sum(dtype=loss.dtype)
+        summed = slope.sum(dim=1, keepdim=True)
+        apart = slope.addcmul_(w, summed, value=-1).sub_(covariant_target)
+        together = summed - mixed_target
+        if anchor is not None:  # give back what was taken from A'
+            if mass is None:
+                together += anchor.classified * self._share(teacher)
+            else:
+                together += anchor.classified * (w.mT @ mass).unsqueeze(-1)
+                apart += (covariance @ mass).unsqueeze(-1) * anchor.classified
+            if anchor.distilled is not None:
+                together += anchor.distilled
+        factor = kappa(w, covariance) if self.balance else 1
+        return loss / self.num_mixes - agreement, apart.mul_(factor).addcmul_(w, together)
+
+    def _share(self, teacher: torch.Tensor | None) -> float:
+        """Share of classification in the loss."""
+        return 1.0 if teacher is None else 1 - self.distillation.weight
+
+    def _anchor(
+            self,
+            mean_row: torch.Tensor,
+            logits: torch.Tensor,
+            mass: torch.Tensor | None,
+            teacher: torch.Tensor | None,
+    ) -> Anchor:
+        mixed = product(mean_row, logits)
+        derivative = self.partition.derivative(mixed)
+        if teacher is None:
+            return Anchor(derivative, None)
+        value = self.partition.value(mixed, derivative)
+        _, distilled, _ = self._distill(mean_row, mixed, derivative, value, teacher, False)
+        return Anchor(derivative, distilled)
 
     def _evaluate_rows(
             self,
             m: torch.Tensor,
             logits: torch.Tensor,
             target: torch.Tensor,
+            mass: torch.Tensor | None,
             teacher: torch.Tensor | None,
+            anchor: Anchor | None,
             slope: torch.Tensor,
             m_grad: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Add to slope (p, b, c) and fill m_grad (p, t, b), tile by tile; return the sum of the loss.
+        """Add Mᵀ A' to slope (p, b, c), less the anchor, and fill m_grad (p, t, b), tile by tile.
 
-        Of the classification term this is A's part: what is linear in the target comes from the Gram matrix.
+        Returns:
+            The sum of the loss over rows and positions. Of the classification term this is A's part: what is linear in
+            the target comes from the covariance.
         """
-        num_positions, num_rows, _ = m.shape
-        mass = target.sum(dim=1) if self.partition.scales_with_target else None
-        if m_grad is not None:
-            agreement = target @ logits.mT
-            agreement = agreement + agreement.mT
-        tile_rows = min(num_rows, self.tile_rows(num_positions, logits.shape[-1]))
-        buffers = logits.new_empty(2 if teacher is None else 4, num_positions, tile_rows, logits.shape[-1])
         total = logits.new_zeros((), dtype=_sum_dtype(logits))
-        for rows in _slices(num_rows, tile_rows):
-            tile = m[:, rows]
-            mixed, scratch, *spare = buffers[:, :, :tile.shape[1]]
-            torch.bmm(tile, logits, out=mixed)
-            derivative = self.partition.derivative(mixed, scratch)
-            value = self.partition.value(mixed, derivative)
-            share = self._row_share(tile, mass, teacher)
-            total += (value if share is None else value * share.squeeze(-1)).sum(dtype=total.dtype)
-            if teacher is None:
-                slope.baddbmm_((tile if share is None else tile * share).mT, derivative)
-            else:
-                term, residual, pull = self._distill(
-                    tile, mixed, derivative, value, teacher, spare, m_grad is not None)
-                total += term.sum(dtype=total.dtype)
-                derivative = residual.addcmul_(derivative, share)
-                slope.baddbmm_(tile.mT, derivative)
-            if m_grad is not None:
-                tile_grad = derivative @ logits.mT
-                if teacher is not None:
-                    tile_grad -= pull
-                elif share is not None:
-                    tile_grad *= share
-                tile_grad -= tile @ agreement
-                if mass is not None:
-                    tile_grad += value.unsqueeze(-1) * mass
-                m_grad[:, rows] = tile_grad
+        tile_positions, tile_rows = self.tile_shape(m, logits.shape[-1])
+        agreement = target @ logits.mT if m_grad is not None else None
+        for at in _slices(len(m), tile_positions):
+            for rows in _slices(m.shape[1], tile_rows):
+                total += self._evaluate_tile(
+                    m[at, rows],
+                    logits[at],
+                    mass,
+                    _at(teacher, at),
+                    Anchor(*(_at(tensor, at) for tensor in anchor)) if anchor is not None else None,
+                    slope[at],
+                    agreement[at] + agreement[at].mT if agreement is not None else None,
+                    m_grad[at, rows] if m_grad is not None else None,
+                )
         return total
 
-    def _row_share(
+    def _evaluate_tile(
             self,
             tile: torch.Tensor,
+            logits: torch.Tensor,
             mass: torch.Tensor | None,
             teacher: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """The factor of A in the classification term, for every row or for all; None for one."""
+            anchor: Anchor | None,
+            slope: torch.Tensor,
+            agreement: torch.Tensor | None,
+            m_grad: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """_evaluate_rows of one tile; agreement is Y Lᵀ + L Yᵀ."""
+        mixed = product(tile, logits)
+        derivative = self.partition.derivative(mixed)
+        value = self.partition.value(mixed, derivative)
+        share = self._share(teacher) if mass is None else (tile @ mass).unsqueeze(-1)
+        loss = value * (share if mass is None else share.squeeze(-1))
+        pull = None
+        if teacher is not None:
+            term, distilled, pull = self._distill(tile, mixed, derivative, value, teacher, m_grad is not None)
+            loss += term
+        if m_grad is not None:
+            whole = derivative * share if teacher is None else distilled + derivative * share
+            m_grad.copy_(self._gradient_of_rows(tile, logits, agreement, mass, value, whole, pull))
+        if anchor is not None:
+            derivative = derivative.sub_(anchor.classified)
+        if teacher is None:
+            slope += product((tile * share).mT, derivative)
+        else:
+            if anchor is not None:
+                distilled.sub_(anchor.distilled)
+            slope += product(tile.mT, distilled.add_(derivative.mul_(share)))
+        return loss.sum(dtype=_sum_dtype(loss))
+    def _gradient_of_rows(
+            self,
+            tile: torch.Tensor,
+            logits: torch.Tensor,
+            agreement: torch.Tensor,
+            mass: torch.Tensor | None,
+            value: torch.Tensor,
+            derivative: torch.Tensor,
+            pull: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Gradient of the loss for the rows of a tile (p, t, b), derivative being that for the mixed logits."""
+        grad = derivative @ logits.mT - tile @ agreement
+        if pull is not None:
+            grad -= pull
         if mass is not None:
-            return (tile @ mass).unsqueeze(-1)
-        return None if teacher is None else tile.new_full((1, 1, 1), 1 - self.distillation.weight)
+            grad += value.unsqueeze(-1) * mass
+        return grad
 
     def _distill(
             self,
@@ -301,7 +378,6 @@ class FusedLoss:
             derivative: torch.Tensor,
             value: torch.Tensor,
             teacher: torch.Tensor,
-            spare: Sequence[torch.Tensor],
             needs_pull: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The distillation term of a tile, A(l/T) - q·l/T with the teacher's predictions q of the same mixes.
@@ -312,24 +388,20 @@ class FusedLoss:
             derivative: Their A'.
             value: Their A.
             teacher: The teacher's logits, divided by the temperature T (p, b, c).
-            spare: Two tensors of the shape of mixed, to work in.
             needs_pull: Whether to return what the rows of M do to q.
 
         Returns:
-            The term of every row (p, t); its gradient for the mixed logits (p, t, c), in one of spare; and the part of
-            its gradient for M that comes through q, negative (p, t, b), or None. All weighted.
+            The term of every row (p, t); its gradient for the mixed logits (p, t, c); and the part of its gradient
+            for M that comes through q, negative (p, t, b), or None. All weighted.
         """
         weight, temperature = self.distillation
-        teacher_mixed, predicted = spare
-        torch.bmm(tile, teacher, out=teacher_mixed)
-        predicted = self.partition.derivative(teacher_mixed, predicted)
-        residual = teacher_mixed
+        predicted = self.partition.derivative(product(tile, teacher))
         if temperature != 1:
             # the student at this temperature is another distribution than the one that classifies
             mixed = mixed.div_(temperature)
-            derivative = self.partition.derivative(mixed, residual)
+            derivative = self.partition.derivative(mixed)
             value = self.partition.value(mixed, derivative)
-        torch.sub(derivative, predicted, out=residual).mul_(weight * temperature)
+        residual = (derivative - predicted).mul_(weight * temperature)
         pull = None
         if needs_pull:
             pull = weight * temperature ** 2 * (self.partition.second(predicted, mixed) @ teacher.mT)

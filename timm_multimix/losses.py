@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from .attention import attention_map, check_attention
 from .distributed import check_same_sizes, gather_batch, mean_over_processes, num_processes, share_positions
 from .fused import (
-    BLOCK_ELEMENTS,
     SIGMOID,
     SOFTMAX,
     Distillation,
@@ -22,6 +21,7 @@ from .fused import (
 from .weights import Alpha, check_alpha, check_tuple_length, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
+CHECKED_ELEMENTS = 2 ** 18  # of weights, at a time
 
 
 class MultiMixOutput(NamedTuple):
@@ -94,7 +94,7 @@ def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
             'Takes logits (b, c) with weights (n, b), or logits (b, r, c) with weights (r, n, b), '
             f'got logits {tuple(logits.shape)} and weights {tuple(weights.shape)}.')
     if _may_look(weights):
-        for block in weights.detach().split(max(1, BLOCK_ELEMENTS // weights.shape[-1]), dim=-2):
+        for block in weights.detach().split(max(1, CHECKED_ELEMENTS // weights.shape[-1]), dim=-2):
             # Negated, so that NaN is caught too.
             if not (block.min() >= -1e-6 and (block.sum(dim=-1) - 1).abs().max() <= 1e-3):
                 raise ValueError('Rows of weights must be finite, non-negative and sum to 1. See sample_weights.')
