@@ -25,7 +25,14 @@ from sklearn.model_selection import train_test_split
 from timm.models import resolve_model_input_args
 from tqdm import tqdm
 
-from timm_multimix import MultiMixLoss, attach, manifold_mixup_weights, multimix_cross_entropy
+from timm_multimix import (
+    EMATeacher,
+    MultiMixLoss,
+    SelfDistillationLoss,
+    attach,
+    manifold_mixup_weights,
+    multimix_cross_entropy,
+)
 from timm_multimix.losses import MultiMixOutput
 
 NUM_VALIDATION = 500
@@ -41,10 +48,19 @@ def manifold_mixup(output, target):
 
 @dataclass(frozen=True)
 class Method:
-    """A training loss, and the form of output that it reads: 'off' for plain logits, or a mode of attach()."""
+    """A training loss, and the form of output that it reads: 'off' for plain logits, or a mode of attach().
+
+    With a SelfDistillationLoss there is an EMA teacher, which sees `views` augmented views of an image less one.
+    """
     loss: Callable
     mode: str = 'off'
     attention: str = 'gap'
+    views: int = 1
+
+
+def taught(views: int = 1, mode: str = 'dense', ramp: float = 0.0, **options) -> Method:
+    """Dense MultiMix with an EMA teacher. The ramp is a share of the epochs."""
+    return Method(SelfDistillationLoss(MultiMixLoss(), ramp_epochs=ramp, **options), mode, views=views)
 
 
 METHODS = {
@@ -57,8 +73,16 @@ METHODS = {
     'dense, balanced, no pooled term': Method(MultiMixLoss(pooled_weight=0.0), 'dense'),
     'dense, balanced, pooled weight 0.25': Method(MultiMixLoss(pooled_weight=0.25), 'dense'),
     'dense, balanced, pooled weight 0.75': Method(MultiMixLoss(pooled_weight=0.75), 'dense'),
+    'teacher that does not teach': taught(distill_weight=0.0),
+    'teacher, 1 view': taught(),
+    'teacher, 2 views': taught(views=2),
+    'teacher, 2 views, pooled': taught(views=2, mode='pooled'),
+    'teacher, 2 views, ramp': taught(views=2, ramp=0.25),
+    'teacher, 2 views, weight 0.25': taught(views=2, distill_weight=0.25),
+    'teacher, 2 views, weight 0.75': taught(views=2, distill_weight=0.75),
+    'teacher, 2 views, temperature 2': taught(views=2, distill_temperature=2.0),
 }
-DEFAULT_METHODS = list(METHODS)[:-2]
+DEFAULT_METHODS = list(METHODS)[:7]
 
 
 def split_digits(image_size: int, num_train: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -82,7 +106,8 @@ def shift(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([image[:, y:y + size, x:x + size] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
-def train(method: Method, data, args: argparse.Namespace, lr: float, seed: int) -> torch.nn.Module:
+def train(method: Method, data, args: argparse.Namespace, lr: float, seed: int) -> dict[str, torch.nn.Module]:
+    """The trained model, and its teacher if it has one."""
     torch.manual_seed(seed)
     model = timm.create_model(**resolve_model_input_args(args.model, dict(img_size=args.image_size)), num_classes=10)
     if method.mode != 'off':
@@ -94,13 +119,20 @@ def train(method: Method, data, args: argparse.Namespace, lr: float, seed: int) 
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=args.epochs * steps)
     model.train()
-    for _ in range(args.epochs):
+    teacher = EMATeacher(model, args.decay) if isinstance(method.loss, SelfDistillationLoss) else None
+    for epoch in range(args.epochs):
+        if teacher is not None:
+            method.loss.set_epoch(epoch / args.epochs)
         for batch in torch.randperm(len(labels))[:steps * args.batch_size].split(args.batch_size):
             optimizer.zero_grad()
-            method.loss(model(shift(images[batch])), labels[batch]).backward()
+            views = [shift(images[batch]) for _ in range(method.views)]
+            lesson = [teacher(views[-1])] if teacher is not None else []
+            method.loss(model(views[0]), labels[batch], *lesson).backward()
             optimizer.step()
             schedule.step()
-    return model.eval()
+            if teacher is not None:
+                teacher.update(model)
+    return {'': model.eval()} | ({', its teacher': teacher.module} if teacher is not None else {})
 
 
 def evaluate(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -124,6 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=50, help='(default: %(default)s)')
     parser.add_argument('--opt', choices=('sgd', 'adamw'), default='sgd', help='(default: %(default)s)')
     parser.add_argument('--lr', type=float, nargs='+', default=[0.05, 0.1, 0.2, 0.4], help='learning rates to try')
+    parser.add_argument('--decay', type=float, default=0.999, help='of an EMA teacher (default: %(default)s)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')
     parser.add_argument('--seeds', type=int, default=3, help='seeds of every method (default: %(default)s)')
     parser.add_argument('--methods', nargs='+', choices=METHODS, help='default: all that the image size allows')
@@ -137,15 +170,15 @@ def main() -> None:
     runs = list(itertools.product(names, args.lr, range(args.seeds)))
     scores: dict[tuple[str, float], list] = {}
     for name, lr, seed in tqdm(runs, desc='runs', disable=None):
-        model = train(METHODS[name], data['train'], args, lr, seed)
-        scores.setdefault((name, lr), []).append({split: evaluate(model, *data[split]) for split in data})
+        for who, model in train(METHODS[name], data['train'], args, lr, seed).items():
+            scores.setdefault((name + who, lr), []).append({split: evaluate(model, *data[split]) for split in data})
         if not sys.stderr.isatty():
             accuracy = scores[name, lr][-1]['validation'][0]
             print(f'{name}, lr {lr:g}, seed {seed}: validation accuracy {accuracy:.2f} %', file=sys.stderr, flush=True)
     print(f'{args.model}, {args.image_size} px, {args.train_images} training and {len(data["test"][1])} test images,'
           f' {args.epochs} epochs, {args.opt}, n = {args.seeds} seeds, lr from {args.lr} by validation accuracy\n')
     print('| method | lr | test accuracy % | test NLL |\n|---|---|---|---|')
-    for name in names:
+    for name in dict.fromkeys(name for name, _ in scores):
         lr = max(args.lr, key=lambda lr: statistics.mean(run['validation'][0] for run in scores[name, lr]))
         accuracy, nll = zip(*(run['test'] for run in scores[name, lr]), strict=True)
         print(f'| {name} | {lr:g} | {mean_and_spread(accuracy, 2)} | {mean_and_spread(nll, 3)} |')
