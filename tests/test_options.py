@@ -14,7 +14,8 @@ OPTIONS = {
     '--multimix', '--multimix-n', '--multimix-alpha', '--multimix-tuple-length', '--multimix-attention',
     '--multimix-attention-norm', '--multimix-attention-grad', '--no-multimix-balance', '--multimix-pooled-weight',
     '--multimix-clean-weight', '--multimix-logit-scale', '--multimix-start-epoch', '--multimix-off-epoch',
-    '--multimix-gather',
+    '--multimix-gather', '--multimix-teacher', '--multimix-teacher-decay', '--multimix-teacher-path',
+    '--multimix-distill-weight', '--multimix-distill-temperature', '--multimix-distill-ramp-epochs', '--multimix-views',
 }
 
 
@@ -50,16 +51,22 @@ def test_every_option_reaches_its_argument():
         '--multimix', 'dense', '--multimix-n', '7', '--multimix-alpha', '0.1', '3', '--multimix-tuple-length', '2',
         '--multimix-attention', 'cam', '--multimix-attention-norm', 'softmax', '--multimix-attention-grad',
         '--no-multimix-balance', '--multimix-pooled-weight', '0.25', '--multimix-clean-weight', '0.125',
-        '--multimix-logit-scale', '2', '--multimix-start-epoch', '4', '--multimix-off-epoch', '9', '--multimix-gather')
+        '--multimix-logit-scale', '2', '--multimix-start-epoch', '4', '--multimix-off-epoch', '9', '--multimix-gather',
+        '--multimix-teacher', 'ema', '--multimix-teacher-decay', '0.9', '--multimix-distill-weight', '0.75',
+        '--multimix-distill-temperature', '3', '--multimix-distill-ramp-epochs', '6', '--multimix-views', '2')
     assert kwargs == dict(
         mode='dense', num_mixes=7, alpha=(0.1, 3.0), tuple_length=2, attention='cam', attention_norm='softmax',
         attention_grad=True, balance=False, pooled_weight=0.25, clean_weight=0.125, logit_scale=2.0, start_epoch=4,
-        off_epoch=9, gather=True)
+        off_epoch=9, gather=True, teacher='ema', teacher_decay=0.9, teacher_path=None, distill_weight=0.75,
+        distill_temperature=3.0, distill_ramp_epochs=6, views=2)
     task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
     assert (task.mode, task.start_epoch, task.off_epoch, task.active) == ('dense', 4, 9, False)
     for name in ('num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance',
                  'pooled_weight', 'clean_weight', 'logit_scale', 'gather'):
         assert getattr(task.loss, name) == kwargs[name], name
+    distillation = task.distillation
+    assert (distillation.distill_weight, distillation.distill_temperature, distillation.ramp_epochs) == (0.75, 3.0, 6)
+    assert (task.teacher.average.decay, task.views) == (0.9, 2)
 
 
 @pytest.mark.parametrize('alpha', [['1'], ['0.5', '2']])
@@ -76,6 +83,20 @@ def test_alpha_is_one_number_or_two(alpha):
 def test_wrong_values_are_refused(argv):
     with pytest.raises(SystemExit):
         _parser().parse_args(argv)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--multimix-n', '0'], 'num_mixes must be at least 1'),
+    (['--multimix-distill-weight', '2'], 'distill_weight is a share'),
+    (['--multimix-distill-temperature', '0'], 'distill_temperature must be positive'),
+    (['--multimix-distill-ramp-epochs', '-1'], 'ramp_epochs must not be negative'),
+    (['--multimix-teacher-decay', '1'], 'a share below 1, got 1.0'),
+    (['--multimix-views', '2'], 'The second view is for a teacher'),
+    (['--multimix-teacher', 'ema', '--multimix-teacher-path', 'x.pth'], 'x.pth is for a teacher that is named'),
+])
+def test_values_out_of_range_are_told_before_a_model_is_built(argv, message):
+    with pytest.raises(ValueError, match=message):
+        _kwargs('--multimix', 'dense', *argv)
 
 
 def test_options_that_a_parser_has_already_clash():

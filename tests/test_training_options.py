@@ -26,7 +26,7 @@ def _facts(action: argparse.Action) -> dict[str, str]:
         nargs='' if flag or action.nargs is None else str(action.nargs),
         default=repr(action.default),
         const='' if flag or action.const is None else repr(action.const),
-        choices=' '.join(action.choices or ()),
+        choices=' '.join(map(str, action.choices or ())),
     )
 
 

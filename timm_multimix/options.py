@@ -6,6 +6,7 @@ from typing import Any
 from .attention import ATTENTION_NORMS, ATTENTION_QUERIES
 from .losses import MultiMixLoss
 from .task import TASK_MODES, MultiMixTask
+from .teacher import SelfDistillationLoss, check_teacher
 
 _DESCRIPTION = (
     'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; keep '
@@ -24,10 +25,15 @@ _KEYWORDS = {
     'multimix_gather': 'gather',
     'multimix_start_epoch': 'start_epoch',
     'multimix_off_epoch': 'off_epoch',
+    'multimix_teacher': 'teacher',
+    'multimix_teacher_decay': 'teacher_decay',
+    'multimix_teacher_path': 'teacher_path',
+    'multimix_distill_weight': 'distill_weight',
+    'multimix_distill_temperature': 'distill_temperature',
+    'multimix_distill_ramp_epochs': 'distill_ramp_epochs',
+    'multimix_views': 'views',
 }
-
-
-_OF_THE_TASK = ('mode', 'attention', 'start_epoch', 'off_epoch')
+_OF_THE_LOSS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}  # the task's has more values
 
 
 def _default(keyword: str) -> Any:
@@ -90,7 +96,30 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help='first epoch with MultiMix, counted from 0. (default: %(default)s)')
     add('--multimix-off-epoch', type=int, default=_default('off_epoch'), metavar='N',
         help='first epoch without it again; 0 for never. (default: %(default)s)')
+    _add_teacher_args(group)
     return group
+
+
+def _add_teacher_args(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add('--multimix-teacher', default=_default('teacher'), metavar='{none,ema,NAME}',
+        help='learn from a teacher as well as from the labels: the moving average of the model itself (ema), which is '
+             'validated, saved and often the better model, or a timm model with weights for these classes (NAME). '
+             '(default: %(default)s)')
+    add('--multimix-teacher-decay', type=float, default=_default('teacher_decay'), metavar='D',
+        help='share of the average that an update keeps; smaller at first. With that of --model-ema-decay, one average '
+             'serves as both. (default: %(default)s)')
+    add('--multimix-teacher-path', default=_default('teacher_path'), metavar='FILE',
+        help='checkpoint with the weights of a teacher NAME. (default: its pretrained weights)')
+    add('--multimix-distill-weight', type=float, default=_default('distill_weight'), metavar='W',
+        help='share of what the teacher says beside the labels, 0 to 1. (default: %(default)s)')
+    add('--multimix-distill-temperature', type=float, default=_default('distill_temperature'), metavar='T',
+        help='divides the logits of teacher and model where they are compared. (default: %(default)s)')
+    add('--multimix-distill-ramp-epochs', type=int, default=_default('distill_ramp_epochs'), metavar='N',
+        help='epochs over which that share grows from 0: a new teacher knows nothing. (default: %(default)s)')
+    add('--multimix-views', type=int, choices=(1, 2), default=_default('views'),
+        help='2 shows the teacher another augmentation of each image, loaded once and augmented twice; 1 shows it the '
+             'same, which saves that work. (default: %(default)s)')
 
 
 def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,5 +141,8 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
     # Told here, before a model is built. The rest of the options is the task's own.
-    MultiMixLoss(**{name: value for name, value in options.items() if name not in _OF_THE_TASK})
+    loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _OF_THE_LOSS})
+    SelfDistillationLoss(
+        loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
+    check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
     return options

@@ -11,7 +11,7 @@ from torch import nn
 
 from .hook import attach
 from .losses import MultiMixLoss, MultiMixOutput
-from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss
+from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
 from .views import split_views
 
 _logger = logging.getLogger(__name__)
@@ -127,10 +127,7 @@ class MultiMixTask(ClassificationTask):
             raise ValueError(
                 'MultiMix is on from start_epoch until off_epoch (0 for never): '
                 f'start_epoch={start_epoch} and off_epoch={off_epoch} leave no epoch to it.')
-        if views not in (1, 2):
-            raise ValueError(f'views must be 1 or 2, got {views}.')
-        if views == 2 and teacher == 'none':
-            raise ValueError('The second view is for a teacher: name one, or take 1 view.')
+        check_teacher(teacher, teacher_decay, teacher_path, views)
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
         self.start_epoch = start_epoch
@@ -282,24 +279,23 @@ class MultiMixTask(ClassificationTask):
         return state
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The teacher's number of updates."""
-        return {'teacher': self.teacher.get_extra_state()} if self._owns_average and not ema else {}
+        """What resuming needs of the teacher. Its weights are those of the checkpoint, which torch.save writes once."""
+        return {'teacher': self.teacher.state_dict()} if self._owns_average and not ema else {}
 
-    def load_task_state(self, state: dict[str, Any] | None, *args, ema: bool = False, **kwargs) -> None:
-        """Restore get_task_state."""
-        if self._owns_average and not ema and state and 'teacher' in state:
-            self.teacher.set_extra_state(state['teacher'])
-
-    def load_checkpoint_state(self, state_dict: dict[str, Any], *args, ema: bool = False, **kwargs) -> None:
-        """Load weights as timm does. A teacher begins with them anew, until load_teacher_state."""
-        super().load_checkpoint_state(state_dict, *args, ema=ema, **kwargs)
-        if self._owns_average and not ema:
+    def load_task_state(
+            self,
+            state: dict[str, Any] | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Restore get_task_state. Without one, the weights just loaded are where the teacher begins."""
+        if not self._owns_average or ema:
+            return
+        if state and 'teacher' in state:
+            self.teacher.load_state_dict(state['teacher'], strict=strict)
+        else:
             self.teacher.set(self.trainable_module)
-
-    def load_teacher_state(self, state_dict: dict[str, Any]) -> None:
-        """Load the weights of a teacher that is an average of its own."""
-        if self._owns_average:
-            self.teacher.module.load_state_dict(state_dict)
 
     def _mixable(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Targets as timm's BinaryCrossEntropy reads them, so that those are mixed; others as they are."""

@@ -10,6 +10,22 @@ from .hook import outputs_in_evaluation
 from .losses import MultiMixLoss, MultiMixOutput, check_distillation
 
 
+def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:
+    """Check what a task is told of its teacher.
+
+    Raises:
+        ValueError: for an option that is out of range or would have no effect.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f'The decay of a teacher is a share below 1, got {decay}.')
+    if views not in (1, 2):
+        raise ValueError(f'An image has 1 view or 2, got {views}.')
+    if views == 2 and teacher == 'none':
+        raise ValueError("The second view is for a teacher, and there is none: take teacher 'ema', or 1 view.")
+    if path and (teacher in ('none', 'ema') or not isinstance(teacher, str)):
+        raise ValueError(f'{path} is for a teacher that is named, got {teacher!r}.')
+
+
 class EMATeacher(nn.Module):
     """The exponential moving average of a student, as its teacher; timm's ModelEmaV3 that answers as the student does.
 
@@ -42,8 +58,7 @@ class EMATeacher(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float = 0.999, use_warmup: bool = True, **options):
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f'The decay of a teacher must lie in [0, 1), got {decay}.')
+        check_teacher('ema', decay, None, 1)
         self._hold(ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options))
 
     def _hold(self, average: ModelEmaV3) -> None:
