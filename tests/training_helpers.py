@@ -76,9 +76,7 @@ class Script:
             return list(csv.DictReader(file))
 
     def checkpoint(self, file: str = 'last.pth.tar', name: str = 'run') -> dict:
-        import argparse
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(self.run_folder(name) / file, weights_only=True)
+        return torch.load(self.run_folder(name) / file, weights_only=True)
 
     def written(self) -> list[str]:
         """Everything that lies in the folder."""

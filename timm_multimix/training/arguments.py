@@ -257,6 +257,9 @@ MISCELLANEOUS = (
     _value('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints'),
     _value('--recovery-interval', type=int, default=0, metavar='N',
            help='updates between recovery checkpoints, 0 for none'),
+    _value('--max-nonfinite', type=int, default=10, metavar='N',
+           help='stop after this many updates in a row whose loss is not finite; they are skipped. 0 makes them, as '
+                'timm does'),
     _value('--save-epochs', type=int, nargs='+', default=[], metavar='N',
            help='keep a milestone checkpoint after these many epochs'),
     _value('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep'),

@@ -3,60 +3,225 @@ import argparse
 import glob
 import logging
 import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
+import torch
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 from torch.optim import Optimizer
 
-from .errors import UsageError
+from .errors import RunError, UsageError
+from .files import duplicate, replace
 
 _logger = logging.getLogger(__name__)
 
+_EXTENSION = '.pth.tar'
+# What a run can continue from. Other checkpoints may lie beside them, of weights changed after training.
+_PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
+
+
+def _why_not_written(error: BaseException) -> str:
+    """PyTorch's writer hides what the system said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return 'the disk is full or cannot be written to'
+
 
 class RunSaver(CheckpointSaver):
-    """timm's CheckpointSaver, whose recovery checkpoints do not count the epoch that they interrupt as done.
+    """timm's CheckpointSaver, with all that a run needs to continue exactly, and files that are never half-written.
+
+    Beside timm's entries a checkpoint holds 'progress' (see progress.py), 'task_state' for tasks with a
+    training_state(), and 'metric_of'. 'args' are a dict: nothing in the file is more than data.
 
     timm continues after the epoch that a checkpoint names. A recovery checkpoint is written in the middle of one, and
-    continuing after it would skip the rest of its images: here that epoch is begun again, with the weights as they are.
+    names the epoch before it.
+
+    Attributes:
+        progress: What the next checkpoint says of the place in the run.
+        metric_of: Which entry of the checkpoint gave its metric; set by whoever validates several sets of weights.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.progress: dict[str, Any] | None = None
+        self.metric_of: str | None = None
+        recoveries = sorted(glob.glob(os.path.join(
+            glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')), key=os.path.getmtime)
+        for path in recoveries[:-2]:
+            os.remove(path)
+        self.prev_recovery_file, self.curr_recovery_file = (['', '', *recoveries])[-2:]
+
+    def _state(self, epoch: int, metric: float | None) -> dict[str, Any]:
+        state = dict(
+            epoch=epoch,
+            arch=self.args.model,
+            args=vars(self.args),
+            version=2,
+            optimizer=self.optimizer.state_dict(),
+            **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
+            **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
+            saver=self.state_dict(epoch, metric),
+        )
+        if self.amp_scaler is not None:
+            state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
+        if hasattr(self.task, 'training_state'):
+            state['task_state'] = self.task.training_state()
+        for name, value in (('metric', metric), ('metric_of', self.metric_of), ('progress', self.progress)):
+            if value is not None:
+                state[name] = value
+        return state
+
+    def _check_weights(self) -> None:
+        """Weights that are lost must not replace good ones."""
+        if not self.args.max_nonfinite:
+            return
+        module = self.task.get_trainable_module()
+        fine = [parameter.detach().isfinite().all() for parameter in module.parameters()]
+        fine += [~buffer.isnan().any() for buffer in module.buffers() if buffer.is_floating_point()]
+        if fine and not torch.stack([flag.to(fine[0].device) for flag in fine]).all():
+            raise RunError(
+                'The weights are not finite any more, so they are not saved. Lower the learning rate, or clip '
+                'gradients (--clip-grad).')
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         is_recovery = os.path.basename(save_path).startswith(self.recovery_prefix)
-        super()._save(save_path, epoch - is_recovery, metric)
+        self._check_weights()
+        state = self._state(epoch - is_recovery, metric)
+        try:
+            with open(save_path, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                os.unlink(save_path)
+            raise RunError(f'{save_path} could not be written: {_why_not_written(error)}.') from error
+
+    def save_recovery(self, epoch: int, batch_idx: int = 0, progress: dict[str, Any] | None = None) -> None:
+        """As timm's, at a place in the epoch."""
+        self.progress = progress
+        super().save_recovery(epoch, batch_idx)
+
+    def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None):
+        """As timm's, at the end of an epoch."""
+        self.progress = progress
+        return super().save_checkpoint(epoch, metric)
+
+    def latest(self) -> str | None:
+        """The checkpoint written last, to tell the user."""
+        paths = [self.curr_recovery_file, os.path.join(self.checkpoint_dir, 'last' + self.extension)]
+        return max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
+
+    def _replace(self, src: str, dst: str) -> None:
+        replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        duplicate(src, dst)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As timm's, but the names it keeps, and may remove one day, are those of checkpoints in this folder."""
+        name = re.compile(re.escape(self.save_prefix) + r'-\d+' + re.escape(self.extension))
+        files = [(file, metric) for file, metric in state_dict.get('checkpoint_files', ()) if name.fullmatch(file)]
+        super().load_state_dict({**state_dict, 'checkpoint_files': files})
 
 
-def newest_checkpoint(folder: str) -> str | None:
-    """The checkpoint of a run to continue from: the last complete epoch, or an interruption after it."""
-    paths = [os.path.join(folder, 'last.pth.tar'), *glob.glob(os.path.join(glob.escape(folder), 'recovery-*.pth.tar'))]
-    return max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
+def _why_damaged(path: str) -> str | None:
+    """What is wrong with the bytes of a file, None if they are as they were written. PyTorch does not check."""
+    if os.path.getsize(path) == 0:
+        return 'it is empty'
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return None if broken is None else f'it is damaged ({broken} differs from its checksum)'
+    with open(path, 'rb') as file:
+        if file.read(4) == b'PK\x03\x04':
+            return 'it is truncated'
+    return None  # the format before PyTorch 1.6, or something else: reading it will tell
 
 
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(path: str, verify: bool = True) -> dict:
     """What a checkpoint holds, read as data only.
 
+    Args:
+        path: The file.
+        verify: Read all of it and compare checksums. Else only what is no tensor is sure to be as it was written.
+
     Raises:
-        UsageError: if it is not a checkpoint of a model.
+        UsageError: if it is not a checkpoint of a model, or not as it was written.
     """
     try:
-        checkpoint = load_checkpoint_metadata(path)
-    except Exception as error:  # of many kinds: a truncated archive, another format, objects that are not data
-        raise UsageError(
-            f'{path} is damaged, or no PyTorch checkpoint that can be read as data only: {error}') from error
-    if not isinstance(checkpoint, dict) or not any(key in checkpoint for key in ('state_dict', 'model')):
-        raise UsageError(f'{path} is not a training checkpoint: it has no state_dict.')
+        reason = _why_damaged(path) if verify else None
+        checkpoint = load_checkpoint_metadata(path) if reason is None else None
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = 'it holds objects that are not data' if 'weights_only' in str(error) else 'it is no PyTorch checkpoint'
+    except Exception:  # of many kinds, from unpickling something else
+        reason = 'it is no PyTorch checkpoint, or a part of one'
+    if reason is None and (
+            not isinstance(checkpoint, dict) or not any(key in checkpoint for key in ('state_dict', 'model'))):
+        reason = 'it has no state_dict'
+    if reason is not None:
+        raise UsageError(f'{path} is not a training checkpoint: {reason}.')
     return checkpoint
 
 
-def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> int | None:
+def _by_progress(paths: Iterable[str]) -> Iterator[str]:
+    """Those that look like checkpoints, the furthest first."""
+    found = []
+    for path in paths:
+        try:
+            checkpoint = read_checkpoint(path, verify=False)
+            epoch, progress = checkpoint.get('epoch', -1), checkpoint.get('progress') or {}
+            found.append((epoch, progress.get('consumed', 0), os.path.getmtime(path), path))
+        except (UsageError, AttributeError, TypeError) as error:
+            _logger.warning(f'{error} It is left out.')
+    return (path for *_, path in sorted(found, key=lambda entry: entry[:3], reverse=True))
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """The checkpoint of a run to continue from: the one that is furthest, of those that are as they were written.
+
+    Returns:
+        Its path, None if there are no checkpoints at all.
+
+    Raises:
+        UsageError: if there are some, and none is good.
+    """
+    stem = glob.escape(folder)
+    paths = [path for name in _PATTERNS for path in glob.glob(os.path.join(stem, name + _EXTENSION))]
+    if not paths:
+        return None
+    for path in _by_progress(paths):
+        try:
+            read_checkpoint(path)
+        except UsageError as error:
+            _logger.warning(f'{error} Falling back to an earlier one.')
+        else:
+            return path
+    raise UsageError(
+        f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
+        'another --experiment to begin again.')
+
+
+def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
     """Bring a task and its optimizer to the state in a checkpoint.
 
     Returns:
-        The epoch to continue with, None if the checkpoint does not know it.
+        What the checkpoint says beside weights: 'epoch' to continue with (None if it does not know), and its
+        'progress', 'task_state' and 'metric' if it has them.
 
     Raises:
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
     """
-    architecture = read_checkpoint(path).get('arch')
+    checkpoint = read_checkpoint(path)
+    architecture = checkpoint.get('arch')
     if architecture not in (None, args.model):
         raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
     keep = not args.no_resume_opt
@@ -66,7 +231,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} does not fit this run: {error}') from error
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
-    return epoch
+    return dict(epoch=epoch, **{name: checkpoint.get(name) for name in ('progress', 'task_state', 'metric')})
 
 
 def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:

@@ -12,12 +12,20 @@ _LONGEST = 600
 _LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError)
 
 
-class UsageError(Exception):
-    """Something in the options, the data or a file is wrong. Shown as one line, without a traceback."""
+class _OneLine(Exception):
+    """Shown as one line, without a traceback."""
 
     def __str__(self) -> str:
         line = ' '.join(super().__str__().split())
         return line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'
+
+
+class UsageError(_OneLine):
+    """Something in the options, the data or a file is wrong."""
+
+
+class RunError(_OneLine):
+    """A run cannot go on: a full disk, losses that are not finite, a worker that died. Its checkpoints are intact."""
 
 
 @contextmanager

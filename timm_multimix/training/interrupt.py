@@ -1,14 +1,17 @@
-"""Stopping between steps instead of in the middle of one."""
+"""Stopping between updates instead of in the middle of one."""
 import logging
 import signal
 import threading
 from types import FrameType
 
+import torch
+import torch.distributed as dist
+
 _logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Notes Ctrl-C (SIGINT) and SIGTERM, for the loop to act on between two steps.
+    """Notes Ctrl-C (SIGINT) and SIGTERM, for the loop to act on between two updates.
 
     An exception raised wherever the signal happens to arrive could leave an optimizer step or a checkpoint half done,
     or be lost in a callback. A second signal raises one even so, for a step that never ends.
@@ -22,6 +25,8 @@ class StopRequest:
     def __init__(self):
         self.signal_number: int | None = None
         self._previous = {}
+        self._group = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> 'StopRequest':
         if threading.current_thread() is threading.main_thread():
@@ -43,7 +48,28 @@ class StopRequest:
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
 
+    def connect(self) -> None:
+        """Stop all processes of the default group at the same update; called by each of them."""
+        self._group = dist.new_group(backend='gloo')
+
+    def requested(self) -> bool:
+        """Whether to stop here. Connected processes call it equally often, and get the same answer.
+
+        They learn of each other's signals one call later: then the exchange has long been made, and nobody waits.
+        """
+        if self._group is None:
+            return self.signal_number is not None
+        flag = torch.tensor([self.signal_number or 0])
+        pending = self._pending
+        self._pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag
+        if pending is None:
+            return False
+        pending[0].wait()
+        agreed = int(pending[1])
+        self.signal_number = self.signal_number or agreed or None
+        return agreed != 0
+
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came; called where stopping does no harm."""
-        if self.signal_number is not None:
+        """Raise KeyboardInterrupt if a signal came; called where a single process may stop on its own."""
+        if self._group is None and self.signal_number is not None:
             raise KeyboardInterrupt

@@ -14,11 +14,12 @@ from timm.data import (
     create_loader,
     create_naflex_loader,
 )
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..data import create_dataset
 from .checks import mixup_active
 from .errors import UsageError, blame
+from .resumable import ResumableLoader
 
 _logger = logging.getLogger(__name__)
 
@@ -34,11 +35,22 @@ class Loaders:
         evaluation: Validation batches, None without a validation split.
         mixup_fn: Mixes batches on the device; None where the loader does it, or where nothing is mixed.
         batch_size: Average size of a training batch on one device.
+        resumable: The part of train that knows its place in an epoch, None if there is none.
+        validated: Whether a validation took place, in this process or before the run continued in it.
     """
     train: Any
     evaluation: Any
     mixup_fn: Mixup | None
     batch_size: float
+    resumable: ResumableLoader | None = None
+    validated: bool = False
+
+    def forget_validation_seed(self) -> None:
+        """Let a continued run's validation draw no seed for its workers, since it drew one before."""
+        self.validated = True
+        loader = getattr(self.evaluation, 'loader', self.evaluation)
+        if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
+            loader.generator = torch.Generator()
 
 
 def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
@@ -209,6 +221,18 @@ def _evaluation_loader(args: argparse.Namespace, dataset: Dataset, input_size, p
     )
 
 
+def _make_resumable(loader: Any, device: torch.device) -> tuple[Any, ResumableLoader | None]:
+    """Wrap the DataLoader in a training loader, if its place can be known."""
+    inner = getattr(loader, 'loader', loader)  # inside of timm's prefetcher
+    if not ResumableLoader.can_wrap(inner):
+        return loader, None
+    resumable = ResumableLoader(inner, device)
+    if inner is loader:
+        return resumable, resumable
+    loader.loader = resumable
+    return loader, resumable
+
+
 def build_loaders(
         args: argparse.Namespace,
         datasets: tuple[Dataset, Dataset | None],
@@ -251,4 +275,5 @@ def build_loaders(
         with blame('Loader options of validation'):
             loader_eval = _evaluation_loader(
                 args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
-    return Loaders(loader, loader_eval, mixup_fn, batch_size)
+    loader, resumable = _make_resumable(loader, device)
+    return Loaders(loader, loader_eval, mixup_fn, batch_size, resumable)

@@ -56,6 +56,17 @@ class Averages:
             self.sums[name] = self.sums[name] + value * count if name in self.sums else value * count
             self.counts[name] = self.counts.get(name, 0) + count
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The sums as numbers."""
+        values = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        return dict(sums=dict(zip(self.sums, values, strict=True)), counts=dict(self.counts))
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Go on from sums of an earlier process."""
+        self.sums = {
+            name: torch.tensor(value, dtype=self.dtype, device=self.device) for name, value in state['sums'].items()}
+        self.counts = dict(state['counts'])
+
     def compute(self, distributed: bool = False) -> dict[str, float]:
         """The averages so far, over all processes if distributed; the one place that waits for the device."""
         if not self.sums:
@@ -78,9 +89,10 @@ class EpochReporter:
         num_updates: Optimizer updates in it.
         interval: Updates between lines.
         world_size: Processes that train; each counts its own examples.
+        done: Updates that an interrupted run has made.
     """
 
-    def __init__(self, epoch: int, num_updates: int, interval: int, world_size: int):
+    def __init__(self, epoch: int, num_updates: int, interval: int, world_size: int, done: int = 0):
         self.epoch = epoch
         self.num_updates = num_updates
         self.interval = interval
@@ -90,7 +102,7 @@ class EpochReporter:
         self.data_time = 0.0
         self.started = self.window_started = time.perf_counter()
         self.bar = tqdm(
-            total=num_updates, desc=f'Epoch {epoch}', leave=False, dynamic_ncols=True, file=sys.stderr,
+            total=num_updates, initial=done, desc=f'Epoch {epoch}', leave=False, dynamic_ncols=True, file=sys.stderr,
             bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]',
             disable=None if logging.root.isEnabledFor(logging.INFO) else True)  # None: off unless on a terminal
 

@@ -2,6 +2,7 @@
 import logging
 import os
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,10 @@ from timm import utils
 from timm.task import evaluation_sample_limit
 from torch import nn
 
+from .checkpoints import RunSaver
+from .errors import RunError
 from .logs import Averages, EpochReporter
+from .progress import take_progress
 from .run import Run
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +34,25 @@ def _begin_epoch(run: Run, epoch: int) -> None:
             run.loaders.mixup_fn.mixup_enabled = False
         elif getattr(loader, 'mixup_enabled', False):
             loader.mixup_enabled = False
+
+
+def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Batches of a loader, whose failures are told in one line.
+
+    Raises:
+        RunError: if a batch cannot be made.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError) as error:
+            _logger.debug('', exc_info=True)
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise RunError(f'A batch could not be loaded: {reason[0]}') from error
+        yield batch
 
 
 def _to_device(run: Run, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -65,33 +88,55 @@ def _gradient_scale(run: Run, input: Any) -> float | torch.Tensor:
     return scale
 
 
+def _clip_parameters(run: Run):
+    return run.task.get_clip_parameters(exclude_head='agc' in run.args.clip_mode)
+
+
 def _backward(run: Run, loss: torch.Tensor, is_update: bool) -> None:
-    """Backward pass, and with it, at the end of an accumulation, the optimizer's step."""
-    args, optimizer = run.args, run.optimizer
+    """Backward pass; where the loss is scaled also the optimizer's step, which the scaler leaves out on overflow."""
+    args, optimizer, scaler = run.args, run.optimizer, run.precision.loss_scaler
     second_order = getattr(optimizer, 'is_second_order', False)
-    parameters = None
-    if args.clip_grad is not None:
-        parameters = run.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+    if scaler is None:
+        loss.backward(create_graph=second_order)
+    else:
+        scaler(
+            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
+            parameters=None if args.clip_grad is None else _clip_parameters(run), create_graph=second_order,
+            need_update=is_update)
+
+
+def _update(run: Run) -> None:
+    """The optimizer's step, where the loss is not scaled."""
     if run.precision.loss_scaler is not None:
-        run.precision.loss_scaler(
-            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters,
-            create_graph=second_order, need_update=is_update)
         return
-    loss.backward(create_graph=second_order)
-    if is_update:
-        if args.clip_grad is not None:
-            utils.dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
-        optimizer.step()
+    if run.args.clip_grad is not None:
+        utils.dispatch_clip_grad(_clip_parameters(run), value=run.args.clip_grad, mode=run.args.clip_mode)
+    run.optimizer.step()
 
 
-def _train_step(run: Run, input: Any, target: torch.Tensor, accum_steps: int, is_update: bool) -> dict:
-    """Forward and backward pass of one batch; returns what the task returned."""
+def _train_step(
+        run: Run,
+        input: Any,
+        target: torch.Tensor,
+        accum_steps: int,
+        is_update: bool,
+) -> tuple[dict, bool, bool]:
+    """Forward and backward pass of one batch, and the update if it completes one.
+
+    Returns:
+        What the task returned; whether the loss is finite; whether all losses of the update so far are.
+    """
+    run.guard.remember()
     waits = is_update or not run.args.distributed
     with nullcontext() if waits else run.task.no_sync():
         with run.precision.autocast():
             result = run.task(input, target)
+        run.guard.watch(result['loss'], is_update)
         _backward(run, result['loss'] * (_gradient_scale(run, input) / accum_steps), is_update)
-    return result
+    batch_passed, update_passed = run.guard.passed()
+    if is_update and update_passed:
+        _update(run)
+    return result, batch_passed, update_passed
 
 
 def _step_metrics(result: dict, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,16 +161,34 @@ def learning_rate(run: Run) -> float:
     return sum(rates) / len(rates)
 
 
-def _after_update(run: Run, epoch: int, update: int, saver: utils.CheckpointSaver | None) -> None:
-    num_updates = epoch * run.updates_per_epoch + update + 1
+def _after_update(run: Run, num_updates: int, passed: bool) -> None:
+    """Whatever follows the optimizer's step; the average does not take part in an update that was skipped."""
     run.optimizer.zero_grad()
-    run.task.update_ema(step=num_updates)
+    if passed:
+        run.task.update_ema(step=num_updates)
     if run.args.synchronize_step and run.device.type in ('cuda', 'npu'):
         getattr(torch, run.device.type).synchronize()
-    if saver is not None and run.args.recovery_interval and (update + 1) % run.args.recovery_interval == 0:
-        saver.save_recovery(epoch, batch_idx=update)
     if run.scheduler is not None:
         run.scheduler.step_update(num_updates=num_updates)
+
+
+def _save_recovery(run: Run, epoch: int, update: int, averages: Averages, saver: RunSaver | None) -> None:
+    """Write a recovery checkpoint where one is due; and where the user stops the run, before doing so."""
+    stops = run.stop.requested()
+    if stops or (run.args.recovery_interval and (update + 1) % run.args.recovery_interval == 0):
+        progress = take_progress(run, averages)
+        if saver is not None:
+            saver.save_recovery(epoch, update, progress)
+    if stops:
+        raise KeyboardInterrupt
+
+
+def _num_unreadable(run: Run) -> int:
+    """Images of the epoch that could not be read and were replaced, over all processes."""
+    count = torch.tensor(0 if run.loaders.resumable is None else run.loaders.resumable.unreadable, device=run.device)
+    if run.args.distributed:
+        torch.distributed.all_reduce(count)
+    return int(count)
 
 
 def _save_images(run: Run, input: Any, batch: int) -> None:
@@ -133,7 +196,7 @@ def _save_images(run: Run, input: Any, batch: int) -> None:
     torchvision.utils.save_image(input, path, padding=0, normalize=True)
 
 
-def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None) -> tuple[dict[str, float], float]:
+def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[dict[str, float], float]:
     """Train for one epoch.
 
     Args:
@@ -142,41 +205,59 @@ def train_epoch(run: Run, epoch: int, saver: utils.CheckpointSaver | None = None
         saver: Writes recovery checkpoints; None on all processes but the first.
 
     Returns:
-        Averages over the epoch ('loss', its parts, and 'top1' where targets are classes), and images per second.
+        Averages over the epoch ('loss', its parts, 'top1' where targets are classes, and 'unreadable', the number of
+        images that could not be read), and images per second.
+
+    Raises:
+        KeyboardInterrupt: if the user stops the run; a recovery checkpoint is written.
+        RunError: if losses are not finite, a batch cannot be made, or a checkpoint cannot be written.
     """
-    args, loader = run.args, run.loaders.train
+    args, loader, resumable = run.args, run.loaders.train, run.loaders.resumable
     _begin_epoch(run, epoch)
-    run.task.get_trainable_module().train()
+    module = run.task.get_trainable_module()
+    module.train()
     averages = Averages(run.device)
-    reporter = EpochReporter(epoch, run.updates_per_epoch, args.log_interval, args.world_size)
+    first = 0
+    if run.interrupted is not None:
+        averages.load_state_dict(run.interrupted)
+        first, run.interrupted = run.progress['consumed'], None
+    run.progress = None
+    reporter = EpochReporter(
+        epoch, run.updates_per_epoch, args.log_interval, args.world_size, done=first // args.grad_accum_steps)
     run.optimizer.zero_grad()
     waiting_since = time.perf_counter()
     try:
-        for index, (input, target) in enumerate(loader):
+        for index, (input, target) in enumerate(_batches(loader), start=first):
             accum_steps, is_update = _accumulation(index, len(loader), args.grad_accum_steps)
             input, target = _to_device(run, input, target)
             if run.loaders.mixup_fn is not None:
                 input, target = run.loaders.mixup_fn(input, target)
             reporter.add(_num_images(input), time.perf_counter() - waiting_since)
-            result = _train_step(run, input, target, accum_steps, is_update)
-            averages.update(_step_metrics(result, target), _num_images(input))
+            result, batch_passed, update_passed = _train_step(run, input, target, accum_steps, is_update)
+            if batch_passed:
+                averages.update(_step_metrics(result, target), _num_images(input))
+            if resumable is not None:
+                resumable.advance()
             if is_update:
                 update = index // args.grad_accum_steps
                 lr = learning_rate(run)
-                _after_update(run, epoch, update, saver)
+                run.guard.finish_update(
+                    update_passed, f'in epoch {epoch}, update {update}, at learning rate {lr:.3g}')
+                _after_update(run, epoch * run.updates_per_epoch + update + 1, update_passed)
+                _save_recovery(run, epoch, update, averages, saver)
                 reporter.step()
-                if reporter.is_due(update):
+                if reporter.is_due(update) and averages.latest:
                     latest = {'loss': averages.latest['loss'].item()}
                     reporter.report(update, latest, averages.compute(args.distributed), lr)
                     if saver is not None and args.save_images and not isinstance(input, dict):
                         _save_images(run, input, index)
-            run.stop.check()
             waiting_since = time.perf_counter()
     finally:
         images_per_second = reporter.close()
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
-    return averages.compute(args.distributed), images_per_second
+    run.progress = take_progress(run, averages)  # from which validation would have to be repeated
+    return {**averages.compute(args.distributed), 'unreadable': _num_unreadable(run)}, images_per_second
 
 
 @torch.inference_mode()
@@ -193,7 +274,8 @@ def validate(run: Run, model: nn.Module) -> dict[str, float]:
     args, loader = run.args, run.loaders.evaluation
     evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     model.eval()
-    for input, target in loader:
+    run.loaders.validated = True
+    for input, target in _batches(loader):
         input, target = _to_device(run, input, target)
         with run.precision.autocast():
             output = model(input)

@@ -13,11 +13,13 @@ from timm import utils
 from timm.models import clean_state_dict
 from timm.utils.summary import trim_summary
 
-from .checkpoints import RunSaver, newest_checkpoint, read_checkpoint
+from .checkpoints import RunSaver, read_checkpoint
 from .config import parse_args
-from .errors import UsageError, blame
+from .errors import RunError, UsageError, blame
+from .files import remove_temporary, replacing
 from .logs import setup_logging
 from .loop import learning_rate, train_epoch, validate
+from .progress import restore_progress, take_progress
 from .run import Run, build_run, compile_task
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class Interrupted(Exception):
 
 
 def _save_args(run: Run, args_text: str) -> None:
-    with open(os.path.join(run.folder, 'args.yaml'), 'w') as file:
+    with replacing(os.path.join(run.folder, 'args.yaml')) as path, open(path, 'w') as file:
         file.write(args_text)
 
 
@@ -68,6 +70,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
         return None
     with blame(f'--output {run.folder}'):
         os.makedirs(run.folder, exist_ok=True)
+        remove_temporary(run.folder)
         _save_args(run, args_text)
     saver = RunSaver(
         model=run.task.get_trainable_module(),
@@ -82,7 +85,8 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
     )
     if run.resumed_from and os.path.samefile(os.path.dirname(run.resumed_from) or '.', run.folder):
         saver.load_state_dict_from_checkpoint(run.resumed_from)
-    trim_summary(os.path.join(run.folder, 'summary.csv'), run.start_epoch)
+    with replacing(os.path.join(run.folder, 'summary.csv')) as path:
+        trim_summary(path, run.start_epoch)
     return saver
 
 
@@ -109,22 +113,32 @@ def _shown(metrics: dict[str, float]) -> str:
 
 def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
     # Parts that are absent in some epochs keep their column, or rows would not fit the header.
-    parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name not in ('loss', 'top1')])
-    columns = dict.fromkeys(['loss', *parts, *(['top1'] if run.args.task == 'classification' else [])])
-    utils.update_summary(
-        epoch,
-        {name: train_metrics.get(name, '') for name in columns},
-        eval_metrics,
-        filename=os.path.join(run.folder, 'summary.csv'),
-        lr=learning_rate(run),
-        log_wandb=log_wandb,
-    )
+    others = ('loss', 'top1', 'unreadable')
+    parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name not in others])
+    top1 = ['top1'] if run.args.task == 'classification' else []
+    columns = dict.fromkeys(['loss', *parts, *top1, 'unreadable'])
+    path = os.path.join(run.folder, 'summary.csv')
+    try:
+        with replacing(path) as temporary:
+            utils.update_summary(
+                epoch,
+                {name: train_metrics.get(name, '') for name in columns},
+                eval_metrics,
+                filename=temporary,
+                lr=learning_rate(run),
+                log_wandb=log_wandb,
+            )
+    except OSError as error:
+        raise RunError(f'{path} could not be written: {error.strerror or error}.') from error
 
 
 def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | None, log_wandb: bool) -> None:
     """Validate, write the summary and a checkpoint, and step the schedule."""
     _share_batch_norm(run, run.task.get_trainable_module())
     done = epoch + 1
+    unreadable = train_metrics['unreadable']
+    if unreadable:
+        _logger.warning(f'Epoch {epoch}: {unreadable} images could not be read, others were taken for them.')
     is_milestone = done in run.args.save_epochs
     metric = None
     if done % run.args.val_interval == 0 or done == run.stop_epoch or is_milestone:
@@ -132,11 +146,13 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
         metric = (eval_metrics or train_metrics)[run.eval_metric]
         if eval_metrics is not None:
             _logger.info(f'Epoch {epoch}: validation  {_shown(eval_metrics)}')
+        progress = take_progress(run)
         if saver is not None:
             _write_summary(run, epoch, train_metrics, eval_metrics, log_wandb)
-            saver.save_checkpoint(epoch, metric=metric)
+            saver.save_checkpoint(epoch, metric, progress)
             if is_milestone:
                 saver.save_milestone(done)
+    run.progress = None
     if run.scheduler is not None:
         run.scheduler.step(done, metric)
 
@@ -146,16 +162,42 @@ def _command(run: Run, *options: str) -> str:
     return shlex.join(['python', script, '--config', os.path.join(run.folder, 'args.yaml'), *options])
 
 
+def _how_to_continue(run: Run, saver: RunSaver) -> str:
+    """The last line of a run that ended early."""
+    latest = saver.latest()
+    if latest is None:
+        return 'No checkpoint has been written yet.'
+    parent, name = os.path.split(run.folder)
+    command = _command(run, '--output', parent, '--experiment', name, '--resume', 'auto')
+    return f'The run so far is in {latest}. Continue with\n  {command}'
+
+
 def _interrupt(run: Run, epoch: int, saver: RunSaver | None) -> None:
-    """Save what there is, and say how to continue."""
+    """Save what was trained in an epoch whose validation was interrupted, and say how to continue."""
     run.stop.ignore()
     if saver is None:
         return
-    saver.save_recovery(epoch)
-    parent, name = os.path.split(run.folder)
-    _logger.info(
-        f'Stopped in epoch {epoch}. The weights so far are in {newest_checkpoint(run.folder)}. Continue with\n  '
-        + _command(run, '--output', parent, '--experiment', name, '--resume', 'auto'))
+    if run.progress is not None:
+        saver.save_recovery(epoch, run.updates_per_epoch - 1, run.progress)
+    _logger.info(f'Stopped in epoch {epoch}. {_how_to_continue(run, saver)}')
+
+
+def _train(run: Run, saver: RunSaver | None, log_wandb: bool) -> None:
+    run.interrupted = restore_progress(run)
+    epoch = run.start_epoch
+    try:
+        for epoch in range(run.start_epoch, run.stop_epoch):
+            train_metrics, images_per_second = train_epoch(run, epoch, saver)
+            shown = {name: value for name, value in train_metrics.items() if name != 'unreadable'}
+            _logger.info(f'Epoch {epoch}: training  {_shown(shown)}  ({images_per_second:.1f} images/s)')
+            _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
+    except KeyboardInterrupt:
+        _interrupt(run, epoch, saver)
+        raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):  # PyTorch raises this one wherever the process happens to be
+            raise
+        raise RunError(f'{error} Is there enough memory for {run.args.workers} --workers?') from error
 
 
 def fit(run: Run, args_text: str) -> None:
@@ -163,22 +205,21 @@ def fit(run: Run, args_text: str) -> None:
 
     Raises:
         Interrupted: if the user stopped it; what was reached is saved.
+        RunError: if it cannot go on; the last checkpoint is as it was.
     """
     saver = _open_folder(run, args_text)
     log_wandb = saver is not None and _start_wandb(run)
     _logger.info(
         f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates each, '
         f'into {run.folder}')
-    epoch = run.start_epoch
     with run.stop:
         try:
-            for epoch in range(run.start_epoch, run.stop_epoch):
-                train_metrics, images_per_second = train_epoch(run, epoch, saver)
-                _logger.info(f'Epoch {epoch}: training  {_shown(train_metrics)}  ({images_per_second:.1f} images/s)')
-                _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
-        except KeyboardInterrupt:
-            _interrupt(run, epoch, saver)
-            raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
+            _train(run, saver, log_wandb)
+        except RunError as error:
+            _logger.error(error)
+            if saver is not None:
+                _logger.info(_how_to_continue(run, saver))
+            raise
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}')
@@ -231,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line, by default that of the process.
 
     Returns:
-        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0, 1 for a run that could not go on, 2 for something that the user can put right, 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     script, rest = _timm_script(sys.argv[1:] if argv is None else argv)
     if script is not None:
@@ -243,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _logger.error(error)
         return 2
+    except RunError:  # told already
+        return 1
     except Interrupted as stop:
         return _EXIT_BY_SIGNAL + stop.signal_number
     except KeyboardInterrupt:

@@ -25,8 +25,10 @@ from .checks import DEFAULT_OUTPUT, check_classes
 from .errors import UsageError, blame
 from .interrupt import StopRequest
 from .loaders import Loaders, build_datasets, build_loaders
+from .loss_guard import LossGuard
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
 from .objective import build_task
+from .progress import step_scheduler, usable_progress
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ class Run:
         stop_epoch: Epoch not to train any more: num_epochs or earlier.
         folder: Where the run writes.
         resumed_from: Checkpoint that the run continues from, or None.
+        progress: The place in the run that a checkpoint of the present weights would name, None where there is none.
+        interrupted: Averages of an epoch that goes on in its middle, None for one that begins.
+        guard: What keeps losses that are not finite from the weights.
         stop: Whether the user wants it to end.
     """
     args: argparse.Namespace
@@ -80,6 +85,9 @@ class Run:
     stop_epoch: int = 0
     folder: str = ''
     resumed_from: str | None = None
+    progress: dict[str, Any] | None = None
+    interrupted: dict[str, Any] | None = None
+    guard: LossGuard | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
@@ -142,7 +150,7 @@ def _run_folder(args: argparse.Namespace, image_size: int) -> str:
     return os.path.normpath(os.path.join(args.output or DEFAULT_OUTPUT, name))
 
 
-def _build_schedule(run: Run, resume_epoch: int | None) -> None:
+def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
     args = run.args
     with blame(f'--sched {args.sched}'):
         run.scheduler, run.num_epochs = create_scheduler_v2(
@@ -153,12 +161,11 @@ def _build_schedule(run: Run, resume_epoch: int | None) -> None:
     if args.stop_epoch is not None and args.stop_epoch > run.num_epochs:
         raise UsageError(f'--stop-epoch {args.stop_epoch} lies beyond the {run.num_epochs} epochs of the run.')
     run.stop_epoch = args.stop_epoch or run.num_epochs
-    run.start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
-    if run.scheduler is not None and run.start_epoch > 0:
-        if args.sched_on_updates:
-            run.scheduler.step_update(run.start_epoch * run.updates_per_epoch)
-        else:
-            run.scheduler.step(run.start_epoch)
+    resume_epoch = checkpoint.get('epoch') or 0
+    run.start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
+    if checkpoint and run.start_epoch == resume_epoch and not args.no_resume_opt:
+        run.progress = usable_progress(run, checkpoint['progress'])
+    step_scheduler(run, checkpoint)
 
 
 def _build_training(run: Run) -> None:
@@ -168,7 +175,7 @@ def _build_training(run: Run) -> None:
         run.optimizer = create_optimizer_v2(
             task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     path = newest_checkpoint(run.folder) if args.resume == 'auto' else args.resume or None
-    resume_epoch = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else None
+    checkpoint = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else {}
     run.resumed_from = path
     if args.distributed:
         # Processes start from seeds of their own, and the average below copies weights before DDP would share them.
@@ -176,12 +183,17 @@ def _build_training(run: Run) -> None:
             torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
         setup_ema(args, task, path)
+    if checkpoint.get('task_state') is not None and hasattr(task, 'load_training_state'):
+        with blame(f'{path} does not fit this run'):
+            task.load_training_state(checkpoint['task_state'])
     compile_task(args, task)
     if args.distributed:
         options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
         task.prepare_distributed(device_ids=[run.device] if run.device.type != 'cpu' else None, **options)
+        run.stop.connect()
+    run.guard = LossGuard(task.get_trainable_module(), args.max_nonfinite, args.distributed)
     run.updates_per_epoch = -(-len(run.loaders.train) // args.grad_accum_steps)
-    _build_schedule(run, resume_epoch)
+    _build_schedule(run, checkpoint)
 
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
