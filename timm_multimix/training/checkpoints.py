@@ -38,8 +38,8 @@ def _why_not_written(error: BaseException) -> str:
 class RunSaver(CheckpointSaver):
     """timm's CheckpointSaver, with all that a run needs to continue exactly, and files that are never half-written.
 
-    Beside timm's entries a checkpoint holds 'progress' (see progress.py), 'task_state' for tasks with a
-    training_state(), and 'metric_of'. 'args' are a dict: nothing in the file is more than data.
+    Beside timm's entries a checkpoint holds 'progress' (see progress.py) and 'metric_of'. 'args' are a dict: nothing in
+    the file is more than data. Whatever else a task has to keep it puts into timm's 'task_state' (get_task_state).
 
     timm continues after the epoch that a checkpoint names. A recovery checkpoint is written in the middle of one, and
     names the epoch before it.
@@ -72,8 +72,6 @@ class RunSaver(CheckpointSaver):
         )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        if hasattr(self.task, 'training_state'):
-            state['task_state'] = self.task.training_state()
         for name, value in (('metric', metric), ('metric_of', self.metric_of), ('progress', self.progress)):
             if value is not None:
                 state[name] = value
@@ -214,8 +212,8 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     """Bring a task and its optimizer to the state in a checkpoint.
 
     Returns:
-        What the checkpoint says beside weights: 'epoch' to continue with (None if it does not know), and its
-        'progress', 'task_state' and 'metric' if it has them.
+        What the checkpoint says beside weights: 'epoch' to continue with, 'progress' and 'metric', each None if it does
+        not know.
 
     Raises:
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
@@ -228,10 +226,12 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     try:
         epoch = resume_task_checkpoint(
             task, path, optimizer if keep else None, loss_scaler if keep else None, log_info=False)
+        if 'state_dict_teacher' in checkpoint and hasattr(task, 'load_teacher_state'):
+            task.load_teacher_state(checkpoint['state_dict_teacher'])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} does not fit this run: {error}') from error
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
-    return dict(epoch=epoch, **{name: checkpoint.get(name) for name in ('progress', 'task_state', 'metric')})
+    return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'))
 
 
 def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:

@@ -183,9 +183,6 @@ def _build_training(run: Run) -> None:
             torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
         setup_ema(args, task, path)
-    if checkpoint.get('task_state') is not None and hasattr(task, 'load_training_state'):
-        with blame(f'{path} does not fit this run'):
-            task.load_training_state(checkpoint['task_state'])
     compile_task(args, task)
     if args.distributed:
         options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
