@@ -1,0 +1,339 @@
+"""python -m timm_multimix.evaluate, in this process, on tiny models and images."""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_multimix.evaluation import main as cli
+from timm_multimix.evaluation.batches import Embedder, InParts
+from timm_multimix.evaluation.images import Images, Source, parse_source
+from timm_multimix.evaluation.models import load_candidate, load_candidates
+from timm_multimix.training.errors import UsageError
+
+pytest_plugins = ['training_helpers']
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, image_folder):
+    """Two trained runs: an ordinary one, and a dense one with averaged weights."""
+    from timm_multimix.training import main
+    folder = tmp_path_factory.mktemp('runs')
+    common = [
+        '--data-dir', str(image_folder), '--img-size', '32', '-b', '8', '--warmup-epochs', '0', '--lr', '0.01', '--opt',
+        'sgd', '--workers', '0', '--output', str(folder), '--multimix-n', '20', '--epochs', '2', '--crop-pct', '1.0']
+    assert main([*common, '--model', 'test_resnet', '--experiment', 'plain']) == 0
+    assert main([
+        *common, '--model', 'test_vit', '--experiment', 'dense', '--multimix', 'dense', '--model-ema',
+        '--model-ema-decay', '0.5', '--mean', '0.4', '--std', '0.3']) == 0
+    return folder
+
+
+class Evaluate:
+    """Runs the command."""
+
+    def __init__(self, folder, capsys):
+        self.folder, self.capsys = folder, capsys
+        self.out = self.err = ''
+
+    def __call__(self, *argv) -> int:
+        self.capsys.readouterr()
+        status = cli.main([*map(str, argv), '--output', str(self.folder / 'out')])
+        self.out, self.err = self.capsys.readouterr()
+        return status
+
+    def results(self) -> dict:
+        return json.loads((self.folder / 'out' / 'results.json').read_text())
+
+    def html(self) -> str:
+        return (self.folder / 'out' / 'report.html').read_text()
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys, monkeypatch):
+    import logging
+    monkeypatch.chdir(tmp_path)
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield Evaluate(tmp_path, capsys)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.getLogger('timm').setLevel(logging.NOTSET)
+
+
+def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
+    assert evaluate(
+        runs / 'plain', runs / 'dense', '--eps', '2', '16/255', '--pgd-steps', '3', '--ood', 'uniform', 'demo/letters',
+        image_folder / 'train@train', '--max-images', '200', '-b', '8') == 0, evaluate.err
+    lines = evaluate.out.splitlines()
+    assert lines[0].split() == ['plain', 'dense']
+    table = {re.split(r'  +', line)[0]: re.split(r'  +', line)[1:] for line in lines[1:]}
+    for label in ('top-1 % ↑', 'NLL ↓', 'NLL at temperature ↓', 'ECE % ↓', 'ECE % at temperature ↓', 'Brier ↓',
+                  'FGSM 2/255, top-1 % ↑', 'PGD 16/255, top-1 % ↑', 'uniform, energy: AUROC % ↑',
+                  'demo/letters (validation), max softmax: FPR at 95 % TPR % ↓', 'alignment ↓', 'uniformity ↓',
+                  'compactness of classes ↓', 'entropy between images', 'intrusions of mixed images % ↓'):
+        assert len(table[label]) == 2, label
+    results = evaluate.results()
+    assert list(results['models']) == ['plain', 'dense']
+    for name, values in results['models'].items():
+        assert values['num_images'] == 12
+        assert float(table['NLL ↓'][name == 'dense'].rstrip('*')) == pytest.approx(values['metrics']['nll'], abs=1e-4)
+        assert 'other half' in values['tempered']['fitted_on'] and len(values['tempered']['temperatures']) == 2
+        attacks = values['attacks']
+        assert attacks['epsilon_of_255'] == pytest.approx([0, 2, 16])
+        assert attacks['fgsm'][0] == attacks['pgd'][0] == pytest.approx(values['metrics']['top1'])
+        assert values['ood']['uniform']['num_images'] == 12
+        assert values['ood']['demo/letters (validation)']['num_images'] == 200
+        assert values['ood'][f'{image_folder}/train (train)']['num_images'] == 24
+        assert values['between']['num_mixes'] == 9 * values['between']['num_pairs'] == 108
+    assert 'model_best' in results['models']['plain']['weights']
+    assert results['models']['dense']['weights'] == 'model_best.pth.tar, state_dict_ema'
+
+
+class _Page(HTMLParser):
+    """Headings and pictures of a page, and anything that it would load from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.pictures, self.outside, self.open = [], 0, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        for name, value in attrs:
+            if name in ('src', 'href') and not value.startswith('data:image/png;base64,'):
+                self.outside.append(value)
+            self.pictures += name == 'src'
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == 'h2':
+            self.headings.append(data)
+            self.open.append('')
+
+
+@pytest.fixture
+def report(evaluate, runs):
+    assert evaluate(runs / 'plain', runs / 'dense', '--eps', '4', '--pgd-steps', '2', '-b', '8') == 0, evaluate.err
+    return evaluate.folder / 'out' / 'report.html'
+
+
+def test_report_is_one_page_with_its_pictures(report):
+    page = _Page(report.read_text())
+    assert page.headings == [
+        'Reliability', 'Robustness', 'Images of other kinds: max softmax', 'Images of other kinds: energy',
+        'Embeddings', 'Between two images', 'Attention']
+    assert page.pictures == 7 and page.outside == []
+
+
+@pytest.mark.slow
+def test_report_opens_in_a_browser(report, tmp_path):
+    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if browser is None:
+        pytest.skip('no Chromium is installed (apt-get install chromium)')
+    # a probe of our own in a copy: the report has no script
+    probe = report.with_name('probe.html')
+    script = (
+        '<script>onload = () => document.title = JSON.stringify('
+        '[...document.images].map(i => [i.complete, i.naturalWidth]).concat([['
+        'document.querySelectorAll("tbody tr").length, document.documentElement.scrollHeight]]))</script>')
+    probe.write_text(report.read_text().replace('</body>', script + '</body>'))
+    dom = subprocess.run(
+        [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path / "profile"}',
+         '--virtual-time-budget=10000', '--dump-dom', probe.as_uri()],
+        capture_output=True, text=True, timeout=300, check=True).stdout
+    *pictures, (num_rows, height) = json.loads(re.search(r'<title>(.*?)</title>', dom).group(1).replace('&quot;', '"'))
+    assert len(pictures) == 7 and all(complete and width > 100 for complete, width in pictures)
+    assert num_rows > 20 and height > 1500
+
+
+def test_one_model_and_no_extra_parts(evaluate, runs):
+    assert evaluate(runs / 'plain', '--parts') == 0
+    values = evaluate.results()['models']['plain']
+    assert not {'attacks', 'ood', 'embeddings', 'between'} & set(values)
+    assert '*' not in evaluate.out and _Page(evaluate.html()).headings == ['Reliability']
+
+
+def test_agrees_with_the_validation_of_the_run(evaluate, runs):
+    """Same images, normalisation and weights, also where the run had mean and std of its own."""
+    import csv
+    assert evaluate(runs / 'plain', runs / 'dense', '--parts') == 0
+    for name, values in evaluate.results()['models'].items():
+        with open(runs / name / 'summary.csv', newline='') as file:
+            rows = list(csv.DictReader(file))
+        best = max(rows, key=lambda row: (float(row['eval_top1']), -int(row['epoch'])))
+        assert values['metrics']['nll'] == pytest.approx(float(best['eval_loss']), rel=1e-4)
+        assert values['metrics']['top1'] == pytest.approx(float(best['eval_top1']))
+
+
+def test_results_do_not_depend_on_the_batch_size(evaluate, runs):
+    results = []
+    for batch_size in (5, 100):
+        evaluate(runs / 'plain', '--parts', 'ood', 'embeddings', 'between', '-b', batch_size)
+        results.append(evaluate.results()['models']['plain'])
+    for section in ('metrics', 'tempered'):
+        assert results[0][section]['nll'] == pytest.approx(results[1][section]['nll'], rel=1e-4)
+    for section, name in (('embeddings', 'alignment'), ('between', 'mean_entropy')):
+        assert results[0][section][name] == pytest.approx(results[1][section][name], rel=1e-3)
+    assert results[0]['ood']['uniform']['energy'] == pytest.approx(results[1]['ood']['uniform']['energy'], abs=1)
+
+
+def test_temperature_from_a_named_split(evaluate, runs):
+    assert evaluate(runs / 'plain', '--parts', '--calibration-split', 'train') == 0
+    tempered = evaluate.results()['models']['plain']['tempered']
+    assert len(tempered['temperatures']) == 1 and tempered['fitted_on'].endswith('(train)')
+    assert '(train)' in evaluate.html()
+
+
+def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
+    shutil.copytree(runs / 'dense', tmp_path / 'dense')
+    path = tmp_path / 'dense' / 'model_best.pth.tar'
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, weights_only=True)
+    weights = {}
+    for entry in (None, 'state_dict', 'state_dict_ema'):
+        torch.save({**checkpoint, **({'metric_of': entry} if entry else {})}, path)
+        candidate = load_candidate(str(tmp_path / 'dense'))
+        weights[entry] = candidate.model.state_dict()['head.weight']
+    assert torch.equal(weights['state_dict'], checkpoint['state_dict']['head.weight'])
+    assert torch.equal(weights['state_dict_ema'], checkpoint['state_dict_ema']['head.weight'])
+    assert torch.equal(weights[None], weights['state_dict_ema'])
+    calibrated = {**checkpoint['state_dict'], 'head.weight': checkpoint['state_dict']['head.weight'] * 3}
+    torch.save(
+        dict(arch='test_vit', args=checkpoint['args'], state_dict=calibrated),
+        path.with_name('model_calibrated.pth.tar'))
+    candidate = load_candidate(str(tmp_path / 'dense'))
+    assert candidate.weights == 'model_calibrated.pth.tar'
+    assert torch.equal(candidate.model.state_dict()['head.weight'], calibrated['head.weight'])
+    assert candidate.data_config['mean'] == (0.4, 0.4, 0.4) and candidate.data_config['input_size'] == (3, 32, 32)
+
+
+def test_a_checkpoint_of_plain_timm_with_args_beside_it(runs, tmp_path):
+    model = timm.create_model('test_resnet', num_classes=3)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth.tar')
+    with pytest.raises(UsageError, match='does not say what model'):
+        load_candidate(str(tmp_path / 'model.pth.tar'))
+    (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 3\nimg_size: 48\n')
+    candidate = load_candidate(str(tmp_path / 'model.pth.tar'))
+    assert candidate.data_config['input_size'] == (3, 48, 48) and candidate.num_classes == 3
+    images = torch.rand(2, 3, 48, 48)
+    mean, std = (torch.tensor(candidate.data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    torch.testing.assert_close(candidate.pixel_model(images), model.eval()((images - mean) / std))
+
+
+def test_names_are_short_and_differ(runs, tmp_path):
+    for parent in ('one', 'two'):
+        shutil.copytree(runs / 'plain', tmp_path / parent / 'run')
+    specs = [str(tmp_path / parent / 'run') for parent in ('one', 'two')]
+    assert [candidate.name for candidate in load_candidates(specs)] == ['one/run', 'two/run']
+    with pytest.raises(UsageError, match='twice'):
+        load_candidates([specs[0], specs[0] + os.sep])
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['nothing'], 'nothing: no such folder or file, nor a model of timm'),
+    (['resnet5O'], 'Did you mean resnet50'),
+    (['{tmp}'], 'is no folder of a run'),
+    (['{tmp}/broken.pth.tar'], 'damaged'),
+    (['{runs}/plain', '--dataset', 'demo/digits'], 'has 3 classes and demo/digits'),
+    (['{runs}/plain', '--data-dir', '{tmp}/missing'], 'missing'),
+    (['{runs}/plain', '--eps', '0.03'], 'write it as a fraction'),
+    (['{runs}/plain', '--parts', 'everything'], 'invalid choice'),
+    (['{runs}/plain', '--calibration-split', 'validation'], 'is what is evaluated on'),
+    (['{runs}/plain', '--batch-size', '0'], '1 or more'),
+    (['{runs}/plain', '--device', 'abacus'], '--device abacus'),
+    (['{runs}/plain', '--ood', '{tmp}/missing', '--parts', 'ood'], 'missing'),
+    ([], 'MODEL'),
+])
+def test_mistakes_are_told_in_a_line(evaluate, runs, tmp_path, argv, message):
+    (tmp_path / 'broken.pth.tar').write_bytes(b'PK nonsense')
+    assert evaluate(*(part.format(tmp=tmp_path, runs=runs) for part in argv)) == 2
+    assert message in evaluate.err.splitlines()[-1] and 'Traceback' not in evaluate.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_without_the_package_for_attacks(evaluate, runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'captum', None)
+    assert evaluate(runs / 'plain', '--parts', 'attacks') == 2
+    assert "pip install 'timm-multimix[eval]'" in evaluate.err
+
+
+def test_halves_batches_that_memory_does_not_hold():
+    calls = []
+
+    def function(images, target):
+        calls.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory.')
+        return images.sum(1) + target
+
+    in_parts = InParts()
+    images, target = torch.rand(13, 4), torch.arange(13)
+    torch.testing.assert_close(in_parts(function, images, target), images.sum(1) + target)
+    assert calls == [13, 6, 3, 3, 3, 3, 1] and in_parts.limit == 3
+    in_parts(function, images[:7], target[:7])
+    assert calls[7:] == [3, 3, 1]
+
+    def never(images):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(UsageError, match='not enough memory for one image'):
+        InParts()(never, images)
+    with pytest.raises(RuntimeError, match='something else'):
+        InParts()(lambda _: (_ for _ in ()).throw(RuntimeError('something else')), images)
+
+
+@pytest.mark.parametrize('name, layers', [
+    ('test_resnet', ['fc']), ('test_vit', ['head']), ('test_convnext', ['head.fc']),
+    ('test_efficientnet', ['classifier'])])
+def test_embeddings_are_what_the_classifier_reads(tmp_path, name, layers):
+    model = timm.create_model(name, num_classes=3)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth.tar')
+    (tmp_path / 'args.yaml').write_text(f'model: {name}\nnum_classes: 3\n')
+    candidate = load_candidate(str(tmp_path / 'model.pth.tar'))
+    images = torch.rand(2, *candidate.data_config['input_size'])
+    embed = Embedder(candidate, images)
+    assert embed.layers == [candidate.model.get_submodule(layer) for layer in layers]
+    logits, embeddings = embed.split(embed(images))
+    torch.testing.assert_close(logits, candidate.pixel_model(images))
+    classifier = candidate.model.get_classifier()
+    assert isinstance(classifier, nn.Linear)
+    torch.testing.assert_close(classifier(embeddings), logits)
+
+
+def test_images_are_those_of_the_dataset_in_0_to_1(runs, image_folder):
+    candidate = load_candidate(str(runs / 'plain'))
+    images = Images(Source('', str(image_folder), 'train'), candidate, 10)
+    batches = list(images)
+    assert [len(target) for _, target in batches] == [10, 10, 4] and len(images) == 3
+    pixels, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert pixels.shape == (24, 3, 32, 32) and pixels.min() >= 0 and pixels.max() <= 1
+    torch.testing.assert_close(pixels * 255, (pixels * 255).round())
+    red = pixels[target == 0].mean((0, 2, 3)) * 255
+    assert red[0] == pytest.approx(200, abs=5) and red[1] == pytest.approx(30, abs=5)
+    some, fewer = images.part(9), images.part(9).part(4)
+    assert len(some.indices) == 9 and set(fewer.indices) < set(some.indices)
+    torch.testing.assert_close(torch.cat([part for part, _ in some]), pixels[some.indices])
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('demo/letters', ('demo/letters', None, 'validation')),
+    ('torch/svhn@test', ('torch/svhn', None, 'test')),
+    ('path/to/images', ('', 'path/to/images', 'validation')),
+    ('images@val', ('', 'images', 'val')),
+])
+def test_sources_from_text(text, expected):
+    source = parse_source(text, 'validation')
+    assert (source.dataset, source.root, source.split) == expected
+
+
+def test_names_are_escaped_in_the_report(evaluate, runs, tmp_path):
+    shutil.copytree(runs / 'plain', tmp_path / 'a<b>&')
+    assert evaluate(tmp_path / 'a<b>&', '--parts') == 0
+    assert 'a&lt;b&gt;&amp;' in evaluate.html() and '<b>' not in evaluate.html()

@@ -1,0 +1,351 @@
+"""Each measure of the evaluation against an independent computation, or a case that one can work out."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from timm_multimix.calibration import fit_temperature
+from timm_multimix.evaluation import (
+    between,
+    classification_metrics,
+    cross_fit,
+    detection_metrics,
+    fgsm,
+    geometry,
+    ood,
+    pgd,
+    reliability,
+)
+from timm_multimix.evaluation.robustness import parse_epsilon
+
+
+@pytest.fixture(params=[(1, 2), (50, 2), (300, 7), (200, 30)])
+def problem(request):
+    num_images, num_classes = request.param
+    generator = torch.Generator().manual_seed(num_images)
+    target = torch.randint(num_classes, (num_images,), generator=generator)
+    return 3 * torch.randn(num_images, num_classes, generator=generator) + 2 * F.one_hot(target, num_classes), target
+
+
+def softmax(logits):
+    weights = np.exp(logits.double().numpy() - logits.double().numpy().max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def test_classification_metrics(problem):
+    logits, target = problem
+    probs, labels, n = softmax(logits), target.numpy(), len(target)
+    order = np.argsort(-probs, axis=1)
+    top1 = order[:, 0] == labels
+    bins = np.minimum((probs.max(1) * 15).astype(int), 14)
+    ece = sum(abs(top1[bins == k].mean() - probs.max(1)[bins == k].mean()) * (bins == k).mean()
+              for k in range(15) if (bins == k).any())
+    expected = dict(
+        top1=100 * top1.mean(),
+        top5=100 * (order[:, :5] == labels[:, None]).any(1).mean(),
+        nll=-np.log(probs[np.arange(n), labels]).mean(),
+        brier=((probs - np.eye(logits.shape[1])[labels]) ** 2).sum(1).mean(),
+        ece=100 * ece)
+    assert classification_metrics(logits, target) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reliability_adds_up_to_the_calibration_error(problem):
+    logits, target = problem
+    bins = reliability(logits, target)
+    assert len(bins.count) == 15 and sum(bins.count) == len(target)
+    gaps = [count * abs(accuracy - confidence)
+            for count, accuracy, confidence in zip(bins.count, bins.accuracy, bins.confidence, strict=True) if count]
+    assert 100 * sum(gaps) / len(target) == pytest.approx(classification_metrics(logits, target)['ece'], rel=1e-5)
+    for k, (count, confidence) in enumerate(zip(bins.count, bins.confidence, strict=True)):
+        assert k / 15 - 1e-9 <= confidence <= (k + 1) / 15 + 1e-9 if count else math.isnan(confidence)
+
+
+def test_reliability_of_a_hand_made_case():
+    """Confidence 0.6 four times, right three times; confidence 1 once, wrong."""
+    logits = torch.log(torch.tensor([[0.6, 0.4]] * 4 + [[1.0, 1e-30]], dtype=torch.float64))
+    bins = reliability(logits, torch.tensor([0, 0, 0, 1, 1]), num_bins=4)
+    assert bins.count == [0, 0, 4, 1]
+    assert bins.confidence[2:] == pytest.approx([0.6, 1]) and bins.accuracy[2:] == pytest.approx([0.75, 0])
+
+
+def test_cross_fit_gives_each_half_the_temperature_of_the_other():
+    target = torch.randint(4, (40,))
+    logits = torch.randn(40, 4) + 2 * F.one_hot(target, 4)
+    tempered = cross_fit(logits, target, seed=3)
+    ratio = (logits.double() / tempered.logits)[:, 0]
+    halves = [ratio.isclose(torch.tensor(t, dtype=torch.float64)) for t in tempered.temperatures]
+    assert halves[0].sum() == halves[1].sum() == 20 and torch.equal(halves[0], ~halves[1])
+    for own, other, temperature in zip(halves, halves[::-1], tempered.temperatures, strict=True):
+        assert temperature == pytest.approx(fit_temperature(logits[other], target[other]))
+        assert temperature != pytest.approx(fit_temperature(logits[own], target[own]))
+    assert torch.equal(tempered.logits, cross_fit(logits, target, seed=3).logits)
+
+
+# attacks
+
+class Small(nn.Module):
+    """Trained on two kinds of image patches: a classifier that is right and can be fooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 3))
+
+    def forward(self, images):
+        return self.net(images)
+
+
+@pytest.fixture(scope='module')
+def attacked():
+    torch.manual_seed(0)
+    target = torch.arange(60) % 3
+    images = (torch.rand(60, 3, 8, 8) * 0.6 + 0.1 + 0.1 * F.one_hot(target, 3)[:, :, None, None]).clamp(0, 1)
+    images[:, :, 0] = torch.tensor([0.0, 1.0]).repeat(4)  # at the ends of the range
+    model = Small()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), target).backward()
+        optimizer.step()
+    model.requires_grad_(False)
+    assert (model(images).argmax(1) == target).all()
+    return model, images, target
+
+
+@pytest.mark.parametrize('epsilon', [0.0, 0.02, 0.2])
+@pytest.mark.parametrize('attack', ['fgsm', 'pgd', 'pgd from the images'])
+def test_attacks_stay_in_the_ball_and_in_the_range(attacked, attack, epsilon):
+    model, images, target = attacked
+    if attack == 'fgsm':
+        result = fgsm(model, images, target, epsilon)
+    else:
+        result = pgd(model, images, target, epsilon, 2.5 * epsilon / 10, 10, random_start=attack == 'pgd')
+    assert (result - images).abs().max() <= epsilon + 1e-6
+    assert result.min() >= 0 and result.max() <= 1
+    assert not result.requires_grad
+    if epsilon:
+        assert (result - images).abs().max() > 0.99 * epsilon
+        assert F.cross_entropy(model(result), target) > F.cross_entropy(model(images), target)
+
+
+def test_attacks_lower_accuracy_and_pgd_is_the_stronger(attacked):
+    model, images, target = attacked
+    accuracy = {
+        'fgsm': (model(fgsm(model, images, target, 0.1)).argmax(1) == target).double().mean(),
+        'pgd': (model(pgd(model, images, target, 0.1, 0.025, 20)).argmax(1) == target).double().mean()}
+    assert accuracy['fgsm'] < 0.5 and accuracy['pgd'] <= accuracy['fgsm']
+    loss = {name: F.cross_entropy(model(images), target) for name, images in (
+        ('fgsm', fgsm(model, images, target, 0.03)), ('pgd', pgd(model, images, target, 0.03, 0.0075, 20)))}
+    assert loss['pgd'] > loss['fgsm']
+
+
+def test_fgsm_is_one_step_along_the_sign_of_the_gradient(attacked):
+    model, images, target = copy.deepcopy(attacked[0]).double(), attacked[1].double(), attacked[2]
+    leaf = images.clone().requires_grad_()
+    gradient, = torch.autograd.grad(F.cross_entropy(model(leaf), target), leaf)
+    expected = (images + 0.05 * gradient.sign()).clamp(0, 1)
+    torch.testing.assert_close(fgsm(model, images, target, 0.05), expected)
+
+
+def test_pgd_projects_and_steps(attacked):
+    model, images, target = copy.deepcopy(attacked[0]).double(), attacked[1].double(), attacked[2]
+    expected = images
+    for _ in range(5):
+        leaf = expected.clone().requires_grad_()
+        gradient, = torch.autograd.grad(F.cross_entropy(model(leaf), target), leaf)
+        moved = expected + 0.02 * gradient.sign()
+        expected = torch.max(torch.min(moved, images + 0.05), images - 0.05).clamp(0, 1)
+    torch.testing.assert_close(pgd(model, images, target, 0.05, 0.02, 5, random_start=False), expected)
+
+
+def test_random_start_is_random_and_seeded(attacked):
+    model, images, target = attacked
+    starts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        starts.append(pgd(model, images, target, 0.05, 0.001, 1))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_confident_models_are_attacked_too(attacked):
+    """A factor on the logits changes no prediction, so it must not protect: gradients get small, and stay in use."""
+    model, images, target = attacked
+    results = [fgsm(lambda x, s=scale: s * model(x), images, target, 0.1) for scale in (1.0, 20.0)]
+    accuracy = [(model(result).argmax(1) == target).double().mean().item() for result in results]
+    assert F.cross_entropy(20 * model(images), target) < 1e-6
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=0.05)
+
+
+@pytest.mark.parametrize('text, value', [
+    ('8', 8 / 255), ('8/255', 8 / 255), ('0', 0), ('1/10', 0.1), ('0.5', 0.5 / 255)])
+def test_epsilon_in_levels_or_as_a_fraction(text, value):
+    assert parse_epsilon(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize('text', ['0.03', '256', '-1', 'x', '3/2', '1/0'])
+def test_epsilon_that_is_no_size(text):
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        parse_epsilon(text)
+
+
+# images of other kinds
+
+def pairwise_auroc(inside, outside):
+    return 100 * np.mean([[1.0 if a > b else 0.5 if a == b else 0.0 for b in outside] for a in inside])
+
+
+def literal_detection(inside, outside):
+    """From every threshold, by counting."""
+    thresholds = [math.inf, *sorted({*inside, *outside}, reverse=True)]
+    rates = [(np.mean(np.array(inside) >= t), np.mean(np.array(outside) >= t)) for t in thresholds]
+
+    def average_precision(own, other, sign):
+        total, before = 0.0, 0.0
+        for t in sorted({sign * s for s in (*inside, *outside)}, reverse=True):
+            hits, misses = np.sum(sign * np.array(own) >= t), np.sum(sign * np.array(other) >= t)
+            total += (hits / len(own) - before) * hits / (hits + misses)
+            before = hits / len(own)
+        return 100 * total
+
+    return dict(
+        auroc=pairwise_auroc(inside, outside),
+        aupr_in=average_precision(inside, outside, 1),
+        aupr_out=average_precision(outside, inside, -1),
+        fpr95=100 * min(false for true, false in rates if true >= 0.95),
+        accuracy=100 * max((true + 1 - false) / 2 for true, false in rates))
+
+
+@pytest.mark.parametrize('ties', [False, True])
+def test_detection_metrics_by_counting(ties):
+    inside, outside = torch.randn(41) + 1, torch.randn(30)
+    if ties:
+        inside, outside = inside.round(), outside.round()
+    assert detection_metrics(inside, outside) == pytest.approx(literal_detection(inside.tolist(), outside.tolist()))
+
+
+@pytest.mark.parametrize('inside, outside, expected', [
+    ([3.0, 4.0], [1.0, 2.0], dict(auroc=100, aupr_in=100, aupr_out=100, fpr95=0, accuracy=100)),
+    ([1.0, 1.0], [1.0, 1.0], dict(auroc=50, aupr_in=50, aupr_out=50, fpr95=100, accuracy=50)),
+    ([1.0, 3.0], [2.0, 0.0], dict(auroc=75, fpr95=50, accuracy=75)),
+    ([1.0, 2.0], [3.0, 4.0], dict(auroc=0, fpr95=100, accuracy=50)),
+])
+def test_detection_metrics_of_hand_made_cases(inside, outside, expected):
+    metrics = detection_metrics(torch.tensor(inside), torch.tensor(outside))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_scores_order_images_as_their_definitions():
+    logits = torch.randn(50, 6).double()
+    assert torch.equal(ood.max_softmax(logits).argsort(), logits.softmax(1).max(1).values.argsort())
+    torch.testing.assert_close(ood.max_softmax(logits).sigmoid(), logits.softmax(1).max(1).values)
+    torch.testing.assert_close(ood.energy(logits), logits.exp().sum(1).log())
+    sure = ood.max_softmax(torch.tensor([[100.0, 0, 0], [200.0, 0, 0]]))
+    assert sure[1] > sure[0] and sure.isfinite().all()
+
+
+@pytest.mark.parametrize('kind', ood.NOISES)
+def test_noise(kind):
+    images = torch.cat(list(ood.noise_batches(kind, 50, (3, 16, 16), 20)))
+    assert images.shape == (50, 3, 16, 16) and images.min() >= 0 and images.max() <= 1
+    torch.testing.assert_close(images, torch.cat(list(ood.noise_batches(kind, 50, (3, 16, 16), 7))))
+    assert not torch.equal(images, torch.cat(list(ood.noise_batches(kind, 50, (3, 16, 16), 20, seed=1))))
+    clipped = ((images == 0) | (images == 1)).double().mean().item()
+    # standard normal beyond half a deviation from its mean, on both sides
+    assert clipped == pytest.approx(0.0 if kind == 'uniform' else 0.617, abs=0.01)
+    assert images.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+# geometry
+
+def test_alignment_and_uniformity_by_pairs():
+    embeddings, target = torch.randn(40, 5), torch.randint(3, (40,))
+    points = (embeddings / embeddings.norm(dim=1, keepdim=True)).double()
+    pairs = [(i, j) for i in range(40) for j in range(40) if i < j]
+    distances = {pair: (points[pair[0]] - points[pair[1]]).square().sum().item() for pair in pairs}
+    same = [distances[i, j] for i, j in pairs if target[i] == target[j]]
+    assert geometry.alignment(embeddings, target) == pytest.approx(np.mean(same), rel=1e-5)
+    expected = np.log(np.mean([np.exp(-2 * distance) for distance in distances.values()]))
+    assert geometry.uniformity(embeddings) == pytest.approx(expected, rel=1e-5)
+
+
+def test_uniformity_in_tiles(monkeypatch):
+    embeddings = torch.randn(37, 4)
+    expected = geometry.uniformity(embeddings)
+    monkeypatch.setattr(geometry, '_TILE', 8)
+    assert geometry.uniformity(embeddings) == pytest.approx(expected, rel=1e-12)
+
+
+def test_compactness():
+    target = torch.tensor([0, 0, 1, 1])
+    points = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0], [0, 1.0]])
+    assert geometry.compactness(points, target) == (pytest.approx(0), {0: 0, 1: 0})
+    ratio, by_class = geometry.compactness(points, torch.tensor([0, 1, 0, 1]))  # both classes are everywhere
+    assert ratio == pytest.approx(1) and by_class == pytest.approx({0: 1, 1: 1})
+    embeddings, target = torch.randn(30, 4), torch.randint(2, 4, (30,)) * 2
+    points = F.normalize(embeddings.double())
+    within = {k: (points[target == k] - points[target == k].mean(0)).square().sum(1) for k in (4, 6)}
+    overall = (points - points.mean(0)).square().sum(1)
+    ratio, by_class = geometry.compactness(embeddings, target)
+    assert ratio == pytest.approx((sum(w.sum() for w in within.values()) / overall.sum()).item())
+    assert by_class == pytest.approx({k: (w.mean() / overall.mean()).item() for k, w in within.items()})
+
+
+def test_geometry_sees_directions_only():
+    embeddings, target = torch.randn(30, 4), torch.arange(30) % 3
+    scaled = embeddings * torch.rand(30, 1).add(0.1)
+    for measure in (geometry.alignment, lambda *args: geometry.compactness(*args)[0]):
+        assert measure(scaled, target) == pytest.approx(measure(embeddings, target), rel=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(4, 1), (20, 3), (100, 8)])
+def test_picture_keeps_neighbours(shape):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.eye(max(shape[1], 2))[:2, :shape[1]]
+    embeddings = centres[torch.arange(shape[0]) % 2] + 0.05 * torch.randn(shape, generator=generator)
+    points = geometry.project(embeddings)
+    assert points.shape == (shape[0], 2) and points.isfinite().all()
+    if shape[0] == 100:
+        distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
+        assert (distances.argmin(1) % 2 == torch.arange(100) % 2).all()
+
+
+# between images
+
+def test_pairs_are_of_different_classes():
+    target = torch.tensor([0] * 50 + [1, 2])
+    pairs = between.sample_pairs(target, 200)
+    assert pairs.shape == (200, 2) and (target[pairs[:, 0]] != target[pairs[:, 1]]).all()
+    assert torch.equal(pairs, between.sample_pairs(target, 200)) and pairs.unique().numel() > 40
+    assert between.sample_pairs(torch.zeros(9).long(), 5).shape == (0, 2)
+
+
+def test_mix_at_its_ends_and_in_between():
+    first, second = torch.rand(2, 3), torch.rand(2, 3)
+    assert torch.equal(between.mix(first, second, 1.0), first) and torch.equal(between.mix(first, second, 0.0), second)
+    torch.testing.assert_close(between.mix(first, second, 0.3), 0.3 * first + 0.7 * second)
+
+
+def test_confidence_and_entropy_of_known_distributions():
+    logits = torch.tensor([[[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]], [[1, 1e-30, 1e-30], [1, 1e-30, 1e-30]]]).log()
+    values = between.confidence_between(logits)
+    assert values['confidence'] == pytest.approx([(0.5 + 1 / 3) / 2, 1])
+    assert values['entropy'] == pytest.approx([(1.5 * math.log(2) + math.log(3)) / 2, 0], abs=1e-6)
+
+
+def test_counts_of_a_third_class():
+    targets = torch.tensor([[0, 1], [1, 2]])
+    logits = torch.eye(3)[torch.tensor([[0, 0], [1, 2], [2, 1]])]  # pair 0: 0, 1, 2; pair 1: 0, 2, 1
+    assert between.count_misses(logits, targets) == 2
+
+
+def test_intrusions_of_a_hand_made_plane():
+    """Class 2 lies between 0 and 1, so their middle intrudes on it; nothing lies between 0 and 2."""
+    real = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    mixed = torch.stack([torch.stack([
+        between.mix(real[0], real[1], share), between.mix(real[0], real[2], share)]) for share in (0.1, 0.5, 0.9)])
+    assert between.count_intrusions(mixed, torch.tensor([[0, 1], [0, 2]]), real, torch.arange(3)) == 1
+    assert between.count_intrusions(5 * mixed, torch.tensor([[0, 1], [0, 2]]), real, torch.arange(3)) == 1
+    assert between.count_intrusions(mixed, torch.tensor([[0, 1], [0, 1]]), real, torch.tensor([0, 1, 1])) == 0

@@ -1,0 +1,117 @@
+"""Running a model over many images: progress, and batches that fit into memory."""
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..calibration import last_layers
+from ..training.errors import UsageError
+from .models import Candidate
+
+
+def progress(batches: Iterable, description: str) -> Iterator:
+    """The batches, with a progress bar on a terminal."""
+    return tqdm(batches, desc=description, leave=False, disable=None, dynamic_ncols=True)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)
+
+
+class InParts:
+    """Calls functions on batches, and where a batch is too large for memory on halves of it, from then on.
+
+    Attributes:
+        limit: Largest part so far, None if no batch was too large.
+    """
+
+    def __init__(self):
+        self.limit: int | None = None
+
+    def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """function(*tensors), joined along the first axis if it took several calls.
+
+        Raises:
+            UsageError: if there is not even memory for one image.
+        """
+        while True:
+            size = self.limit or len(tensors[0])
+            try:
+                parts = [function(*part) for part in zip(*(t.split(size) for t in tensors), strict=True)]
+                return torch.cat(parts)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise UsageError(f'There is not enough memory for one image: {error}') from error
+            # outside of the handler, which holds on to what the call had allocated
+            self.limit = max(size // 2, 1)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class Embedder:
+    """Gives the embeddings of a model beside its logits: what its last affine layers read, averaged over positions.
+
+    Args:
+        candidate: The model.
+        images: A few images in [0, 1], to find the layers with.
+
+    Raises:
+        UsageError: if no layer is found.
+    """
+
+    def __init__(self, candidate: Candidate, images: torch.Tensor):
+        self.candidate = candidate
+        self.layers = [
+            candidate.model.get_submodule(name)
+            for name in last_layers(candidate.model, candidate.pixel_model.normalise(images))]
+        if not self.layers:
+            raise UsageError(f'{candidate.name} shows no layer that its logits come from.')
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits and embeddings, joined along the last axis: (b, c + d)."""
+        inputs = {}
+
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            # one layer may read several tensors in turn
+            inputs.setdefault(module, []).append(_vectors(module, args[0]))
+
+        handles = [layer.register_forward_pre_hook(keep) for layer in self.layers]
+        try:
+            logits = self.candidate.pixel_model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat([logits, *(vectors for layer in self.layers for vectors in inputs[layer])], dim=1).float()
+
+    def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (..., c) and embeddings (..., d)."""
+        num_classes = self.candidate.num_classes
+        return joined[..., :num_classes], joined[..., num_classes:]
+
+
+def _vectors(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Features (b, d), the mean over positions if there are several."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        features = features.movedim(1, -1)
+    return features.flatten(1, -2).mean(1) if features.ndim > 2 else features
+
+
+def batch_size_for(device: torch.device) -> int:
+    """A batch to begin with: on a GPU, where halving is cheap, a large one."""
+    return 256 if device.type == 'cuda' else 32
+
+
+@torch.no_grad()
+def predict(candidate: Candidate, batches: Iterable, in_parts: InParts, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, c) and targets (n,) of batches of images, on the CPU."""
+    device = candidate.pixel_model.mean.device
+    logits, targets = [], []
+    for images, target in progress(batches, f'{candidate.name}: {what}'):
+        logits.append(in_parts(candidate.pixel_model, images.to(device)).float().cpu())
+        targets.append(target)
+    return torch.cat(logits), torch.cat(targets)

@@ -1,0 +1,85 @@
+"""The shape of the embedding space: what the classifier's last layer reads, on the unit sphere."""
+import torch
+import torch.nn.functional as F
+
+_TILE = 1024
+_MAX_PERPLEXITY = 30
+
+
+def _class_moments(points: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Number of points (k,), mean (k, d) and mean squared distance to it (k,) of each class that occurs."""
+    classes, index = target.unique(return_inverse=True)
+    count = torch.bincount(index, minlength=len(classes)).double()
+    mean = torch.zeros(len(classes), points.shape[1], dtype=points.dtype).index_add_(0, index, points) / count[:, None]
+    scatter = torch.bincount(index, weights=(points - mean[index]).square().sum(1), minlength=len(classes)) / count
+    return count, mean, scatter
+
+
+def alignment(embeddings: torch.Tensor, target: torch.Tensor) -> float:
+    """Mean squared distance of two images of one class, on the unit sphere (Wang & Isola, 2020, alpha = 2).
+
+    Every pair of different images of one class counts once. Lower is more aligned.
+
+    Args:
+        embeddings: Embeddings (n, d).
+        target: Class indices (n,).
+
+    Returns:
+        The mean, nan if no class has two images.
+    """
+    count, _, scatter = _class_moments(F.normalize(embeddings.double()), target)
+    # sum of |x - y|^2 over the ordered pairs of a class is 2 n times the sum of |x - mean|^2
+    pairs = (count * (count - 1)).sum()
+    return ((2 * count.square() * scatter).sum() / pairs).item()
+
+
+def uniformity(embeddings: torch.Tensor) -> float:
+    """Logarithm of the mean of exp(-2 |x - y|^2) over pairs of images, on the unit sphere (Wang & Isola, 2020, t = 2).
+
+    Every pair of different images counts once. Lower is more uniform.
+
+    Args:
+        embeddings: Embeddings (n, d) of two images or more.
+    """
+    points = F.normalize(embeddings.double())
+    total = -float(len(points))  # each image with itself
+    for rows in points.split(_TILE):
+        for columns in points.split(_TILE):
+            total += (4 * (rows @ columns.T - 1)).exp().sum().item()
+    return float(torch.tensor(total / (len(points) * (len(points) - 1)), dtype=torch.float64).log())
+
+
+def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, dict[int, float]]:
+    """How tight classes are: mean squared distance of images to the mean of their class, over that to the overall mean.
+
+    0: every class is a point. 1: classes are not apart. On the unit sphere.
+
+    Args:
+        embeddings: Embeddings (n, d).
+        target: Class indices (n,).
+
+    Returns:
+        The ratio over all images, and for each class the mean squared distance of its images to their mean, over the
+        same overall scatter.
+    """
+    points = F.normalize(embeddings.double())
+    count, _, scatter = _class_moments(points, target)
+    overall = (points - points.mean(0)).square().sum(1).mean()
+    ratio = scatter / overall
+    by_class = dict(zip(target.unique().tolist(), ratio.tolist(), strict=True))
+    return ((count * ratio).sum() / count.sum()).item(), by_class
+
+
+def project(embeddings: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Coordinates (n, 2) for a picture of embeddings on the unit sphere: t-SNE, from principal components.
+
+    Args:
+        embeddings: Embeddings (n, d) of four images or more.
+        seed: Of t-SNE.
+    """
+    from sklearn.manifold import TSNE  # slow to import
+
+    points = F.normalize(embeddings.double()).numpy()
+    perplexity = min(_MAX_PERPLEXITY, (len(points) - 1) / 3)
+    start = 'pca' if min(points.shape) >= 2 else 'random'
+    return torch.from_numpy(TSNE(init=start, perplexity=perplexity, random_state=seed).fit_transform(points)).double()

@@ -1,0 +1,136 @@
+"""Images to evaluate on, as every model was trained to see them, in [0, 1] before they are normalised."""
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from ..data import create_dataset
+from ..training.errors import UsageError, blame
+from .models import Candidate
+
+_HIGHEST_LEVEL = 255
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        dataset: Name of a dataset as train_timm.py's --dataset takes it, '' for a folder.
+        root: Folder.
+        split: Name of the split.
+        options: More arguments of timm's create_dataset.
+    """
+    dataset: str
+    root: str | None
+    split: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f'{self.dataset or self.root} ({self.split})'
+
+    def open(self, in_chans: int) -> Dataset:
+        """Make the dataset.
+
+        Raises:
+            UsageError: if it cannot be made.
+        """
+        with blame(f'Data {self}'):
+            return create_dataset(
+                self.dataset, root=self.root, split=self.split, input_img_mode='RGB' if in_chans == 3 else 'L',
+                **self.options)
+
+
+def parse_source(text: str, split: str) -> Source:
+    """A source from text: a folder or the name of a dataset, and after @ another split than the given one."""
+    name, _, own = text.partition('@')
+    split = own or split
+    if '/' in name and name.partition('/')[0].lower() in ('demo', 'torch', 'hfds', 'hfids', 'tfds', 'wds'):
+        return Source(name, None, split)
+    return Source('', name, split)
+
+
+def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
+    """Indices of a random part of a dataset, in order; None for all of it, or for a stream, whose first ones count."""
+    if limit is None or isinstance(dataset, IterableDataset) or limit >= len(dataset):
+        return None
+    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit].sort().values.tolist()
+
+
+@dataclass
+class Images:
+    """Batches of the images of a source, for one model.
+
+    Attributes:
+        source: Where they come from.
+        candidate: The model that they are for.
+        batch_size: Images in a batch.
+        workers: Processes that decode.
+        limit: How many images at most, drawn at random.
+        seed: Of that draw.
+    """
+    source: Source
+    candidate: Candidate
+    batch_size: int
+    workers: int = 0
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        config = self.candidate.data_config
+        self.dataset = self.source.open(config['input_size'][0])
+        self.classes = getattr(getattr(self.dataset, 'reader', self.dataset), 'class_to_idx', None)
+        self.dataset.transform = create_transform(
+            config['input_size'],
+            is_training=False,
+            interpolation=config['interpolation'],
+            crop_pct=config['crop_pct'],
+            crop_mode=config.get('crop_mode'),
+            normalize=False,
+        )
+        self.indices = choose(self.dataset, self.limit, self.seed)
+
+    def part(self, limit: int) -> 'Images':
+        """The same with fewer images: a part of these."""
+        part = copy.copy(self)
+        part.limit = limit if self.limit is None else min(limit, self.limit)
+        part.indices = choose(self.dataset, part.limit, self.seed)
+        return part
+
+    def __len__(self) -> int:
+        """Number of batches; 0 for a stream that does not know."""
+        try:
+            count = len(self.dataset) if self.indices is None else len(self.indices)
+        except TypeError:
+            return 0
+        return -(-count // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images in [0, 1] and class indices."""
+        dataset = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
+        seen = 0
+        for images, target in DataLoader(dataset, self.batch_size, num_workers=self.workers):
+            if self.limit is not None:  # a stream has no indices
+                images, target = images[:self.limit - seen], target[:self.limit - seen]
+            if target.ndim != 1 or target.is_floating_point():
+                raise UsageError(f'Data {self.source}: one class for each image is needed.')
+            seen += len(images)
+            yield images.float() / _HIGHEST_LEVEL, target
+            if seen == self.limit:
+                return
+
+
+def check_classes(images: Images) -> None:
+    """Check that a model and a dataset have as many classes.
+
+    Raises:
+        UsageError: if not.
+    """
+    if images.classes and max(images.classes.values()) + 1 != images.candidate.num_classes:
+        raise UsageError(
+            f'{images.candidate.name} has {images.candidate.num_classes} classes and {images.source} '
+            f'{max(images.classes.values()) + 1}: labels would not match.')

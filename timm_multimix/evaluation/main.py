@@ -1,0 +1,214 @@
+"""python -m timm_multimix.evaluate: from the command line to a table, JSON and a report."""
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from ..data import DEMO_PREFIX
+from ..training.errors import UsageError, blame
+from ..training.logs import setup_logging
+from .batches import batch_size_for
+from .images import Source, parse_source
+from .models import Candidate, load_candidates
+from .ood import NOISES
+from .report import render_html, render_table
+from .robustness import PIXEL_LEVELS, parse_epsilon
+from .suite import PARTS, Settings, evaluate_model
+
+_logger = logging.getLogger(__name__)
+
+_EPILOG = """\
+examples:
+  python -m timm_multimix.evaluate output/train/run
+      a run, on the images that it was validated on
+  python -m timm_multimix.evaluate output/train/ce output/train/dense --ood demo/letters uniform gaussian
+      two runs beside each other
+  python -m timm_multimix.evaluate hf-hub:timm/resnet50.a1_in1k --data-dir imagenet --parts attacks --eps 1/255 4/255
+      a model of the Hub, and attacks only
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f'{message}. See --help.')
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be 1 or more, got {text}')
+    return int(text)
+
+
+def _epsilon(text: str) -> float:
+    try:
+        return parse_epsilon(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of python -m timm_multimix.evaluate."""
+    parser = _Parser(
+        prog='python -m timm_multimix.evaluate', epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='Measure models: accuracy, calibration, robustness to attacks, detection of other kinds of images, '
+                    'and the shape of their embeddings. Several models are compared.')
+    add = parser.add_argument
+    add('models', nargs='+', metavar='MODEL',
+        help="run folder (its calibrated checkpoint if there is one, else its best), checkpoint, 'hf-hub:user/name', "
+             "or a name of timm's")
+    data = parser.add_argument_group('images').add_argument
+    data('--data-dir', metavar='DIR', help='folder of images, or of the dataset (default: that of the first run)')
+    data('--dataset', metavar='NAME', help="dataset, as train_timm.py's --dataset (default: that of the first run)")
+    data('--split', metavar='NAME',
+         help='split to evaluate on (default: what the run was validated on, else validation)')
+    data('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    data('--input-key', metavar='KEY', help='field of a sample that holds the image')
+    data('--target-key', metavar='KEY', help='field of a sample that holds the target')
+    data('--dataset-download', action='store_true', help='download the dataset if it is missing and its reader can')
+    data('--max-images', type=_positive, metavar='N', help='evaluate on so many images at most, drawn at random')
+    data('--sample', type=_positive, default=2000, metavar='N',
+         help='images for what takes many passes: attacks, embeddings, pairs (default: 2000)')
+    data('--calibration-split', metavar='NAME',
+         help='split to fit a temperature on; without it each half of the evaluated images gets the temperature of the '
+              'other half')
+    what = parser.add_argument_group('what to measure').add_argument
+    what('--parts', nargs='*', default=list(PARTS), choices=PARTS, metavar='PART',
+         help=f'beyond accuracy and calibration: {", ".join(PARTS)} (default: all)')
+    what('--eps', nargs='+', type=_epsilon, default=[parse_epsilon(f'{n}/{PIXEL_LEVELS}') for n in (1, 2, 4, 8)],
+         metavar='EPS',
+         help='sizes of the attacks: levels of a pixel, of 255, or fractions such as 8/255 (default: 1 2 4 8)')
+    what('--pgd-steps', type=_positive, default=10, metavar='N', help='steps of PGD (default: 10)')
+    what('--pgd-step', type=_epsilon, metavar='SIZE', help='their size, in the same units (default: 2.5 EPS / N)')
+    what('--ood', nargs='*', default=list(NOISES), metavar='DATA',
+         help="images of other kinds: folders, datasets, 'uniform' and 'gaussian' noise; NAME@SPLIT for another split "
+              'than validation (default: the two noises)')
+    how = parser.add_argument_group('how').add_argument
+    how('-b', '--batch-size', type=_positive, metavar='N',
+        help='images in a batch (default: 256 on a GPU, 32 on the CPU); halved where memory does not hold it')
+    how('-j', '--workers', type=int, metavar='N', help='processes that decode (default: as in the first run, or 4)')
+    how('--device', metavar='DEVICE', help='default: cuda where there is one, else cpu')
+    how('--seed', type=int, default=0, metavar='N', help='of samples, random starts and noise (default: 0)')
+    how('--output', metavar='DIR', help='folder for results.json and report.html (default: output/evaluate/TIME)')
+    return parser
+
+
+def _source(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Source:
+    """The images to evaluate on: what the options name, else what the first run was validated on."""
+    run = next((candidate.args for candidate in candidates if candidate.args is not None), None)
+    options = {
+        name: value for name, value in dict(
+            class_map=args.class_map, input_key=args.input_key, target_key=args.target_key,
+            download=args.dataset_download).items() if value}
+    if args.data_dir or args.dataset:
+        return Source(args.dataset or '', args.data_dir, args.split or 'validation', options)
+    if run is None or not (run.data_dir or run.dataset):
+        raise UsageError('Say which images to evaluate on: --data-dir FOLDER, or --dataset NAME such as demo/digits.')
+    inherited = dict(class_map=run.class_map, input_key=run.input_key, target_key=run.target_key)
+    options = {**{name: value for name, value in inherited.items() if value}, **options}
+    if not (args.split or run.val_split):
+        raise UsageError('The run has no validation split: name a --split.')
+    source = Source(run.dataset, run.data_dir, args.split or run.val_split, options)
+    _logger.info(f'Evaluating on {source}, as in the first run. For other images give --data-dir or --dataset.')
+    return source
+
+
+def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device: torch.device) -> Settings:
+    source = _source(args, candidates)
+    calibration = None
+    if args.calibration_split:
+        if args.calibration_split == source.split:
+            raise UsageError(
+                f'--calibration-split {args.calibration_split} is what is evaluated on: leave it out, and each half of '
+                'the images gets the temperature of the other.')
+        calibration = Source(source.dataset, source.root, args.calibration_split, source.options)
+    workers = args.workers
+    if workers is None:
+        of_run = next((candidate.args.workers for candidate in candidates if candidate.args is not None), 4)
+        workers = 0 if source.dataset.lower().startswith(DEMO_PREFIX) else min(of_run, os.cpu_count() or 1)
+    return Settings(
+        source=source,
+        calibration=calibration,
+        parts=tuple(args.parts),
+        epsilons=tuple(sorted(args.eps)),
+        pgd_steps=args.pgd_steps,
+        pgd_step_size=args.pgd_step,
+        outside=tuple(name if name in NOISES else parse_source(name, 'validation') for name in args.ood),
+        batch_size=args.batch_size or batch_size_for(device),
+        workers=workers,
+        max_images=args.max_images,
+        sample=args.sample,
+        seed=args.seed,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan: null stands for what there is none of."""
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(folder: str, name: str, text: str) -> str:
+    """Write a file of the output folder, all of it or nothing."""
+    path = os.path.join(folder, name)
+    with blame(f'--output {folder}'):
+        os.makedirs(folder, exist_ok=True)
+        with open(f'{path}.part', 'w', encoding='utf-8') as file:
+            file.write(text)
+        os.replace(f'{path}.part', path)
+    return path
+
+
+def _device(name: str | None) -> torch.device:
+    with blame(f'--device {name}'):
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=device)
+    return device
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    device = _device(args.device)
+    if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise UsageError(f'--output {args.output}: not a folder.')
+    candidates = load_candidates(args.models)
+    settings = _settings(args, candidates, device)
+    results = [evaluate_model(candidate, settings, device) for candidate in candidates]
+    print(render_table(results))
+    folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
+    document = dict(
+        source=str(settings.source), sample=settings.sample, seed=settings.seed,
+        models={result.name: result.values for result in results})
+    _write(folder, 'results.json', json.dumps(_finite(document), indent=2, allow_nan=False) + '\n')
+    report = _write(folder, 'report.html', render_html(results, settings))
+    _logger.info(f'Report: {report}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run python -m timm_multimix.evaluate.
+
+    Args:
+        argv: Command line, by default that of the process.
+
+    Returns:
+        Exit status: 0, or 2 for something that the user can put right.
+    """
+    setup_logging()
+    logging.getLogger('timm').setLevel(logging.WARNING)
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        _logger.error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,179 @@
+"""The models to evaluate: run folders, checkpoints, Hub and timm names, each with the data configuration of its run."""
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict, create_model, is_model, list_models, parse_model_name, split_model_name_tag
+from torch import nn
+
+from ..heads import mean_of_heads
+from ..training.arguments import build_parser
+from ..training.checkpoints import read_checkpoint
+from ..training.errors import UsageError, blame, near_names
+from ..training.model import create_run_model, model_options
+
+# In a run folder, the first of these that there is: what one would ship.
+RUN_CHECKPOINTS = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
+_WEIGHTS = ('state_dict_ema', 'state_dict', 'model')
+# Options of a run that say how it began, which its weights have left behind.
+_BEGINNING = dict(
+    pretrained=False, pretrained_path=None, initial_checkpoint='', head_init_scale=None, head_init_bias=None,
+    grad_checkpointing=False, torchscript=False)
+
+
+class PixelModel(nn.Module):
+    """A classifier of images in [0, 1]: normalises them, and gives the logits (b, c) that the model predicts with.
+
+    Args:
+        model: A classifier of normalised images.
+        mean: Pixel mean of each channel.
+        std: Pixel standard deviation of each channel.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as the model takes them."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return mean_of_heads(self.model(self.normalise(images)))
+
+
+@dataclass
+class Candidate:
+    """A model to evaluate.
+
+    Attributes:
+        name: What the user called it, made short and unique.
+        weights: Where its weights come from, in words.
+        pixel_model: The model, in evaluation mode.
+        data_config: Input size, pixel statistics, crop and interpolation that it was trained for.
+        num_classes: Its classes.
+        args: Options of the run that it comes from, None if it comes from no run.
+    """
+    name: str
+    weights: str
+    pixel_model: PixelModel
+    data_config: dict[str, Any]
+    num_classes: int
+    args: argparse.Namespace | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model."""
+        return self.pixel_model.model
+
+
+def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
+    """Options of the run that wrote a checkpoint: those in it, else those beside it."""
+    values = checkpoint.get('args')
+    beside = os.path.join(os.path.dirname(path), 'args.yaml')
+    if isinstance(values, argparse.Namespace):
+        values = vars(values)
+    elif os.path.isfile(beside):
+        with blame(beside), open(beside, encoding='utf-8') as file:
+            values = yaml.safe_load(file)
+    if not isinstance(values, dict) or not values.get('model'):
+        raise UsageError(
+            f'{path} does not say what model it holds, nor does an args.yaml beside it. Give the folder of its run, or '
+            'a name that timm or the Hub knows.')
+    args = build_parser().parse_args([])
+    for name, value in {**values, **_BEGINNING}.items():
+        setattr(args, name, value)
+    return args
+
+
+def _weights(checkpoint: dict) -> str:
+    """The entry to take: the one that the run's metric is of, else the averaged weights, else the weights."""
+    named = checkpoint.get('metric_of')
+    return next(key for key in (named, *_WEIGHTS) if key in checkpoint)
+
+
+def _from_checkpoint(name: str, path: str) -> Candidate:
+    checkpoint = read_checkpoint(path)
+    args = _run_args(checkpoint, path)
+    if args.task != 'classification':
+        raise UsageError(f'{path} is of --task {args.task}: only models with one class for each image are evaluated.')
+    key = _weights(checkpoint)
+    state = clean_state_dict(checkpoint[key])
+    with blame(f'{path}, a checkpoint of {args.model}'):
+        if args.num_classes is None:
+            raise UsageError(f'{path} does not say how many classes it has.')
+        model = create_run_model(args, model_options(args))
+        model.load_state_dict(state)
+        config = resolve_data_config(vars(args), model=model, verbose=False)
+    weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
+    return _candidate(name, weights, model, config, args)
+
+
+def _from_name(name: str) -> Candidate:
+    with blame(name):
+        source, base = parse_model_name(name)
+    if source is None and not is_model(base):
+        hint = near_names(split_model_name_tag(base)[0], list_models())
+        raise UsageError(
+            f"{name}: no such folder or file, nor a model of timm.{hint} Models of the Hub start with 'hf-hub:'.")
+    with blame(name):
+        model = create_model(name, pretrained=True)
+        config = resolve_data_config({}, model=model, verbose=False)
+    return _candidate(name, 'pretrained', model, config, None)
+
+
+def _candidate(name: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:
+    num_classes = getattr(model, 'num_classes', 0)
+    if not num_classes:
+        raise UsageError(f'{name}: the model has no classifier.')
+    model.requires_grad_(False)  # gradients are for images here
+    pixel_model = PixelModel(model, tuple(config['mean']), tuple(config['std'])).eval()
+    return Candidate(name, weights, pixel_model, config, num_classes, args)
+
+
+def load_candidate(spec: str) -> Candidate:
+    """Load a model.
+
+    Args:
+        spec: A run folder, a checkpoint, a name of the Hub ('hf-hub:user/name') or of timm.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        UsageError: if there is no such thing, it is damaged, or does not say what it is.
+    """
+    if os.path.isdir(spec):
+        paths = [os.path.join(spec, name) for name in RUN_CHECKPOINTS]
+        path = next(filter(os.path.isfile, paths), None)
+        if path is None:
+            raise UsageError(f'{spec} is no folder of a run: it has none of {", ".join(RUN_CHECKPOINTS)}.')
+        return _from_checkpoint(os.path.normpath(spec), path)
+    if os.path.isfile(spec):
+        return _from_checkpoint(spec, spec)
+    return _from_name(spec)
+
+
+def load_candidates(specs: list[str]) -> list[Candidate]:
+    """Load models, and give them names that are short and differ.
+
+    Raises:
+        UsageError: as load_candidate, or if a model is named twice.
+    """
+    if len({os.path.normpath(spec) for spec in specs}) < len(specs):
+        raise UsageError(f'A model is named twice: {", ".join(specs)}.')
+    candidates = [load_candidate(spec) for spec in specs]
+    parts = [os.path.normpath(spec).split(os.sep) for spec in specs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ['/'.join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    for candidate, name in zip(candidates, names, strict=True):
+        candidate.name = name
+    return candidates

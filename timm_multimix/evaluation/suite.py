@@ -1,0 +1,274 @@
+"""Everything that is measured of one model."""
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..attention import attention_map
+from ..calibration import fit_temperature
+from ..heads import find_head
+from ..layouts import grid_size
+from ..positions import position_features
+from ..training.errors import UsageError
+from . import between, geometry, ood, robustness
+from .batches import Embedder, InParts, predict, progress
+from .images import Images, Source, check_classes
+from .metrics import Tempered, classification_metrics, cross_fit, reliability
+from .models import Candidate
+
+_logger = logging.getLogger(__name__)
+
+PARTS = ('attacks', 'ood', 'embeddings', 'between', 'attention')
+_NUM_ATTENTION_IMAGES = 8
+_NUM_PICTURED = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and how.
+
+    Attributes:
+        source: The images to evaluate on.
+        calibration: Images to fit a temperature to, None to fit it on halves of the evaluated ones.
+        parts: Those of PARTS that are wanted.
+        epsilons: Sizes of attacks, as fractions of the range of a pixel.
+        pgd_steps: Steps of PGD.
+        pgd_step_size: Their size, likewise; None for 2.5 epsilon / steps, which reaches every point of the ball.
+        outside: Sources of images of other kinds, and names of noises.
+        batch_size: Images in a batch.
+        workers: Processes that decode.
+        max_images: Images at most, None for all.
+        sample: Images for all that takes many passes: attacks, embeddings, pairs.
+        seed: Of everything that is random.
+    """
+    source: Source
+    calibration: Source | None = None
+    parts: tuple[str, ...] = PARTS
+    epsilons: tuple[float, ...] = ()
+    pgd_steps: int = 10
+    pgd_step_size: float | None = None
+    outside: tuple[Source | str, ...] = ()
+    batch_size: int = 32
+    workers: int = 0
+    max_images: int | None = None
+    sample: int = 2000
+    seed: int = 0
+
+
+@dataclass
+class Result:
+    """What was measured of a model.
+
+    Attributes:
+        name: The model.
+        values: Everything that goes into JSON, in sections.
+        pictures: What only pictures show: 'scores' (of images inside and outside), 'points' and 'classes' (of the
+            picture of embeddings), 'images' and 'maps' (of attention).
+    """
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Any] = field(default_factory=dict)
+
+
+class _Evaluation:
+    """Evaluates one model."""
+
+    def __init__(self, candidate: Candidate, settings: Settings, device: torch.device):
+        self.candidate = candidate
+        self.settings = settings
+        self.device = device
+        self.in_parts = InParts()
+        self.images = self._images(settings.source, settings.max_images)
+        check_classes(self.images)
+        self.sample = self.images.part(settings.sample)
+
+    def _images(self, source: Source, limit: int | None) -> Images:
+        settings = self.settings
+        return Images(source, self.candidate, settings.batch_size, settings.workers, limit, settings.seed)
+
+    def run(self) -> Result:
+        candidate = self.candidate
+        result = Result(candidate.name, dict(
+            weights=candidate.weights, input_size=list(candidate.data_config['input_size'])))
+        logits, target = predict(candidate, self.images, self.in_parts, 'images')
+        if not len(target):
+            raise UsageError(f'Data {self.settings.source}: no images.')
+        if target.max() >= candidate.num_classes or target.min() < 0:
+            raise UsageError(
+                f'Data {self.settings.source}: label {int(target.max())}, and {candidate.name} has '
+                f'{candidate.num_classes} classes.')
+        result.values.update(
+            num_images=len(target),
+            metrics=classification_metrics(logits, target),
+            reliability=asdict(reliability(logits, target)),
+            tempered=self._tempered(logits, target))
+        measures: dict[str, Callable[[], None]] = dict(
+            attacks=lambda: self._attacks(result),
+            ood=lambda: self._ood(result, logits),
+            embeddings=lambda: self._embeddings_and_pairs(result),
+            between=lambda: None,  # shares its pass with the embeddings
+            attention=lambda: self._attention(result),
+        )
+        for part in PARTS:
+            if part in self.settings.parts or (part == 'embeddings' and 'between' in self.settings.parts):
+                measures[part]()
+        return result
+
+    def _tempered(self, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+        source = self.settings.calibration
+        try:
+            if source is None:
+                tempered = cross_fit(logits, target, self.settings.seed)
+            else:
+                others = self._images(source, None)
+                check_classes(others)
+                temperature = fit_temperature(*predict(self.candidate, others, self.in_parts, 'calibration'))
+                tempered = Tempered(logits.double() / temperature, [temperature], str(source))
+        except ValueError as error:
+            _logger.warning(f'{self.candidate.name}: {error}')
+            return dict(reason=str(error))
+        metrics = classification_metrics(tempered.logits, target)
+        return dict(
+            temperatures=list(tempered.temperatures), fitted_on=tempered.fitted_on,
+            **{name: metrics[name] for name in ('nll', 'brier', 'ece')},
+            reliability=asdict(reliability(tempered.logits, target)))
+
+    def _accuracy(self, what: str, attack: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        def correct(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            attacked = attack(images, target)
+            with torch.no_grad():
+                return self.candidate.pixel_model(attacked).argmax(1) == target
+
+        hits = [
+            self.in_parts(correct, images.to(self.device), target.to(self.device)).cpu()
+            for images, target in progress(self.sample, f'{self.candidate.name}: {what}')]
+        return 100 * torch.cat(hits).double().mean().item()
+
+    def _attacks(self, result: Result) -> None:
+        settings, model = self.settings, self.candidate.pixel_model
+        clean = self._accuracy('sample', lambda images, target: images)
+        curves = dict(fgsm=[clean], pgd=[clean])
+        for epsilon in settings.epsilons:
+            shown = f'{epsilon * robustness.PIXEL_LEVELS:g}/{robustness.PIXEL_LEVELS}'
+            step_size = settings.pgd_step_size or 2.5 * epsilon / settings.pgd_steps
+            torch.manual_seed(settings.seed)  # for the random start
+            curves['fgsm'].append(self._accuracy(
+                f'FGSM {shown}', lambda x, y, e=epsilon: robustness.fgsm(model, x, y, e)))
+            curves['pgd'].append(self._accuracy(
+                f'PGD {shown}',
+                lambda x, y, e=epsilon, s=step_size: robustness.pgd(model, x, y, e, s, settings.pgd_steps)))
+        result.values['attacks'] = dict(
+            epsilon_of_255=[0.0, *(epsilon * robustness.PIXEL_LEVELS for epsilon in settings.epsilons)],
+            pgd_steps=settings.pgd_steps, **curves)
+
+    def _noise(self, kind: str, count: int):
+        size = tuple(self.candidate.data_config['input_size'])
+        for images in ood.noise_batches(kind, count, size, self.settings.batch_size, self.settings.seed):
+            yield images, torch.zeros(len(images), dtype=torch.long)
+
+    def _ood(self, result: Result, logits: torch.Tensor) -> None:
+        result.values['ood'], scores = {}, {}
+        inside = {name: score(logits) for name, score in ood.SCORES.items()}
+        for source in self.settings.outside:
+            batches = self._noise(source, len(logits)) if isinstance(source, str) else self._images(
+                source, self.settings.max_images)
+            outside_logits, _ = predict(self.candidate, batches, self.in_parts, str(source))
+            outside = {name: score(outside_logits) for name, score in ood.SCORES.items()}
+            result.values['ood'][str(source)] = dict(
+                num_images=len(outside_logits),
+                **{name: ood.detection_metrics(inside[name], outside[name]) for name in ood.SCORES})
+            scores[str(source)] = outside
+        result.pictures['scores'] = dict(inside=inside, outside=scores)
+
+    def _embeddings_and_pairs(self, result: Result) -> None:
+        images, target = (torch.cat(parts) for parts in zip(*self.sample, strict=True))
+        embed = Embedder(self.candidate, images[:2].to(self.device))
+        batches = list(zip(images.split(self.settings.batch_size), target.split(self.settings.batch_size), strict=True))
+        joined = torch.cat([
+            self.in_parts(embed, part.to(self.device)).cpu()
+            for part, _ in progress(batches, f'{self.candidate.name}: embeddings')])
+        _, embeddings = embed.split(joined)
+        if 'embeddings' in self.settings.parts:
+            self._geometry(result, embeddings, target)
+        if 'between' in self.settings.parts:
+            self._between(result, embed, images, target, embeddings)
+
+    def _geometry(self, result: Result, embeddings: torch.Tensor, target: torch.Tensor) -> None:
+        ratio, by_class = geometry.compactness(embeddings, target)
+        result.values['embeddings'] = dict(
+            num_images=len(target),
+            alignment=geometry.alignment(embeddings, target),
+            uniformity=geometry.uniformity(embeddings),
+            compactness=ratio,
+            compactness_of_classes=by_class)
+        if len(target) > 3:
+            result.pictures.update(
+                points=geometry.project(embeddings[:_NUM_PICTURED], self.settings.seed), classes=target[:_NUM_PICTURED])
+
+    def _between(
+            self,
+            result: Result,
+            embed: Embedder,
+            images: torch.Tensor,
+            target: torch.Tensor,
+            embeddings: torch.Tensor,
+    ) -> None:
+        pairs = between.sample_pairs(target, len(target), self.settings.seed)
+        if not len(pairs):
+            return
+        joined = torch.stack([
+            torch.cat([
+                self.in_parts(embed, between.mix(images[part[:, 0]], images[part[:, 1]], share).to(self.device)).cpu()
+                for part in pairs.split(self.settings.batch_size)])
+            for share in progress(between.SHARES, f'{self.candidate.name}: mixed images')])
+        logits, mixed = embed.split(joined)
+        inner = slice(1, -1)  # the ends are no mixes
+        targets = target[pairs]
+        of_embeddings = torch.stack([
+            between.mix(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], share) for share in between.SHARES[inner]])
+        curves = between.confidence_between(logits)
+        num_mixes = len(of_embeddings) * len(pairs)
+        counts = dict(
+            misses=between.count_misses(logits[inner], targets),
+            intrusions_of_images=between.count_intrusions(mixed[inner], targets, embeddings, target),
+            intrusions_of_embeddings=between.count_intrusions(of_embeddings, targets, embeddings, target))
+        result.values['between'] = dict(
+            num_pairs=len(pairs), num_mixes=num_mixes, shares=list(between.SHARES), **curves,
+            mean_confidence=sum(curves['confidence'][inner]) / len(of_embeddings),
+            mean_entropy=sum(curves['entropy'][inner]) / len(of_embeddings),
+            **counts, **{f'{name}_percent': 100 * count / num_mixes for name, count in counts.items()})
+
+    @torch.no_grad()
+    def _attention(self, result: Result) -> None:
+        model = self.candidate.model
+        images, _ = next(iter(self.images.part(_NUM_ATTENTION_IMAGES)))
+        normalised = self.candidate.pixel_model.normalise(images[:_NUM_ATTENTION_IMAGES].to(self.device))
+        try:
+            head = find_head(model)
+            streams = position_features(head, model.forward_features(normalised), normalised.shape[-2:])
+            features = torch.cat([s for s, lay in zip(streams, head.layouts, strict=True) if lay.has_positions], dim=-1)
+        except (TypeError, ValueError, AttributeError) as error:
+            _logger.info(f'{self.candidate.name}: no attention maps. {error}')
+            return
+        maps = attention_map(features).unflatten(1, grid_size(features.shape[1], normalised.shape[-2:]))
+        result.pictures.update(images=images[:_NUM_ATTENTION_IMAGES], maps=maps.cpu())
+
+
+def evaluate_model(candidate: Candidate, settings: Settings, device: torch.device) -> Result:
+    """Evaluate a model.
+
+    Args:
+        candidate: The model; it is brought to the device, and back to the CPU.
+        settings: What to measure.
+        device: Where.
+
+    Raises:
+        UsageError: if the data do not suit the model.
+    """
+    candidate.pixel_model.to(device)
+    try:
+        return _Evaluation(candidate, settings, device).run()
+    finally:
+        candidate.pixel_model.to('cpu')
