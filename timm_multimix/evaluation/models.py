@@ -77,9 +77,9 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
     """Options of the run that wrote a checkpoint: those in it, else those beside it."""
     values = checkpoint.get('args')
     beside = os.path.join(os.path.dirname(path), 'args.yaml')
-    if isinstance(values, argparse.Namespace):
+    if isinstance(values, argparse.Namespace):  # as timm's own script writes it
         values = vars(values)
-    elif os.path.isfile(beside):
+    elif not isinstance(values, dict) and os.path.isfile(beside):
         with blame(beside), open(beside, encoding='utf-8') as file:
             values = yaml.safe_load(file)
     if not isinstance(values, dict) or not values.get('model'):
