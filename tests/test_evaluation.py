@@ -240,7 +240,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['nothing'], 'nothing: no such folder or file, nor a model of timm'),
     (['resnet5O'], 'Did you mean resnet50'),
     (['{tmp}'], 'is no folder of a run'),
-    (['{tmp}/broken.pth.tar'], 'damaged'),
+    (['{tmp}/broken.pth.tar'], 'is not a training checkpoint'),
     (['{runs}/plain', '--dataset', 'demo/digits'], 'has 3 classes and demo/digits'),
     (['{runs}/plain', '--data-dir', '{tmp}/missing'], 'missing'),
     (['{runs}/plain', '--eps', '0.03'], 'write it as a fraction'),

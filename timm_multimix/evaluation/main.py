@@ -13,6 +13,7 @@ import torch
 
 from ..data import DEMO_PREFIX
 from ..training.errors import UsageError, blame
+from ..training.files import replacing
 from ..training.logs import setup_logging
 from .batches import batch_size_for
 from .images import Source, parse_source
@@ -162,9 +163,8 @@ def _write(folder: str, name: str, text: str) -> str:
     path = os.path.join(folder, name)
     with blame(f'--output {folder}'):
         os.makedirs(folder, exist_ok=True)
-        with open(f'{path}.part', 'w', encoding='utf-8') as file:
+        with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
             file.write(text)
-        os.replace(f'{path}.part', path)
     return path
 
 
