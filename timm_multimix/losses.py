@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
+from .backends import check_backend
 from .distributed import check_same_sizes, gather_batch, mean_over_processes, num_processes, share_positions
 from .fused import (
     SIGMOID,
@@ -151,6 +152,7 @@ def _mixed_loss(
     _check_weights(logits, weights)
     _check_target(logits, target)
     _check_smoothing(smoothing)
+    check_backend(options['backend'])
     if logits.ndim == 2:
         logits, weights = logits.unsqueeze(1), weights.unsqueeze(0)
     return FusedLossFunction.apply(
@@ -176,6 +178,7 @@ def multimix_cross_entropy(
         distill_weight: float = 0.5,
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
+        backend: str = 'auto',
 ) -> torch.Tensor:
     """Cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, sec. 3.2 and eq. 14).
 
@@ -203,18 +206,22 @@ def multimix_cross_entropy(
         distill_weight: Share of the distillation term if there is a teacher, in [0, 1].
         distill_temperature: Divides both sides' logits in that term.
         tile_size: Mixes worked on at a time, by default what fits the cache. Does not change the result.
+        backend: What computes it: 'torch', 'compile' (the same, compiled), 'triton' (a kernel for GPUs, in float32 and
+            without attention_grad; with those it is as 'torch'), or 'auto', at present 'torch' (docs/speed.md).
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits).
 
     Raises:
         ValueError: if shapes do not fit, a target is out of range, or weights are off the simplex (values are looked at
-            on CPU only, where that needs no synchronisation, and not in compiled code).
+            on CPU only, where that needs no synchronisation, and not in compiled code); or if the backend is unknown or
+            cannot run on the device.
+        ImportError: if the backend is not installed.
     """
     return _mixed_loss(
         SOFTMAX, logits, target, weights, attention_grad, smoothing, teacher_logits,
         check_distillation(distill_weight, distill_temperature),
-        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size, backend=backend)
 
 
 def multimix_binary_cross_entropy(
@@ -231,6 +238,7 @@ def multimix_binary_cross_entropy(
         distill_weight: float = 0.5,
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
+        backend: str = 'auto',
 ) -> torch.Tensor:
     """Binary cross-entropy of mixed logits with mixed targets, for multi-label targets and timm's BCE training.
 
@@ -243,7 +251,7 @@ def multimix_binary_cross_entropy(
     loss = _mixed_loss(
         SIGMOID, logits, target, weights, attention_grad, smoothing, teacher_logits,
         check_distillation(distill_weight, distill_temperature),
-        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size, backend=backend)
     return loss if sum_classes else loss / logits.shape[-1]
 
 
@@ -279,6 +287,7 @@ class MultiMixLoss(nn.Module):
             process draws weights for its share of the positions, so their generators should differ.
         generator: Source of randomness, by default PyTorch's own for the device of the logits.
         tile_size: Mixes worked on at a time. Does not change the result.
+        backend: What computes it: 'auto', 'torch', 'compile' or 'triton', as in multimix_cross_entropy.
 
     Shapes:
         output: a MultiMixOutput, or logits (b, c).
@@ -287,6 +296,7 @@ class MultiMixLoss(nn.Module):
 
     Raises:
         ValueError: for options out of range, and for inputs whose shapes do not fit.
+        ImportError: if the backend is not installed.
     """
 
     def __init__(
@@ -307,6 +317,7 @@ class MultiMixLoss(nn.Module):
             gather: bool = False,
             generator: torch.Generator | None = None,
             tile_size: int | None = None,
+            backend: str = 'auto',
     ):
         super().__init__()
         if num_mixes < 1:
@@ -325,6 +336,7 @@ class MultiMixLoss(nn.Module):
         if loss_type not in LOSS_TYPES:
             raise ValueError(f'loss_type must be one of {", ".join(LOSS_TYPES)}, got {loss_type!r}.')
         check_attention(attention or 'uniform', attention_norm)
+        check_backend(backend)
         _check_smoothing(smoothing)
         self.num_mixes = num_mixes
         self.alpha = check_alpha(alpha)
@@ -341,6 +353,7 @@ class MultiMixLoss(nn.Module):
         self.gather = gather
         self.generator = generator
         self.tile_size = tile_size
+        self.backend = backend
 
     def extra_repr(self) -> str:
         return (
@@ -464,6 +477,7 @@ class MultiMixLoss(nn.Module):
                 self.logit_scale,
                 self.tile_size,
                 distillation,
+                self.backend,
             ),
         )
         return share * (loss if self.loss_type == 'ce' else loss / num_classes)
