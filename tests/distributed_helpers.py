@@ -1,14 +1,19 @@
 """What the tests with several processes share: real processes, which meet through a file and need no port."""
 import multiprocessing
+import os
 import pickle
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from timm_multimix.training import main
 
 # The server imports once what every process needs, and forks them.
 _context = multiprocessing.get_context('forkserver')
@@ -53,3 +58,46 @@ def on_ranks(folder: Path, world_size: int, function: Callable, *arguments: Any)
     processes = start(_enter, [(function, rank, world_size, folder, arguments) for rank in range(world_size)])
     assert join(processes) == [0] * world_size
     return [pickle.loads((folder / f'result-{rank}').read_bytes()) for rank in range(world_size)]
+
+
+class Outcome(NamedTuple):
+    """How the script ended in a process.
+
+    Attributes:
+        status: Exit status, negative for the signal that killed it.
+        text: What it told, on stderr.
+    """
+    status: int
+    text: str
+
+
+def _run_script(folder: Path, rank: int, world_size: int, prepare: Callable | None, argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    with open(folder / f'stderr-{rank}', 'w') as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.chdir(folder.parent)
+    if prepare is not None:
+        prepare(rank)
+    meet = dist.init_process_group
+    dist.init_process_group = lambda backend, init_method, **options: meet(
+        backend, f'file://{folder / "store"}', rank=rank, world_size=world_size, **options)
+    sys.exit(main(argv))
+
+
+def run_script(folder: Path, world_size: int, *argv, prepare: Callable | None = None) -> list[Outcome]:
+    """Run train_timm.py in several processes, as torchrun would.
+
+    Args:
+        folder: Where it runs.
+        world_size: Number of processes.
+        argv: Command line.
+        prepare: Called with the rank in each process before the script.
+
+    Returns:
+        How each of them ended.
+    """
+    own = Path(tempfile.mkdtemp(dir=folder))
+    argv = [str(argument) for argument in argv]
+    statuses = join(start(_run_script, [(own, rank, world_size, prepare, argv) for rank in range(world_size)]))
+    return [Outcome(status, (own / f'stderr-{rank}').read_text()) for rank, status in enumerate(statuses)]

@@ -12,6 +12,11 @@ _logger = logging.getLogger(__name__)
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
+def normalisation_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers in which a module's normalisation layers keep what they have seen."""
+    return {name: buffer for name, buffer in module.named_buffers() if name.rpartition('.')[2] in _STATISTICS}
+
+
 class LossGuard:
     """Watches the loss of every batch, and lets no update through whose loss is not finite.
 
@@ -31,8 +36,7 @@ class LossGuard:
         self.limit = limit
         self.distributed = distributed
         self.failed_in_a_row = 0
-        watched = module.named_buffers() if limit else ()
-        self._statistics = [buffer for name, buffer in watched if name.rpartition('.')[2] in _STATISTICS]
+        self._statistics = list(normalisation_statistics(module).values()) if limit else []
         self._before = [torch.empty_like(buffer) for buffer in self._statistics]
         self._flag: torch.Tensor | None = None  # on the host: whether this batch failed, whether the update did
         self._event = None

@@ -14,6 +14,7 @@ from timm import utils
 
 from .errors import UsageError
 from .logs import Averages
+from .loss_guard import normalisation_statistics
 from .random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ def _average_generator(run: Run) -> torch.Generator | None:
     return getattr(run.task.get_trainable_module(ema=True), '_sr_generator', None)
 
 
+def _own_statistics(run: Run) -> dict[str, torch.Tensor]:
+    """Normalisation statistics of this process, of the model and of averages of it.
+
+    Processes see other images. The statistics of the first are with its weights, those of the others count too: they
+    are averaged after the epoch (--dist-bn reduce), and a teacher predicts with them.
+    """
+    return {name.replace('_orig_mod.', ''): buffer for name, buffer in normalisation_statistics(run.task).items()}
+
+
 def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] | None:
     """Take the progress of a run, between two updates. All processes call it.
 
@@ -63,6 +73,8 @@ def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] 
         random=random_state(run.device),
         loader=None if loader is None else loader.state_dict(),
         averages=None if averages is None else averages.state_dict(),
+        statistics={} if utils.is_primary(run.args) else {
+            name: buffer.cpu() for name, buffer in _own_statistics(run).items()},
     )
     processes = [own]
     if distributed:
@@ -170,6 +182,9 @@ def restore_progress(run: Run) -> dict[str, Any] | None:
         generator = _average_generator(run)
         if generator is not None and progress['average'] is not None:
             generator.set_state(progress['average'].cpu())
+        for name, buffer in _own_statistics(run).items():
+            if name in own['statistics']:
+                buffer.copy_(own['statistics'][name])
         set_random_state(own['random'], run.device)
         return own['averages'] if progress['in_epoch'] else None
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
