@@ -85,7 +85,13 @@ def _run_script(folder: Path, rank: int, world_size: int, prepare: Callable | No
     sys.exit(main(argv))
 
 
-def run_script(folder: Path, world_size: int, *argv, prepare: Callable | None = None) -> list[Outcome]:
+def run_script(
+        folder: Path,
+        world_size: int,
+        *argv,
+        prepare: Callable | None = None,
+        wait_for: int | None = None,
+) -> list[Outcome]:
     """Run train_timm.py in several processes, as torchrun would.
 
     Args:
@@ -93,11 +99,15 @@ def run_script(folder: Path, world_size: int, *argv, prepare: Callable | None = 
         world_size: Number of processes.
         argv: Command line.
         prepare: Called with the rank in each process before the script.
+        wait_for: Kill the others when this one has ended, instead of waiting for all.
 
     Returns:
         How each of them ended.
     """
     own = Path(tempfile.mkdtemp(dir=folder))
     argv = [str(argument) for argument in argv]
-    statuses = join(start(_run_script, [(own, rank, world_size, prepare, argv) for rank in range(world_size)]))
+    processes = start(_run_script, [(own, rank, world_size, prepare, argv) for rank in range(world_size)])
+    if wait_for is not None:
+        processes[wait_for].join(PATIENCE)
+    statuses = join(processes, PATIENCE if wait_for is None else 0)
     return [Outcome(status, (own / f'stderr-{rank}').read_text()) for rank, status in enumerate(statuses)]

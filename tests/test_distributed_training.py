@@ -1,6 +1,8 @@
 """The script in several processes: what one process would do, told once, stopped and continued together."""
 import csv
+import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from distributed_helpers import run_script
 from test_resume import _same
 
+from timm_multimix import training
 from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']
@@ -42,6 +45,64 @@ def _signal_at(update, signalled, rank):
         return requested(self)
 
     StopRequest.requested = counted
+
+
+def _at_update(update, sick, act, rank):
+    """Something happens to one process in the middle of an update."""
+    step, calls = training.loop._train_step, []
+
+    def counted(*args):
+        calls.append(args)
+        if rank == sick and len(calls) == update:
+            act()
+        return step(*args)
+
+    training.loop._train_step = counted
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang():
+    time.sleep(1000)
+
+
+def _break():
+    raise ZeroDivisionError('a bug')
+
+
+def test_a_process_that_dies_is_told_by_the_others(tmp_path, image_folder):
+    first, second = run_script(
+        tmp_path, 2, *arguments(image_folder), prepare=partial(_at_update, 5, 1, _die))
+    assert (first.status, second.status) == (1, -signal.SIGKILL)
+    assert 'ERROR: [rank 0 of 2] Lost contact with the other processes in epoch 1, update 1' in first.text
+    assert '--resume auto' in first.text and 'Traceback' not in first.text
+    assert checkpoint(tmp_path)['epoch'] == 0
+
+
+def test_a_process_that_hangs_is_told_within_the_timeout(tmp_path, image_folder):
+    argv = arguments(image_folder, dist_timeout=10)
+    first, second = run_script(tmp_path, 2, *argv, prepare=partial(_at_update, 2, 0, _hang), wait_for=1)
+    assert (first.status, second.status) == (-signal.SIGKILL, 1)  # the first was killed by the test
+    assert 'ERROR: [rank 1 of 2] No progress for' in second.text and 'in epoch 0, update 1.' in second.text
+    assert 'ERROR: [rank 1 of 2] Lost contact with the other processes in epoch 0, update 1 (' in second.text
+    assert 'Traceback' not in second.text
+
+
+def test_a_process_that_fails_says_where(tmp_path, image_folder):
+    first, second = run_script(tmp_path, 2, *arguments(image_folder), prepare=partial(_at_update, 2, 1, _break))
+    assert (first.status, second.status) == (1, 1)
+    assert 'ERROR: [rank 1 of 2] Failed in epoch 0, update 1.' in second.text
+    assert 'ZeroDivisionError: a bug' in second.text
+    assert 'Lost contact' in first.text
+
+
+def test_mistakes_are_told_once(tmp_path, image_folder):
+    outcomes = run_script(tmp_path, 2, *arguments(image_folder, model='nonesuch'))
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    assert 'timm has no such model' in outcomes[0].text
+    assert not outcomes[1].text
 
 
 @pytest.mark.parametrize(('signalled', 'flags', 'options'), [

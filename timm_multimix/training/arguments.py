@@ -104,6 +104,8 @@ DEVICE = (
     _value('--model-dtype', metavar='DTYPE',
            help='dtype of the model itself, without --amp: float32, float16 or bfloat16'),
     _flag('--no-ddp-bb', help="do not broadcast buffers between processes"),
+    _value('--dist-timeout', type=float, default=600., metavar='SEC',
+           help='seconds that processes wait for each other before they give up'),
     _flag('--synchronize-step', help='wait for the device after each update'),
     _value('--local_rank', type=int, default=0, help='set by launchers'),
     _value('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import for other device backends'),

@@ -26,7 +26,7 @@ _CHOICES = {
     'dist_bn': ('', 'broadcast', 'reduce'),
 }
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
-                 'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch')
+                 'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 _DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 

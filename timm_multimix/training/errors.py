@@ -25,7 +25,15 @@ class UsageError(_OneLine):
 
 
 class RunError(_OneLine):
-    """A run cannot go on: a full disk, losses that are not finite, a worker that died. Its checkpoints are intact."""
+    """A run cannot go on: a full disk, losses that are not finite, a worker that died. Its checkpoints are intact.
+
+    Attributes:
+        is_shared: Whether it is the same in all processes, so that one of them tells it.
+    """
+
+    def __init__(self, message: str, is_shared: bool = False):
+        super().__init__(message)
+        self.is_shared = is_shared
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 import logging
 import signal
 import threading
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -48,9 +49,13 @@ class StopRequest:
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
 
-    def connect(self) -> None:
-        """Stop all processes of the default group at the same update; called by each of them."""
-        self._group = dist.new_group(backend='gloo')
+    def connect(self, timeout: float) -> None:
+        """Stop all processes of the default group at the same update; called by each of them.
+
+        Args:
+            timeout: Seconds to wait for the others.
+        """
+        self._group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
 
     def requested(self) -> bool:
         """Whether to stop here. Connected processes call it equally often, and get the same answer.

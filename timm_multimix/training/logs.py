@@ -2,6 +2,7 @@
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -13,10 +14,13 @@ _logger = logging.getLogger(__name__)
 
 
 class _LineFormatter(logging.Formatter):
-    """Information as it is, everything else with its level."""
+    """Information as it is, everything else with its level, and errors with the process if there are several."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
+        _, rank, world_size = world_info_from_env()
+        if record.levelno >= logging.ERROR and world_size > 1:
+            text = f'[rank {rank} of {world_size}] {text}'
         return text if record.levelno == logging.INFO else f'{record.levelname}: {text}'
 
 
@@ -27,13 +31,20 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def is_first_on_machine() -> bool:
+    """Whether this is the only process, or the first of those on this machine."""
+    return world_info_from_env()[0] == 0
+
+
 def setup_logging() -> None:
-    """Log to stderr, from the first process only."""
+    """Log to stderr, from the first process only; the others tell errors."""
     handler = _ConsoleHandler()
     handler.setFormatter(_LineFormatter())
     logging.root.handlers[:] = [handler]
     is_primary = world_info_from_env()[1] == 0
     logging.root.setLevel(logging.INFO if is_primary else logging.ERROR)
+    if not is_primary:
+        warnings.simplefilter('ignore')  # libraries': all processes have the same
     # Its list of all checkpoints after every epoch hides what matters.
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
 

@@ -229,6 +229,7 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     try:
         for index, (input, target) in enumerate(_batches(loader), start=first):
             accum_steps, is_update = _accumulation(index, len(loader), args.grad_accum_steps)
+            run.whereabouts.move(f'epoch {epoch}, update {index // args.grad_accum_steps}')
             input, target = _to_device(run, input, target)
             if run.loaders.mixup_fn is not None:
                 input, target = run.loaders.mixup_fn(input, target)
@@ -275,7 +276,8 @@ def validate(run: Run, model: nn.Module) -> dict[str, float]:
     evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
     model.eval()
     run.loaders.validated = True
-    for input, target in _batches(loader):
+    for index, (input, target) in enumerate(_batches(loader)):
+        run.whereabouts.move(f'validation, batch {index}')
         input, target = _to_device(run, input, target)
         with run.precision.autocast():
             output = model(input)

@@ -105,4 +105,5 @@ class LossGuard:
         if self.failed_in_a_row >= self.limit:
             raise RunError(
                 f'The loss was not finite in {self.limit} updates in a row, last {place}. Lower the learning rate, '
-                'clip gradients (--clip-grad), or look for broken inputs.')
+                'clip gradients (--clip-grad), or look for broken inputs.',
+                is_shared=True)

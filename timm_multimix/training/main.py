@@ -17,8 +17,9 @@ from .checkpoints import RunSaver, read_checkpoint
 from .config import parse_args
 from .errors import RunError, UsageError, blame
 from .files import remove_temporary, replacing
-from .logs import setup_logging
+from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
+from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress
 from .run import Run, build_run, compile_task
 
@@ -195,9 +196,11 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool) -> None:
         _interrupt(run, epoch, saver)
         raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):  # PyTorch raises this one wherever the process happens to be
-            raise
-        raise RunError(f'{error} Is there enough memory for {run.args.workers} --workers?') from error
+        if 'DataLoader worker' in str(error):  # PyTorch raises this one wherever the process happens to be
+            raise RunError(f'{error} Is there enough memory for {run.args.workers} --workers?') from error
+        if is_lost_contact(error):
+            raise lost_contact(error, run.whereabouts.place, run.args.dist_timeout) from error
+        raise
 
 
 def fit(run: Run, args_text: str) -> None:
@@ -212,14 +215,23 @@ def fit(run: Run, args_text: str) -> None:
     _logger.info(
         f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates each, '
         f'into {run.folder}')
+    if run.args.distributed:
+        run.whereabouts.watch(0.9 * run.args.dist_timeout)
     with run.stop:
         try:
             _train(run, saver, log_wandb)
         except RunError as error:
-            _logger.error(error)
+            if saver is not None or not error.is_shared:
+                _logger.error(error)
             if saver is not None:
                 _logger.info(_how_to_continue(run, saver))
             raise
+        except Exception:
+            if run.args.distributed:
+                _logger.error(f'Failed in {run.whereabouts.place}.')
+            raise
+        finally:
+            run.whereabouts.end()
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}')
@@ -258,7 +270,14 @@ def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
-    run = build_run(args)
+    try:
+        run = build_run(args)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        error = lost_contact(error, 'preparing', args.dist_timeout)
+        _logger.error(error)
+        raise error from None
     if args.validate:
         validate_checkpoint(run)
     else:
@@ -283,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(rest)
     except UsageError as error:
-        _logger.error(error)
+        if is_first_on_machine():  # all of them see the same options and files
+            _logger.error(error)
         return 2
     except RunError:  # told already
         return 1

@@ -3,6 +3,7 @@ import argparse
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from .loaders import Loaders, build_datasets, build_loaders
 from .loss_guard import LossGuard
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
 from .objective import build_task
+from .processes import Whereabouts, of_the_first, set_timeout
 from .progress import step_scheduler, usable_progress
 
 _logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Run:
         interrupted: Averages of an epoch that goes on in its middle, None for one that begins.
         guard: What keeps losses that are not finite from the weights.
         stop: Whether the user wants it to end.
+        whereabouts: Where in the run this process is.
     """
     args: argparse.Namespace
     device: torch.device
@@ -89,6 +92,7 @@ class Run:
     interrupted: dict[str, Any] | None = None
     guard: LossGuard | None = None
     stop: StopRequest = field(default_factory=StopRequest)
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
 
     @property
     def decreasing(self) -> bool:
@@ -110,6 +114,8 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
         set_fast_norm()
     with blame(f'--device {args.device}'):
         device = utils.init_distributed_device(args)
+    if args.distributed:
+        set_timeout(args.dist_timeout)
     where = f'{args.world_size} processes, this one' if args.distributed else 'one process'
     _logger.info(f'Training with {where} on {device}.')
     return device
@@ -174,7 +180,13 @@ def _build_training(run: Run) -> None:
     with blame(f'--opt {args.opt}'):
         run.optimizer = create_optimizer_v2(
             task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    path = newest_checkpoint(run.folder) if args.resume == 'auto' else args.resume or None
+    path = args.resume or None
+    if args.resume == 'auto':
+        path = newest_checkpoint(run.folder) if utils.is_primary(args) else None
+    if args.distributed:
+        path = of_the_first(path)
+        if path and not os.path.isfile(path):
+            raise UsageError(f'--resume {path}: machine {socket.gethostname()} has no such file. Share the folder.')
     checkpoint = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else {}
     run.resumed_from = path
     if args.distributed:
@@ -187,7 +199,7 @@ def _build_training(run: Run) -> None:
     if args.distributed:
         options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
         task.prepare_distributed(device_ids=[run.device] if run.device.type != 'cpu' else None, **options)
-        run.stop.connect()
+        run.stop.connect(args.dist_timeout)
     run.guard = LossGuard(task.get_trainable_module(), args.max_nonfinite, args.distributed)
     run.updates_per_epoch = -(-len(run.loaders.train) // args.grad_accum_steps)
     _build_schedule(run, checkpoint)
