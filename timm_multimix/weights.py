@@ -55,6 +55,11 @@ def _propose_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Gener
     return log_v.add_(log_uniform.div_(a)), accepted
 
 
+def _can_draw_again(device: torch.device) -> bool:
+    """Whether what was rejected may be asked for: it would synchronise a GPU, and break a compiled graph."""
+    return device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
 def _sample_log_gamma(concentration: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
     """Logarithms of Gamma(concentration) variables, up to a constant in each row of `size`.
 
@@ -69,7 +74,7 @@ def _sample_log_gamma(concentration: torch.Tensor, size: torch.Size, generator: 
         size: (..., m).
         generator: Source of randomness.
     """
-    if concentration.device.type != 'cpu' or torch.compiler.is_compiling():
+    if not _can_draw_again(concentration.device):
         log_gamma = torch._standard_gamma((concentration + 1).expand(size), generator=generator).log_()
         uniform = torch.rand(size, dtype=concentration.dtype, device=concentration.device, generator=generator)
         return log_gamma.add_(uniform.neg_().log1p_().div_(concentration))

@@ -1,0 +1,194 @@
+"""What a step may not do: ask the device for a value, keep what grows with n, lose precision to fast products."""
+import pytest
+import timm
+import torch
+from loss_helpers import literal_gradient, problem, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import timm_multimix.fused
+import timm_multimix.products
+import timm_multimix.weights
+from timm_multimix import MultiMixLoss, MultiMixOutput, SelfDistillationLoss, attach, multimix_cross_entropy
+from timm_multimix.balance import RowMoments, kappa
+
+# Their results, or the sizes of them, are values on the device that the host waits for.
+SYNCHRONISES = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'unique', 'equal', 'is_nonzero', 'allclose'}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations that run, and the elements of the largest tensor that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Takes the roads that are taken on a GPU, where looking at values and drawing again would synchronise."""
+    monkeypatch.setattr(timm_multimix.losses, '_may_look', lambda tensor: False)
+    monkeypatch.setattr(timm_multimix.weights, '_can_draw_again', lambda device: False)
+    monkeypatch.setattr(timm_multimix.fused, 'are_exact', lambda device: False)
+    monkeypatch.setattr(timm_multimix.products, 'HAS_ONEDNN', False)
+
+
+OPTIONS = [
+    dict(), dict(attention='cam'), dict(attention_grad=True), dict(tuple_length=2), dict(clean_weight=0.5),
+    dict(loss_type='bce'), dict(smoothing=0.1),
+]
+
+
+@pytest.mark.usefixtures('as_on_a_gpu')
+@pytest.mark.parametrize('options', OPTIONS)
+@pytest.mark.parametrize('mode', ['dense', 'pooled'])
+def test_a_step_does_not_wait_for_the_device(mode, options):
+    model = timm.create_model('test_resnet', num_classes=7)
+    attach(model, mode)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, foreach=True)
+    loss = MultiMixLoss(30, **options)
+    images, target = torch.randn(4, 3, 64, 64), torch.randint(7, (4,))
+    with Recorder() as recorder:
+        loss(model(images), target).backward()
+        optimizer.step()
+    assert {'convolution', 'bmm'} <= recorder.names, 'nothing was recorded'
+    assert not recorder.names & SYNCHRONISES
+
+
+@pytest.mark.usefixtures('as_on_a_gpu')
+def test_a_step_with_a_teacher_does_not_wait_for_the_device():
+    dense, teacher = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    loss = SelfDistillationLoss(MultiMixLoss(30))
+    target = torch.randint(5, (4,))
+    with Recorder() as recorder:
+        loss(MultiMixOutput(dense.mean(1), dense), target, MultiMixOutput(teacher.mean(1), teacher))
+    assert 'bmm' in recorder.names and not recorder.names & SYNCHRONISES
+
+
+def test_the_recorder_would_notice():
+    with Recorder() as recorder:
+        float(torch.ones(()) + 1)
+    assert recorder.names & SYNCHRONISES
+
+
+@pytest.mark.usefixtures('as_on_a_gpu')
+@pytest.mark.parametrize('options', OPTIONS)
+def test_no_shape_depends_on_a_value(options):
+    """Fake tensors have no values: an operation that needs one raises."""
+    with FakeTensorMode():
+        dense = torch.randn(6, 9, 4, requires_grad=True)
+        output = MultiMixOutput(dense.mean(1), dense, torch.rand(6, 9))
+        MultiMixLoss(50, **options)(output, torch.zeros(6, dtype=torch.int64)).backward()
+        assert dense.grad.shape == dense.shape
+
+
+@pytest.mark.parametrize('teacher', [False, True])
+@pytest.mark.parametrize('options', [dict(), dict(attention_grad=True), dict(loss_type='bce')])
+def test_no_tensor_grows_with_the_number_of_mixes(options, teacher):
+    dense, target = torch.randn(8, 3, 100), torch.randint(100, (8,))
+    output = MultiMixOutput(dense.mean(1), dense.clone().requires_grad_(), torch.rand(8, 3).requires_grad_())
+    taught = dict(teacher=MultiMixOutput(dense.mean(1), dense)) if teacher else {}
+    def largest(n):
+        with Recorder() as recorder:
+            MultiMixLoss(n, **options).terms(output, target, **taught)['loss'].backward()
+        return recorder.largest
+    assert largest(100_000) <= 2 * max(timm_multimix.fused.TILE_ELEMENTS['cpu'], largest(20_000))
+    assert largest(100_000) < 100_000 * 8, 'that of all weights of a position'
+
+
+# Products that round what they multiply
+
+
+def rounded(bits, truncate=False):
+    """A product that keeps so many bits of the fraction of what it multiplies: 10 for TF32, 7 for bfloat16."""
+    def keep(tensor):
+        bits_lost = 23 - bits
+        integer = tensor.float().contiguous().view(torch.int32)
+        if not truncate:  # to nearest, ties to even
+            integer = integer + (2 ** (bits_lost - 1) - 1) + (integer >> bits_lost & 1)
+        return (integer >> bits_lost << bits_lost).view(torch.float32)
+    return lambda a, b: torch.matmul(keep(a).double(), keep(b).double()).float()
+
+
+@pytest.fixture
+def fast_products(monkeypatch):
+    """Replaces all products of the loss, its operators included."""
+    def use(product):
+        class Rounds(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm, torch.ops.aten.mv):
+                    return product(*args)
+                if func.overloadpacket is torch.ops.aten.baddbmm_:
+                    return args[0].add_(product(*args[1:]))
+                return func(*args, **(kwargs or {}))
+        monkeypatch.setattr(timm_multimix.fused, 'are_exact', lambda device: False)
+        monkeypatch.setattr(timm_multimix.products, 'HAS_ONEDNN', False)
+        return Rounds()
+    return use
+
+
+PROBLEMS = [(32, 1, 1000, 1000, 1), (128, 1, 100, 1000, 3), (128, 2, 10, 1000, 1), (256, 1, 10, 1000, 10)]
+
+
+@pytest.mark.parametrize('bits, truncate, limit', [(10, False, 1e-3), (10, True, 1.5e-3), (7, False, 2e-2)])
+@pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
+def test_the_balanced_gradient_survives_products_that_round(b, r, c, n, scale, bits, truncate, limit, fast_products):
+    logits, target, y, weights = problem(b, r, c, n, scale=scale)
+    logits, weights = logits.float(), weights.float()
+    truth = literal_gradient(logits.double(), y, weights.double(), balance=True)
+    given = logits.clone().requires_grad_()
+    with fast_products(rounded(bits, truncate)):
+        multimix_cross_entropy(given, target, weights).backward()
+    assert relative_error(given.grad, truth) < limit
+
+
+@pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
+def test_the_balanced_gradient_is_precise(b, r, c, n, scale, dtype, limit):
+    logits, target, y, weights = problem(b, r, c, n, scale=scale)
+    logits, weights = logits.to(dtype), weights.float()
+    truth = literal_gradient(logits.double(), y, weights.double(), balance=True)
+    given = logits.clone().requires_grad_()
+    multimix_cross_entropy(given, target, weights).backward()
+    assert relative_error(given.grad, truth) < limit
+
+
+def test_products_that_round_are_too_coarse_for_what_is_not_centred():
+    """Why it is done: the same gradient from MᵀM and Mᵀ A' as they are, by products that round to TF32."""
+    logits, _, y, weights = problem(128, 1, 100, 1000, scale=3)
+    truth = literal_gradient(logits, y, weights, balance=True)[:, 0]
+    m, logits, product = weights[0].float(), logits[:, 0].float(), rounded(10)
+    gram = product(m.mT, m)
+    grad = (product(m.mT, product(m, logits).softmax(-1)) - product(gram, y.float())) / len(m)
+    w = m.mean(0, keepdim=True).mT
+    apart = grad - w * grad.sum(0)
+    covariance = gram / len(m) - w * w.mT
+    balanced = w * grad.sum(0) + kappa(w[None], covariance[None])[0] * apart
+    assert relative_error(balanced, truth) > 1e-3
+
+
+def test_moments_are_those_of_all_blocks():
+    m = torch.rand(2, 90, 5, dtype=torch.float64)
+    moments = RowMoments(m[:, :40])
+    for block in m.split(40, dim=1):
+        moments.add(block)
+    torch.testing.assert_close(moments.mean().squeeze(-1), m.mean(1))
+    torch.testing.assert_close(moments.covariance(), torch.stack([torch.cov(p.mT, correction=0) for p in m]))
+
+
+@pytest.mark.parametrize('positions', [1, 3])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_product(positions, dtype):
+    a, b = torch.randn(positions, 6, 5, dtype=dtype), torch.randn(positions, 5, 7, dtype=dtype)
+    expected = torch.einsum('pik,pkj->pij', a.double(), b.double())
+    for left, right in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
+        torch.testing.assert_close(timm_multimix.products.product(left, right).double(), expected, rtol=1e-5, atol=1e-5)
