@@ -79,9 +79,7 @@ def _run_script(folder: Path, rank: int, world_size: int, prepare: Callable | No
     os.chdir(folder.parent)
     if prepare is not None:
         prepare(rank)
-    meet = dist.init_process_group
-    dist.init_process_group = lambda backend, init_method, **options: meet(
-        backend, f'file://{folder / "store"}', rank=rank, world_size=world_size, **options)
+    dist.rendezvous = lambda *_, **__: iter([(dist.FileStore(str(folder / 'store'), world_size), rank, world_size)])
     sys.exit(main(argv))
 
 

@@ -2,12 +2,14 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
-from distributed_helpers import run_script
+from distributed_helpers import PATIENCE, run_script
 from test_resume import _same
 
 from timm_multimix import training
@@ -103,6 +105,46 @@ def test_mistakes_are_told_once(tmp_path, image_folder):
     assert [outcome.status for outcome in outcomes] == [2, 2]
     assert 'timm has no such model' in outcomes[0].text
     assert not outcomes[1].text
+
+
+# A script that is train_timm.py, but one of its processes is killed once.
+KILLED_ONCE = """
+import os, signal, sys
+from timm_multimix import training
+step, calls = training.loop._train_step, []
+def counted(*args):
+    calls.append(args)
+    if os.environ['RANK'] == '1' and len(calls) == 6 and not os.path.exists('killed'):
+        open('killed', 'w').close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+training.loop._train_step = counted
+sys.exit(training.main())
+"""
+
+
+def torchrun(script, *argv):
+    """The command that runs a script in two processes, and starts them again once if one fails."""
+    return [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1',
+        str(script), *map(str, argv)]
+
+
+def test_torchrun_starts_a_killed_process_again(tmp_path, image_folder):
+    """The restarted run goes on from the recovery checkpoint and ends; everything is told once."""
+    script = tmp_path / 'script.py'
+    script.write_text(KILLED_ONCE)
+    argv = arguments(image_folder, '--resume', 'auto', '--model-ema', multimix='dense', recovery_interval=2)
+    done = subprocess.run(
+        torchrun(script, *argv), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'killed').exists()
+    lines = done.stderr.splitlines()
+    assert sum('Lost contact with the other processes in epoch 1, update 2' in line for line in lines) == 1
+    assert sum('Continuing from' in line and 'recovery-1-1' in line for line in lines) == 1
+    assert sum(line.startswith('Epoch 1: validation') for line in lines) == 1
+    assert sum(line.startswith('Best top1') for line in lines) == 1
+    assert [row['epoch'] for row in summary(tmp_path)] == ['0', '1']
 
 
 @pytest.mark.parametrize(('signalled', 'flags', 'options'), [

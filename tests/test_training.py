@@ -261,20 +261,6 @@ def test_naflex(script, image_folder, flags):
     assert len(script.summary()) == 2
 
 
-def test_two_processes_train_one_model(tmp_path, image_folder):
-    """torchrun on the CPU: one log, one folder, metrics over all images."""
-    command = [
-        sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(SCRIPT),
-        '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32', '-b', '4', '--epochs', '2',
-        '-j', '0', '--experiment', 'run', '--multimix', 'dense', '--multimix-n', '20', '--model-ema', '--lr', '0.01',
-        '--warmup-epochs', '0', '--device', 'cpu']
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count('Best top1') == 1
-    assert len((tmp_path / 'output' / 'train' / 'run' / 'summary.csv').read_text().splitlines()) == 3
-
-
 def test_second_signal_stops_at_once():
     with StopRequest() as stop:
         stop.check()

@@ -160,7 +160,10 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
 
 def _command(run: Run, *options: str) -> str:
     script = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else 'train_timm.py'
-    return shlex.join(['python', script, '--config', os.path.join(run.folder, 'args.yaml'), *options])
+    launcher = ['python']
+    if run.args.distributed:
+        launcher = ['torchrun', '--nproc-per-node', os.environ.get('LOCAL_WORLD_SIZE', str(run.args.world_size))]
+    return shlex.join([*launcher, script, '--config', os.path.join(run.folder, 'args.yaml'), *options])
 
 
 def _how_to_continue(run: Run, saver: RunSaver) -> str:

@@ -1,24 +1,54 @@
 """Several processes: how long they wait for each other, and what one tells that waits in vain."""
+import argparse
 import logging
+import os
 import threading
 import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device, is_distributed_env, world_info_from_env
 
 from .errors import RunError
 
 _logger = logging.getLogger(__name__)
 
 
-def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
-    """Limit how long a collective of a process group waits, of the default one if none is given."""
-    limit = timedelta(seconds=seconds)
-    if hasattr(dist, 'set_timeout'):
-        dist.set_timeout(limit, group)
-    else:
-        dist.distributed_c10d._set_pg_timeout(limit, group)
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device of this process. Does what timm's init_distributed_device does, except to join the other processes.
+
+    Args:
+        args: Arguments of the run. Gets timm's distributed, world_size, rank, local_rank and device.
+    """
+    if not is_distributed_env():
+        return init_distributed_device(args)
+    args.distributed = True
+    args.local_rank, args.rank, args.world_size = world_info_from_env()
+    kind = torch.device(args.device).type
+    if kind != 'cpu':
+        args.device = f'{kind}:{args.local_rank}'
+        torch.get_device_module(kind).set_device(args.local_rank)
+    return torch.device(args.device)
+
+
+def join_processes(device: torch.device, rank: int, world_size: int, timeout: float) -> None:
+    """Make the process group, also where torchrun has started the processes again.
+
+    Args:
+        device: The device of this process.
+        rank: Its rank.
+        world_size: Number of processes.
+        timeout: Seconds that they wait for each other, now and in every collective.
+    """
+    timeout = timedelta(seconds=timeout)
+    store, *_ = next(dist.rendezvous('env://', rank, world_size, timeout=timeout))
+    # torchrun may keep its store when it starts processes again: they must not find the addresses of those that died.
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    dist.init_process_group(
+        dist.Backend.default_device_backend_map.get(device.type, 'gloo'),
+        store=dist.PrefixStore(f'attempt {attempt}', store), rank=rank, world_size=world_size, timeout=timeout)
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from .loaders import Loaders, build_datasets, build_loaders
 from .loss_guard import LossGuard
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
 from .objective import build_task
-from .processes import Whereabouts, of_the_first, set_timeout
+from .processes import Whereabouts, choose_device, join_processes, of_the_first
 from .progress import step_scheduler, usable_progress
 
 _logger = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
     if args.fast_norm:
         set_fast_norm()
     with blame(f'--device {args.device}'):
-        device = utils.init_distributed_device(args)
+        device = choose_device(args)
     if args.distributed:
-        set_timeout(args.dist_timeout)
+        join_processes(device, args.rank, args.world_size, args.dist_timeout)
     where = f'{args.world_size} processes, this one' if args.distributed else 'one process'
     _logger.info(f'Training with {where} on {device}.')
     return device
