@@ -29,7 +29,7 @@ def test_trains_and_writes_what_timm_writes(script, image_folder, mode):
     assert script.train(image_folder, multimix=mode, epochs=3, seed=1) == 0, script.text
     folder = script.run_folder()
     assert {path.name for path in folder.iterdir()} == {
-        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
+        'args.yaml', 'config.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
         *(f'checkpoint-{epoch}.pth.tar' for epoch in range(3))}
     rows = script.summary()
     assert [row['epoch'] for row in rows] == ['0', '1', '2']

@@ -2,6 +2,7 @@
 from .attention import attention_map
 from .calibration import calibrate
 from .hook import attach
+from .hub import push_to_hub
 from .losses import MultiMixLoss, MultiMixOutput, multimix_binary_cross_entropy, multimix_cross_entropy
 from .options import add_multimix_args, multimix_kwargs
 from .positions import dense_logits
@@ -30,6 +31,7 @@ __all__ = [
     'multimix_binary_cross_entropy',
     'multimix_cross_entropy',
     'multimix_kwargs',
+    'push_to_hub',
     'sample_weights',
     'split_views',
 ]

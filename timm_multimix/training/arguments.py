@@ -6,6 +6,7 @@ from timm.data.readers.targets import TARGET_FORMATS
 from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
+from ..hub import redact
 from ..options import add_multimix_args
 from .errors import UsageError, near_names
 
@@ -283,6 +284,23 @@ MISCELLANEOUS = (
     _value('--validate', metavar='FILE', help='validate this checkpoint and exit; nothing is trained or written'),
 )
 
+HUB = (
+    _flag('--push-to-hub', help='push the model to the Hugging Face Hub. The token comes from `hf auth login` or '
+                                'HF_TOKEN, never from here'),
+    _value('--hub-model-id', metavar='USER/NAME',
+           help='repository to push to (default: one of your own, with the name of the run folder)'),
+    _value('--hub-strategy', default='every_save', choices=('end', 'every_save', 'best'),
+           help='push at the end only, every checkpoint and at the end, or every new best and at the end; during '
+                'training in the background, and not while the push before is still under way'),
+    _flag('--hub-private-repo', help='make the repository private, if it is made now'),
+    _value('--hub-revision', metavar='BRANCH', help='branch to push to (default: main)'),
+    _flag('--hub-always-push', help='push every checkpoint, also if the push before is still under way'),
+    _value('--hub-weights', default='best', choices=('best', 'student', 'ema', 'teacher'),
+           help='weights to push: those that gave the metric of the checkpoint (best), the trained ones, their '
+                'average, or those of the teacher'),
+    _flag('--hub-force', help='push over another architecture, or over weights that somebody else pushed'),
+)
+
 SCHEDULED_SIZES = (
     _value('--train-img-sizes', type=int, nargs='+', metavar='N', help='image sizes to train on, one for each batch'),
     _value('--train-batch-sizes', type=int, nargs='+', metavar='N',
@@ -341,6 +359,7 @@ GROUPS = {
     'Batch norm parameters': BATCH_NORM,
     'Model exponential moving average parameters': EMA,
     'Miscellaneous parameters': MISCELLANEOUS,
+    'Hugging Face Hub parameters': HUB,
     'Scheduled resolution parameters': SCHEDULED_SIZES,
     'NaFlex parameters': NAFLEX,
     'Knowledge distillation parameters': DISTILLATION,
@@ -353,7 +372,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         unknown = message.removeprefix('unrecognized arguments: ')
         hint = near_names(unknown.split()[0].split('=')[0], self._option_string_actions) if unknown != message else ''
-        raise UsageError(f'{message}.{hint}')
+        if 'token' in unknown:
+            hint = ' A token for the Hub comes from `hf auth login` or HF_TOKEN: the command line is no place for it.'
+        raise UsageError(redact(f'{message}.{hint}'))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,11 +11,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 from torch.optim import Optimizer
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, blame
 from .files import duplicate, replace
 
 _logger = logging.getLogger(__name__)
@@ -232,6 +233,22 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
         raise UsageError(f'{path} does not fit this run: {error}') from error
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
     return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'))
+
+
+def load_weights(task: TrainingTask, path: str, name: str) -> None:
+    """Load a file that holds nothing but weights, as the Hub has them: nothing else of the run can be continued.
+
+    Args:
+        task: Gets the weights.
+        path: The safetensors file.
+        name: What the user calls it.
+
+    Raises:
+        UsageError: if they are of another model.
+    """
+    with blame(f'--resume {name} does not fit this model'):
+        task.load_checkpoint_state(load_file(path))
+    _logger.warning(f'--resume {name} holds weights alone: optimizer, schedule and epochs start anew.')
 
 
 def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:

@@ -8,6 +8,7 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
 from ..data import DEMOS
+from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs
 from .errors import UsageError, blame, near_names
 
@@ -80,6 +81,8 @@ def _check_dataset(args: argparse.Namespace) -> None:
 def _check_files(args: argparse.Namespace) -> None:
     for name in ('initial_checkpoint', 'pretrained_path', 'resume', 'validate', 'class_stats'):
         path = getattr(args, name)
+        if name in ('initial_checkpoint', 'resume') and is_hub_name(path):
+            continue
         if path and not (name == 'resume' and path == 'auto') and not os.path.isfile(path):
             raise UsageError(f'{_option(name)} {path}: no such file.')
     if args.resume == 'auto' and not args.experiment:
@@ -89,6 +92,16 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
         raise UsageError(f'--output {args.output}: not a folder.')
     _check_run_folder(args)
+
+
+def _check_hub(args: argparse.Namespace) -> None:
+    given = [name for name in ('hub_model_id', 'hub_revision', 'hub_private_repo', 'hub_always_push', 'hub_force')
+             if getattr(args, name)]
+    if given and not args.push_to_hub:
+        _logger.warning(f'{", ".join(map(_option, given))}: without effect, add --push-to-hub.')
+    if args.hub_model_id and args.push_to_hub:
+        with blame('--hub-model-id'):
+            HubRepository(args.hub_model_id)
 
 
 def _check_run_folder(args: argparse.Namespace) -> None:
@@ -185,6 +198,7 @@ def check_args(args: argparse.Namespace) -> None:
     _check_model(args)
     _check_dataset(args)
     _check_files(args)
+    _check_hub(args)
     _check_combinations(args)
     if args.multimix != 'off':
         check_multimix(args)

@@ -9,9 +9,10 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..data import DEMOS
+from ..hub import check_fields
 from .arguments import build_parser
 from .checks import check_args
-from .errors import UsageError, near_names
+from .errors import UsageError, blame, near_names
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a YAML file of options, named as on the command line with underscores for dashes.
 
     Empty values stand for the default. Keys that are no option are skipped with a warning, so that a file may serve
-    other scripts too.
+    other scripts too. `card` holds what the card of the model says on the Hub, beside what the run knows.
 
     Raises:
         UsageError: if the file cannot be read, is no YAML mapping, or holds a value that its option does not take.
@@ -81,7 +82,11 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     values = {}
     for key, value in (config or {}).items():
         dest = str(key).replace('-', '_')
-        if dest not in actions:
+        if dest == 'card':
+            with blame(f'--config {path}'):
+                check_fields(value or {})
+            values[dest] = value or {}
+        elif dest not in actions:
             _logger.warning(f'--config {path}: no option is called {key}, skipped.{near_names(dest, actions)}')
         elif value is not None:
             try:
@@ -178,7 +183,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         values.setdefault('data_dir', values['data'])
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _NOT_OF_A_RUN}
     demo, demo_note = _demo_defaults(values)
-    args = argparse.Namespace(**{**defaults, **demo, **values})
+    args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **values})
     _settle(args, values)
     device_note = _settle_device(args, 'device' in values)
     check_args(args)

@@ -47,6 +47,8 @@ def setup_logging() -> None:
         warnings.simplefilter('ignore')  # libraries': all processes have the same
     # Its list of all checkpoints after every epoch hides what matters.
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+    for name in ('httpx', 'httpx2'):  # every request, with addresses that hold short-lived credentials
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Averages:

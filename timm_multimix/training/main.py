@@ -17,6 +17,7 @@ from .checkpoints import RunSaver, read_checkpoint
 from .config import parse_args
 from .errors import RunError, UsageError, blame
 from .files import remove_temporary, replacing
+from .hub import HubPush, write_config
 from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
@@ -73,6 +74,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
         os.makedirs(run.folder, exist_ok=True)
         remove_temporary(run.folder)
         _save_args(run, args_text)
+        write_config(run)
     saver = RunSaver(
         model=run.task.get_trainable_module(),
         optimizer=run.optimizer,
@@ -186,7 +188,7 @@ def _interrupt(run: Run, epoch: int, saver: RunSaver | None) -> None:
     _logger.info(f'Stopped in epoch {epoch}. {_how_to_continue(run, saver)}')
 
 
-def _train(run: Run, saver: RunSaver | None, log_wandb: bool) -> None:
+def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | None) -> None:
     run.interrupted = restore_progress(run)
     epoch = run.start_epoch
     try:
@@ -195,7 +197,11 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool) -> None:
             shown = {name: value for name, value in train_metrics.items() if name != 'unreadable'}
             _logger.info(f'Epoch {epoch}: training  {_shown(shown)}  ({images_per_second:.1f} images/s)')
             _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
+            if hub is not None:
+                hub.after_save(is_best=saver.best_epoch == epoch)
     except KeyboardInterrupt:
+        if hub is not None:
+            hub.abandon()
         _interrupt(run, epoch, saver)
         raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     except RuntimeError as error:
@@ -206,14 +212,21 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool) -> None:
         raise
 
 
-def fit(run: Run, args_text: str) -> None:
+def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     """Train a run to its end, writing into its folder.
+
+    Args:
+        run: The run.
+        args_text: Its arguments, as YAML.
+        hub: Pushes it; None on all processes that do not.
 
     Raises:
         Interrupted: if the user stopped it; what was reached is saved.
         RunError: if it cannot go on; the last checkpoint is as it was.
     """
     saver = _open_folder(run, args_text)
+    if hub is not None:
+        hub.begin(run)
     log_wandb = saver is not None and _start_wandb(run)
     _logger.info(
         f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates each, '
@@ -222,7 +235,7 @@ def fit(run: Run, args_text: str) -> None:
         run.whereabouts.watch(0.9 * run.args.dist_timeout)
     with run.stop:
         try:
-            _train(run, saver, log_wandb)
+            _train(run, saver, log_wandb, hub)
         except RunError as error:
             if saver is not None or not error.is_shared:
                 _logger.error(error)
@@ -240,6 +253,8 @@ def fit(run: Run, args_text: str) -> None:
         _logger.info(f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}')
         if run.loaders.evaluation is not None:
             _logger.info('Validate it with\n  ' + _command(run, '--validate', best))
+    if hub is not None:
+        hub.finish()
 
 
 def validate_checkpoint(run: Run) -> dict[str, float]:
@@ -273,6 +288,7 @@ def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    hub = HubPush.start(args)
     try:
         run = build_run(args)
     except RuntimeError as error:
@@ -284,7 +300,7 @@ def _run(argv: Sequence[str]) -> None:
     if args.validate:
         validate_checkpoint(run)
     else:
-        fit(run, args_text)
+        fit(run, args_text, hub)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,10 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models import create_model, resolve_model_input_args
+from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
+from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .errors import UsageError, blame
 
 _logger = logging.getLogger(__name__)
@@ -53,9 +55,14 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
         ),
         **options,
     }
-    with blame(f'--model {args.model}'):
+    checkpoint_path = args.initial_checkpoint
+    if is_hub_name(checkpoint_path):
+        with blame(f'--initial-checkpoint {checkpoint_path}'):
+            checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, HF_WEIGHTS_NAME)
+    started = f', --initial-checkpoint {args.initial_checkpoint}' if checkpoint_path else ''
+    with blame(f'--model {args.model}{started}'):
         model = create_model(
-            pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=args.initial_checkpoint, **options)
+            pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=checkpoint_path, **options)
     if not getattr(model, 'num_classes', 0):
         raise UsageError(f'--model {args.model}: the model has no classifier, or does not tell its number of classes.')
     args.num_classes = model.num_classes

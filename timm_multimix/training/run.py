@@ -21,7 +21,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
-from .checkpoints import newest_checkpoint, resume, setup_ema
+from ..hub import WEIGHTS_NAME, download, is_hub_name
+from .checkpoints import load_weights, newest_checkpoint, resume, setup_ema
 from .checks import DEFAULT_OUTPUT, check_classes
 from .errors import UsageError, blame
 from .interrupt import StopRequest
@@ -59,6 +60,7 @@ class Run:
         precision: Number formats.
         task: What turns a batch into a loss; owns the model.
         loaders: Where batches come from.
+        data_config: Input size, pixel statistics, crop and interpolation.
         optimizer: The optimizer, None for a run that only validates.
         scheduler: Schedule of the learning rate; None for --sched none.
         eval_metric: Metric that makes a checkpoint the best.
@@ -79,6 +81,7 @@ class Run:
     precision: Precision
     task: TrainingTask
     loaders: Loaders
+    data_config: dict[str, Any]
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     eval_metric: str = 'loss'
@@ -185,8 +188,14 @@ def _build_training(run: Run) -> None:
         path = newest_checkpoint(run.folder) if utils.is_primary(args) else None
     if args.distributed:
         path = of_the_first(path)
-        if path and not os.path.isfile(path):
-            raise UsageError(f'--resume {path}: machine {socket.gethostname()} has no such file. Share the folder.')
+    if path and is_hub_name(path):
+        with blame(f'--resume {path}'):
+            path = download(path, 'last.pth.tar', WEIGHTS_NAME)
+    elif path and args.distributed and not os.path.isfile(path):
+        raise UsageError(f'--resume {path}: machine {socket.gethostname()} has no such file. Share the folder.')
+    if path and path.endswith('.safetensors'):
+        load_weights(task, path, args.resume)
+        path = None
     checkpoint = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else {}
     run.resumed_from = path
     if args.distributed:
@@ -241,7 +250,7 @@ def build_run(args: argparse.Namespace) -> Run:
     loaders = build_loaders(args, datasets, data_config, device, precision.dtype, patch_size)
     _settle_learning_rate(args, loaders.batch_size)
 
-    run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders)
+    run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders, data_config)
     run.eval_metric = args.eval_metric if loaders.evaluation is not None else 'loss'
     run.folder = _run_folder(args, data_config['input_size'][-1])
     if not args.validate:

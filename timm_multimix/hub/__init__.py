@@ -1,0 +1,44 @@
+"""Trained models on the Hugging Face Hub, pushed so that plain timm loads them.
+
+From Python: `push_to_hub(model, 'user/name')`. For the folder of a run:
+
+    python -m timm_multimix.hub push RUN_FOLDER user/name
+    python -m timm_multimix.hub card RUN_FOLDER
+
+The token comes from `hf auth login` or HF_TOKEN, and is never an argument.
+"""
+from .card import CARD_NAME, CURVE_NAME, Evaluation, check_fields, dataset_type, model_card
+from .models import check_rebuilds, push_to_hub, save_config, save_weights
+from .repository import (
+    CONFIG_NAME,
+    RETRY_WAITS,
+    WEIGHTS_NAME,
+    HubError,
+    HubRepository,
+    download,
+    is_hub_name,
+    redact,
+    with_retries,
+)
+
+__all__ = [
+    'CARD_NAME',
+    'CONFIG_NAME',
+    'CURVE_NAME',
+    'RETRY_WAITS',
+    'WEIGHTS_NAME',
+    'Evaluation',
+    'HubError',
+    'HubRepository',
+    'check_fields',
+    'check_rebuilds',
+    'dataset_type',
+    'download',
+    'is_hub_name',
+    'model_card',
+    'push_to_hub',
+    'redact',
+    'save_config',
+    'save_weights',
+    'with_retries',
+]

@@ -1,0 +1,256 @@
+"""The card of a model on the Hub: README.md with metadata, written from what a run did."""
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CARD_NAME = 'README.md'
+CURVE_NAME = 'training_curve.png'
+
+_MARK = '<!-- Written by timm-multimix. Without this line the card is yours, and is not written again. -->'
+_TASK = 'image-classification'
+
+# What the `card:` section of a recipe may hold, and its type.
+CARD_FIELDS = {
+    'license': str,
+    'license_name': str,
+    'license_link': str,
+    'datasets': list,
+    'dataset_name': str,
+    'base_model': str,
+    'tags': list,
+    'language': list,
+    'description': str,
+}
+
+# What the Hub calls the metrics of timm: type, name, and what one of them is in percent.
+_METRICS = {
+    'top1': ('accuracy', 'Top-1 accuracy', 100),
+    'top5': ('accuracy', 'Top-5 accuracy', 100),
+    'map': ('mean_average_precision', 'Mean average precision', 100),
+    'loss': ('loss', 'Loss', 1),
+}
+
+_DATASET_TYPE = re.compile(r'(?:[\w-]+/)?[\w.-]+')
+
+_CITATION = """\
+```bibtex
+@inproceedings{venkataramanan2023multimix,
+  title     = {Embedding Space Interpolation Beyond Mini-Batch, Beyond Pairs and Beyond Examples},
+  author    = {Venkataramanan, Shashanka and Kijak, Ewa and Amsaleg, Laurent and Avrithis, Yannis},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  note      = {arXiv:2311.05538}
+}
+
+@misc{venkataramanan2022teach,
+  title  = {Teach me how to Interpolate a Myriad of Embeddings},
+  author = {Venkataramanan, Shashanka and Kijak, Ewa and Amsaleg, Laurent and Avrithis, Yannis},
+  year   = {2022},
+  note   = {arXiv:2206.14868}
+}
+```
+
+MultiMix is the work of Shashanka Venkataramanan, Ewa Kijak, Laurent Amsaleg and Yannis Avrithis;
+[timm](https://github.com/huggingface/pytorch-image-models) is by Ross Wightman and contributors. timm-multimix, which
+trained this model, is an independent implementation of the former for the latter."""
+
+
+class Evaluation(NamedTuple):
+    """How well a model does.
+
+    Attributes:
+        dataset_type: The dataset, as the Hub names it.
+        dataset_name: The dataset, as people do.
+        split: Its split.
+        metrics: By timm's names: 'top1', 'top5', 'map', 'loss' and such.
+    """
+    dataset_type: str
+    dataset_name: str
+    split: str
+    metrics: dict[str, float]
+
+
+def check_fields(fields: Any) -> None:
+    """Check the `card:` section of a recipe.
+
+    Raises:
+        ValueError: for the first thing that is wrong with it.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f'card must hold "name: value" lines, got {fields!r}.')
+    for name, value in fields.items():
+        if name not in CARD_FIELDS:
+            raise ValueError(f'card has no field {name!r}: there are {", ".join(CARD_FIELDS)}.')
+        expected = CARD_FIELDS[name]
+        if not isinstance(value, expected) or (expected is list and not all(isinstance(item, str) for item in value)):
+            raise ValueError(f'card: {name} must be {"a list of strings" if expected is list else "a string"}, '
+                             f'got {value!r}.')
+
+
+def is_ours(card: str | None) -> bool:
+    """Whether a card may be written again: there is none, it was written by this module, or it is metadata only."""
+    return not card or _MARK in card or not re.sub(r'\A---\n.*?\n---', '', card.strip(), flags=re.DOTALL).strip()
+
+
+def dataset_type(name: str) -> str:
+    """A dataset's name, made one that the Hub takes.
+
+    Args:
+        name: As the script takes it (`hfds/user/name`, `torch/cifar10`, `demo/digits`), '' for a folder of images.
+    """
+    kind, _, rest = name.partition('/')
+    if not rest or kind.lower() == 'wds':
+        return 'imagefolder' if not rest else 'webdataset'
+    rest = rest.partition(':')[0]
+    return rest if _DATASET_TYPE.fullmatch(rest) else re.sub(r'[^\w.-]+', '_', rest) or 'imagefolder'
+
+
+def _results(evaluation: Evaluation) -> list[EvalResult]:
+    results = []
+    for name, value in evaluation.metrics.items():
+        kind, shown, percent = _METRICS.get(name, (name, name, 1))
+        results.append(EvalResult(
+            task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
+            dataset_name=evaluation.dataset_name, dataset_split=evaluation.split, metric_type=kind, metric_name=shown,
+            metric_value=round(value / percent, 6)))
+    return results
+
+
+def _version(package: str) -> str:
+    try:
+        return f'{package} {version(package)}'
+    except PackageNotFoundError:
+        return package
+
+
+def _use(name: str) -> str:
+    return f"""\
+## Use it
+
+It is a plain [timm](https://github.com/huggingface/pytorch-image-models) model:
+
+```python
+import timm
+
+model = timm.create_model('hf-hub:{name}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+probabilities = model(transform(image).unsqueeze(0)).softmax(-1)  # image: a PIL image
+```"""
+
+
+def _input(config: Mapping[str, Any]) -> str:
+    data = config['pretrained_cfg']
+    rows = {
+        'architecture': f'`{config["architecture"]}`',
+        'classes': str(config['num_classes']),
+        'input': ' x '.join(map(str, data['input_size'])),
+        'resizing': f'{data["interpolation"]}, centre crop of {data["crop_pct"]:g}',
+        'pixel mean': ', '.join(f'{value:.4g}' for value in data['mean']),
+        'pixel standard deviation': ', '.join(f'{value:.4g}' for value in data['std']),
+    }
+    names = config.get('label_names')
+    if names and len(names) <= 30:
+        rows['class names'] = ', '.join(str(name).replace('|', '\\|') for name in names)
+    return _table('## The model', ('', ''), rows.items())
+
+
+def _table(title: str, header: Sequence[str], rows) -> str:
+    lines = [f'| {" | ".join(header)} |', '|' + '---|' * len(header), *(f'| {" | ".join(row)} |' for row in rows)]
+    return f'{title}\n\n' + '\n'.join(lines)
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    rows = []
+    for name, value in evaluation.metrics.items():
+        _, shown, percent = _METRICS.get(name, (name, name, 1))
+        rows.append((shown, f'{value:.2f} %' if percent == 100 else f'{value:.4g}'))
+    return _table(
+        f'## Results\n\nOn {evaluation.dataset_name}, split `{evaluation.split}`:', ('metric', 'value'), rows)
+
+
+def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str]) -> str:
+    note = f' Options that only concern the machine it ran on are left out ({", ".join(left_out)}).' if left_out else ''
+    text = yaml.safe_dump(dict(recipe), default_flow_style=None, sort_keys=True, width=100).strip()
+    return f"""\
+## Recipe
+
+Save it as `recipe.yaml` and run `python train_timm.py --config recipe.yaml`, with `--data-dir` for a folder of images.{
+note}
+
+```yaml
+{text}
+```"""
+
+
+def model_card(
+        repo_id: str,
+        config: Mapping[str, Any],
+        *,
+        revision: str | None = None,
+        summary: str = '',
+        evaluation: Evaluation | None = None,
+        multimix: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        left_out: Sequence[str] = (),
+        has_curve: bool = False,
+        fields: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """Write a card.
+
+    Args:
+        repo_id: 'user/name'.
+        config: The model's config.json.
+        revision: Branch of the model, None for main.
+        summary: What was trained, on what, and how, in a sentence or two.
+        evaluation: How well it does.
+        multimix: Settings of MultiMix, by name; None if it was not used.
+        recipe: Options that repeat the training.
+        left_out: Names of options that are not in the recipe, for privacy.
+        has_curve: Whether a picture of the training lies next to the card.
+        fields: License, datasets, base model and such: see CARD_FIELDS.
+
+    Returns:
+        The card; its text is `str(card)`.
+
+    Raises:
+        ValueError: if a field is unknown or of the wrong type.
+    """
+    fields = dict(fields or {})
+    check_fields(fields)
+    description = fields.pop('description', '')
+    fields.pop('dataset_name', None)
+    method = ['multimix'] if multimix is not None else []
+    tags = ['timm', _TASK, *method, *fields.pop('tags', [])]
+    name = repo_id.rpartition('/')[2]
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag=_TASK,
+        tags=tags,
+        metrics=sorted({result.metric_type for result in _results(evaluation)} & {'accuracy'}) or None
+        if evaluation else None,
+        model_name=name if evaluation and evaluation.metrics else None,
+        eval_results=_results(evaluation) if evaluation and evaluation.metrics else None,
+        **fields,
+    )
+    shown = repo_id + (f'@{revision}' if revision else '')
+    parts = [
+        _MARK,
+        f'# {name}',
+        description,
+        summary,
+        _use(shown),
+        _evaluation(evaluation) if evaluation and evaluation.metrics else '',
+        f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
+        _input(config),
+        _table('## MultiMix', ('setting', 'value'), ((f'`{key}`', f'`{value}`') for key, value in multimix.items()))
+        if multimix else '',
+        _recipe(recipe, left_out) if recipe else '',
+        f'Made with {_version("timm-multimix")}, {_version("timm")} and {_version("torch")}.',
+        f'## Citation\n\n{_CITATION}' if multimix is not None else '',
+    ]
+    text = '\n\n'.join(part.strip() for part in parts if part.strip())
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}\n')
