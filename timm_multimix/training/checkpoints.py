@@ -227,8 +227,6 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     try:
         epoch = resume_task_checkpoint(
             task, path, optimizer if keep else None, loss_scaler if keep else None, log_info=False)
-        if 'state_dict_teacher' in checkpoint and hasattr(task, 'load_teacher_state'):
-            task.load_teacher_state(checkpoint['state_dict_teacher'])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} does not fit this run: {error}') from error
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))

@@ -52,12 +52,12 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UsageError('--save-epochs counts finished epochs, from 1.')
 
 
-def _check_model(args: argparse.Namespace) -> None:
-    with blame('--model'):
-        source, name = parse_model_name(args.model)
+def _check_model(model: str, option: str) -> None:
+    with blame(option):
+        source, name = parse_model_name(model)
     if source is None and not is_model(name):
         base = split_model_name_tag(name)[0]
-        raise UsageError(f'--model {args.model}: timm has no such model.{near_names(base, list_models())}')
+        raise UsageError(f'{option} {model}: timm has no such model.{near_names(base, list_models())}')
 
 
 def _check_dataset(args: argparse.Namespace) -> None:
@@ -79,7 +79,8 @@ def _check_dataset(args: argparse.Namespace) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    for name in ('initial_checkpoint', 'pretrained_path', 'resume', 'validate', 'class_stats'):
+    for name in ('initial_checkpoint', 'pretrained_path', 'resume', 'validate', 'class_stats',
+                 'multimix_teacher_path'):
         path = getattr(args, name)
         if name in ('initial_checkpoint', 'resume') and is_hub_name(path):
             continue
@@ -142,9 +143,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
     for is_wrong, message in rules:
         if is_wrong:
             raise UsageError(message)
+    _check_eval_metric(args)
+
+
+def _check_eval_metric(args: argparse.Namespace) -> None:
     evaluator = MultiLabelClassificationEvaluator if args.task == 'multilabel' else ClassificationEvaluator
-    if args.val_split and args.eval_metric not in evaluator.metric_names:
-        raise UsageError(f'--eval-metric must be one of {", ".join(evaluator.metric_names)}, got {args.eval_metric}.')
+    names = list(evaluator.metric_names)
+    if args.multimix != 'off' and args.multimix_teacher == 'ema':
+        # by themselves they are those of the better of the two
+        names += [f'{who}_{name}' for who in ('student', 'teacher') for name in evaluator.metric_names]
+    if args.val_split and args.eval_metric not in names:
+        raise UsageError(f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.')
 
 
 def check_multimix(args: argparse.Namespace) -> None:
@@ -167,20 +176,26 @@ def check_multimix(args: argparse.Namespace) -> None:
         (batch_size < 2, 'there is nothing to mix in a batch of 1: raise --batch-size.'),
         (length is not None and not 1 <= length <= batch_size,
          f'--multimix-tuple-length must lie between 1 and the batch size {batch_size}, got {length}.'),
+        (args.multimix_views == 2 and args.aug_splits, '--aug-splits are views already: take --multimix-views 1.'),
     )
     for is_wrong, message in rules:
         if is_wrong:
             raise UsageError(f'--multimix {args.multimix}: {message}')
     with blame(f'--multimix {args.multimix}'):
         multimix_kwargs(args)
+    if args.multimix_teacher == 'none':
+        _warn_of_idle_options(args, ('multimix_teacher', 'multimix_distill'), '--multimix-teacher ema')
+    elif args.multimix_teacher != 'ema':
+        _check_model(args.multimix_teacher, '--multimix-teacher')
 
 
-def _warn_of_idle_options(args: argparse.Namespace) -> None:
+def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...], remedy: str) -> None:
     defaults = argparse.ArgumentParser()
     add_multimix_args(defaults)
-    idle = [_option(name) for name, value in vars(defaults.parse_args([])).items() if getattr(args, name) != value]
+    idle = [_option(name) for name, value in vars(defaults.parse_args([])).items()
+            if name.startswith(prefix) and getattr(args, name) != value]
     if idle:
-        _logger.warning(f'{", ".join(idle)}: without effect, add --multimix dense or --multimix pooled.')
+        _logger.warning(f'{", ".join(idle)}: without effect, add {remedy}.')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:
@@ -195,7 +210,7 @@ def check_args(args: argparse.Namespace) -> None:
         UsageError: for the first thing that is wrong.
     """
     _check_values(args)
-    _check_model(args)
+    _check_model(args.model, '--model')
     _check_dataset(args)
     _check_files(args)
     _check_hub(args)
@@ -203,7 +218,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.multimix != 'off':
         check_multimix(args)
     else:
-        _warn_of_idle_options(args)
+        _warn_of_idle_options(args, '', '--multimix dense or --multimix pooled')
 
 
 def check_classes(args: argparse.Namespace, train, evaluation) -> None:

@@ -17,6 +17,7 @@ from timm.data import (
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import create_dataset
+from ..views import add_second_view
 from .checks import mixup_active
 from .errors import UsageError, blame
 from .resumable import ResumableLoader
@@ -183,6 +184,8 @@ def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_siz
         **shared,
         **own,
     )
+    if args.multimix != 'off' and args.multimix_views == 2:
+        add_second_view(loader)
     return loader, mixup_fn
 
 

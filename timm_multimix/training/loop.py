@@ -193,7 +193,9 @@ def _num_unreadable(run: Run) -> int:
 
 def _save_images(run: Run, input: Any, batch: int) -> None:
     path = os.path.join(run.folder, f'train-batch-{batch}.jpg')
-    torchvision.utils.save_image(input, path, padding=0, normalize=True)
+    views = run.args.multimix_views if run.args.multimix != 'off' else 1
+    images = input.unflatten(1, (views, -1)).flatten(0, 1)
+    torchvision.utils.save_image(images, path, padding=0, normalize=True)
 
 
 def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[dict[str, float], float]:

@@ -23,6 +23,7 @@ from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress
 from .run import Run, build_run, compile_task
+from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
 
 _logger = logging.getLogger(__name__)
 
@@ -93,27 +94,6 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
     return saver
 
 
-def _share_batch_norm(run: Run, model: torch.nn.Module) -> None:
-    if run.args.distributed and run.args.dist_bn:
-        utils.distribute_bn(model, run.args.world_size, run.args.dist_bn == 'reduce')
-
-
-def _validate_epoch(run: Run) -> dict[str, float] | None:
-    """Metrics of the weights; of their average, if there is one that is validated."""
-    if run.loaders.evaluation is None:
-        return None
-    metrics = validate(run, run.task.get_eval_model())
-    if run.task.has_ema() and not run.args.model_ema_force_cpu:
-        _share_batch_norm(run, run.task.get_trainable_module(ema=True))
-        _logger.info(f'Without averaging the weights: {_shown(metrics)}')
-        metrics = validate(run, run.task.get_eval_model(ema=True))
-    return metrics
-
-
-def _shown(metrics: dict[str, float]) -> str:
-    return '  '.join(f'{name} {value:.4g}' for name, value in metrics.items())
-
-
 def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
     # Parts that are absent in some epochs keep their column, or rows would not fit the header.
     others = ('loss', 'top1', 'unreadable')
@@ -137,7 +117,7 @@ def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict
 
 def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | None, log_wandb: bool) -> None:
     """Validate, write the summary and a checkpoint, and step the schedule."""
-    _share_batch_norm(run, run.task.get_trainable_module())
+    share_batch_norm(run, run.task.get_trainable_module())
     done = epoch + 1
     unreadable = train_metrics['unreadable']
     if unreadable:
@@ -145,12 +125,15 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
     is_milestone = done in run.args.save_epochs
     metric = None
     if done % run.args.val_interval == 0 or done == run.stop_epoch or is_milestone:
-        eval_metrics = _validate_epoch(run)
-        metric = (eval_metrics or train_metrics)[run.eval_metric]
-        if eval_metrics is not None:
-            _logger.info(f'Epoch {epoch}: validation  {_shown(eval_metrics)}')
+        validated, eval_metrics = validate_epoch(run), None
+        if validated is None:
+            metric = train_metrics[run.eval_metric]
+        else:
+            eval_metrics, metric, _ = validated
+            _logger.info(f'Epoch {epoch}: validation  {shown(eval_metrics)}')
         progress = take_progress(run)
         if saver is not None:
+            saver.metric_of = validated and validated.metric_of
             _write_summary(run, epoch, train_metrics, eval_metrics, log_wandb)
             saver.save_checkpoint(epoch, metric, progress)
             if is_milestone:
@@ -194,8 +177,8 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
     try:
         for epoch in range(run.start_epoch, run.stop_epoch):
             train_metrics, images_per_second = train_epoch(run, epoch, saver)
-            shown = {name: value for name, value in train_metrics.items() if name != 'unreadable'}
-            _logger.info(f'Epoch {epoch}: training  {_shown(shown)}  ({images_per_second:.1f} images/s)')
+            metrics = {name: value for name, value in train_metrics.items() if name != 'unreadable'}
+            _logger.info(f'Epoch {epoch}: training  {shown(metrics)}  ({images_per_second:.1f} images/s)')
             _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
             if hub is not None:
                 hub.after_save(is_best=saver.best_epoch == epoch)
@@ -210,6 +193,14 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
         if is_lost_contact(error):
             raise lost_contact(error, run.whereabouts.place, run.args.dist_timeout) from error
         raise
+
+
+def _whose(run: Run, path: str) -> str:
+    """Which weights of a checkpoint its metric is of, where there is a choice."""
+    entry = read_checkpoint(path, verify=False).get('metric_of')
+    who = {'state_dict': 'the model', 'state_dict_ema': 'the average', 'state_dict_teacher': 'the teacher'}
+    choices = getattr(run.task, 'get_eval_teacher', lambda: None)() is not None and entry in who
+    return f'\nThe better weights in it are those of {who[entry]} ({entry}): ship those.' if choices else ''
 
 
 def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
@@ -250,7 +241,8 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
             run.whereabouts.end()
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
-        _logger.info(f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}')
+        _logger.info(
+            f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}{_whose(run, best)}')
         if run.loaders.evaluation is not None:
             _logger.info('Validate it with\n  ' + _command(run, '--validate', best))
     if hub is not None:
@@ -258,22 +250,19 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
 
 
 def validate_checkpoint(run: Run) -> dict[str, float]:
-    """Validate the checkpoint that --validate names: the averaged weights, if the run validates those.
+    """Validate the checkpoint that --validate names: the weights that its metric is of.
 
     Raises:
         UsageError: if it does not fit the model.
     """
     path = run.args.validate
     checkpoint = read_checkpoint(path)
-    keys = ['state_dict', 'model']
-    if run.args.model_ema and not run.args.model_ema_force_cpu:
-        keys.insert(0, 'state_dict_ema')
-    key = next(key for key in keys if key in checkpoint)
+    key = entry_to_validate(run, checkpoint)
     with blame(f'{path} does not fit --model {run.args.model}'):
         run.task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
     compile_task(run.args, run.task)
     metrics = validate(run, run.task.get_eval_model())
-    _logger.info(f'{path}: {_shown(metrics)}')
+    _logger.info(f'{path}: {shown(metrics)}')
     return metrics
 
 

@@ -4,6 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from timm.data import resolve_data_config
 from timm.loss import load_class_stats, resolve_class_weights
 from timm.task import (
     ClassificationTask,
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..options import multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
+from ..teacher import PretrainedTeacher
 from .checks import mixup_active
 from .errors import UsageError, blame
 
@@ -112,8 +114,28 @@ def build_task(
         return _multimix_task(MultiLabelMultiMixTask if multi_label else MultiMixTask, model, shared, args)
 
 
+def _pretrained_teacher(model: nn.Module, shared: dict, args: argparse.Namespace) -> PretrainedTeacher:
+    data_config = resolve_data_config(vars(args), model=model)
+    teacher = PretrainedTeacher(
+        args.multimix_teacher,
+        model,
+        path=args.multimix_teacher_path,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        device=shared['device'],
+        dtype=shared['dtype'],
+    )
+    channels, *size = data_config['input_size']
+    for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
+        teacher(torch.zeros(1, channels, height, width, device=shared['device'], dtype=shared['dtype']))
+    return teacher
+
+
 def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace):
     options = multimix_kwargs(args)
+    if args.multimix_teacher not in ('none', 'ema'):
+        with blame(f'--multimix-teacher {args.multimix_teacher}'):
+            options.update(teacher=_pretrained_teacher(model, shared, args), teacher_path=None)
     try:
         return task_cls(model, **shared, **options)
     except (ValueError, TypeError) as error:

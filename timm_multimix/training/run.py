@@ -100,7 +100,7 @@ class Run:
     @property
     def decreasing(self) -> bool:
         """Whether a lower metric is better."""
-        return self.eval_metric == 'loss'
+        return self.eval_metric.endswith('loss')
 
 
 def _setup_device(args: argparse.Namespace) -> torch.device:
