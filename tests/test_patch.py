@@ -20,7 +20,9 @@ STAND_IN = textwrap.dedent('''
 
     import torch
     import yaml
+    from PIL import Image
     from timm import create_model
+    from timm.data import create_loader
     from timm.task import ClassificationTask
 
     parser = argparse.ArgumentParser()
@@ -29,7 +31,20 @@ STAND_IN = textwrap.dedent('''
     parser.add_argument('--torchscript', action='store_true')
     parser.add_argument('--jsd-loss', action='store_true')
     parser.add_argument('--kd-model-name')
+    parser.add_argument('--aug-splits', type=int, default=0)
+    parser.add_argument('--eval-metric', default='top1')
     parser.add_argument('--epochs', type=int, default=1)
+
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, count):
+            self.count = count
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, index):
+            return self.transform(Image.new('RGB', (32, 32), (index % 3 * 90, 10, 200))), index % 3
 
 
     def _parse_args():
@@ -45,14 +60,20 @@ STAND_IN = textwrap.dedent('''
         torch.manual_seed(0)
         task = ClassificationTask(model=create_model('test_resnet', num_classes=3), device=torch.device('cpu'))
         assert isinstance(task, ClassificationTask)
+        loader, loader_eval = (
+            create_loader(Images(args.batch_size), (3, 32, 32), args.batch_size, is_training=is_training,
+                          num_workers=0, device=torch.device('cpu')) for is_training in (True, False))
         for epoch in range(args.epochs):
-            print(json.dumps(train_one_epoch(epoch, task.get_trainable_module(), args, task=task)))
+            print(json.dumps(train_one_epoch(epoch, task.get_trainable_module(), loader, task=task)))
+            task.update_ema(step=epoch + 1)
+        model = task.get_eval_model().eval()
+        assert all(model(images).shape[1] == 3 for images, _ in loader_eval)
 
 
-    def train_one_epoch(epoch, model, args, task=None):
+    def train_one_epoch(epoch, model, loader, task=None):
         model.train()
         torch.manual_seed(epoch)
-        result = task(torch.randn(args.batch_size, 3, 32, 32), torch.arange(args.batch_size) % 3)
+        result = task(*next(iter(loader)))
         return {name: value.item() for name, value in result.items() if value.ndim == 0}
 
 
@@ -83,6 +104,15 @@ def test_multimix_comes_and_goes_in_the_script(stand_in, capsys):
     assert [set(result) for result in _results(capsys)] == [{'loss'}, {'loss', 'dense', 'pooled'}, {'loss'}]
 
 
+@pytest.mark.parametrize('views', ['1', '2'])
+def test_teacher_comes_into_the_script(stand_in, capsys, views):
+    def losses(*options):
+        assert patch.main([stand_in, '--multimix', 'dense', '--multimix-n', '10', '--epochs', '2', *options]) == 0
+        return [result['loss'] for result in _results(capsys)]
+    taught = losses('--multimix-teacher', 'ema', '--multimix-views', views)
+    assert len(taught) == 2 and taught != losses()
+
+
 def test_without_multimix_the_script_is_itself(stand_in, capsys):
     assert patch.main([stand_in, '--epochs', '2']) == 0
     patched = capsys.readouterr().out
@@ -108,7 +138,9 @@ def test_train_timm_does_the_same(stand_in, script, capsys):
 @pytest.mark.parametrize('argv,word', [
     (['--torchscript'], 'torchcompile'), (['--jsd-loss'], 'jsd'), (['--kd-model-name', 'x'], 'distillation'),
     (['--batch-size', '1'], '--batch-size'), (['--multimix-attention', 'token'], 'class token'),
-    (['--multimix-clean-weight', '2'], 'clean_weight'),
+    (['--multimix-clean-weight', '2'], 'clean_weight'), (['--multimix-views', '2'], 'second view'),
+    (['--multimix-teacher', 'ema', '--multimix-views', '2', '--aug-splits', '2'], '--aug-splits'),
+    (['--multimix-teacher', 'ema', '--eval-metric', 'teacher_top1'], 'does not validate teachers'),
 ])
 def test_mistakes_end_in_one_line(stand_in, capsys, argv, word):
     assert patch.main([stand_in, '--multimix', 'dense', *argv]) == 2
@@ -137,7 +169,10 @@ def test_usage(capsys):
 
 
 @pytest.mark.skipif('TIMM_TRAIN_SCRIPT' not in os.environ, reason="set TIMM_TRAIN_SCRIPT to timm's train.py")
-@pytest.mark.parametrize('flags', [[], ['--multimix', 'dense', '--multimix-n', '20', '--multimix-off-epoch', '1']])
+@pytest.mark.parametrize('flags', [
+    [], ['--multimix', 'dense', '--multimix-n', '20', '--multimix-off-epoch', '1'],
+    ['--multimix', 'dense', '--multimix-n', '20', '--multimix-teacher', 'ema', '--multimix-views', '2'],
+])
 def test_timms_script_and_ours_agree(tmp_path, image_folder, flags):
     """The same losses, to the last bit, with MultiMix and without."""
     options = ['--data-dir', str(image_folder), '--num-classes', '3', '--model', 'test_resnet', '--img-size', '32',

@@ -16,11 +16,12 @@ from .options import add_multimix_args, multimix_kwargs
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
 from .training.errors import UsageError
+from .views import add_second_view
 
 _logger = logging.getLogger(__name__)
 
 # What a script must have for this to work, all of it on its top level; timm's has had it since 1.0.29.
-_NEEDED = ('parser', '_parse_args', 'main', 'train_one_epoch', 'ClassificationTask')
+_NEEDED = ('parser', '_parse_args', 'main', 'train_one_epoch', 'create_loader', 'ClassificationTask')
 _TASKS = {'ClassificationTask': MultiMixTask, 'MultiLabelClassificationTask': MultiLabelMultiMixTask}
 
 
@@ -75,6 +76,14 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
+def _with_second_view(create_loader: Callable) -> Callable:
+    def create(*args, is_training: bool = False, **kwargs):
+        loader = create_loader(*args, is_training=is_training, **kwargs)
+        return add_second_view(loader) if is_training else loader
+
+    return create
+
+
 class _Patch:
     """The MultiMix side of a loaded script; keeps the task that the script makes, to tell it the epoch."""
 
@@ -94,6 +103,10 @@ class _Patch:
         args.multimix = args.multimix or 'off'  # YAML reads a bare off as false
         if args.multimix != 'off':
             check_multimix(args)
+            if args.eval_metric.startswith(('student_', 'teacher_')):
+                raise UsageError(
+                    f'--eval-metric {args.eval_metric}: timm\'s script does not validate teachers. Take train_timm.py, '
+                    'or --model-ema with the same decay, whose average then is the teacher.')
             self._install(args)
         return args, text
 
@@ -102,6 +115,8 @@ class _Patch:
             if hasattr(self.module, name):
                 setattr(self.module, name, self._bound(task_cls, args))
         self.module.train_one_epoch = self._with_epoch(self.module.train_one_epoch)
+        if args.multimix_views == 2:
+            self.module.create_loader = _with_second_view(self.module.create_loader)
 
     def _bound(self, task_cls: type[MultiMixTask], args: argparse.Namespace) -> type[MultiMixTask]:
         """The task class, with the options of this run: still a subclass of timm's, whatever the script asks of it."""
