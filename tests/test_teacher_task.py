@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from distributed_helpers import on_ranks
 from timm.optim import create_optimizer_v2
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
@@ -270,3 +271,22 @@ def test_another_model_teaches():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_task(**options)
+
+
+def _averages_after_steps(steps):
+    """Every process starts with weights of its own, as before DDP shares them."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    task = MultiMixTask(
+        timm.create_model('test_resnet', num_classes=CLASSES), verbose=False, num_mixes=20, teacher='ema', views=2)
+    task.get_trainable_module().train()
+    task.prepare_distributed()
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
+    for step in range(steps):
+        train_step(task, optimizer, 10 * step + rank, views=2)
+    return [parameter.detach().numpy() for parameter in task.teacher.module.parameters()]
+
+
+def test_processes_have_the_same_teacher(tmp_path):
+    first, second = on_ranks(tmp_path / 'ranks', 2, _averages_after_steps, 2)
+    assert all((one == other).all() for one, other in zip(first, second, strict=True))

@@ -2,7 +2,9 @@
 import pytest
 import timm
 import torch
-from training_helpers import image_folder, script  # noqa: F401
+from distributed_helpers import run_script
+
+pytest_plugins = ['training_helpers']
 
 TEACHER = ('--multimix', 'dense', '--multimix-teacher', 'ema')
 
@@ -11,7 +13,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_both_are_validated_and_saved(script, image_folder):  # noqa: F811
+def test_both_are_validated_and_saved(script, image_folder):
     assert script.train(image_folder, *TEACHER, epochs=2, multimix_teacher_decay=0.5) == 0, script.text
     rows = script.summary()
     assert {'eval_top1', 'eval_teacher_top1', 'eval_loss', 'eval_teacher_loss'} <= rows[0].keys()
@@ -25,7 +27,7 @@ def test_both_are_validated_and_saved(script, image_folder):  # noqa: F811
 
 @pytest.mark.parametrize('metric, entry', [
     ('loss', None), ('student_loss', 'state_dict'), ('teacher_loss', 'state_dict_teacher')])
-def test_metric_is_of_the_weights_that_it_names_or_of_the_better(script, image_folder, metric, entry):  # noqa: F811
+def test_metric_is_of_the_weights_that_it_names_or_of_the_better(script, image_folder, metric, entry):
     assert script.train(image_folder, *TEACHER, eval_metric=metric, multimix_teacher_decay=0.5) == 0, script.text
     losses = {who: float(script.summary()[0][f'eval_{prefix}loss'])
               for who, prefix in (('state_dict', ''), ('state_dict_teacher', 'teacher_'))}
@@ -37,7 +39,7 @@ def test_metric_is_of_the_weights_that_it_names_or_of_the_better(script, image_f
     assert f'loss {losses[entry]:.4g}' in script.text
 
 
-def test_one_average_serves_as_both(script, image_folder):  # noqa: F811
+def test_one_average_serves_as_both(script, image_folder):
     assert script.train(
         image_folder, *TEACHER, '--model-ema', '--model-ema-warmup', model_ema_decay=0.9,
         multimix_teacher_decay=0.9, eval_metric='teacher_top1') == 0, script.text
@@ -50,7 +52,7 @@ def test_one_average_serves_as_both(script, image_folder):  # noqa: F811
     assert same(apart['state_dict'], checkpoint['state_dict'])
 
 
-def test_average_of_its_own_beside_the_teacher(script, image_folder):  # noqa: F811
+def test_average_of_its_own_beside_the_teacher(script, image_folder):
     assert script.train(
         image_folder, *TEACHER, '--model-ema', model_ema_decay=0.5, eval_metric='student_top1') == 0, script.text
     checkpoint = script.checkpoint()
@@ -59,7 +61,7 @@ def test_average_of_its_own_beside_the_teacher(script, image_folder):  # noqa: F
 
 
 @pytest.mark.parametrize('views', [1, 2])
-def test_resumed_run_is_the_run_uninterrupted(script, image_folder, views):  # noqa: F811
+def test_resumed_run_is_the_run_uninterrupted(script, image_folder, views):
     options = dict(epochs=3, multimix_views=views, multimix_teacher_decay=0.9, multimix_distill_ramp_epochs=2)
     assert script.train(image_folder, *TEACHER, **options) == 0, script.text
     assert script.train(image_folder, *TEACHER, experiment='parts', stop_epoch=2, **options) == 0, script.text
@@ -81,12 +83,12 @@ def test_resumed_run_is_the_run_uninterrupted(script, image_folder, views):  # n
     ('--bce-loss', '--multimix-distill-temperature', '2'),
     ('--save-images', '--log-interval', '1'),
 ])
-def test_two_views_go_with(script, image_folder, options):  # noqa: F811
+def test_two_views_go_with(script, image_folder, options):
     assert script.train(image_folder, *TEACHER, *options, multimix_views=2) == 0, script.text
     assert float(script.summary()[0]['eval_teacher_loss']) > 0
 
 
-def test_another_model_teaches(script, image_folder, tmp_path):  # noqa: F811
+def test_another_model_teaches(script, image_folder, tmp_path):
     teacher = timm.create_model('test_vit', num_classes=3, img_size=160)
     torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'teacher.pth.tar')
     options = dict(multimix_teacher='test_vit', multimix_teacher_path=tmp_path / 'teacher.pth.tar')
@@ -107,11 +109,24 @@ def test_another_model_teaches(script, image_folder, tmp_path):  # noqa: F811
     (('--multimix-teacher', 'test_vit', '--multimix-teacher-path', 'none.pth'), '--multimix-teacher-path none.pth'),
     (('--eval-metric', 'teacher_top1'), '--eval-metric must be one of'),
 ])
-def test_refused_before_training(script, image_folder, options, message):  # noqa: F811
+def test_refused_before_training(script, image_folder, options, message):
     assert script.train(image_folder, '--multimix', 'dense', *options) == 2
     assert message in script.text and script.written() == []
 
 
-def test_options_of_a_teacher_without_one_are_told(script, image_folder):  # noqa: F811
+def test_options_of_a_teacher_without_one_are_told(script, image_folder):
     assert script.train(image_folder, '--multimix', 'dense', '--multimix-distill-weight', '0.3', epochs=1) == 0
     assert '--multimix-distill-weight: without effect, add --multimix-teacher ema' in script.text
+
+
+def test_two_processes(tmp_path, image_folder):
+    folder = tmp_path / 'work'
+    folder.mkdir()
+    options = dict(
+        data_dir=image_folder, model='test_resnet', img_size=32, batch_size=4, epochs=1, warmup_epochs=0, lr=0.01,
+        opt='sgd', workers=0, experiment='run', multimix_n=20, device='cpu', multimix_views=2,
+        multimix_teacher_decay=0.9)
+    argv = [part for name, value in options.items() for part in (f'--{name.replace("_", "-")}', value)]
+    outcomes = run_script(folder, 2, *argv, *TEACHER, '--multimix-gather')
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+    assert 'teacher_top1' in outcomes[0].text
