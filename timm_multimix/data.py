@@ -1,4 +1,5 @@
 """Datasets that come with the package, for a first run on a machine with nothing else."""
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +71,33 @@ class EmbeddedDataset(torch.utils.data.Dataset):
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
         return [self.filename(index, basename, absolute) for index in range(len(self))]
+
+
+class Part(torch.utils.data.Dataset):
+    """Some of the images of a dataset, with a transform of their own.
+
+    Args:
+        dataset: Whose images; it is left as it is.
+        indices: Which of them.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
+        self.dataset = copy.copy(dataset)
+        self.indices = list(indices)
+
+    @property
+    def transform(self) -> Callable | None:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Callable | None) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.dataset[self.indices[index]]
 
 
 def _known_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:

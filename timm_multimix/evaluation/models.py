@@ -12,13 +12,13 @@ from torch import nn
 
 from ..heads import mean_of_heads
 from ..training.arguments import build_parser
-from ..training.checkpoints import read_checkpoint
+from ..training.calibration import CALIBRATED
+from ..training.checkpoints import read_checkpoint, weights_of_metric
 from ..training.errors import UsageError, blame, near_names
 from ..training.model import create_run_model, model_options
 
 # In a run folder, the first of these that there is: what one would ship.
-RUN_CHECKPOINTS = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
-_WEIGHTS = ('state_dict_ema', 'state_dict', 'model')
+RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')
 # Options of a run that say how it began, which its weights have left behind.
 _BEGINNING = dict(
     pretrained=False, pretrained_path=None, initial_checkpoint='', head_init_scale=None, head_init_bias=None,
@@ -92,18 +92,12 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
     return args
 
 
-def _weights(checkpoint: dict) -> str:
-    """The entry to take: the one that the run's metric is of, else the averaged weights, else the weights."""
-    named = checkpoint.get('metric_of')
-    return next(key for key in (named, *_WEIGHTS) if key in checkpoint)
-
-
 def _from_checkpoint(name: str, path: str) -> Candidate:
     checkpoint = read_checkpoint(path)
     args = _run_args(checkpoint, path)
     if args.task != 'classification':
         raise UsageError(f'{path} is of --task {args.task}: only models with one class for each image are evaluated.')
-    key = _weights(checkpoint)
+    key = weights_of_metric(checkpoint)
     state = clean_state_dict(checkpoint[key])
     with blame(f'{path}, a checkpoint of {args.model}'):
         if args.num_classes is None:

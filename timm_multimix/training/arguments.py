@@ -265,6 +265,10 @@ MISCELLANEOUS = (
                 'timm does'),
     _value('--save-epochs', type=int, nargs='+', default=[], metavar='N',
            help='keep a milestone checkpoint after these many epochs'),
+    _value('--calibrate', nargs='?', const='0.1', metavar='SHARE|SPLIT',
+           help='at the end fit a temperature to this share of the training images, which are kept out of training '
+                '(0.1 if you name none), or to a split of its own, and write model_calibrated.pth.tar beside the best: '
+                'the same predictions, with probabilities to rely on'),
     _value('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep'),
     _value('-j', '--workers', type=int, default=4, metavar='N', help='processes that load data'),
     _flag('--save-images', help='save a picture of a training batch at every log line'),

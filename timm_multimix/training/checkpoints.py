@@ -171,6 +171,12 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
     return checkpoint
 
 
+def weights_of_metric(checkpoint: dict[str, Any]) -> str:
+    """The entry of a checkpoint whose weights its metric is of: of the average, where nothing else is said."""
+    names = (checkpoint.get('metric_of'), 'state_dict_ema', 'state_dict', 'model')
+    return next(name for name in names if name in checkpoint)
+
+
 def _by_progress(paths: Iterable[str]) -> Iterator[str]:
     """Those that look like checkpoints, the furthest first."""
     found = []

@@ -138,6 +138,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.task == 'classification' and ',' in (args.target_key or ''),
          '--target-key with several fields is for --task multilabel.'),
         (not 0 < args.multilabel_threshold < 1, '--multilabel-threshold must lie between 0 and 1.'),
+        (args.calibrate is not None and args.task != 'classification',
+         '--calibrate is for --task classification: a temperature is fitted to one class for each image.'),
+        (args.calibrate is not None and (args.naflex_loader or args.torchscript),
+         '--calibrate goes neither with --naflex-loader nor with --torchscript.'),
         (args.validate and not args.val_split, '--validate needs a --val-split.'),
     )
     for is_wrong, message in rules:

@@ -38,6 +38,7 @@ class Loaders:
         batch_size: Average size of a training batch on one device.
         resumable: The part of train that knows its place in an epoch, None if there is none.
         validated: Whether a validation took place, in this process or before the run continued in it.
+        calibration: Batches to fit a temperature on, all of them in every process; None without --calibrate.
     """
     train: Any
     evaluation: Any
@@ -45,6 +46,7 @@ class Loaders:
     batch_size: float
     resumable: ResumableLoader | None = None
     validated: bool = False
+    calibration: Any = None
 
     def forget_validation_seed(self) -> None:
         """Let a continued run's validation draw no seed for its workers, since it drew one before."""
@@ -54,11 +56,18 @@ class Loaders:
             loader.generator = torch.Generator()
 
 
-def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
-    """Make the training and the validation dataset; the latter is None without a validation split.
+def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, **own: Any) -> Dataset:
+    """Make the dataset of one split.
+
+    Args:
+        args: Arguments of the run.
+        in_chans: Channels of the images.
+        split: Name of the split.
+        what: What it is for, in an error.
+        **own: More arguments of create_dataset.
 
     Raises:
-        UsageError: if a dataset cannot be made, or holds no images.
+        UsageError: if it cannot be made, or holds no images.
     """
     target_transform = None
     if args.task == 'multilabel':
@@ -77,16 +86,22 @@ def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Da
         trust_remote_code=args.dataset_trust_remote_code,
         **target_options,
     )
-    with blame(f'Training data {args.data_dir or args.dataset}'):
-        train = create_dataset(
-            args.dataset, split=args.train_split, is_training=True, seed=args.seed, repeats=args.epoch_repeats,
-            num_samples=args.train_num_samples, **options)
+    with blame(f'{what} data {args.data_dir or args.dataset}'):
+        return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
+
+
+def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
+    """Make the training and the validation dataset; the latter is None without a validation split.
+
+    Raises:
+        UsageError: if a dataset cannot be made, or holds no images.
+    """
+    train = build_split(
+        args, in_chans, args.train_split, 'Training', is_training=True, seed=args.seed, repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples)
     if not args.val_split:
         return train, None
-    with blame(f'Validation data {args.data_dir or args.dataset}'):
-        evaluation = create_dataset(
-            args.dataset, split=args.val_split, is_training=False, num_samples=args.val_num_samples, **options)
-    return train, evaluation
+    return train, build_split(args, in_chans, args.val_split, 'Validation', num_samples=args.val_num_samples)
 
 
 def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +249,23 @@ def _make_resumable(loader: Any, device: torch.device) -> tuple[Any, ResumableLo
         return resumable, resumable
     loader.loader = resumable
     return loader, resumable
+
+
+def build_calibration_loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        data_config: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+):
+    """Make a loader of held-out images, as validation sees its own, that is not shared between processes."""
+    shared = _shared_options(args, data_config, device, dtype)
+    with blame('Loader options of calibration'):
+        return create_loader(
+            dataset,
+            input_size=data_config['input_size'],
+            **{**shared, 'distributed': False},
+            **_evaluation_options(args, data_config))
 
 
 def build_loaders(

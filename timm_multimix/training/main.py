@@ -13,6 +13,7 @@ from timm import utils
 from timm.models import clean_state_dict
 from timm.utils.summary import trim_summary
 
+from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, read_checkpoint
 from .config import parse_args
 from .errors import RunError, UsageError, blame
@@ -216,6 +217,8 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
         RunError: if it cannot go on; the last checkpoint is as it was.
     """
     saver = _open_folder(run, args_text)
+    if saver is not None and run.start_epoch < run.stop_epoch:
+        forget_calibrated(run.folder)
     if hub is not None:
         hub.begin(run)
     log_wandb = saver is not None and _start_wandb(run)
@@ -239,6 +242,9 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
             raise
         finally:
             run.whereabouts.end()
+    if saver is not None and run.loaders.calibration is not None and saver.best_metric is not None:
+        model = utils.unwrap_model(run.task.get_eval_model())
+        write_calibrated(run.folder, model, run.loaders.calibration, run.precision.autocast)
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(

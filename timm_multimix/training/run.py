@@ -22,11 +22,12 @@ from timm.task import TrainingTask
 from torch.optim import Optimizer
 
 from ..hub import WEIGHTS_NAME, download, is_hub_name
+from .calibration import check_classifier, check_continues, hold_out
 from .checkpoints import load_weights, newest_checkpoint, resume, setup_ema
 from .checks import DEFAULT_OUTPUT, check_classes
 from .errors import UsageError, blame
 from .interrupt import StopRequest
-from .loaders import Loaders, build_datasets, build_loaders
+from .loaders import Loaders, build_calibration_loader, build_datasets, build_loaders
 from .loss_guard import LossGuard
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
 from .objective import build_task
@@ -196,6 +197,8 @@ def _build_training(run: Run) -> None:
     if path and path.endswith('.safetensors'):
         load_weights(task, path, args.resume)
         path = None
+    if path:
+        check_continues(args, path)
     checkpoint = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else {}
     run.resumed_from = path
     if args.distributed:
@@ -237,8 +240,11 @@ def build_run(args: argparse.Namespace) -> Run:
     device = _setup_device(args)
     precision = _setup_precision(args, device)
     options = model_options(args)
-    datasets = build_datasets(args, input_channels(options))
-    check_classes(args, *datasets)
+    train, evaluation = build_datasets(args, input_channels(options))
+    check_classes(args, train, evaluation)
+    held_out = None
+    if not args.validate:
+        train, held_out = hold_out(args, train, evaluation, input_channels(options))
 
     utils.random_seed(args.seed, args.rank)
     model = create_run_model(args, options)
@@ -247,7 +253,10 @@ def build_run(args: argparse.Namespace) -> Run:
     model = place_model(args, model, device, precision.dtype)
     if not args.naflex_loader:
         check_input_sizes(args, model, data_config)
-    loaders = build_loaders(args, datasets, data_config, device, precision.dtype, patch_size)
+    check_classifier(args, model, data_config['input_size'])
+    loaders = build_loaders(args, (train, evaluation), data_config, device, precision.dtype, patch_size)
+    if held_out is not None:
+        loaders.calibration = build_calibration_loader(args, held_out, data_config, device, precision.dtype)
     _settle_learning_rate(args, loaders.batch_size)
 
     run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders, data_config)

@@ -1,0 +1,175 @@
+"""--calibrate: images to fit a temperature on, and the calibrated checkpoint at the end of a run."""
+import argparse
+import copy
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models import clean_state_dict
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from ..calibration import calibrate, scalable_classifier
+from ..data import Part
+from .checkpoints import read_checkpoint, weights_of_metric
+from .errors import RunError, UsageError, blame
+from .files import replacing
+from .loaders import build_split
+
+_logger = logging.getLogger(__name__)
+
+CALIBRATED = 'model_calibrated.pth.tar'
+
+
+def calibration_share(text: str) -> float | None:
+    """The share of the training images that --calibrate keeps, None if it names a split instead.
+
+    Raises:
+        UsageError: if it is a number that is no share.
+    """
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise UsageError(f'--calibrate {text}: a share of the training images lies between 0 and 1, such as 0.1.')
+    return share
+
+
+def _root(dataset: Dataset) -> str | None:
+    root = getattr(getattr(dataset, 'reader', None), 'root', None)
+    return os.path.realpath(root) if isinstance(root, (str, os.PathLike)) else None
+
+
+def _share_images(first: Dataset, second: Dataset) -> bool:
+    """Whether two datasets plainly hold the same images: of one folder, or embedded ones of one split."""
+    roots = [_root(first), _root(second)]
+    if all(roots):
+        return os.path.commonpath(roots) in roots
+    images = [getattr(dataset, 'images', None) for dataset in (first, second)]
+    return all(isinstance(array, np.ndarray) for array in images) and np.array_equal(*images)
+
+
+def hold_out(
+        args: argparse.Namespace,
+        train: Dataset,
+        evaluation: Dataset | None,
+        in_chans: int,
+) -> tuple[Dataset, Dataset | None]:
+    """The images to train on, and those to fit a temperature on, which are neither trained on nor validated on.
+
+    The share of --calibrate is drawn by --seed, so that a run that continues holds out the same images.
+
+    Args:
+        args: Arguments of the run.
+        train: The training dataset.
+        evaluation: The validation dataset.
+        in_chans: Channels of the images.
+
+    Returns:
+        The two datasets; the second is None without --calibrate.
+
+    Raises:
+        UsageError: if the images cannot be held out, or are those of training or validation.
+    """
+    if args.calibrate is None:
+        return train, None
+    share = calibration_share(args.calibrate)
+    if share is None:
+        held_out = build_split(args, in_chans, args.calibrate, 'Calibration')
+        for other, split in ((train, args.train_split), (evaluation, args.val_split)):
+            if other is not None and (split == args.calibrate or _share_images(held_out, other)):
+                raise UsageError(
+                    f'--calibrate {args.calibrate}: these are the images of --{"train" if other is train else "val"}-'
+                    f'split {split}. Name another split, or give a share of the training images, such as 0.1, that is '
+                    'kept out of training.')
+        return train, held_out
+    if isinstance(train, IterableDataset):
+        raise UsageError(
+            f'--calibrate {args.calibrate}: no share of a stream can be held out. Name a split instead, such as '
+            'train[90%:] where the dataset knows slices.')
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    count = round(share * len(train))
+    if count < 2:
+        raise UsageError(f'--calibrate {args.calibrate}: that share of {len(train)} training images is too small.')
+    _logger.info(f'{count} of {len(train)} training images are held out to fit a temperature on (--calibrate).')
+    return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
+
+
+def check_continues(args: argparse.Namespace, path: str) -> None:
+    """Check that the run of a checkpoint held out the images that this one does.
+
+    Raises:
+        UsageError: if the weights have been trained on them.
+    """
+    if args.calibrate is None or calibration_share(args.calibrate) is None:
+        return
+    before = read_checkpoint(path, verify=False).get('args') or {}
+    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    if any(before.get(name) != getattr(args, name) for name in ('calibrate', 'seed')):
+        raise UsageError(
+            f'--calibrate {args.calibrate}: {path} was trained with --calibrate {before.get("calibrate")} --seed '
+            f'{before.get("seed")}, so it may have seen the images that would be held out now. Give the same options, '
+            'or a split of its own.')
+
+
+def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Check, before training, that a temperature can be folded into the model.
+
+    Raises:
+        UsageError: if not, with the reason.
+    """
+    if args.calibrate is None:
+        return
+    images = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+    parameter = next(model.parameters())
+    with blame(f'--calibrate {args.calibrate}'):
+        scalable_classifier(model, images.to(parameter))
+
+
+def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Callable[[], Any]) -> str | None:
+    """Calibrate the best checkpoint of a run and write it beside it.
+
+    Args:
+        folder: The run's.
+        model: The model, of which a copy is loaded with the weights that the run's metric is of.
+        loader: Batches of held-out images.
+        autocast: Makes the context of a forward pass, as in validation.
+
+    Returns:
+        Path of the calibrated checkpoint; None, with a warning, if no temperature fits.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    best = read_checkpoint(os.path.join(folder, 'model_best.pth.tar'))
+    model = copy.deepcopy(model)
+    model.load_state_dict(clean_state_dict(best[weights_of_metric(best)]))
+    dtype = next(model.parameters()).dtype
+    try:
+        with autocast():
+            temperature = calibrate(model, ((images.to(dtype=dtype), target) for images, target in loader))
+    except ValueError as error:
+        _logger.warning(f'Not calibrated: {error}')
+        return None
+    kept = ('epoch', 'arch', 'args', 'version', 'metric')
+    checkpoint = dict(
+        {name: best[name] for name in kept if name in best},
+        state_dict=model.state_dict(), metric_of='state_dict', temperature=temperature)
+    path = os.path.join(folder, CALIBRATED)
+    try:
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:
+        raise RunError(f'{path} could not be written: {error}') from error
+    _logger.info(f'Calibrated: temperature {temperature:.4g}, folded into the classifier, {path}')
+    return path
+
+
+def forget_calibrated(folder: str) -> None:
+    """Remove the calibrated checkpoint of a run that goes on: it would not be of its best weights any more."""
+    if os.path.exists(os.path.join(folder, CALIBRATED)):
+        os.remove(os.path.join(folder, CALIBRATED))
