@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
+from training_helpers import same
 
 from timm_multimix.training.interrupt import StopRequest
 from timm_multimix.training.random_state import random_state, set_random_state
@@ -93,24 +94,6 @@ def test_loader_goes_on_in_the_middle(workers, prefetch, places):
             assert seen == expected, (stop, epoch_state is None)
 
 
-def _same(a, b, path='') -> None:
-    """Bit for bit: NaN and signed zeros included."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape, path
-        assert a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8)), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            _same(a[key], b[key], f'{path}/{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for index, pair in enumerate(zip(a, b, strict=True)):
-            _same(*pair, f'{path}/{index}')
-    else:
-        assert a == b or a != a, path
-
-
 @contextmanager
 def stopping(updates=None, validated=None):
     """A run meets a signal after so many updates, or after so many batches of validation."""
@@ -172,7 +155,7 @@ def test_continued_run_is_the_uninterrupted_one(script, image_folder, name):
             whole, continued = script.checkpoint(file, 'whole'), script.checkpoint(file, run)
             for entry in ('args', 'saver'):  # the name of the run is in them
                 whole.pop(entry), continued.pop(entry)
-            _same(whole, continued, f'{stop}: ')
+            same(whole, continued, f'{stop}: ')
         summaries = [(script.run_folder(folder) / 'summary.csv').read_text() for folder in ('whole', run)]
         assert summaries[0] == summaries[1]
         left = {path.name for path in script.run_folder(run).iterdir() if not path.name.startswith('recovery')}

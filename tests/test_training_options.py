@@ -84,8 +84,25 @@ input_size: [3, 32, 32]
 
 
 def test_unknown_keys_of_a_file_are_told(parse, caplog):
-    assert parse(dict(lr=0.5, moodel='x')).lr == 0.5
-    assert 'moodel' in caplog.text and 'model' in caplog.text
+    assert parse(dict(lr=0.5, cluster_name='x')).lr == 0.5
+    assert 'cluster_name' in caplog.text
+
+
+@pytest.mark.parametrize('key,option', [
+    ('moodel', 'model'), ('multimx_n', 'multimix_n'), ('batch-sizes', 'batch_size'), ('ephocs', 'epochs')])
+def test_misspelt_keys_of_a_file_are_refused(parse, key, option):
+    with pytest.raises(UsageError, match=f'Did you mean .*{option}'):
+        parse({key: 3})
+
+
+@pytest.mark.parametrize('key,value,option', [
+    ('dataset_trust_remote_code', True, '--dataset-trust-remote-code'), ('device_modules', ['os'], '--device-modules')])
+def test_files_cannot_let_other_code_run(parse, key, value, option):
+    with pytest.raises(UsageError, match=option):
+        parse({key: value})
+    argv = [option] if value is True else [option, *value]
+    assert getattr(parse(None, *argv), key) == value
+    assert not getattr(parse({key: None}), key)
 
 
 @pytest.mark.parametrize('config,word', [

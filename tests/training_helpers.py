@@ -34,6 +34,24 @@ def image_folder(tmp_path_factory):
     return root
 
 
+def same(a, b, path: str = '') -> None:
+    """Assert that what two checkpoints hold is equal bit for bit, NaN and signed zeros included."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape, path
+        assert a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8)), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f'{path}/{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, f'{path}/{index}')
+    else:
+        assert a == b or a != a, path
+
+
 class Script:
     """Runs the script in this process, in a folder of its own.
 

@@ -105,8 +105,9 @@ def _check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) ->
     if attention.shape != dense_logits.shape[:2]:
         raise ValueError(
             f'attention must have shape (b, r) = {tuple(dense_logits.shape[:2])}, got {tuple(attention.shape)}.')
-    # Negated, so that NaN is caught too.
-    if _may_look(attention) and not 0 <= attention.detach().min() <= attention.detach().max() < torch.inf:
+    # Negated, so that NaN is caught too; but not where the model is at fault: its loss is not finite then, as any loss.
+    is_wrong = _may_look(attention) and not 0 <= attention.detach().min() <= attention.detach().max() < torch.inf
+    if is_wrong and dense_logits.detach().isfinite().all():
         raise ValueError('attention must be non-negative and finite. See attention_map.')
 
 

@@ -28,6 +28,8 @@ _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
 def _why_not_written(error: BaseException) -> str:
     """PyTorch's writer hides what the system said."""
+    if 'DataLoader worker' in str(error):  # PyTorch raises this one wherever the process happens to be
+        return str(error).strip()
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -125,6 +127,26 @@ class RunSaver(CheckpointSaver):
     def _duplicate(self, src: str, dst: str) -> None:
         duplicate(src, dst)
 
+    def load_state_dict_from_checkpoint(self, checkpoint_path: str) -> bool:
+        """As timm's, and the best checkpoint is there again if it was lost or damaged."""
+        if not super().load_state_dict_from_checkpoint(checkpoint_path):
+            return False
+        epoch, metric = load_checkpoint_metadata(checkpoint_path)['saver']['pending']
+        best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
+        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
+            self.best_metric, self.best_epoch = metric, epoch
+        if self.best_metric is not None and _epoch_of(best) != self.best_epoch:
+            copies = [checkpoint_path] if epoch == self.best_epoch and metric is not None else []
+            copies.append(self._checkpoint_path(self.best_epoch))
+            good = next((path for path in copies if _epoch_of(path) == self.best_epoch), None)
+            if good is not None:
+                self._duplicate(good, best)
+            else:
+                _logger.warning(
+                    f'The best checkpoint, of epoch {self.best_epoch}, is lost. The best from here on takes its place.')
+                self.best_metric = self.best_epoch = None
+        return True
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As timm's, but the names it keeps, and may remove one day, are those of checkpoints in this folder."""
         name = re.compile(re.escape(self.save_prefix) + r'-\d+' + re.escape(self.extension))
@@ -175,6 +197,14 @@ def weights_of_metric(checkpoint: dict[str, Any]) -> str:
     """The entry of a checkpoint whose weights its metric is of: of the average, where nothing else is said."""
     names = (checkpoint.get('metric_of'), 'state_dict_ema', 'state_dict', 'model')
     return next(name for name in names if name in checkpoint)
+
+
+def _epoch_of(path: str) -> int | None:
+    """Epoch of a checkpoint at whose end it was written, None if it is not there or not as it was written."""
+    try:
+        return read_checkpoint(path).get('epoch')
+    except (UsageError, OSError):
+        return None
 
 
 def _by_progress(paths: Iterable[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import logging
 import os
 
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
+from timm.optim import list_optimizers
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
@@ -48,6 +49,9 @@ def _check_values(args: argparse.Namespace) -> None:
             raise UsageError(f'{_option(name)} must be at least 1, got {value}.')
     if args.workers < 0:
         raise UsageError(f'--workers must be 0 or more, got {args.workers}.')
+    for name in ('max_nonfinite', 'recovery_interval'):
+        if getattr(args, name) < 0:
+            raise UsageError(f'{_option(name)} must be 0 or more, got {getattr(args, name)}.')
     if min(args.save_epochs, default=1) < 1:
         raise UsageError('--save-epochs counts finished epochs, from 1.')
 
@@ -58,6 +62,12 @@ def _check_model(model: str, option: str) -> None:
     if source is None and not is_model(name):
         base = split_model_name_tag(name)[0]
         raise UsageError(f'{option} {model}: timm has no such model.{near_names(base, list_models())}')
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    name = args.opt.lower().removeprefix('lookahead_')
+    if name not in list_optimizers():
+        raise UsageError(f'--opt {args.opt}: timm has no such optimizer.{near_names(name, list_optimizers())}')
 
 
 def _check_dataset(args: argparse.Namespace) -> None:
@@ -106,7 +116,10 @@ def _check_hub(args: argparse.Namespace) -> None:
 
 
 def _check_run_folder(args: argparse.Namespace) -> None:
-    """A run may continue in its own folder; another one may not overwrite it."""
+    """A run may continue in its own folder and not overwrite another one; no name leads out of the output folder."""
+    if os.path.isabs(args.experiment) or '..' in args.experiment.replace('\\', '/').split('/'):
+        raise UsageError(
+            f'--experiment {args.experiment} leads out of the output folder: name a folder in it, or give --output.')
     if not args.experiment or args.validate or args.resume == 'auto':
         return
     folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
@@ -215,6 +228,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     _check_values(args)
     _check_model(args.model, '--model')
+    _check_optimizer(args)
     _check_dataset(args)
     _check_files(args)
     _check_hub(args)

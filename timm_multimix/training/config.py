@@ -18,6 +18,9 @@ _logger = logging.getLogger(__name__)
 
 _NOT_GIVEN = object()
 _NOT_OF_A_RUN = ('config', 'timm_script')
+_MISSPELT = 0.8  # similarity from which on a key is taken for a misspelt option
+# A file may come from somebody else: what lets other code run is asked for on the command line.
+COMMAND_LINE_ONLY = ('dataset_trust_remote_code', 'device_modules')
 
 
 def _scalar(action: argparse.Action, value: Any) -> Any:
@@ -64,10 +67,12 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read a YAML file of options, named as on the command line with underscores for dashes.
 
     Empty values stand for the default. Keys that are no option are skipped with a warning, so that a file may serve
-    other scripts too. `card` holds what the card of the model says on the Hub, beside what the run knows.
+    other scripts too; but not those that look like a misspelt option. `card` holds what the card of the model says on
+    the Hub, beside what the run knows.
 
     Raises:
-        UsageError: if the file cannot be read, is no YAML mapping, or holds a value that its option does not take.
+        UsageError: if the file cannot be read, is no YAML mapping, or holds a value that its option does not take; for
+            a misspelt option, or one that lets other code run.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -87,7 +92,14 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
                 check_fields(value or {})
             values[dest] = value or {}
         elif dest not in actions:
+            misspelt = near_names(dest, actions, cutoff=_MISSPELT)
+            if misspelt:
+                raise UsageError(f'--config {path}: no option is called {key}.{misspelt}')
             _logger.warning(f'--config {path}: no option is called {key}, skipped.{near_names(dest, actions)}')
+        elif dest in COMMAND_LINE_ONLY and value:
+            raise UsageError(
+                f'--config {path}: {key} lets code run that is not part of this program. If that is what you want, '
+                f'leave it out of the file and give --{dest.replace("_", "-")} on the command line.')
         elif value is not None:
             try:
                 values[dest] = _config_value(actions[dest], value)

@@ -51,7 +51,7 @@ def blame(what: str) -> Iterator[None]:
         raise UsageError(f'{what}: {text}') from error
 
 
-def near_names(name: str, names, count: int = 3) -> str:
+def near_names(name: str, names, count: int = 3, cutoff: float = 0.5) -> str:
     """A hint with the names that are close to one that does not exist, or nothing."""
-    matches = get_close_matches(name, names, n=count, cutoff=0.5)
+    matches = get_close_matches(name, names, n=count, cutoff=cutoff)
     return f' Did you mean {", ".join(matches)}?' if matches else ''

@@ -1,6 +1,7 @@
 """The training loop and validation."""
 import logging
 import os
+import pickle
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -48,10 +49,12 @@ def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             _logger.debug('', exc_info=True)
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise RunError(f'A batch could not be loaded: {reason[0]}') from error
+            # All but the first are what is seen of a worker that dies while it sends.
+            hint = '' if isinstance(error, RuntimeError) else ' Has a worker died, for want of memory?'
+            raise RunError(f'A batch could not be loaded: {reason[0].rstrip(".")}.{hint}') from error
         yield batch
 
 

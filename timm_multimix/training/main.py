@@ -15,7 +15,7 @@ from timm.utils.summary import trim_summary
 
 from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, read_checkpoint
-from .config import parse_args
+from .config import COMMAND_LINE_ONLY, parse_args
 from .errors import RunError, UsageError, blame
 from .files import remove_temporary, replacing
 from .hub import HubPush, write_config
@@ -149,7 +149,9 @@ def _command(run: Run, *options: str) -> str:
     launcher = ['python']
     if run.args.distributed:
         launcher = ['torchrun', '--nproc-per-node', os.environ.get('LOCAL_WORLD_SIZE', str(run.args.world_size))]
-    return shlex.join([*launcher, script, '--config', os.path.join(run.folder, 'args.yaml'), *options])
+    code = ['--dataset-trust-remote-code'] if run.args.dataset_trust_remote_code else []  # no file may ask for these
+    code += ['--device-modules', *run.args.device_modules] if run.args.device_modules else []
+    return shlex.join([*launcher, script, '--config', os.path.join(run.folder, 'args.yaml'), *options, *code])
 
 
 def _how_to_continue(run: Run, saver: RunSaver) -> str:
@@ -282,7 +284,8 @@ def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    args_text = yaml.safe_dump(vars(args), default_flow_style=False)
+    kept = {name: value for name, value in vars(args).items() if name not in COMMAND_LINE_ONLY}
+    args_text = yaml.safe_dump(kept, default_flow_style=False)
     hub = HubPush.start(args)
     try:
         run = build_run(args)
