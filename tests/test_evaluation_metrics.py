@@ -329,23 +329,24 @@ def test_mix_at_its_ends_and_in_between():
 
 
 def test_confidence_and_entropy_of_known_distributions():
-    logits = torch.tensor([[[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]], [[1, 1e-30, 1e-30], [1, 1e-30, 1e-30]]]).log()
-    values = between.confidence_between(logits)
-    assert values['confidence'] == pytest.approx([(0.5 + 1 / 3) / 2, 1])
-    assert values['entropy'] == pytest.approx([(1.5 * math.log(2) + math.log(3)) / 2, 0], abs=1e-6)
+    logits = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log()
+    assert between.confidence_and_entropy(logits) == pytest.approx(
+        ((0.5 + 1 / 3) / 2, (1.5 * math.log(2) + math.log(3)) / 2))
+    assert between.confidence_and_entropy(torch.tensor([[0.0, -200.0]])) == pytest.approx((1, 0))
 
 
 def test_counts_of_a_third_class():
-    targets = torch.tensor([[0, 1], [1, 2]])
-    logits = torch.eye(3)[torch.tensor([[0, 0], [1, 2], [2, 1]])]  # pair 0: 0, 1, 2; pair 1: 0, 2, 1
-    assert between.count_misses(logits, targets) == 2
+    targets = torch.tensor([[0, 1], [1, 2], [0, 1], [2, 1]])
+    assert between.count_misses(torch.eye(3)[torch.tensor([1, 0, 2, 2])], targets) == 2
 
 
 def test_intrusions_of_a_hand_made_plane():
     """Class 2 lies between 0 and 1, so their middle intrudes on it; nothing lies between 0 and 2."""
     real = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    mixed = torch.stack([torch.stack([
-        between.mix(real[0], real[1], share), between.mix(real[0], real[2], share)]) for share in (0.1, 0.5, 0.9)])
-    assert between.count_intrusions(mixed, torch.tensor([[0, 1], [0, 2]]), real, torch.arange(3)) == 1
-    assert between.count_intrusions(5 * mixed, torch.tensor([[0, 1], [0, 2]]), real, torch.arange(3)) == 1
-    assert between.count_intrusions(mixed, torch.tensor([[0, 1], [0, 1]]), real, torch.tensor([0, 1, 1])) == 0
+    pairs = torch.tensor([[0, 1], [0, 2]] * 3)
+    mixed = torch.stack([
+        between.mix(real[i], real[j], share)
+        for share, (i, j) in zip((0.1, 0.1, 0.5, 0.5, 0.9, 0.9), pairs.tolist(), strict=True)])
+    assert between.count_intrusions(mixed, pairs, real, torch.arange(3)) == 1
+    assert between.count_intrusions(5 * mixed, pairs, real, torch.arange(3)) == 1
+    assert between.count_intrusions(mixed, pairs.clamp(max=1), real, torch.tensor([0, 1, 1])) == 0

@@ -1,11 +1,10 @@
 """What a model says of images between two classes, where there are none."""
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
 # Shares of the first image; at the ends are the images themselves.
 SHARES = tuple(k / 10 for k in range(11))
+_TILE = 1024
 
 
 def sample_pairs(target: torch.Tensor, num_pairs: int, seed: int = 0) -> torch.Tensor:
@@ -29,30 +28,24 @@ def mix(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor
     return torch.lerp(second, first, share)
 
 
-def confidence_between(logits: torch.Tensor) -> dict[str, list[float]]:
-    """Confidence and entropy along the way between two images.
+def confidence_and_entropy(logits: torch.Tensor) -> tuple[float, float]:
+    """The mean highest probability, and the mean entropy of the probabilities in nats.
 
     Args:
-        logits: Logits (s, p, c) of p pairs at s shares.
-
-    Returns:
-        'confidence', the mean highest probability, and 'entropy' in nats, at each share.
+        logits: Logits (n, c).
     """
-    log_probs = logits.double().log_softmax(2)
-    return dict(
-        confidence=log_probs.max(2).values.exp().mean(1).tolist(),
-        entropy=(log_probs.exp() * -log_probs).sum(2).mean(1).tolist(),
-    )
+    log_probs = logits.double().log_softmax(1)
+    return log_probs.max(1).values.exp().mean().item(), (log_probs.exp() * -log_probs).sum(1).mean().item()
 
 
 def count_misses(logits: torch.Tensor, targets: torch.Tensor) -> int:
     """How many mixed images are predicted as a class that neither of the two has (Zhang et al., mixup, 2018, figure 2).
 
     Args:
-        logits: Logits (s, p, c) of p pairs at s shares.
+        logits: Logits (p, c) of p mixed pairs.
         targets: Class indices (p, 2) of the pairs.
     """
-    return int((logits.argmax(2)[..., None] != targets).all(2).sum())
+    return int((logits.argmax(1)[:, None] != targets).all(1).sum())
 
 
 def count_intrusions(
@@ -68,15 +61,12 @@ def count_intrusions(
     by angle, is of a class that neither of the two mixed images has.
 
     Args:
-        mixed: Embeddings (s, p, d) of p pairs at s shares.
+        mixed: Embeddings (p, d) of p mixed pairs.
         targets: Class indices (p, 2) of the pairs.
         embeddings: Embeddings (n, d) of the real images, those of the pairs among them.
         embedding_targets: Their class indices (n,).
     """
     real = F.normalize(embeddings.double())
-    return sum(_count_third(F.normalize(part.double()), targets, real, embedding_targets) for part in mixed)
-
-
-def _count_third(points: torch.Tensor, targets: torch.Tensor, real: torch.Tensor, classes: torch.Tensor) -> int:
-    nearest: Sequence[torch.Tensor] = [(rows @ real.T).argmax(1) for rows in points.split(1024)]
-    return int((classes[torch.cat(nearest)][:, None] != targets).all(1).sum())
+    points = F.normalize(mixed.double())
+    nearest = torch.cat([(rows @ real.T).argmax(1) for rows in points.split(_TILE)])
+    return int((embedding_targets[nearest][:, None] != targets).all(1).sum())

@@ -185,11 +185,10 @@ class _Evaluation:
     def _embeddings_and_pairs(self, result: Result) -> None:
         images, target = (torch.cat(parts) for parts in zip(*self.sample, strict=True))
         embed = Embedder(self.candidate, images[:2].to(self.device))
-        batches = list(zip(images.split(self.settings.batch_size), target.split(self.settings.batch_size), strict=True))
-        joined = torch.cat([
+        parts = images.split(self.settings.batch_size)
+        _, embeddings = embed.split(torch.cat([
             self.in_parts(embed, part.to(self.device)).cpu()
-            for part, _ in progress(batches, f'{self.candidate.name}: embeddings')])
-        _, embeddings = embed.split(joined)
+            for part in progress(parts, f'{self.candidate.name}: embeddings')]))
         if 'embeddings' in self.settings.parts:
             self._geometry(result, embeddings, target)
         if 'between' in self.settings.parts:
@@ -218,26 +217,27 @@ class _Evaluation:
         pairs = between.sample_pairs(target, len(target), self.settings.seed)
         if not len(pairs):
             return
-        joined = torch.stack([
-            torch.cat([
-                self.in_parts(embed, between.mix(images[part[:, 0]], images[part[:, 1]], share).to(self.device)).cpu()
-                for part in pairs.split(self.settings.batch_size)])
-            for share in progress(between.SHARES, f'{self.candidate.name}: mixed images')])
-        logits, mixed = embed.split(joined)
-        inner = slice(1, -1)  # the ends are no mixes
         targets = target[pairs]
-        of_embeddings = torch.stack([
-            between.mix(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], share) for share in between.SHARES[inner]])
-        curves = between.confidence_between(logits)
-        num_mixes = len(of_embeddings) * len(pairs)
-        counts = dict(
-            misses=between.count_misses(logits[inner], targets),
-            intrusions_of_images=between.count_intrusions(mixed[inner], targets, embeddings, target),
-            intrusions_of_embeddings=between.count_intrusions(of_embeddings, targets, embeddings, target))
+        confidence, entropy = [], []
+        counts = dict(misses=0, intrusions_of_images=0, intrusions_of_embeddings=0)
+        for share in progress(between.SHARES, f'{self.candidate.name}: mixed images'):
+            logits, mixed = embed.split(torch.cat([
+                self.in_parts(embed, between.mix(*(images[part].to(self.device) for part in some.T), share)).cpu()
+                for some in pairs.split(self.settings.batch_size)]))
+            for values, value in zip((confidence, entropy), between.confidence_and_entropy(logits), strict=True):
+                values.append(value)
+            if 0 < share < 1:  # the ends are no mixes
+                of_embeddings = between.mix(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], share)
+                counts['misses'] += between.count_misses(logits, targets)
+                counts['intrusions_of_images'] += between.count_intrusions(mixed, targets, embeddings, target)
+                counts['intrusions_of_embeddings'] += between.count_intrusions(
+                    of_embeddings, targets, embeddings, target)
+        num_mixes = (len(between.SHARES) - 2) * len(pairs)
         result.values['between'] = dict(
-            num_pairs=len(pairs), num_mixes=num_mixes, shares=list(between.SHARES), **curves,
-            mean_confidence=sum(curves['confidence'][inner]) / len(of_embeddings),
-            mean_entropy=sum(curves['entropy'][inner]) / len(of_embeddings),
+            num_pairs=len(pairs), num_mixes=num_mixes, shares=list(between.SHARES), confidence=confidence,
+            entropy=entropy,
+            mean_confidence=sum(confidence[1:-1]) * len(pairs) / num_mixes,
+            mean_entropy=sum(entropy[1:-1]) * len(pairs) / num_mixes,
             **counts, **{f'{name}_percent': 100 * count / num_mixes for name, count in counts.items()})
 
     @torch.no_grad()
