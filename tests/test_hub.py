@@ -19,6 +19,7 @@ import timm_multimix.hub as hub
 from timm_multimix import attach, push_to_hub
 from timm_multimix.hub import HubError, HubRepository, with_retries
 from timm_multimix.training import hub as training_hub
+from timm_multimix.training.config import parse_args
 
 pytest_plugins = ['training_helpers']
 
@@ -349,6 +350,15 @@ def test_nobody_listens(server, monkeypatch):
     assert error.value.is_temporary
 
 
+def test_cards_pass_the_hubs_own_validation(server, trained, script):
+    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    card = ModelCard.load('user/model')
+    card.validate()
+    card.data.license = 'none of them'
+    with pytest.raises(ValueError, match='license'):
+        card.validate()
+
+
 def test_no_token_in_an_error():
     assert 'hf_' + 'abcdefghij' not in str(HubError('Bearer hf_' + 'abcdefghij said no'))
 
@@ -480,6 +490,40 @@ def test_stops_before_training(server, script, image_folder, monkeypatch, argume
     assert script.train(image_folder, '--push-to-hub', **arguments) == 2
     assert message in script.lines[-1] and not any('Epoch 0' in line for line in script.lines)
     assert not any(name.endswith('.pth.tar') for name in script.written())
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_only_the_first_process_talks_to_the_hub(server, script, image_folder, monkeypatch, rank):
+    args = parse_args(['--data-dir', str(image_folder), '--push-to-hub', '--hub-model-id', 'user/model'])
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setenv('LOCAL_RANK', str(rank))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert (training_hub.HubPush.start(args) is None) == bool(server.requests == []) == bool(rank)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_killed_while_uploading(server, script, image_folder):
+    """SIGKILL in the middle of an upload: the run continues from its files, and what the upload left is removed."""
+    server.gate = threading.Event()  # the first upload never ends
+    command = [
+        sys.executable, str(Path(__file__).parent.parent / 'train_timm.py'), '--data-dir', str(image_folder), '--model',
+        'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '100000', '-j', '0', '--experiment', 'run', '--lr',
+        '0.01', '--push-to-hub', '--hub-model-id', 'user/model']
+    environment = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+                   'HF_HOME': str(script.folder / 'home')}
+    process = subprocess.Popen(command, cwd=script.folder, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if line.startswith('Epoch 3: validation') and server.count('PUT', '/'):
+            process.kill()
+            break
+    process.communicate()
+    assert any('.hub-' in name for name in script.written())
+    server.gate.set()
+    epochs = script.checkpoint()['epoch'] + 2
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=epochs, resume='auto') == 0, \
+        script.text
+    assert not any('.hub-' in name for name in script.written())
+    assert len(script.summary()) == epochs and len(server.repos['user/model'].titles) > 1
 
 
 def test_name_of_the_repository_defaults_to_that_of_the_run(server, script, image_folder):

@@ -34,6 +34,7 @@ _METRICS = {
     'loss': ('loss', 'Loss', 1),
 }
 
+_NAMED_DATASETS = ('demo', 'torch', 'tfds', 'hfds', 'hfids')
 _DATASET_TYPE = re.compile(r'(?:[\w-]+/)?[\w.-]+')
 
 _CITATION = """\
@@ -103,9 +104,11 @@ def dataset_type(name: str) -> str:
         name: As the script takes it (`hfds/user/name`, `torch/cifar10`, `demo/digits`), '' for a folder of images.
     """
     kind, _, rest = name.partition('/')
-    if not rest or kind.lower() == 'wds':
-        return 'imagefolder' if not rest else 'webdataset'
     rest = rest.partition(':')[0]
+    if kind.lower() == 'wds':
+        return 'webdataset'
+    if not rest or kind.lower() not in _NAMED_DATASETS:
+        return 'imagefolder'
     return rest if _DATASET_TYPE.fullmatch(rest) else re.sub(r'[^\w.-]+', '_', rest) or 'imagefolder'
 
 

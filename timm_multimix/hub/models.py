@@ -17,6 +17,9 @@ from torch import nn
 from .card import CARD_NAME, model_card
 from .repository import CONFIG_NAME, WEIGHTS_NAME, HubError, HubRepository, with_retries
 
+# What a pretrained_cfg says of the weights themselves.
+_OF_PRETRAINED = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+
 
 def save_weights(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
     """Write the weights of a model as safetensors.
@@ -37,6 +40,7 @@ def save_config(
         data_config: Mapping[str, Any] | None = None,
         label_names: Sequence[str] | None = None,
         model_args: Mapping[str, Any] | None = None,
+        from_scratch: bool = False,
 ) -> None:
     """Write timm's config.json, from which create_model makes the model again.
 
@@ -47,6 +51,7 @@ def save_config(
             timm's resolve_data_config returns them; by default the model's own.
         label_names: Names of the classes, in order.
         model_args: Arguments of create_model that timm has not recorded, or replacements for some that are not JSON.
+        from_scratch: Say nothing of the pretrained weights that timm has for this architecture, such as their license.
 
     Raises:
         HubError: if timm cannot write the model's arguments down.
@@ -57,6 +62,11 @@ def save_config(
             model_args=dict(model_args) if model_args else None, data_config=dict(data_config) if data_config else None)
     except (ValueError, TypeError, AttributeError) as error:
         raise HubError(f'timm cannot describe this model for the Hub: {error}') from error
+    if from_scratch:
+        config = json.loads(Path(path).read_text())
+        config['pretrained_cfg'] = {
+            name: value for name, value in config['pretrained_cfg'].items() if name not in _OF_PRETRAINED}
+        Path(path).write_text(json.dumps(config, indent=2))
 
 
 def check_rebuilds(folder: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -88,7 +88,8 @@ def write_config(run: Run) -> None:
             save_config(
                 unwrap_model(run.task.get_trainable_module()), path,
                 data_config=dict(run.data_config, crop_mode='center'),  # the one that timm's validation has
-                label_names=label_names(run.loaders.train.dataset, run.args.num_classes))
+                label_names=label_names(run.loaders.train.dataset, run.args.num_classes),
+                from_scratch=not (run.args.pretrained or run.args.initial_checkpoint))
     except HubError as error:
         if run.args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
@@ -149,6 +150,10 @@ def _is_private(value: Any) -> bool:
         re.search(rf'(?<![\w-]){re.escape(name)}(?![\w-])', value) for name in names if len(name) > 2)
 
 
+def _public(value: str | None, otherwise: str) -> str:
+    return otherwise if not value or _is_private(value) else value
+
+
 def recipe(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options that repeat a training, without those that are private.
 
@@ -192,13 +197,12 @@ def _evaluation(args: Mapping[str, Any], checkpoint: Mapping[str, Any], row: Map
         metrics = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
     if 'temperature' in checkpoint:
         metrics.pop('loss', None)  # calibration changes it, and no accuracy
-    dataset = args.get('dataset') or ''
+    dataset, split = _public(args.get('dataset'), ''), _public(args['val_split'], 'validation')
     demo = DEMOS.get(dataset.lower())
     fields = args.get('card') or {}
-    kind = next(iter(fields.get('datasets') or ()), None) or dataset_type(dataset)
-    shown = fields.get('dataset_name') or (demo.description if demo else
-                                           dataset.partition('/')[2] if '/' in dataset else 'a folder of images')
-    return Evaluation(kind, shown, args['val_split'], metrics)
+    kind = dataset_type(dataset)
+    shown = demo.description if demo else 'images in folders' if kind == 'imagefolder' else kind
+    return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown, split, metrics)
 
 
 def _summary(args: Mapping[str, Any], config: Mapping[str, Any], weights: str, epoch: int | None, base: str | None):
@@ -221,9 +225,9 @@ def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
 def _check_public(text: str, folder: str) -> None:
     """The last look at a card. What it looks for has no business there, wherever it came from."""
     secrets = {get_token(), os.environ.get('HF_TOKEN'), os.environ.get('WANDB_API_KEY'), os.path.realpath(folder),
-               os.path.expanduser('~'), os.getcwd()}
+               os.path.expanduser('~')}
     for secret in secrets:
-        if secret and len(secret) > 4 and secret in text:
+        if secret and len(secret) > 1 and re.search(rf'(?<![\w.-]){re.escape(secret)}', text):
             raise HubError('The card would tell something private (a token or a path of this machine): see '
                            '`python -m timm_multimix.hub card RUN_FOLDER`.')
 
@@ -245,7 +249,8 @@ def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:
     """Write config.json for a run of timm's own script, which leaves none."""
     settings = argparse.Namespace(**{**args, 'pretrained': False, 'initial_checkpoint': '', 'pretrained_path': None})
     model = create_run_model(settings, model_options(settings))
-    save_config(model, path, data_config=dict(resolve_data(settings, model), crop_mode='center'))
+    save_config(model, path, data_config=dict(resolve_data(settings, model), crop_mode='center'),
+                from_scratch=not (args['pretrained'] or args['initial_checkpoint']))
 
 
 def export(
@@ -295,6 +300,8 @@ def export(
     has_curve = draw_curve(rows, os.path.join(target, CURVE_NAME))
     base = _base_model(args)
     options, left_out = recipe(args)
+    if 'model' in left_out:
+        options['model'] = config['architecture']
     evaluation = _evaluation(args, checkpoint, next((row for row in rows if row['epoch'] == epoch), {}))
     with blame('The card'):
         card = str(model_card(
@@ -309,8 +316,8 @@ def export(
 
 
 def _dataset_fields(args: Mapping[str, Any]) -> dict[str, Any]:
-    kind, _, name = (args.get('dataset') or '').partition('/')
-    return {'datasets': [dataset_type(f'hfds/{name}')]} if kind.lower() in ('hfds', 'hfids') and name else {}
+    dataset = _public(args.get('dataset'), '')
+    return {'datasets': [dataset_type(dataset)]} if dataset.lower().startswith(('hfds/', 'hfids/')) else {}
 
 
 @contextmanager

@@ -1,0 +1,224 @@
+"""The card of a model: what it says, what the Hub takes, and what it must not tell."""
+import argparse
+import getpass
+import json
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import metadata_errors
+from huggingface_hub import ModelCard
+
+from timm_multimix.hub import Evaluation, HubError, dataset_type, model_card, save_config
+from timm_multimix.hub.card import CARD_FIELDS, check_fields, is_ours
+from timm_multimix.training import hub as training_hub
+from timm_multimix.training.arguments import build_parser
+from timm_multimix.training.config import parse_args
+from timm_multimix.training.curve import draw_curve, read_summary
+
+CONFIG = dict(architecture='resnet18', num_classes=3, label_names=['a|b', 'c', 'd'], pretrained_cfg=dict(
+    input_size=[3, 64, 64], interpolation='bicubic', crop_pct=0.9, mean=[0.5] * 3, std=[0.5] * 3))
+SECRETS = dict(
+    home='/home/alice/private', windows='C:\\Users\\alice\\runs', relative='../alice/secret.pt',
+    host='gpu-17.example.org', user='alice-cooper', token='hf_abcdefghijklmnop',
+    wandb='0123456789abcdef0123456789abcdef01234567',
+    url='https://alice:password@example.org/data')
+
+
+def test_card_says_how_to_use_the_model():
+    card = model_card(
+        'user/model', CONFIG, revision='v1', summary='What it is.', multimix=dict(multimix='dense'),
+        recipe=dict(lr=0.1, multimix='off'), left_out=['opt_kwargs'], has_curve=True,
+        evaluation=Evaluation('cifar10', 'CIFAR-10', 'test', dict(top1=91.25, top5=99.0, loss=0.5, map=50.0)),
+        fields=dict(license='mit', datasets=['uoft-cs/cifar10'], base_model='timm/resnet18.a1_in1k', language=['en'],
+                    tags=['more'], description='A description.'))
+    text = str(card)
+    assert metadata_errors(text) == []
+    code = text.split('```python\n')[1].split('```')[0]
+    assert "timm.create_model('hf-hub:user/model@v1', pretrained=True)" in code
+    compile(code, 'card', 'exec')
+    for part in ('# model\n', 'What it is.', 'A description.', '91.25 %', '(training_curve.png)', 'a\\|b, c, d',
+                 '`dense`', 'opt_kwargs', "multimix: 'off'", '@inproceedings{venkataramanan2023multimix', '2206.14868'):
+        assert part in text, part
+    data = ModelCard(text).data  # read back
+    assert (data.license, data.library_name, data.pipeline_tag) == ('mit', 'timm', 'image-classification')
+    assert data.tags == ['timm', 'image-classification', 'multimix', 'more']
+    assert data.base_model == 'timm/resnet18.a1_in1k' and data.datasets == ['uoft-cs/cifar10']
+    results = {result.metric_name: (result.metric_type, result.metric_value) for result in data.eval_results}
+    assert results == {'Top-1 accuracy': ('accuracy', 0.9125), 'Top-5 accuracy': ('accuracy', 0.99),
+                       'Loss': ('loss', 0.5), 'Mean average precision': ('mean_average_precision', 0.5)}
+    assert is_ours(text) and not is_ours(text.replace('Written by', 'Once by'))
+
+
+def test_card_without_a_run():
+    text = str(model_card('user/model', CONFIG))
+    assert metadata_errors(text) == [] and 'multimix' not in ModelCard(text).data.tags
+    assert 'model-index' not in text and '## Recipe' not in text and '## Results' not in text
+
+
+@pytest.mark.parametrize('broken', [
+    'license: my-own', 'tags: timm', 'datasets: [a b]', 'base_model: /home/alice', 'language: [english]',
+    'pipeline_tag: classify', 'a: [', '- a', 'model-index: [{name: x, results: [{task: {type: t}, dataset: {name: n, '
+    'type: a b}, metrics: [{type: t, value: 1}]}]}]', 'model-index: [{name: x, results: []}]',
+    'model-index: [{name: x, results: [{task: {type: t}, dataset: {name: n, type: a}, metrics: [{type: t}]}]}]'])
+def test_the_checks_of_metadata_can_fail(broken):
+    assert metadata_errors(f'---\n{broken}\n---\n')
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(licence='mit'), 'no field'), (dict(tags='a'), 'a list of strings'), (dict(datasets=[1]), 'list of strings'),
+    (dict(license=1), 'a string'), ('mit', 'lines')])
+def test_fields_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        check_fields(fields)
+    check_fields({name: ['x'] if kind is list else 'x' for name, kind in CARD_FIELDS.items()})
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('', 'imagefolder'), ('demo/digits', 'digits'), ('torch/cifar10', 'cifar10'), ('hfds/user/images', 'user/images'),
+    ('tfds/imagenet2012:5.1', 'imagenet2012'), ('wds/anything', 'webdataset'), ('folder', 'imagefolder'),
+    ('hfds/a/b/c d', 'a_b_c_d'), ('mine/folder', 'imagefolder')])
+def test_dataset_types_are_what_the_hub_takes(name, expected):
+    assert dataset_type(name) == expected
+    assert metadata_errors(str(model_card('u/m', CONFIG, evaluation=Evaluation(
+        dataset_type(name), 'x', 'test', dict(top1=1.0))))) == []
+
+
+# Of a run.
+
+def write_run(folder: Path, checkpoint: dict | None = None, args: dict | None = None, **entries) -> Path:
+    """The folder of a run, without having run it."""
+    folder.mkdir(exist_ok=True)
+    settled = {**vars(build_parser().parse_args([])), 'card': {}, 'model': 'test_resnet', 'num_classes': 3,
+               'img_size': 32, 'multimix': 'dense', 'eval_metric': 'top1', **(args or {})}
+    model = timm.create_model('test_resnet', num_classes=3)
+    state = dict(state_dict=model.state_dict(), args=settled, arch=settled['model'], epoch=1, metric=81.5, **entries)
+    torch.save({**state, **(checkpoint or {})}, folder / 'model_best.pth.tar')
+    (folder / 'args.yaml').write_text(yaml.safe_dump(settled))
+    (folder / 'summary.csv').write_text(
+        'epoch,train_loss,train_top1,eval_loss,eval_top1,lr\n0,1.5,40,1.2,60.0,0.1\n1,1.1,,0.8,81.5,0.1\n2,1,70,0.9,80,0')
+    save_config(model, folder / 'config.json', label_names=['a', 'b', 'c'])
+    return folder
+
+
+def card_of(folder: Path, target: Path, **options) -> str:
+    target.mkdir(exist_ok=True)
+    training_hub.export(str(folder), str(target), 'user/model', card_only=True, **options)
+    return (target / 'README.md').read_text()
+
+
+def test_card_tells_the_metrics_of_the_weights_that_are_pushed(tmp_path):
+    data = ModelCard(card_of(write_run(tmp_path / 'run'), tmp_path / 'card')).data
+    assert {result.metric_name: result.metric_value for result in data.eval_results} == {
+        'Loss': 0.8, 'Top-1 accuracy': 0.815}
+    assert (tmp_path / 'card' / 'training_curve.png').stat().st_size > 5000
+    # The summary has those of other weights, calibration changes the loss.
+    other = write_run(tmp_path / 'other', dict(metric=83.0))
+    data = ModelCard(card_of(other, tmp_path / 'card')).data
+    assert {result.metric_name: result.metric_value for result in data.eval_results} == {'Top-1 accuracy': 0.83}
+    calibrated = write_run(tmp_path / 'calibrated', temperature=1.5)
+    assert [result.metric_name for result in ModelCard(card_of(calibrated, tmp_path / 'card')).data.eval_results] == [
+        'Top-1 accuracy']
+    unvalidated = write_run(tmp_path / 'unvalidated', args=dict(val_split=''))
+    assert not ModelCard(card_of(unvalidated, tmp_path / 'card')).data.eval_results
+
+
+@pytest.mark.parametrize('args, expected', [
+    (dict(pretrained=True, model='resnet18.a1_in1k'), 'timm/resnet18.a1_in1k'),
+    (dict(pretrained=True, model='resnet18'), 'timm/resnet18.a1_in1k'),
+    (dict(model='resnet18'), None),
+    (dict(pretrained=True, pretrained_path='/home/alice/w.pt'), None),
+    (dict(pretrained=True, model='hf-hub:user/base@v2'), 'user/base'),
+    (dict(initial_checkpoint='hf-hub:user/base@v2'), 'user/base'),
+    (dict(pretrained=True, initial_checkpoint='/home/alice/w.pt'), None),
+    (dict(pretrained=True, model='local-dir:/home/alice/model'), None)])
+def test_base_model(tmp_path, args, expected):
+    data = ModelCard(card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card')).data
+    assert data.base_model == expected
+
+
+def test_recipe_repeats_the_training(tmp_path):
+    given = ['--model', 'test_resnet', '--multimix', 'dense', '--multimix-alpha', '0.5', '1', '--lr', '0.3', '--mixup',
+             '0.2', '--opt-kwargs', 'foreach=False', '--data-dir', str(tmp_path), '--img-size', '32', '--sched', 'wsd']
+    args = vars(parse_args(given))
+    options, left_out = training_hub.recipe(args)
+    assert left_out == [] and 'data_dir' not in options and 'device' not in options
+    (tmp_path / 'recipe.yaml').write_text(
+        card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card').split('```yaml\n')[1].split('```')[0])
+    again = vars(parse_args(['--config', str(tmp_path / 'recipe.yaml'), '--data-dir', str(tmp_path)]))
+    assert again == args
+
+
+def test_nothing_private_is_told(tmp_path, monkeypatch):
+    """Every option that takes text gets something private, and a card is written from it."""
+    monkeypatch.setattr(socket, 'gethostname', lambda: SECRETS['host'])
+    monkeypatch.setattr(getpass, 'getuser', lambda: SECRETS['user'])
+    monkeypatch.setenv('WANDB_API_KEY', SECRETS['wandb'])
+    monkeypatch.setenv('HF_TOKEN', SECRETS['token'])
+    secrets = list(SECRETS.values())
+    fixed = ('model', 'eval_metric', 'config', 'timm_script', 'multimix', 'hub_weights')
+    options = [action for action in build_parser()._actions if action.dest not in fixed and not action.choices
+               and action.nargs != 0 and (action.type in (None, str) or isinstance(action.default, dict))]
+    assert len(options) > 40
+    for shift, secret in enumerate(secrets):
+        args = {}
+        for index, action in enumerate(options):
+            value = secrets[(index + shift) % len(secrets)]
+            args[action.dest] = {'key': value} if isinstance(action.default, dict) else \
+                [value] if action.nargs == '+' else f'prefix {value}' if index % 2 else value
+        args['model'] = f'local-dir:{SECRETS["home"]}/model'
+        run = write_run(tmp_path / f'run{shift}', args=args)
+        text = card_of(run, tmp_path / 'card')
+        for known in (*secrets, 'alice', 'gpu-17', str(tmp_path), os.path.expanduser('~') + '/'):
+            assert known not in text, (secret, known)
+        assert 'model: test_resnet' in text and metadata_errors(text) == []
+        config = (tmp_path / 'card' / 'config.json').read_text()
+        assert not any(known in config for known in secrets)
+
+
+def test_a_token_that_gets_into_a_card_stops_it(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', SECRETS['token'])
+    run = write_run(tmp_path / 'run', args=dict(card=dict(description=f'Use {SECRETS["token"]}')))
+    with pytest.raises(HubError, match='private'):
+        card_of(run, tmp_path / 'card')
+    assert not (tmp_path / 'card' / 'README.md').exists()
+
+
+def test_pretrained_file_is_not_in_the_config(tmp_path):
+    model = timm.create_model('test_resnet', pretrained_cfg_overlay=dict(file='/home/alice/w.pt', source='file'))
+    save_config(model, tmp_path / 'config.json')
+    assert 'alice' not in (tmp_path / 'config.json').read_text()
+    assert json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']['tag']
+    save_config(model, tmp_path / 'config.json', from_scratch=True)
+    assert not {'tag', 'license'} & set(json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg'])
+
+
+def test_checkpoint_of_timms_own_script(tmp_path):
+    run = write_run(tmp_path / 'run')
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    for stored in (argparse.Namespace(**args), None):
+        write_run(run, dict(args=stored))
+        assert '# model' in card_of(run, tmp_path / 'card')
+
+
+def test_class_names():
+    reader = SimpleNamespace(class_to_idx=dict(cat=1, dog=0))
+    wrapper = SimpleNamespace(dataset=SimpleNamespace(reader=reader))
+    assert training_hub.label_names(wrapper, 2) == ['dog', 'cat']
+    assert training_hub.label_names(wrapper, 3) is None
+    reader.class_to_idx['hound'] = 0
+    assert training_hub.label_names(wrapper, 2) is None
+    assert training_hub.label_names([], 2) is None
+
+
+def test_summary_that_is_half_written(tmp_path):
+    assert read_summary(str(tmp_path)) == [] and not draw_curve([], str(tmp_path / 'x.png'))
+    (tmp_path / 'summary.csv').write_text('epoch,train_loss,eval_top1\n0,1.0,50\n1,0.5\n2,')
+    assert read_summary(str(tmp_path)) == [
+        dict(epoch=0, train_loss=1.0, eval_top1=50.0), dict(epoch=1, train_loss=0.5), dict(epoch=2)]
+    assert draw_curve(read_summary(str(tmp_path)), str(tmp_path / 'x.png'))
