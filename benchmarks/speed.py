@@ -1,174 +1,228 @@
 #!/usr/bin/env python3
-"""What MultiMix costs: step time and peak memory beside plain cross-entropy and beside the equations taken literally.
+"""What MultiMix costs: training steps, the loss alone, and how both grow.
 
-    python benchmarks/speed.py                                      # ResNet-50, 224 px, b = 32, c = 1000, n = 1000
-    python benchmarks/speed.py --model vit_small_patch16_224 --methods cross-entropy 'dense MultiMix'
+    python benchmarks/speed.py                  # everything, as Markdown: the tables of docs/speed.md
+    python benchmarks/speed.py --sections step --setups resnet50:224:32:1000
+    python benchmarks/speed.py --device cuda --amp --channels-last --setups resnet50:224:128:1000 --backend triton
+    python benchmarks/speed.py --output results # also results/speed.csv and results/growth.png
 
-A step is forward, loss, backward and an SGD update on random images. The methods take turns, so that they share
-whatever else the machine is doing; times are medians with quartiles, ratios medians of the ratios round by round. Peak
-memory is what PyTorch's allocator holds: model, gradients, momentum, activations, loss. (The resident size of a process
-varies by more than MultiMix adds.)
+A step is forward, loss, backward and an SGD update on random images. Methods take turns, so that they share whatever
+else the machine is doing: ratios are medians of the ratios round by round, times are medians with quartiles. `wall` is
+the clock's time, `cpu` what processors worked for this process, summed over threads, for a machine that does other work
+too (then take `--threads 1`, or set OMP_WAIT_POLICY=PASSIVE, so that waiting does not count). Peak memory is what
+PyTorch's allocator holds: model, gradients, momentum, activations, loss. (The resident size of a process varies by more
+than MultiMix adds.)
 """
 import argparse
-import copy
-import itertools
-import statistics
-import time
-from collections.abc import Callable
+import csv
+from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from torch.profiler import ProfilerActivity, profile
+from speed_measures import (
+    METHODS,
+    MIB,
+    LossProblem,
+    Rates,
+    Setup,
+    Times,
+    Trainer,
+    measure_rates,
+    measure_times,
+    peak_memory,
+    products_of_dense,
+    step_memory,
+)
 from tqdm import tqdm
 
-from timm_multimix import MultiMixLoss, attach, attention_map, reference, sample_weights
-
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def cross_entropy(model: torch.nn.Module, args: argparse.Namespace) -> Step:
-    return lambda images, target: F.cross_entropy(model(images), target)
-
-
-def input_mixup(model: torch.nn.Module, args: argparse.Namespace) -> Step:
-    mixup = Mixup(mixup_alpha=1.0, num_classes=args.num_classes)
-
-    def step(images, target):
-        images, target = mixup(images.clone(), target)  # timm mixes in place
-        return F.cross_entropy(model(images), target)
-
-    return step
-
-
-def multimix(mode: str) -> Callable[..., Step]:
-    def method(model, args):
-        attach(model, mode)
-        criterion = MultiMixLoss(args.num_mixes)
-        return lambda images, target: criterion(model(images), target)
-
-    return method
-
-
-def literal(model: torch.nn.Module, args: argparse.Namespace) -> Step:
-    """Eqs. 9-14 as they are written, on embeddings, for a model whose head is average pooling and a linear layer."""
-    def step(images, target):
-        features = model.forward_features(images)
-        z = features.flatten(2).mT if features.ndim == 4 else features[:, model.num_prefix_tokens:]
-        weights = sample_weights(args.num_mixes, len(z), z.shape[1], device=z.device)
-        y = reference.one_hot(target, args.num_classes, z.dtype)
-        return reference.dense_multimix(z, y, weights, attention_map(z).detach(), model.get_classifier())
-
-    return step
-
-
-METHODS = {
-    'cross-entropy': cross_entropy,
-    'timm Mixup': input_mixup,
-    'pooled MultiMix': multimix('pooled'),
-    'dense MultiMix': multimix('dense'),
-    'literal dense MultiMix': literal,
+SECTIONS = ('step', 'loss', 'growth')
+SETUPS = ['resnet50:224:32:1000', 'resnet18:64:128:100', 'vit_small_patch16_224:224:32:1000']
+BASELINES = ('cross-entropy', 'timm Mixup', 'literal dense MultiMix')
+# Sizes of the loss alone: that of a wide network's last map, and pooled.
+LOSSES = [dict(b=64, r=49, c=1000, d=2048), dict(b=64, r=1, c=1000, d=2048)]
+# What grows, one at a time, from here.
+BASE = dict(n=1000, b=32, c=1000, r=16)
+GROWTH = {
+    'n': (100, 1000, 10_000, 100_000),
+    'b': (8, 32, 128, 512),
+    'c': (10, 100, 1000, 21_841),
+    'r': (1, 16, 196, 784),
 }
 
-
-class Bench:
-    """A batch, and for each method a model of its own with its optimizer, ready to take a training step."""
-
-    def __init__(self, args: argparse.Namespace, methods: list[str]):
-        torch.manual_seed(0)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        self.device = torch.device(args.device)
-        self.clock = args.clock
-        model = timm.create_model(args.model, num_classes=args.num_classes, global_pool='avg')
-        size = args.image_size or model.default_cfg['input_size'][-1]
-        self.images = torch.randn(args.batch_size, 3, size, size, device=self.device)
-        self.target = torch.randint(args.num_classes, (args.batch_size,), device=self.device)
-        self.steps, self.optimizers = {}, {}
-        for name in methods:
-            copied = copy.deepcopy(model).to(self.device).train()
-            self.optimizers[name] = torch.optim.SGD(copied.parameters(), lr=1e-3, momentum=0.9)
-            self.steps[name] = METHODS[name](copied, args)
-
-    def step(self, name: str) -> float:
-        """Seconds of one training step."""
-        self._synchronize()
-        clock = time.process_time if self.clock == 'cpu' else time.perf_counter
-        start = clock()
-        self.optimizers[name].zero_grad()
-        self.steps[name](self.images, self.target).backward()
-        self.optimizers[name].step()
-        self._synchronize()
-        return clock() - start
-
-    def _synchronize(self) -> None:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
+Row = dict[str, object]
 
 
-def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
-    bench = Bench(args, args.methods)
-    times = {name: [] for name in args.methods}
-    for repetition in tqdm(range(args.repetitions + 1), desc='steps', disable=None):
-        for name in args.methods:
-            seconds = bench.step(name)
-            if repetition:  # the first round warms up
-                times[name].append(seconds)
-    return times
+def print_table(rows: list[Row]) -> None:
+    names = list(rows[0])
+    print(f'\n| {" | ".join(names)} |\n|{"---|" * len(names)}')
+    for row in rows:
+        print('|', ' | '.join('' if value is None else str(value) for value in row.values()), '|')
+    print(flush=True)
 
 
-def _take_steps(args: argparse.Namespace, name: str) -> None:
-    bench = Bench(args, [name])
-    for _ in range(2):
-        bench.step(name)
+def record(section: str, method: str, times: Times, memory: float | None, **sizes: object) -> list[Row]:
+    """A row of the CSV file for every round."""
+    return [
+        dict(section=section, method=method, **sizes, round=index, wall_s=wall, cpu_s=cpu, peak_mib=memory)
+        for index, (wall, cpu) in enumerate(zip(times.wall, times.cpu, strict=True))]
 
 
-def measure_memory(args: argparse.Namespace, name: str) -> float:
-    """Peak MiB that PyTorch's allocator holds, from building the model to the end of its second step."""
-    if args.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        _take_steps(args, name)
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        _take_steps(args, name)
-    held = itertools.accumulate(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(held) / 2 ** 20
+def steps(setup: Setup, rates: Rates, args: argparse.Namespace) -> list[Row]:
+    memory = {
+        name: step_memory(name, setup, args) for name in tqdm(args.methods, desc='memory', disable=None, leave=False)}
+    trainers = {name: Trainer(name, setup, args) for name in args.methods}
+    actions = {name: trainer.step for name, trainer in trainers.items()}
+    times = measure_times(actions, args.repetitions, torch.device(args.device), 'steps')
+    rows = []
+    for name in args.methods:
+        low, high = times[name].quartiles
+        row = {
+            'method': name, 'step, s': f'{times[name].median:.3f}', 'quartiles': f'{low:.3f} to {high:.3f}',
+            'peak, MiB': f'{memory[name]:.0f}'}
+        for other in (name for name in BASELINES if name in args.methods):
+            ratios = [times[name].ratio_to(times[other], clock) for clock in ('wall', 'cpu')]
+            ratios.append(memory[name] / memory[other])
+            row[f'to {other}: wall, cpu, memory'] = ', '.join(f'{ratio:.3f}' for ratio in ratios)
+        rows.append(row)
+    print(f'### A step: {setup}')
+    print_table(rows)
+    operations = products_of_dense(setup, args)
+    if operations is not None and 'cross-entropy' in times:
+        share = operations / rates.flops / times['cross-entropy'].median
+        print(f'Dense MultiMix adds at least {operations / 1e9:.1f} GFlop of products: at {rates.flops / 1e9:.0f} '
+              f'GFlop/s {operations / rates.flops * 1e3:.1f} ms, {100 * share:.1f} % of the cross-entropy step.\n')
+    return [row for name in args.methods for row in record('step', name, times[name], memory[name], setup=str(setup))]
+
+
+def loss_alone(rates: Rates, args: argparse.Namespace) -> list[Row]:
+    table, rows = [], []
+    for sizes in LOSSES:
+        b, r, c, n = sizes['b'], sizes['r'], sizes['c'], args.num_mixes
+        problem = LossProblem(n=n, args=args, **sizes)
+        actions = {
+            'literal': problem.literal, 'from embeddings': problem.fused_from_embeddings, 'from logits': problem.fused}
+        memory = {}
+        for name, action in actions.items():
+            problem.forget()
+            memory[name] = peak_memory(action, problem.logits.device)
+        times = measure_times(actions, args.repetitions, problem.logits.device, 'loss')
+        products = 4 * n * b * c * r / rates.flops
+        moved = 3 * problem.logits.nbytes / rates.copied_bytes  # logits read, gradient written and scaled
+        bound = max(products, moved)
+        for name in actions:
+            low, high = times[name].quartiles
+            table.append({
+                'b, r, c, d': f'{b}, {r}, {c}, {sizes["d"]}',
+                'loss': name,
+                'forward and backward, ms': f'{times[name].median * 1e3:.1f}',
+                'quartiles': f'{low * 1e3:.1f} to {high * 1e3:.1f}',
+                'literal is slower by (wall)': f'{times["literal"].ratio_to(times[name], "wall"):.1f}',
+                '(cpu)': f'{times["literal"].ratio_to(times[name], "cpu"):.1f}',
+                'bound, ms': f'{bound * 1e3:.1f}',
+                'to the bound': f'{times[name].median / bound:.2f}',
+                'peak, MiB': f'{memory[name]:.0f}',
+            })
+            rows += record('loss', name, times[name], memory[name], n=n, **sizes)
+        parts = {
+            'products': products, 'exponentials': n * c * r / rates.exponentials, 'draws': n * b * r / rates.draws,
+            'logits': moved}
+        print(f'b = {b}, r = {r}, c = {c}, n = {n}, at the rates above:',
+              ', '.join(f'{name} {seconds * 1e3:.1f} ms' for name, seconds in parts.items()) + '\n')
+    print('### The loss alone')
+    print_table(table)
+    return rows
+
+
+def growth(args: argparse.Namespace) -> list[Row]:
+    table, rows = [], []
+    device = torch.device(args.device)
+    for name, values in GROWTH.items():
+        for value in tqdm(values, desc=f'growth with {name}', disable=None, leave=False):
+            sizes = {**BASE, name: value}
+            problem = LossProblem(args=args, **sizes)
+            memory = peak_memory(problem.fused, device)
+            times = measure_times({'': problem.fused}, args.growth_repetitions, device, 'growth')['']
+            bytes_of_logits = problem.logits.nbytes / MIB
+            table.append({
+                'grows': name, **sizes, 'ms': f'{times.median * 1e3:.1f}', 'peak, MiB': f'{memory:.1f}',
+                'logits, MiB': f'{bytes_of_logits:.1f}'})
+            rows += record('growth', name, times, memory, **sizes)
+    print('### How the loss grows')
+    print_table(table)
+    return rows
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(folder / 'speed.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    grown = [row for row in rows if row['section'] == 'growth']
+    if grown:
+        plot(grown, folder / 'growth.png')
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(12, 5), sharey='row', sharex='col', layout='constrained')
+    for column, (name, values) in enumerate(GROWTH.items()):
+        for axis, quantity, label in ((axes[0, column], 'wall_s', 'seconds'), (axes[1, column], 'peak_mib', 'MiB')):
+            best = [min(row[quantity] for row in rows if row['method'] == name and row[name] == v) for v in values]
+            axis.loglog(values, best, marker='o')
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(label if column == 0 else None)
+        axes[1, column].set_xlabel(name)
+    figure.suptitle('The loss alone, forward and backward: ' + ', '.join(f'{k} = {v}' for k, v in BASE.items()))
+    figure.savefig(path, dpi=120)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='resnet50', help='timm model with average pooling (default: %(default)s)')
-    parser.add_argument('--image-size', type=int, help="pixels (default: the model's own)")
-    parser.add_argument('--batch-size', type=int, default=32, help='(default: %(default)s)')
-    parser.add_argument('--num-classes', type=int, default=1000, help='(default: %(default)s)')
-    parser.add_argument('--num-mixes', type=int, default=1000, help='(default: %(default)s)')
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='default: all')
-    parser.add_argument('--repetitions', type=int, default=7, help='steps timed of each method (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='(default: %(default)s)')
-    parser.add_argument('--clock', default='wall', choices=('wall', 'cpu'),
-                        help='wall: seconds on the clock; cpu: seconds that the processor worked, summed over threads, '
-                             'for a machine that does other work too: set OMP_WAIT_POLICY=PASSIVE with it, so that '
-                             'waiting does not count (default: %(default)s)')
-    parser.add_argument('--threads', type=int, help="CPU threads (default: PyTorch's)")
+    add = parser.add_argument
+    add('--sections', nargs='+', choices=SECTIONS, default=SECTIONS, help='default: all')
+    add('--setups', nargs='+', type=Setup.parse, default=[Setup.parse(text) for text in SETUPS],
+        metavar='MODEL:SIZE:BATCH:CLASSES', help=f'models and batches of the steps (default: {" ".join(SETUPS)})')
+    add('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='methods of the steps (default: all)')
+    add('--num-mixes', type=int, default=1000, help='n (default: %(default)s)')
+    add('--repetitions', type=int, default=7, help='rounds timed of steps and losses (default: %(default)s)')
+    add('--growth-repetitions', type=int, default=3, help='rounds timed of every size (default: %(default)s)')
+    add('--device', default='cpu', choices=('cpu', 'cuda'), help='(default: %(default)s)')
+    add('--threads', type=int, help="CPU threads (default: PyTorch's)")
+    add('--backend', default='auto', help="MultiMixLoss's: auto, torch, compile or triton (default: %(default)s)")
+    add('--amp', action='store_true', help='steps under autocast to bfloat16')
+    add('--channels-last', action='store_true', help='channels_last layout of models and images')
+    add('--compile', action='store_true', help='compile the models')
+    add('--output', type=Path, metavar='FOLDER', help='write every round to speed.csv, and a plot of the growth')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    memory = {name: measure_memory(args, name) for name in tqdm(args.methods, desc='memory', disable=None)}
-    times = measure_times(args)
-    baseline = args.methods[0]
-    print(f'{args.model}, b = {args.batch_size}, c = {args.num_classes}, n = {args.num_mixes}, {args.device}, '
-          f'{args.clock} time, {torch.get_num_threads()} threads, {args.repetitions} steps of each, '
-          f'PyTorch {torch.__version__}\n')
-    print(f'| method | step, s | quartiles | to {baseline} | peak memory, MiB | to {baseline} |')
-    print('|---|---|---|---|---|---|')
-    for name in args.methods:
-        low, median, high = statistics.quantiles(times[name], n=4)
-        ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
-        print(f'| {name} | {median:.3f} | {low:.3f} to {high:.3f} | {ratio:.3f} '
-              f'| {memory[name]:.0f} | {memory[name] / memory[baseline]:.3f} |')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
+    rates = measure_rates(device)
+    options = ' '.join(f'--{option}' for option in ('amp', 'channels-last', 'compile')
+                       if vars(args)[option.replace('-', '_')])
+    print(f'{name}, PyTorch {torch.__version__}, n = {args.num_mixes}, backend {args.backend} {options}: '
+          f'{args.repetitions} rounds. Products {rates.flops / 1e9:.0f} GFlop/s, copies '
+          f'{rates.copied_bytes / 1e9:.1f} GB/s read and written, softmax {rates.exponentials / 1e9:.2f} G/s, weights '
+          f'drawn {rates.draws / 1e6:.0f} M/s.\n', flush=True)
+    rows = []
+    if 'step' in args.sections:
+        for setup in args.setups:
+            rows += steps(setup, rates, args)
+    if 'loss' in args.sections:
+        rows += loss_alone(rates, args)
+    if 'growth' in args.sections:
+        rows += growth(args)
+    if args.output:
+        write(rows, args.output)
 
 
 if __name__ == '__main__':

@@ -183,12 +183,3 @@ def test_moments_are_those_of_all_blocks():
         moments.add(block)
     torch.testing.assert_close(moments.mean().squeeze(-1), m.mean(1))
     torch.testing.assert_close(moments.covariance(), torch.stack([torch.cov(p.mT, correction=0) for p in m]))
-
-
-@pytest.mark.parametrize('positions', [1, 3])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_product(positions, dtype):
-    a, b = torch.randn(positions, 6, 5, dtype=dtype), torch.randn(positions, 5, 7, dtype=dtype)
-    expected = torch.einsum('pik,pkj->pij', a.double(), b.double())
-    for left, right in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
-        torch.testing.assert_close(timm_multimix.products.product(left, right).double(), expected, rtol=1e-5, atol=1e-5)

@@ -2,13 +2,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, find_head, inspect_head, mean_of_heads
 from .layouts import Features, align_streams, as_streams, grid_size
+from .products import linear
 
 WHOLE_MAPS_AT_ONCE = 4
 
@@ -64,14 +64,7 @@ def _classifier_logits(model: nn.Module, head: Head, features: torch.Tensor, pos
     classifier = model.get_submodule(head.classifier)
     if isinstance(classifier, nn.Conv2d):
         return classifier(features).flatten(2).transpose(1, 2)
-    is_plain = type(classifier) is nn.Linear and not (classifier._forward_pre_hooks or classifier._forward_hooks)
-    if is_plain and positions.device.type == 'cpu':
-        # A linear layer at every position is a 1 x 1 convolution. Those take positions as they lie in memory, and go to
-        # oneDNN, which has the faster products on many processors: the head at every position is most of what MultiMix
-        # adds to a step.
-        kernel = classifier.weight[:, :, None, None]
-        return F.conv2d(positions.mT.unsqueeze(2), kernel, classifier.bias).squeeze(2).mT
-    return classifier(positions)
+    return linear(positions, classifier)
 
 
 def _has_dropout(model: nn.Module, head: Head) -> bool:

@@ -1,0 +1,310 @@
+"""What benchmarks/speed.py measures with: timed rounds, peak memory, rates of the machine, steps and losses."""
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from timm_multimix import (
+    EMATeacher,
+    MultiMixLoss,
+    SelfDistillationLoss,
+    attach,
+    attention_map,
+    reference,
+    sample_weights,
+)
+from timm_multimix.products import linear, product
+
+MIB = 2 ** 20
+Action = Callable[[], object]
+
+
+@dataclass
+class Times:
+    """Seconds of every round: on the clock, and that processors worked for this process, summed over threads."""
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def ratio_to(self, other: 'Times', clock: str) -> float:
+        """Median over rounds of the ratio within a round, which shares what else the machine was doing."""
+        pairs = zip(getattr(self, clock), getattr(other, clock), strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.wall) < 2:
+            return self.wall[0], self.wall[0]
+        low, _, high = statistics.quantiles(self.wall, n=4)
+        return low, high
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def measure_times(actions: dict[str, Action], repetitions: int, device: torch.device, title: str) -> dict[str, Times]:
+    """Time actions that take turns. The first round warms up."""
+    times = {name: Times() for name in actions}
+    for repetition in tqdm(range(repetitions + 1), desc=title, disable=None, leave=False):
+        for name, action in actions.items():
+            synchronize(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            action()
+            synchronize(device)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            if repetition:
+                times[name].wall.append(wall)
+                times[name].cpu.append(cpu)
+    return times
+
+
+def peak_memory(action: Action, device: torch.device) -> float:
+    """Peak MiB that PyTorch's allocator holds during an action, above what it held before."""
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        action()
+    held = itertools.accumulate(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
+    return max(held, default=0) / MIB
+
+
+@dataclass
+class Rates:
+    """What the machine does in a second: the best of several runs, for what the loss is made of."""
+    flops: float
+    copied_bytes: float
+    exponentials: float
+    draws: float
+
+
+def measure_rates(device: torch.device) -> Rates:
+    a, b = torch.randn(1, 2048, 2048, device=device), torch.randn(1, 2048, 2048, device=device)
+    source, tile = torch.randn(2 ** 26, device=device), torch.randn(500, 1000, device=device)
+    target = torch.empty_like(source)
+    actions = {
+        'product': lambda: product(a, b),
+        'copy': lambda: target.copy_(source),
+        'softmax': lambda: tile.softmax(-1),
+        'draws': lambda: sample_weights(1000, 32, 4, device=device),
+    }
+    best = {name: min(times.wall) for name, times in measure_times(actions, 9, device, 'rates').items()}
+    return Rates(
+        flops=2 * 2048 ** 3 / best['product'],
+        copied_bytes=2 * source.nbytes / best['copy'],
+        exponentials=tile.numel() / best['softmax'],
+        draws=1000 * 32 * 4 / best['draws'],
+    )
+
+
+# Training steps
+
+
+@dataclass
+class Setup:
+    """A model, and the batch that it trains on."""
+    model: str
+    image_size: int
+    batch_size: int
+    num_classes: int
+
+    @classmethod
+    def parse(cls, text: str) -> 'Setup':
+        try:
+            model, *sizes = text.split(':')
+            return cls(model, *map(int, sizes))
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(
+                f'{text!r} is not MODEL:IMAGE_SIZE:BATCH_SIZE:CLASSES, such as resnet50:224:32:1000') from error
+
+    def __str__(self) -> str:
+        return f'{self.model}, {self.image_size} px, b = {self.batch_size}, c = {self.num_classes}'
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    return torch.compile(model) if args.compile else model
+
+
+def cross_entropy(model: nn.Module, args: argparse.Namespace) -> Loss:
+    run = compiled(model, args)
+    return lambda images, target: F.cross_entropy(run(images), target)
+
+
+def input_mixup(model: nn.Module, args: argparse.Namespace) -> Loss:
+    mixup = Mixup(mixup_alpha=1.0, num_classes=model.num_classes)
+    run = compiled(model, args)
+
+    def loss(images, target):
+        images, target = mixup(images.clone(), target)  # timm mixes in place
+        return F.cross_entropy(run(images), target)
+
+    return loss
+
+
+def multimix(mode: str) -> Callable[..., Loss]:
+    def method(model, args):
+        attach(model, mode)
+        criterion = MultiMixLoss(args.num_mixes, backend=args.backend)
+        run = compiled(model, args)
+        return lambda images, target: criterion(run(images), target)
+
+    return method
+
+
+def with_teacher(model: nn.Module, args: argparse.Namespace) -> Loss:
+    attach(model, 'dense')
+    teacher = EMATeacher(model)
+    criterion = SelfDistillationLoss(MultiMixLoss(args.num_mixes, backend=args.backend))
+    run = compiled(model, args)
+    if args.compile:
+        teacher.compile()
+
+    def loss(images, target):
+        teacher.update(model)  # of the step before
+        taught = teacher(images)  # first: its activations are gone when the student's are made
+        return criterion(run(images), target, taught)
+
+    return loss
+
+
+def literal(model: nn.Module, args: argparse.Namespace) -> Loss:
+    """Eqs. 9-14 as they are written, on embeddings, for a model whose head is pooling and a linear layer."""
+    def loss(images, target):
+        features = model.forward_features(images)
+        z = features.flatten(2).mT if features.ndim == 4 else features[:, model.num_prefix_tokens:]
+        weights = sample_weights(args.num_mixes, len(z), z.shape[1], device=z.device)
+        y = reference.one_hot(target, model.num_classes, z.dtype)
+        return reference.dense_multimix(z, y, weights, attention_map(z).detach(), model.get_classifier())
+
+    return loss
+
+
+METHODS = {
+    'cross-entropy': cross_entropy,
+    'timm Mixup': input_mixup,
+    'pooled MultiMix': multimix('pooled'),
+    'dense MultiMix': multimix('dense'),
+    'dense MultiMix, teacher': with_teacher,
+    'literal dense MultiMix': literal,
+}
+
+
+class Trainer:
+    """A model of its own, with its optimizer, that trains with one method on one batch."""
+
+    def __init__(self, method: str, setup: Setup, args: argparse.Namespace):
+        torch.manual_seed(0)
+        self.device = torch.device(args.device)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        model = timm.create_model(setup.model, num_classes=setup.num_classes, **image_size(setup))
+        self.model = model.to(self.device, memory_format=layout).train()
+        shape = setup.batch_size, 3, setup.image_size, setup.image_size
+        self.images = torch.randn(shape, device=self.device).contiguous(memory_format=layout)
+        self.target = torch.randint(setup.num_classes, (setup.batch_size,), device=self.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.amp = args.amp
+        self.loss = METHODS[method](self.model, args)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext():
+            loss = self.loss(self.images, self.target)
+        loss.backward()
+        self.optimizer.step()
+
+
+def image_size(setup: Setup) -> dict[str, int]:
+    """Transformers have to be told; convolutions take any size."""
+    takes_size = timm.create_model(setup.model).default_cfg.get('fixed_input_size', False)
+    return dict(img_size=setup.image_size) if takes_size else {}
+
+
+def step_memory(method: str, setup: Setup, args: argparse.Namespace) -> float:
+    """Peak MiB from building the model to the end of its second step: weights, momentum, activations, loss."""
+    def take_steps():
+        trainer = Trainer(method, setup, args)
+        for _ in range(2):
+            trainer.step()
+
+    return peak_memory(take_steps, torch.device(args.device))
+
+
+def products_of_dense(setup: Setup, args: argparse.Namespace) -> float | None:
+    """Floating-point operations that dense MultiMix cannot do without: the head at every position, and the loss.
+
+    Forward and backward pass of a linear head at r positions, less that on the pooled features, which a step has
+    anyway, and 4 n b c for the dense loss at each of them and the pooled one. None if the head is not linear.
+    """
+    model = timm.create_model(setup.model, num_classes=setup.num_classes, **image_size(setup)).train()
+    if not isinstance(model.get_classifier(), nn.Linear):
+        return None
+    attach(model, 'dense')
+    dense = model(torch.randn(2, 3, setup.image_size, setup.image_size)).dense_logits
+    b, r, c, d = setup.batch_size, dense.shape[1], setup.num_classes, model.get_classifier().in_features
+    return 6 * b * r * d * c + 4 * args.num_mixes * b * c * (r + 1)
+
+
+# The loss alone
+
+
+class LossProblem:
+    """Embeddings (b, r, d) and a classifier; the loss of their mixes, literal and fused, forward and backward."""
+
+    def __init__(self, b: int, r: int, c: int, n: int, args: argparse.Namespace, d: int | None = None):
+        torch.manual_seed(0)
+        device = torch.device(args.device)
+        self.n = n
+        self.target = torch.randint(c, (b,), device=device)
+        self.attention = torch.rand(b, r, device=device).softmax(1)
+        self.criterion = MultiMixLoss(n, pooled_weight=0.0, backend=args.backend)
+        self.logits = torch.randn(b, r, c, device=device, requires_grad=True)
+        if d is not None:
+            self.z = torch.randn(b, r, d, device=device, requires_grad=True)
+            self.classifier = nn.Linear(d, c, device=device)
+
+    def fused(self) -> None:
+        """From logits, which the model has made."""
+        self._backward((self.logits[:, 0], self.logits, self.attention))
+
+    def fused_from_embeddings(self) -> None:
+        """With the classifier at every position."""
+        logits = linear(self.z, self.classifier)  # as an attached model
+        self._backward((logits[:, 0], logits, self.attention))
+
+    def _backward(self, output: tuple[torch.Tensor, ...]) -> None:
+        self.forget()
+        self.criterion(output, self.target).backward()
+
+    def literal(self) -> None:
+        self.forget()
+        b, r, _ = self.z.shape
+        weights = sample_weights(self.n, b, r, device=self.z.device)
+        y = reference.one_hot(self.target, self.classifier.out_features, self.z.dtype)
+        reference.dense_multimix(self.z, y, weights, self.attention, self.classifier).backward()
+
+    def forget(self) -> None:
+        self.logits.grad = None
+        if hasattr(self, 'z'):
+            self.z.grad = None
+            self.classifier.zero_grad()
