@@ -6,11 +6,12 @@ import timm
 import torch
 import torch.distributed as dist
 from distributed_helpers import on_ranks
+from timm.layers import convert_sync_batchnorm
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_multimix import MultiMixLoss, MultiMixOutput, attach, losses
+from timm_multimix import MultiMixLoss, MultiMixOutput, MultiMixTask, attach, losses
 from timm_multimix.distributed import gather_batch, share_positions
 from timm_multimix.weights import sample_weights
 
@@ -251,3 +252,135 @@ def _attach_to_a_sharded_model():
 
 def test_attaching_to_a_sharded_model_is_refused_in_dense_mode(tmp_path):
     assert on_ranks(tmp_path, 1, _attach_to_a_sharded_model)
+
+
+def _weights_like(num_mixes, batch_size, num_positions, **_):
+    """Weights that are the same for every position, so that it does not matter which process draws them."""
+    rows = torch.arange(num_mixes * batch_size, dtype=torch.float64).mul(3).sin().mul(3).view(num_mixes, batch_size)
+    return rows.softmax(dim=-1).float().expand(num_positions, -1, -1)
+
+
+def _task_gradient(options, rank, world_size):
+    """Gradient of one batch, in a process for its part of the images, or for all of them."""
+    losses.sample_weights = _weights_like
+    torch.manual_seed(3)
+    task = MultiMixTask(timm.create_model('test_vit', num_classes=NUM_CLASSES), verbose=False, **options)
+    images, target = torch.randn(4, 3, 32, 32), torch.randint(NUM_CLASSES, (4,))
+    task.get_trainable_module().train()
+    if world_size > 1:
+        task.prepare_distributed()
+        images, target = images.chunk(world_size)[rank], target.chunk(world_size)[rank]
+    task(images, target)['loss'].backward()
+    return [parameter.grad for parameter in task.get_trainable_module().parameters()]
+
+
+GRADIENTS = {
+    'without MultiMix': dict(mode='off'),
+    'clean term only': dict(mode='dense', clean_weight=1.0),
+    'gathered, dense': dict(mode='dense', gather=True, num_mixes=20),
+    'gathered, attention with gradient': dict(
+        mode='dense', gather=True, num_mixes=20, attention_grad=True, attention_norm='softmax', balance=False),
+    'gathered, pooled': dict(mode='pooled', gather=True, num_mixes=20, clean_weight=0.25),
+}
+
+
+def _task_gradients():
+    return {name: _task_gradient(case, dist.get_rank(), 2) for name, case in GRADIENTS.items()}
+
+
+def test_gradients_are_those_of_one_process_with_all_images(tmp_path, monkeypatch):
+    """DDP and the task, where one process would do the same: without MultiMix, and with it when it is gathered."""
+    monkeypatch.setattr(losses, 'sample_weights', sample_weights)  # _task_gradient replaces it
+    by_rank = on_ranks(tmp_path, 2, _task_gradients)
+    for name, case in GRADIENTS.items():
+        expected = _task_gradient(case, 0, 1)
+        for grads in by_rank:
+            torch.testing.assert_close(
+                grads[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m: f'{name}: {m}')  # noqa: B023
+
+
+def test_synchronised_batch_norm_leaves_multimix_alone():
+    """The loss touches no layer: a converted model, where PyTorch lets it run without a GPU, gives what it gave."""
+    results = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model('test_resnet', num_classes=NUM_CLASSES)
+        if convert:
+            model = convert_sync_batchnorm(model)
+            assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+        task = MultiMixTask(model, mode='dense', num_mixes=20, verbose=False)
+        model.train()
+        torch.manual_seed(1)
+        task(torch.randn(4, 3, 32, 32), torch.arange(4))['loss'].backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_synchronised_batch_norm_in_a_head_is_refused_in_dense_mode():
+    model = convert_sync_batchnorm(timm.create_model('levit_128s', num_classes=NUM_CLASSES))
+    with pytest.raises(ValueError, match='batch statistics of a SyncBatchNorm'):
+        MultiMixTask(model, mode='dense', verbose=False)
+    MultiMixTask(model, mode='pooled', verbose=False)
+
+
+def test_accumulation_is_the_mean_over_its_batches(tmp_path):
+    """With gathering every batch of an accumulation is joined; gradients add up as without processes."""
+    by_rank = on_ranks(tmp_path, 2, _accumulated)
+    for accumulated, summed in by_rank:
+        torch.testing.assert_close(accumulated, summed, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(by_rank[0][0], by_rank[1][0], rtol=0, atol=0)
+
+
+def _accumulated():
+    losses.sample_weights = _weights_like
+    torch.manual_seed(3)
+    task = MultiMixTask(
+        timm.create_model('test_vit', num_classes=NUM_CLASSES), mode='dense', gather=True, num_mixes=20, verbose=False)
+    module = task.prepare_distributed().get_trainable_module().train()
+    torch.manual_seed(dist.get_rank())
+    batches = [(torch.randn(2, 3, 32, 32), torch.randint(NUM_CLASSES, (2,))) for _ in range(2)]
+
+    def grads():
+        taken = [parameter.grad.clone() for parameter in module.parameters()]
+        module.zero_grad()
+        return taken
+
+    with task.no_sync():
+        (task(*batches[0])['loss'] / 2).backward()
+    (task(*batches[1])['loss'] / 2).backward()
+    accumulated, each = grads(), []
+    for batch in batches:
+        task(*batch)['loss'].backward()
+        each.append(grads())
+    return accumulated, [(a + b) / 2 for a, b in zip(*each, strict=True)]
+
+
+def _compiled_and_not():
+    rank = dist.get_rank()
+    losses.sample_weights = _weights_like
+    results = []
+    for num_positions in (1, 5):
+        for backend in (None, 'aot_eager'):
+            torch.manual_seed(rank)
+            output = MultiMixOutput(
+                torch.randn(4, NUM_CLASSES, requires_grad=True),
+                torch.randn(4, num_positions, NUM_CLASSES, requires_grad=True),
+                torch.rand(4, num_positions, requires_grad=True))
+            teacher = MultiMixOutput(torch.randn(4, NUM_CLASSES), torch.randn(4, num_positions, NUM_CLASSES))
+            loss = MultiMixLoss(20, gather=True, attention_grad=True)
+            terms = loss.terms
+            if backend is not None:
+                torch._dynamo.reset()
+                terms = torch.compile(terms, backend=backend, fullgraph=True)
+            value = terms(output, torch.arange(4) % NUM_CLASSES, teacher)['loss']
+            value.backward()
+            results.append((num_positions, value.detach(), [part.grad for part in output]))
+    return results
+
+
+@pytest.mark.slow
+def test_gathering_compiles_without_a_graph_break(tmp_path):
+    for results in on_ranks(tmp_path, 2, _compiled_and_not):
+        for num_positions in (1, 5):
+            expected, actual = [result[1:] for result in results if result[0] == num_positions]
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed_helpers import PATIENCE, run_script
 from test_resume import _same
+from training_helpers import make_images
 
 from timm_multimix import training
 from timm_multimix.training.interrupt import StopRequest
@@ -60,6 +61,17 @@ def _at_update(update, sick, act, rank):
         return step(*args)
 
     training.loop._train_step = counted
+
+
+def _spoil_first_losses(rank):
+    """The loss of the second process is not a number in the first two updates."""
+    step, calls = training.loop._train_step, []
+
+    def spoiled(run, input, *args):
+        calls.append(input)
+        return step(run, input * torch.nan if rank == 1 and len(calls) <= 2 else input, *args)
+
+    training.loop._train_step = spoiled
 
 
 def _die():
@@ -145,6 +157,52 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, image_folder):
     assert sum(line.startswith('Epoch 1: validation') for line in lines) == 1
     assert sum(line.startswith('Best top1') for line in lines) == 1
     assert [row['epoch'] for row in summary(tmp_path)] == ['0', '1']
+
+
+def test_one_process_with_losses_that_are_not_finite(tmp_path, image_folder):
+    """Its updates are skipped by all, told once, and count for nothing; log lines and averages go on."""
+    argv = arguments(image_folder, epochs=1, log_interval=1, multimix='dense')
+    outcomes = run_script(tmp_path, 2, *argv, prepare=_spoil_first_losses)
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].text + outcomes[1].text
+    assert [outcome.text.count('The loss is not finite in epoch 0') for outcome in outcomes] == [2, 0]
+    assert torch.isfinite(torch.tensor(float(summary(tmp_path)[0]['train_loss'])))
+    outcomes = run_script(
+        tmp_path, 2, *argv, '--max-nonfinite', 2, '--experiment', 'stopped', prepare=_spoil_first_losses)
+    assert [outcome.status for outcome in outcomes] == [1, 1]
+    assert [outcome.text.count('not finite in 2 updates in a row') for outcome in outcomes] == [1, 0]
+
+
+def test_continuing_with_another_number_of_processes(tmp_path, image_folder):
+    """At the end of an epoch that works, and says what is different; in the middle of one it is begun again."""
+    argv = arguments(image_folder, '--model-ema', batch_size=8, epochs=1, sched='none')
+    first, = run_script(tmp_path, 1, *argv)
+    assert first.status == 0, first.text
+    argv = arguments(image_folder, '--model-ema', '--resume', 'auto', epochs=2, sched='none')
+    outcomes = run_script(tmp_path, 2, *argv)
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].text + outcomes[1].text
+    assert 'processes 1 before and 2 now' in outcomes[0].text
+    assert 'processes' not in outcomes[1].text
+    assert [row['epoch'] for row in summary(tmp_path)] == ['0', '1']
+    trained = checkpoint(tmp_path)
+    assert trained['optimizer']['state'] or trained['optimizer']['param_groups']
+    outcomes = run_script(
+        tmp_path, 2, *arguments(image_folder, '--resume', 'auto', epochs=3), prepare=partial(_signal_at, 1, 0))
+    assert [outcome.status for outcome in outcomes] == [143, 143], outcomes[0].text
+    last, = run_script(tmp_path, 1, *arguments(image_folder, '--resume', 'auto', epochs=3))
+    assert last.status == 0, last.text
+    assert 'begins again, with the weights as they are: processes 2 before and 1 now' in last.text
+
+
+def test_validation_is_that_of_one_process(tmp_path):
+    """Nine images on two processes, one of which gets an image twice to fill its share."""
+    make_images(tmp_path / 'images' / 'train', count=4)
+    make_images(tmp_path / 'images' / 'validation', count=3)
+    outcomes = run_script(tmp_path, 2, *arguments(tmp_path / 'images', epochs=1))
+    assert outcomes[0].status == 0, outcomes[0].text
+    path = tmp_path / 'output' / 'train' / 'run' / 'last.pth.tar'
+    alone, = run_script(tmp_path, 1, *arguments(tmp_path / 'images', '--validate', path))
+    row, = summary(tmp_path)
+    assert f"loss {float(row['eval_loss']):.4g}  top1 {float(row['eval_top1']):.4g}" in alone.text, alone.text
 
 
 @pytest.mark.parametrize(('signalled', 'flags', 'options'), [

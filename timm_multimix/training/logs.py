@@ -62,10 +62,13 @@ class Averages:
         self.latest: dict[str, torch.Tensor] = {}
 
     def update(self, values: Mapping[str, torch.Tensor], count: int) -> None:
-        """Add the values of a batch of count examples."""
+        """Add the values of a batch of count examples. Without examples they count for nothing, whatever they are."""
         for name, value in values.items():
             value = value.detach().to(self.dtype)
-            self.latest[name] = value
+            if count:
+                self.latest[name] = value
+            else:  # all processes have to have the same names
+                value = torch.zeros_like(value)
             self.sums[name] = self.sums[name] + value * count if name in self.sums else value * count
             self.counts[name] = self.counts.get(name, 0) + count
 
@@ -91,7 +94,7 @@ class Averages:
         if distributed:
             dist.all_reduce(table)
         totals, counts = table.tolist()
-        return {name: total / count for name, total, count in zip(self.sums, totals, counts, strict=True)}
+        return {name: total / count for name, total, count in zip(self.sums, totals, counts, strict=True) if count}
 
 
 class EpochReporter:

@@ -240,8 +240,7 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
                 input, target = run.loaders.mixup_fn(input, target)
             reporter.add(_num_images(input), time.perf_counter() - waiting_since)
             result, batch_passed, update_passed = _train_step(run, input, target, accum_steps, is_update)
-            if batch_passed:
-                averages.update(_step_metrics(result, target), _num_images(input))
+            averages.update(_step_metrics(result, target), _num_images(input) if batch_passed else 0)
             if resumable is not None:
                 resumable.advance()
             if is_update:
@@ -252,9 +251,10 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
                 _after_update(run, epoch * run.updates_per_epoch + update + 1, update_passed)
                 _save_recovery(run, epoch, update, averages, saver)
                 reporter.step()
-                if reporter.is_due(update) and averages.latest:
-                    latest = {'loss': averages.latest['loss'].item()}
-                    reporter.report(update, latest, averages.compute(args.distributed), lr)
+                if reporter.is_due(update):
+                    so_far = averages.compute(args.distributed)
+                    if averages.latest:
+                        reporter.report(update, {'loss': averages.latest['loss'].item()}, so_far, lr)
                     if saver is not None and args.save_images and not isinstance(input, dict):
                         _save_images(run, input, index)
             waiting_since = time.perf_counter()
