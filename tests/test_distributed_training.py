@@ -10,8 +10,7 @@ from functools import partial
 import pytest
 import torch
 from distributed_helpers import PATIENCE, run_script
-from test_resume import _same
-from training_helpers import make_images
+from training_helpers import make_images, same
 
 from timm_multimix import training
 from timm_multimix.training.interrupt import StopRequest
@@ -219,4 +218,4 @@ def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_
     whole, continued = checkpoint(tmp_path, name='whole'), checkpoint(tmp_path)
     for entry in ('args', 'saver'):
         whole.pop(entry), continued.pop(entry)
-    _same(whole, continued)
+    same(whole, continued)
