@@ -108,6 +108,7 @@ def test_teacher_works_only_while_it_teaches():
     assert calls == [1, 2, 3]
     task = make_task(distill_ramp_epochs=2)
     task.teacher.register_forward_hook(lambda *_: calls.append('ramp'))
+    task.set_epoch(0)
     task(*batch)
     assert 'ramp' not in calls
     task.set_epoch(1)

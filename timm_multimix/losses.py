@@ -42,7 +42,7 @@ def _as_output(output: MultiMixOutput | torch.Tensor | None) -> MultiMixOutput:
     return output if isinstance(output, tuple) else MultiMixOutput(output)
 
 
-def _class_target(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
+def class_rows(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
     """Targets as rows (b, c). Smoothing applies to class indices; soft targets come smoothed, as in timm."""
     if target.is_floating_point():
         return target.detach()
@@ -159,7 +159,7 @@ def _mixed_loss(
     return FusedLossFunction.apply(
         logits,
         weights if attention_grad else weights.detach(),
-        _class_target(target, logits.shape[-1], smoothing),
+        class_rows(target, logits.shape[-1], smoothing),
         _teacher_rows(logits, teacher_logits, distillation.weight),
         GivenWeights,
         FusedLoss(partition, weights.shape[1], distillation=distillation, **options),
@@ -468,7 +468,7 @@ class MultiMixLoss(nn.Module):
         loss = FusedLossFunction.apply(
             logits,
             attention,
-            _class_target(target, num_classes, self.smoothing),
+            class_rows(target, num_classes, self.smoothing),
             teacher,
             partial(DrawnWeights, sample=sample),
             FusedLoss(
@@ -491,7 +491,7 @@ class MultiMixLoss(nn.Module):
             distillation: Distillation,
     ) -> torch.Tensor:
         logits = logits.to(_loss_dtype(logits))
-        target = _class_target(target, logits.shape[1], self.smoothing).to(logits.dtype)
+        target = class_rows(target, logits.shape[1], self.smoothing).to(logits.dtype)
         if teacher is not None and distillation.weight:
             function = multimix_cross_entropy if self.loss_type == 'ce' else multimix_binary_cross_entropy
             return function(

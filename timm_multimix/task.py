@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .hook import attach
-from .losses import MultiMixLoss, MultiMixOutput
+from .losses import MultiMixLoss, MultiMixOutput, class_rows
 from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
 from .views import split_views
 
@@ -73,7 +73,7 @@ class MultiMixTask(ClassificationTask):
         teacher_path: Checkpoint of a teacher that is named.
         distill_weight: Share of the distillation term with a teacher, in [0, 1].
         distill_temperature: Divides both sides' logits in that term.
-        distill_ramp_epochs: Epochs over which that share grows from 0.
+        distill_ramp_epochs: Epochs over which that share grows from 0, once set_epoch is called.
         views: Of 2 the student sees the first and the teacher the second: images are then (b, 2c, h, w), see
             timm_multimix.views. 1 shows the same image to both.
         device: Device for task tensors and buffers.
@@ -153,7 +153,7 @@ class MultiMixTask(ClassificationTask):
                 self.distillation = SelfDistillationLoss(
                     self.loss, distill_weight, distill_temperature, distill_ramp_epochs)
                 self.teacher = self._make_teacher(teacher, teacher_decay, teacher_path)
-        self.set_epoch(0)
+        self._switch(self._is_on(0))
         if verbose and mode != 'off':
             _logger.info(f'{type(self).__name__}: mode={mode}, attention={attention}, {self.loss.extra_repr()}')
 
@@ -191,10 +191,13 @@ class MultiMixTask(ClassificationTask):
 
     def set_epoch(self, epoch: int) -> None:
         """Switch MultiMix on or off, as start_epoch and off_epoch say. Call it before every epoch."""
-        ended = self.off_epoch and epoch >= self.off_epoch
-        self._switch(self.mode != 'off' and epoch >= self.start_epoch and not ended)
+        self._switch(self._is_on(epoch))
         if self.distillation is not None:
             self.distillation.set_epoch(epoch)
+
+    def _is_on(self, epoch: int) -> bool:
+        ended = self.off_epoch and epoch >= self.off_epoch
+        return self.mode != 'off' and epoch >= self.start_epoch and not ended
 
     def _switch(self, on: bool) -> None:
         # A detached model is the plain one: an epoch without MultiMix does no work for it, compiled or not.
@@ -303,9 +306,7 @@ class MultiMixTask(ClassificationTask):
         if not isinstance(criterion, BinaryCrossEntropy):
             return target
         if target.ndim == 1:
-            off_value = criterion.smoothing / logits.shape[-1]
-            rows = logits.new_full(logits.shape, off_value, dtype=torch.float32)
-            target = rows.scatter_(1, target.unsqueeze(1), 1 - criterion.smoothing + off_value)
+            target = class_rows(target, logits.shape[-1], criterion.smoothing)
         elif criterion.smooth_dense and criterion.smoothing:
             target = target * (1 - criterion.smoothing) + 0.5 * criterion.smoothing
         if criterion.target_threshold is not None:
