@@ -76,13 +76,13 @@ METHODS = {
     'teacher that does not teach': taught(distill_weight=0.0),
     'teacher, 1 view': taught(),
     'teacher, 2 views': taught(views=2),
-    'teacher, 2 views, pooled': taught(views=2, mode='pooled'),
-    'teacher, 1 view, weight 0.25': taught(distill_weight=0.25),
     'teacher, 2 views, ramp': taught(views=2, ramp=0.25),
-    'teacher, 2 views, weight 0.25, ramp': taught(views=2, distill_weight=0.25, ramp=0.25),
-    'teacher, 2 views, weight 0.25': taught(views=2, distill_weight=0.25),
+    'teacher, 1 view, weight 0.5': taught(distill_weight=0.5),
+    'teacher, 2 views, weight 0.5': taught(views=2, distill_weight=0.5),
+    'teacher, 2 views, weight 0.5, ramp': taught(views=2, distill_weight=0.5, ramp=0.25),
+    'teacher, 2 views, weight 0.5, temperature 2': taught(views=2, distill_weight=0.5, distill_temperature=2.0),
+    'teacher, 2 views, weight 0.5, pooled': taught(views=2, distill_weight=0.5, mode='pooled'),
     'teacher, 2 views, weight 0.75': taught(views=2, distill_weight=0.75),
-    'teacher, 2 views, temperature 2': taught(views=2, distill_temperature=2.0),
 }
 DEFAULT_METHODS = list(METHODS)[:7]
 

@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.distributed as dist
 from distributed_helpers import on_ranks
+from loss_helpers import peak_memory
 from timm.optim import create_optimizer_v2
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
@@ -291,3 +292,13 @@ def _averages_after_steps(steps):
 def test_processes_have_the_same_teacher(tmp_path):
     first, second = on_ranks(tmp_path / 'ranks', 2, _averages_after_steps, 2)
     assert all((one == other).all() for one, other in zip(first, second, strict=True))
+
+
+def test_teacher_takes_next_to_no_memory():
+    def step(**options):
+        task, batch = make_task(**options), make_batch(count=32)
+        return lambda: task(*batch)['loss'].backward()
+    plain, taught = (step(teacher=teacher) for teacher in ('none', 'ema'))
+    plain()
+    taught()
+    assert peak_memory(taught) <= 1.05 * peak_memory(plain)

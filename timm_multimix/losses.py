@@ -176,7 +176,7 @@ def multimix_cross_entropy(
         smoothing: float = 0.0,
         logit_scale: float = 1.0,
         teacher_logits: torch.Tensor | None = None,
-        distill_weight: float = 0.5,
+        distill_weight: float = 0.25,
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
         backend: str = 'auto',
@@ -236,7 +236,7 @@ def multimix_binary_cross_entropy(
         sum_classes: bool = False,
         logit_scale: float = 1.0,
         teacher_logits: torch.Tensor | None = None,
-        distill_weight: float = 0.5,
+        distill_weight: float = 0.25,
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
         backend: str = 'auto',
@@ -370,7 +370,7 @@ class MultiMixLoss(nn.Module):
             target: torch.Tensor,
             teacher: MultiMixOutput | torch.Tensor | None = None,
             *,
-            distill_weight: float = 0.5,
+            distill_weight: float = 0.25,
             distill_temperature: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """The loss and what it is made of.

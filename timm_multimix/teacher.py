@@ -200,7 +200,7 @@ class SelfDistillationLoss(nn.Module):
     def __init__(
             self,
             loss: MultiMixLoss,
-            distill_weight: float = 0.5,
+            distill_weight: float = 0.25,
             distill_temperature: float = 1.0,
             ramp_epochs: int = 0,
     ):
