@@ -213,6 +213,9 @@ def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_
         assert outcome.status == 0, outcome.text
     outcomes = run_script(tmp_path, 2, *argv, prepare=partial(_signal_at, 4, signalled))
     assert [outcome.status for outcome in outcomes] == [143, 143], outcomes[0].text + outcomes[1].text
+    assert outcomes[0].text.count('Stopped in epoch 1.') == 1 and 'ERROR' not in outcomes[0].text
+    assert 'torchrun --nproc-per-node 2' in outcomes[0].text  # how to continue
+    assert not outcomes[1].text
     for outcome in run_script(tmp_path, 2, *argv, '--resume', 'auto'):
         assert outcome.status == 0, outcome.text
     whole, continued = checkpoint(tmp_path, name='whole'), checkpoint(tmp_path)

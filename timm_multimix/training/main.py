@@ -238,8 +238,8 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
             if saver is not None:
                 _logger.info(_how_to_continue(run, saver))
             raise
-        except Exception:
-            if run.args.distributed:
+        except Exception as error:
+            if run.args.distributed and not isinstance(error, (Interrupted, UsageError)):
                 _logger.error(f'Failed in {run.whereabouts.place}.')
             raise
         finally:
