@@ -128,6 +128,7 @@ def test_teacher_stays_in_evaluation_and_out_of_the_gradient():
     teacher = EMATeacher(model)
     nn.ModuleList([teacher]).train()
     assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     before = copy.deepcopy(teacher.module.state_dict())
     images, target = images_of_colour(8)
     SelfDistillationLoss(MultiMixLoss(20))(model(images), target, teacher(images)).backward()
