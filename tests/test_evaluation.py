@@ -216,7 +216,8 @@ def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
 
 def test_a_checkpoint_of_plain_timm_with_args_beside_it(runs, tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth.tar')
+    state = {**model.state_dict(), 'bn1.aux_bn.0.weight': torch.ones(1)}  # as --split-bn leaves it
+    torch.save(dict(state_dict=state), tmp_path / 'model.pth.tar')
     with pytest.raises(UsageError, match='does not say what model'):
         load_candidate(str(tmp_path / 'model.pth.tar'))
     (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 3\nimg_size: 48\n')

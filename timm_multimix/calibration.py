@@ -66,7 +66,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
     target = target.double() if target.ndim == 2 else F.one_hot(target.long(), num_classes).double()
     logits = logits - logits.mean(1, keepdim=True)  # changes nothing, and keeps the numbers small
     spread = logits.std().item()
-    if spread == 0 or _slope(0.0, logits, target) >= 0:
+    if _slope(0.0, logits, target) >= 0:
         raise ValueError(
             f'No temperature fits: the logits say nothing about the targets of these {num_images} images. Are the '
             'labels those of the model?')

@@ -98,7 +98,8 @@ def _from_checkpoint(name: str, path: str) -> Candidate:
     if args.task != 'classification':
         raise UsageError(f'{path} is of --task {args.task}: only models with one class for each image are evaluated.')
     key = weights_of_metric(checkpoint)
-    state = clean_state_dict(checkpoint[key])
+    state = {  # of the plain model: --split-bn trains with more normalisation layers than it predicts with
+        name: value for name, value in clean_state_dict(checkpoint[key]).items() if 'aux_bn' not in name}
     with blame(f'{path}, a checkpoint of {args.model}'):
         if args.num_classes is None:
             raise UsageError(f'{path} does not say how many classes it has.')
