@@ -203,6 +203,14 @@ def test_refuses_heads_that_it_cannot_scale_and_leaves_them_alone(kind):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_classifier_that_starts_at_zero_hides_nothing():
+    model = Net(nn.Sequential(nn.Linear(6, 4), nn.GELU()))
+    nn.init.zeros_(model.head[0].weight)
+    nn.init.zeros_(model.head[0].bias)
+    with pytest.raises(ValueError, match='not proportional'):
+        scalable_classifier(model, loader()[0][0])
+
+
 def test_refuses_a_classifier_that_shares_its_weight():
     model = Net(nn.Sequential(nn.Linear(6, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 6)))
     model.head[0].weight = model.head[2].weight
@@ -228,7 +236,11 @@ def test_looks_through_a_compiled_model():
     model = Net(nn.Linear(6, 4)).eval()
     batches = labelled_by(model, loader())
     weight = model.head.weight.detach().clone()
-    temperature = calibrate(torch.compile(model), batches)
+
+    def compiled(*args):
+        raise AssertionError('it runs the model, with no need to compile it')
+
+    temperature = calibrate(torch.compile(model, backend=compiled), batches)
     torch.testing.assert_close(model.head.weight.detach(), weight / temperature)
 
 
