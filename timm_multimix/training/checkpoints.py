@@ -182,7 +182,8 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
         reason = _why_damaged(path) if verify else None
         checkpoint = load_checkpoint_metadata(path) if reason is None else None
     except (RuntimeError, pickle.UnpicklingError) as error:
-        reason = 'it holds objects that are not data' if 'weights_only' in str(error) else 'it is no PyTorch checkpoint'
+        is_foreign = 'weights' in str(error).lower()  # as PyTorch says it
+        reason = 'it holds objects that are not data' if is_foreign else 'it is no PyTorch checkpoint'
     except Exception:  # of many kinds, from unpickling something else
         reason = 'it is no PyTorch checkpoint, or a part of one'
     if reason is None and (

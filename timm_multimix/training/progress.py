@@ -6,6 +6,8 @@ loader and the averages of the epoch so far; and what it takes to tell whether a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +96,15 @@ def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] 
     )
 
 
+@contextmanager
+def reading_progress(run: Run) -> Iterator[None]:
+    """Errors of what a checkpoint holds are the checkpoint's."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UsageError(f'{run.resumed_from}: its record of the progress cannot be used: {error!r}') from error
+
+
 def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any] | None:
     """Say how exactly a run can continue, before it does.
 
@@ -170,7 +181,7 @@ def restore_progress(run: Run) -> dict[str, Any] | None:
         if run.start_epoch:  # not the numbers of the first epoch once more
             utils.random_seed(run.args.seed + 1_000_003 * run.start_epoch, run.args.rank)
         return None
-    try:
+    with reading_progress(run):
         own = progress['processes'][run.args.rank]
         if run.loaders.resumable is not None and own['loader'] is not None:
             run.loaders.resumable.load_state_dict(
@@ -187,5 +198,3 @@ def restore_progress(run: Run) -> dict[str, Any] | None:
                 buffer.copy_(own['statistics'][name])
         set_random_state(own['random'], run.device)
         return own['averages'] if progress['in_epoch'] else None
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UsageError(f'{run.resumed_from}: its record of the progress cannot be used: {error}') from error

@@ -32,7 +32,7 @@ from .loss_guard import LossGuard
 from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
 from .objective import build_task
 from .processes import Whereabouts, choose_device, join_processes, of_the_first
-from .progress import step_scheduler, usable_progress
+from .progress import reading_progress, step_scheduler, usable_progress
 
 _logger = logging.getLogger(__name__)
 
@@ -173,9 +173,10 @@ def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
     run.stop_epoch = args.stop_epoch or run.num_epochs
     resume_epoch = checkpoint.get('epoch') or 0
     run.start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
-    if checkpoint and run.start_epoch == resume_epoch and not args.no_resume_opt:
-        run.progress = usable_progress(run, checkpoint['progress'])
-    step_scheduler(run, checkpoint)
+    with reading_progress(run) if checkpoint else nullcontext():
+        if checkpoint and run.start_epoch == resume_epoch and not args.no_resume_opt:
+            run.progress = usable_progress(run, checkpoint['progress'])
+        step_scheduler(run, checkpoint)
 
 
 def _build_training(run: Run) -> None:

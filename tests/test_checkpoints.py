@@ -1,0 +1,238 @@
+"""What lies in a run's folder: written at once or not at all, read as data, and found again."""
+import argparse
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import stopping
+from training_helpers import make_images, same
+
+from timm_multimix.training import loop
+from timm_multimix.training.checkpoints import newest_checkpoint, read_checkpoint
+from timm_multimix.training.errors import UsageError
+from timm_multimix.training.files import duplicate, replacing
+from timm_multimix.training.interrupt import StopRequest
+
+pytest_plugins = ['training_helpers']
+
+
+def test_files_are_replaced_at_once(tmp_path):
+    path = tmp_path / 'file'
+    with replacing(str(path)) as temporary, open(temporary, 'w') as file:
+        file.write('one')
+    with pytest.raises(OSError, match='full'), replacing(str(path)) as temporary:
+        with open(temporary, 'a') as file:
+            file.write(' and two')
+        assert path.read_text() == 'one'
+        raise OSError('full')
+    assert path.read_text() == 'one' and os.listdir(tmp_path) == ['file']
+    with replacing(str(path)) as temporary, open(temporary, 'a') as file:
+        file.write(' and two')
+    assert path.read_text() == 'one and two' and os.listdir(tmp_path) == ['file']
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_names_are_replaced_at_once(tmp_path, monkeypatch, links):
+    source, target = tmp_path / 'source', tmp_path / 'target'
+    source.write_text('new'), target.write_text('old')
+    if not links:
+        monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError()))
+    for _ in range(2):
+        duplicate(str(source), str(target))
+        assert target.read_text() == 'new' and len(os.listdir(tmp_path)) == 2
+    source.write_text('newer'), os.unlink(source)
+    assert target.exists()
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp('good') / 'last.pth.tar'
+    torch.save({'state_dict': {'weight': torch.arange(1000.)}, 'epoch': 3}, path)
+    return path
+
+
+@pytest.mark.parametrize('damage,reason', [
+    (lambda data: b'', 'it is empty'), (lambda data: data[:-1], 'no PyTorch checkpoint|truncated'),
+    (lambda data: data[:100], 'truncated'), (lambda data: b'noise' * 100, 'no PyTorch checkpoint'),
+    (lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:], 'differs from its checksum'),
+])
+def test_damaged_checkpoints_are_refused(good, tmp_path, damage, reason):
+    path = tmp_path / 'last.pth.tar'
+    path.write_bytes(damage(good.read_bytes()))
+    with pytest.raises(UsageError, match=f'{path} is not a training checkpoint: .*({reason})'):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize('content,reason', [
+    ({'state_dict': print}, 'objects that are not data'), ({'weight': torch.ones(1)}, 'no state_dict'),
+    ([1, 2], 'no state_dict'), ({'state_dict': {}, 'x': Path('x')}, 'objects that are not data'),
+])
+def test_foreign_files_are_refused(tmp_path, content, reason):
+    torch.save(content, tmp_path / 'x.pth.tar')
+    with pytest.raises(UsageError, match=reason):
+        read_checkpoint(str(tmp_path / 'x.pth.tar'))
+
+
+def test_auto_takes_the_furthest_that_is_good(tmp_path, good, caplog):
+    assert newest_checkpoint(str(tmp_path)) is None
+    for epoch, name in enumerate(('checkpoint-1', 'recovery-2-5', 'last')):
+        state = {'state_dict': {}, 'epoch': 1 + (name == 'last'), 'progress': {'consumed': 5 * (epoch == 1)}}
+        torch.save(state, tmp_path / f'{name}.pth.tar')
+        os.utime(tmp_path / f'{name}.pth.tar', (9 - epoch, 9 - epoch))  # a copied folder: times say nothing
+    for name in ('last', 'recovery-2-5', 'checkpoint-1'):
+        path = tmp_path / f'{name}.pth.tar'
+        assert newest_checkpoint(str(tmp_path)) == str(path)
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UsageError, match='none of the 3'):
+        newest_checkpoint(str(tmp_path))
+    assert 'last.pth.tar is not a training checkpoint' in caplog.text
+
+
+def test_checkpoint_of_an_older_version_continues(script, image_folder):
+    """Arguments in a Namespace, as timm writes them, and no progress."""
+    script.train(image_folder, epochs=2, stop_epoch=1)
+    path = script.run_folder() / 'last.pth.tar'
+    state = script.checkpoint()
+    assert isinstance(state['args'], dict)
+    state['args'] = argparse.Namespace(**state['args'])
+    del state['progress']
+    torch.save(state, path)
+    assert script.train(image_folder, epochs=2, resume='auto') == 0, script.text
+    assert 'no random state' in script.text and [row['epoch'] for row in script.summary()] == ['0', '1']
+
+
+def test_a_checkpoint_names_no_files_elsewhere(script, image_folder):
+    """timm removes the worst of the files that a checkpoint lists."""
+    victim = script.folder / 'victim.pth.tar'
+    victim.write_text('precious')
+    script.train(image_folder, epochs=1, checkpoint_hist=1)
+    state = script.checkpoint()
+    state['saver']['checkpoint_files'] = [('../../../victim.pth.tar', 0.0), (str(victim), 0.0)]
+    torch.save(state, script.run_folder() / 'last.pth.tar')
+    assert script.train(image_folder, epochs=3, checkpoint_hist=1, resume='auto') == 0, script.text
+    assert victim.read_text() == 'precious'
+
+
+@pytest.mark.parametrize('entry,value', [
+    ('processes', []), ('processes', [{'random': {}}]), ('shape', None), ('validated', None)])
+def test_broken_progress_is_a_usage_error(script, image_folder, entry, value):
+    script.train(image_folder, epochs=1)
+    state = script.checkpoint()
+    del state['progress'][entry]
+    if value is not None:
+        state['progress'][entry] = value
+    torch.save(state, script.run_folder() / 'last.pth.tar')
+    assert script.train(image_folder, epochs=2, resume='auto') == 2, script.text
+    assert 'progress' in script.lines[-1] and 'Traceback' not in script.text
+
+
+@pytest.mark.parametrize('changed,told', [
+    (dict(workers=1), 'The same images, but augmented otherwise'), (dict(batch_size=6), 'begins again'),
+    (dict(grad_accum_steps=2), 'begins again')])
+def test_what_cannot_be_exact_is_told(script, image_folder, changed, told):
+    with stopping(updates=5):
+        script.train(image_folder, epochs=3)
+    assert script.train(image_folder, epochs=3, resume='auto', **changed) == 0, script.text
+    assert told in script.text and len(script.summary()) == 3
+    name, value = next(iter(changed.items()))
+    assert f'{name.replace("_", " ")} ' in script.text and f'and {value} now' in script.text
+
+
+def test_a_loader_that_runs_ahead_is_told(script, image_folder):
+    with stopping(updates=5):
+        script.train(image_folder, '--use-multi-epochs-loader', epochs=3)
+    assert script.train(image_folder, '--use-multi-epochs-loader', epochs=3, resume='auto') == 0, script.text
+    assert 'Epoch 1 was interrupted after' in script.text and 'begins again' in script.text
+
+
+def test_lost_best_checkpoint_is_made_again(script, image_folder):
+    script.train(image_folder, epochs=4, stop_epoch=2)
+    best = script.checkpoint('model_best.pth.tar')
+    os.unlink(script.run_folder() / 'model_best.pth.tar')
+    script.train(image_folder, epochs=4, stop_epoch=2, resume='auto')
+    same(best, script.checkpoint('model_best.pth.tar'))
+    for name in ('model_best', f'checkpoint-{best["epoch"]}', 'last'):
+        path = script.run_folder() / f'{name}.pth.tar'
+        content = path.read_bytes()
+        path.unlink(), path.write_bytes(content[:1000])
+    assert script.train(image_folder, epochs=4, resume='auto') == 0, script.text
+    assert script.checkpoint('model_best.pth.tar')['metric'] == max(
+        float(row['eval_top1']) for row in script.summary()) or 'is lost' in script.text
+
+
+def _spoil(monkeypatch, first, count=1):
+    """Batches that are not numbers, counted from 1."""
+    to_device, seen = loop._to_device, []
+
+    def spoiled(run, input, target):
+        input, target = to_device(run, input, target)
+        seen.append(1)
+        if run.task.get_trainable_module().training and first <= len(seen) < first + count:
+            input = input * float('nan')
+        return input, target
+    monkeypatch.setattr(loop, '_to_device', spoiled)
+
+
+@pytest.mark.parametrize('flags,options', [
+    (['--model-ema'], dict(momentum=0.9)), (['--model-ema'], dict(multimix='dense', opt='adamw')),
+    ([], dict(clip_grad=1.0)), ([], dict(batch_size=4, grad_accum_steps=2)),
+])
+def test_nothing_is_left_of_a_loss_that_is_not_finite(script, image_folder, monkeypatch, flags, options):
+    accumulated = options.get('grad_accum_steps', 1)
+    _spoil(monkeypatch, 3 * accumulated)  # the last of three updates
+    flags = [*flags, '--recovery-interval', 1]
+    assert script.train(image_folder, *flags, val_split='', **options) == 0, script.text
+    assert 'not finite in epoch 0, update 2, at learning rate 0.01' in script.text
+    before, after = script.checkpoint('recovery-0-1.pth.tar'), script.checkpoint()
+    for entry in ('state_dict', 'state_dict_ema', 'optimizer'):
+        if entry in before and not (accumulated > 1 and entry == 'state_dict'):
+            same(before[entry], after[entry], entry)
+    if accumulated > 1:  # its other batch went into the statistics
+        assert all(value.isfinite().all() for value in after['state_dict'].values())
+        assert torch.equal(before['state_dict']['fc.weight'], after['state_dict']['fc.weight'])
+    assert 0 < float(script.summary()[0]['train_loss']) < 5
+
+
+def test_many_losses_that_are_not_finite_stop_the_run(script, image_folder, monkeypatch):
+    _spoil(monkeypatch, 5 + 2, 100)  # the validation of epoch 0 has two batches
+    assert script.train(image_folder, epochs=4, max_nonfinite=3) == 1
+    assert '3 updates in a row, last in epoch 2, update 0, at learning rate' in script.text
+    assert '--resume auto' in script.lines[-1] and 'Traceback' not in script.text
+    last = script.checkpoint()
+    assert last['epoch'] == 1 and all(value.isfinite().all() for value in last['state_dict'].values())
+
+
+def test_lost_weights_are_not_saved(script, image_folder, monkeypatch):
+    def spoil(run, *_):
+        with torch.no_grad():
+            next(run.task.get_trainable_module().parameters()).fill_(float('nan'))
+    script.train(image_folder, epochs=3, stop_epoch=1)
+    before = script.checkpoint()
+    monkeypatch.setattr(loop, '_after_update', spoil)
+    assert script.train(image_folder, epochs=3, resume='auto', max_nonfinite=100) == 1
+    assert 'weights are not finite' in script.text
+    same(before, script.checkpoint())
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_images_are_counted(script, tmp_path, workers):
+    images = make_images(tmp_path / 'images' / 'train').parent
+    for path in ('train/a/3.png', 'train/c/5.png'):
+        content = (images / path).read_bytes()
+        (images / path).write_bytes(content[:len(content) // 2])
+    shutil.copytree(images / 'train', images / 'validation')
+    with stopping(updates=5):
+        assert script.train(images, epochs=3, workers=workers) == 143
+    assert script.train(images, epochs=3, workers=workers, resume='auto') == 0, script.text
+    assert [row['train_unreadable'] for row in script.summary()] == ['2', '2', '2']
+    assert 'Epoch 2: 2 images could not be read' in script.text
+
+
+def test_stop_request_is_heard_between_updates():
+    with StopRequest() as stop:
+        assert not stop.requested()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested() and stop.signal_number == signal.SIGTERM
