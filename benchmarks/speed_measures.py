@@ -91,6 +91,7 @@ def peak_memory(action: Action, device: torch.device) -> float:
 class Rates:
     """What the machine does in a second: the best of several runs, for what the loss is made of."""
     flops: float
+    pytorch_flops: float
     copied_bytes: float
     exponentials: float
     draws: float
@@ -102,6 +103,7 @@ def measure_rates(device: torch.device) -> Rates:
     target = torch.empty_like(source)
     actions = {
         'product': lambda: product(a, b),
+        'bmm': lambda: torch.bmm(a, b),
         'copy': lambda: target.copy_(source),
         'softmax': lambda: tile.softmax(-1),
         'draws': lambda: sample_weights(1000, 32, 4, device=device),
@@ -109,6 +111,7 @@ def measure_rates(device: torch.device) -> Rates:
     best = {name: min(times.wall) for name, times in measure_times(actions, 9, device, 'rates').items()}
     return Rates(
         flops=2 * 2048 ** 3 / best['product'],
+        pytorch_flops=2 * 2048 ** 3 / best['bmm'],
         copied_bytes=2 * source.nbytes / best['copy'],
         exponentials=tile.numel() / best['softmax'],
         draws=1000 * 32 * 4 / best['draws'],

@@ -49,6 +49,12 @@ def test_value_and_gradient_match_the_reference(kind, soft, b, r, c, n):
     assert_near(gradient(fused, given)[0], literal_gradient(logits, y, weights, loss, balance=True))
 
 
+def test_programs_share_the_examples_of_a_large_batch(monkeypatch):
+    from timm_multimix import kernels
+    monkeypatch.setattr(kernels, 'MOST_OUT', 16)
+    test_value_and_gradient_match_the_reference('ce', False, 37, 1, 20, 50)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('kind', LOSSES)
 def test_reduced_precision_is_that_of_the_input(kind, dtype):
