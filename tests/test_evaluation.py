@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from timm_multimix.evaluation import between
 from timm_multimix.evaluation import main as cli
 from timm_multimix.evaluation.batches import Embedder, InParts
 from timm_multimix.evaluation.images import Images, Source, parse_source
@@ -170,6 +171,14 @@ def test_agrees_with_the_validation_of_the_run(evaluate, runs):
         best = max(rows, key=lambda row: (float(row['eval_top1']), -int(row['epoch'])))
         assert values['metrics']['nll'] == pytest.approx(float(best['eval_loss']), rel=1e-4)
         assert values['metrics']['top1'] == pytest.approx(float(best['eval_top1']))
+
+
+def test_mixes_lie_between_the_images(evaluate, runs, monkeypatch):
+    counted = []
+    monkeypatch.setattr(between, 'count_misses', lambda logits, targets: counted.append(len(logits)) or 0)
+    assert evaluate(runs / 'plain', '--parts', 'between') == 0
+    values = evaluate.results()['models']['plain']['between']
+    assert len(counted) == 9 and sum(counted) == values['num_mixes'] and len(values['confidence']) == 11
 
 
 def test_results_do_not_depend_on_the_batch_size(evaluate, runs):

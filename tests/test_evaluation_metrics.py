@@ -236,6 +236,8 @@ def test_detection_metrics_by_counting(ties):
     ([1.0, 1.0], [1.0, 1.0], dict(auroc=50, aupr_in=50, aupr_out=50, fpr95=100, accuracy=50)),
     ([1.0, 3.0], [2.0, 0.0], dict(auroc=75, fpr95=50, accuracy=75)),
     ([1.0, 2.0], [3.0, 4.0], dict(auroc=0, fpr95=100, accuracy=50)),
+    ([0.0] + [2.0] * 19, [1.0], dict(fpr95=0)),  # 19 of 20 are 95 %
+    (list(map(float, range(20))), list(map(float, range(20))), dict(auroc=50, fpr95=95)),
 ])
 def test_detection_metrics_of_hand_made_cases(inside, outside, expected):
     metrics = detection_metrics(torch.tensor(inside), torch.tensor(outside))
