@@ -187,12 +187,16 @@ def test_balancing_leaves_the_value_alone():
 
 def test_logit_scale_is_a_factor_on_the_logits():
     logits, target, _, weights = problem(6, 2, 4, 30)
-    def scaled(logits):
-        return multimix_cross_entropy(logits, target, weights, logit_scale=2.5)
-    def reference_scaled(logits):
-        return multimix_cross_entropy(2.5 * logits, target, weights)
-    torch.testing.assert_close(scaled(logits), reference_scaled(logits))
-    torch.testing.assert_close(gradient(scaled, logits), gradient(reference_scaled, logits))
+    for balance in (True, False):
+        def scaled(logits, balance=balance):
+            return multimix_cross_entropy(logits, target, weights, logit_scale=2.5, balance=balance)
+        def reference_scaled(logits, balance=balance):
+            return multimix_cross_entropy(2.5 * logits, target, weights, balance=balance)
+        torch.testing.assert_close(scaled(logits), reference_scaled(logits))
+        # Balanced, the gradient is that for the scaled logits: the size of the step does not change with the scale.
+        size = 2.5 if balance else 1
+        (grad,), (expected,) = gradient(scaled, logits), gradient(reference_scaled, logits)
+        torch.testing.assert_close(size * grad, expected)
 
 
 def test_second_derivatives_are_refused():

@@ -1,4 +1,5 @@
 """MultiMix losses: functions on logits, targets and weights, and the module that draws its own weights."""
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from .fused import (
     GivenWeights,
     Partition,
 )
+from .scale import fitting_scale
 from .weights import Alpha, check_alpha, check_tuple_length, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
@@ -279,7 +281,9 @@ class MultiMixLoss(nn.Module):
         pooled_weight: Share of the pooled term beside the dense one, in [0, 1]. A model that predicts from a class
             token trains that path through the pooled term only: do not set 0 there.
         clean_weight: Share of the plain loss on unmixed examples, in [0, 1].
-        logit_scale: Factor on mixed logits inside the loss.
+        logit_scale: Factor on mixed logits inside the loss. 'auto' is the one with which a model that fits mixes of
+            certain examples is confident, and not overconfident, on the examples themselves (fitting_scale); it is 1
+            for the literal gradient and for binary cross-entropy.
         smoothing: Label smoothing of class indices. Soft targets, such as those of timm's Mixup, are taken as they are.
         loss_type: 'ce' for softmax cross-entropy; 'bce' for binary cross-entropy, mean over classes.
         gather: Mix the joined batch of all processes of torch.distributed instead of every process its own. Loss and,
@@ -312,7 +316,7 @@ class MultiMixLoss(nn.Module):
             balance: bool = True,
             pooled_weight: float = 0.5,
             clean_weight: float = 0.0,
-            logit_scale: float = 1.0,
+            logit_scale: float | str = 1.0,
             smoothing: float = 0.0,
             loss_type: str = 'ce',
             gather: bool = False,
@@ -332,8 +336,8 @@ class MultiMixLoss(nn.Module):
         for name, weight in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
             if not 0 <= weight <= 1:
                 raise ValueError(f'{name} is a share and must lie in [0, 1], got {weight}.')
-        if not logit_scale > 0:
-            raise ValueError(f'logit_scale must be positive, got {logit_scale}.')
+        if logit_scale != 'auto' and not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
+            raise ValueError(f"logit_scale must be positive or 'auto', got {logit_scale!r}.")
         if loss_type not in LOSS_TYPES:
             raise ValueError(f'loss_type must be one of {", ".join(LOSS_TYPES)}, got {loss_type!r}.')
         check_attention(attention or 'uniform', attention_norm)
@@ -465,6 +469,11 @@ class MultiMixLoss(nn.Module):
             generator=self.generator,
             device=logits.device,
         )
+        scale = self.logit_scale
+        if scale == 'auto':
+            fits = self.balance and self.loss_type == 'ce'
+            length = check_tuple_length(self.tuple_length, batch_size)
+            scale = fitting_scale(num_classes, batch_size, length, self.alpha) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,
             attention,
@@ -475,7 +484,7 @@ class MultiMixLoss(nn.Module):
                 SOFTMAX if self.loss_type == 'ce' else SIGMOID,
                 self.num_mixes,
                 self.balance,
-                self.logit_scale,
+                scale,
                 self.tile_size,
                 distillation,
                 self.backend,

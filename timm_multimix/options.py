@@ -45,6 +45,10 @@ def _default(keyword: str) -> Any:
     raise KeyError(keyword)
 
 
+def _number_or_auto(text: str) -> float | str:
+    return text if text == 'auto' else float(text)
+
+
 def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the MultiMix options to a parser, as a group of their own.
 
@@ -86,9 +90,9 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
              'that path through it: leave it above 0 there. (default: %(default)s)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
         help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
-    add('--multimix-logit-scale', type=float, default=_default('logit_scale'), metavar='S',
-        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model. '
-             '(default: %(default)s)')
+    add('--multimix-logit-scale', type=_number_or_auto, default=_default('logit_scale'), metavar='S',
+        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model; auto is '
+             'what the number of classes and the length of mixes ask for. (default: %(default)s)')
     add('--multimix-gather', action='store_true', default=_default('gather'),
         help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
              'Raise --multimix-n with it.')

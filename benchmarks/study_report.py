@@ -1,0 +1,114 @@
+"""The tables and the plot of a study."""
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+# Metric, its heading, decimals, whether more is better.
+COLUMNS = (
+    ('accuracy', 'accuracy %', 2, True),
+    ('nll', 'NLL', 3, False),
+    ('ece', 'ECE %', 1, False),
+    ('fgsm', 'FGSM %', 1, True),
+    ('temperature', 'T', 2, None),
+    ('nll_at_t', 'NLL at T', 3, False),
+    ('ece_at_t', 'ECE at T', 1, False),
+)
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation over seeds; of a temperature that is infinite once, there is none."""
+    has_spread = len(values) > 1 and all(map(math.isfinite, values))
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if has_spread else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'
+
+
+def paired_difference(ours: Mapping[int, Mapping], theirs: Mapping[int, Mapping], metric: str):
+    """Mean difference over the seeds that both have, and its 95 % confidence interval (Student's t, paired).
+
+    Returns:
+        (mean, low, high), or None with fewer than two common seeds.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    a, b = ([runs[seed][metric] for seed in seeds] for runs in (ours, theirs))
+    interval = stats.ttest_rel(a, b).confidence_interval(0.95)
+    return statistics.mean(a) - statistics.mean(b), float(interval.low), float(interval.high)
+
+
+def best_baseline(rows: Mapping[str, Mapping[str, Any]], baselines: list[str]) -> str | None:
+    """The baseline with the best mean validation accuracy."""
+    known = [name for name in baselines if name in rows and rows[name]['runs']]
+    return max(known, default=None, key=lambda name: statistics.mean(
+        run['validation'] for run in rows[name]['runs'].values()))
+
+
+def rows_of(study, table, dataset: str, model: str) -> dict[str, dict[str, Any]]:
+    return {g.method: row for g, row in table.items() if (g.dataset, g.model) == (dataset, model) and row['runs']}
+
+
+def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[str, Mapping]) -> str:
+    runs = row['runs']
+    edge = '*' if len(row['lrs']) > 1 and row['lr'] in (min(row['lrs']), max(row['lrs'])) else ''
+    cells = [name, f'{row["lr"]:g}{edge}', str(len(runs))]
+    cells += [mean_and_spread([run[metric] for run in runs.values()], digits) for metric, _, digits, _ in COLUMNS]
+    difference = relative = ''
+    if baseline is None:
+        return f'| {" | ".join(cells)} |'
+    if name != baseline:
+        compared = paired_difference(runs, rows[baseline]['runs'], 'accuracy')
+        if compared:
+            difference = '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*compared)
+        common = sorted(runs.keys() & rows[baseline]['runs'].keys())
+        error, reference = (
+            statistics.mean(100 - r[seed]['accuracy'] for seed in common) for r in (runs, rows[baseline]['runs']))
+        relative = f'{100 * (error / reference - 1):+.0f} %'
+    return f'| {" | ".join([*cells, difference, relative])} |'
+
+
+def report(study, table) -> str:
+    """Markdown: a table for each dataset and model."""
+    parts = []
+    for dataset in study.datasets:
+        for model in study.models:
+            rows = rows_of(study, table, dataset, model)
+            if not rows:
+                continue
+            baseline = best_baseline(rows, study.baselines)
+            headings = ['method', 'lr', 'n', *(heading for _, heading, _, _ in COLUMNS)]
+            if baseline is not None:
+                headings += [f'accuracy over {baseline} [95 %]', 'error']
+            parts.append(f'**{dataset}, {model}**\n\n| {" | ".join(headings)} |\n|{"---|" * len(headings)}\n'
+                         + '\n'.join(_row(name, row, baseline, rows) for name, row in rows.items()))
+    return '\n\n'.join(parts) or 'No method has a learning rate yet.'
+
+
+def plot(study, table, path: Path) -> None:
+    """Dots for seeds and a bar for their mean: a row for each dataset and model, a column for each metric."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    panels = [(d, m) for d in study.datasets for m in study.models if rows_of(study, table, d, m)]
+    metrics = [column for column in COLUMNS if column[0] in ('accuracy', 'nll', 'ece', 'fgsm')]
+    figure, axes = plt.subplots(
+        len(panels), len(metrics), squeeze=False, layout='constrained',
+        figsize=(3 * len(metrics), len(panels) * (0.7 + 0.22 * len(study.methods))))
+    for line, (dataset, model) in zip(axes, panels, strict=True):
+        rows = rows_of(study, table, dataset, model)
+        for axis, (metric, heading, _, _) in zip(line, metrics, strict=True):
+            for y, (name, row) in enumerate(rows.items()):
+                values = [run[metric] for run in row['runs'].values()]
+                colour = 'C0' if name in study.baselines else 'C1'
+                axis.plot(values, [y] * len(values), 'o', color=colour, alpha=0.4, markersize=4)
+                axis.plot(statistics.mean(values), y, '|', color=colour, markersize=14, markeredgewidth=2)
+            axis.set_yticks(range(len(rows)), rows if axis is line[0] else [''] * len(rows))
+            axis.invert_yaxis()
+            axis.grid(axis='x', alpha=0.3)
+            axis.set_title(f'{dataset}, {model}: {heading}' if axis is line[0] else heading, fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,218 @@
+"""One run of a study: data, training and metrics, from a dictionary of settings to a dictionary of metrics."""
+import inspect
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from timm_multimix import MultiMixLoss, MultiMixTask, manifold_mixup_weights, multimix_cross_entropy
+from timm_multimix.calibration import fit_temperature
+from timm_multimix.data import GlyphsDataset
+from timm_multimix.evaluation.metrics import classification_metrics
+from timm_multimix.evaluation.robustness import fgsm
+
+IMAGE_SIZE = 32
+FGSM_STEP = 8 / 255  # of a pixel's range
+SPLITS = ('train', 'validation', 'test')
+# What a study may say, with what holds where it says nothing.
+DATASET_DEFAULTS = dict(train=None, validation=500, test=None, label_noise=0.0)
+TRAINING_DEFAULTS = dict(epochs=30, batch_size=50, opt='sgd', weight_decay=5e-4, reach=4)
+PLAIN_OPTIONS = dict(smoothing=0.0, mixup=0.0, cutmix=0.0, manifold_mixup=0.0, multimix='off')
+# Written out in the settings of a run with MultiMix: a change of their defaults makes new runs.
+RESOLVED_OPTIONS = (
+    'num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance', 'pooled_weight',
+    'clean_weight', 'logit_scale', 'start_epoch', 'off_epoch')
+# With a teacher, these too.
+TEACHER_OPTIONS = ('teacher_decay', 'distill_weight', 'distill_temperature', 'distill_ramp_epochs', 'views')
+METRICS = ('accuracy', 'nll', 'ece', 'fgsm', 'temperature', 'nll_at_t', 'ece_at_t')
+
+
+class Split(NamedTuple):
+    """Images (n, 1, 32, 32) in [-1, 1] and class indices (n,)."""
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def task_option_names() -> set[str]:
+    """What a method may hand to MultiMixTask: its own options and those of MultiMixLoss."""
+    names = {name for owner in (MultiMixTask, MultiMixLoss) for name in inspect.signature(owner).parameters}
+    return names - {
+        'model', 'criterion', 'criterion_kwargs', 'mode', 'device', 'dtype', 'verbose', 'options', 'smoothing',
+        'loss_type', 'generator', 'tile_size', 'gather', 'backend', 'teacher_path'}
+
+
+def resolve_method(options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options with the defaults written out: MultiMix's only where it is on.
+
+    Raises:
+        ValueError: if an option is unknown.
+    """
+    known = task_option_names()
+    unknown = set(options) - set(PLAIN_OPTIONS) - known
+    if unknown:
+        raise ValueError(
+            f'Unknown option {", ".join(sorted(unknown))}: there is {", ".join([*PLAIN_OPTIONS, *sorted(known)])}.')
+    resolved = {**PLAIN_OPTIONS, **options}
+    # YAML 1.1 reads a bare `off` as False.
+    resolved['multimix'] = resolved['multimix'] or 'off'
+    wanted = RESOLVED_OPTIONS + (TEACHER_OPTIONS if 'teacher' in options else ())
+    if resolved['multimix'] != 'off':
+        for owner in (MultiMixLoss, MultiMixTask):  # the task's own meaning of an option comes last
+            for name, parameter in inspect.signature(owner).parameters.items():
+                if name in wanted and name not in options:
+                    resolved[name] = parameter.default
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
+
+
+def _digits(train: int, validation: int, test: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    digits = load_digits()
+    images, labels = digits.images / 16, digits.target
+    options = dict(random_state=0)
+    first, rest = train_test_split(np.arange(len(labels)), train_size=train, stratify=labels, **options)
+    second, third = train_test_split(rest, train_size=validation, stratify=labels[rest], **options)
+    indices = zip(SPLITS, (first, second, third[:test]), strict=True)
+    return {name: (images[index], labels[index]) for name, index in indices}
+
+
+def _glyphs(train: int, validation: int, test: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    datasets = {name: GlyphsDataset(name, count) for name, count in zip(SPLITS, (train, validation, test), strict=True)}
+    return {name: (dataset.images / 255, np.array(dataset.targets)) for name, dataset in datasets.items()}
+
+
+DATASETS = {'digits': _digits, 'glyphs': _glyphs}
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, train: int, validation: int, test: int | None, label_noise: float) -> dict[str, Split]:
+    splits = {}
+    for split, (images, labels) in DATASETS[name](train, validation, test).items():
+        images = torch.tensor(images, dtype=torch.float32).unsqueeze(1)
+        images = F.interpolate(images, IMAGE_SIZE, mode='bicubic').clamp(0, 1)
+        splits[split] = Split(2 * images - 1, torch.tensor(labels))
+    if label_noise:
+        labels = splits['train'].labels.clone()
+        random = torch.Generator().manual_seed(0)
+        wrong = torch.randperm(len(labels), generator=random)[:round(label_noise * len(labels))]
+        classes = int(labels.max()) + 1
+        labels[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=random)) % classes
+        splits['train'] = splits['train']._replace(labels=labels)
+    return splits
+
+
+def load_splits(dataset: dict[str, Any]) -> dict[str, Split]:
+    """The splits of a dataset's settings. Label noise replaces a share of the training labels by other classes."""
+    return _load(**dataset)
+
+
+def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
+    """Move every image by up to `reach` pixels in each direction, repeating its border."""
+    padded = F.pad(images, [reach] * 4, mode='replicate')
+    count, _, height, width = images.shape
+    y, x = torch.randint(0, 2 * reach + 1, (2, count, 1))
+    rows, columns = y + torch.arange(height), x + torch.arange(width)
+    return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def make_task(model: nn.Module, method: dict[str, Any]) -> MultiMixTask:
+    """The training task of a method."""
+    options = {name: value for name, value in method.items() if name not in PLAIN_OPTIONS}
+    criterion = nn.CrossEntropyLoss(label_smoothing=method['smoothing'])
+    if method['manifold_mixup']:
+        def criterion(logits, target):
+            weights = manifold_mixup_weights(len(target), alpha=method['manifold_mixup'])
+            return multimix_cross_entropy(logits, target, weights, balance=False, smoothing=method['smoothing'])
+    return MultiMixTask(model, criterion, mode=method['multimix'], verbose=False, **options)
+
+
+def make_mixup(method: dict[str, Any], num_classes: int) -> Mixup | None:
+    """timm's mixing of images, if the method has it."""
+    if not method['mixup'] and not method['cutmix']:
+        return None
+    return Mixup(
+        mixup_alpha=method['mixup'], cutmix_alpha=method['cutmix'], label_smoothing=method['smoothing'],
+        num_classes=num_classes)
+
+
+def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
+    """Train a model with one learning-rate cycle; return its task in evaluation mode."""
+    torch.manual_seed(settings['seed'])
+    np.random.seed(settings['seed'])  # timm's Mixup draws from it
+    options, method = settings['training'], settings['method']
+    num_classes = int(data.labels.max()) + 1
+    model = timm.create_model(**settings['model'], num_classes=num_classes, in_chans=1)
+    model = model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    task = make_task(model, method)
+    mixup = make_mixup(method, num_classes)
+    optimizer = create_optimizer_v2(
+        model, opt=options['opt'], lr=settings['lr'], weight_decay=options['weight_decay'])
+    batch_size = options['batch_size']
+    steps = len(data.labels) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings['lr'], total_steps=options['epochs'] * steps)
+    task.train()
+    for epoch in range(options['epochs']):
+        task.set_epoch(epoch)
+        for batch in torch.randperm(len(data.labels))[:steps * batch_size].split(batch_size):
+            images, target = shift(data.images[batch], options['reach']), data.labels[batch]
+            if mixup is not None:
+                images, target = mixup(images, target)
+            if task.views == 2:  # side by side, as the script's loader has them
+                images = torch.cat([images, shift(data.images[batch], options['reach'])], dim=1)
+            optimizer.zero_grad()
+            images = images.contiguous(memory_format=torch.channels_last)
+            task(images, target)['loss'].backward()
+            optimizer.step()
+            schedule.step()
+            task.update_ema()
+    return task.eval()
+
+
+def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits in float64; those of a model that diverged say nothing, but are numbers."""
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in images.split(250)]).double().nan_to_num()
+
+
+def fgsm_accuracy(model: nn.Module, data: Split) -> float:
+    """Accuracy in percent on images moved one step against the model, within their range."""
+    on_pixels = nn.Sequential(_FromPixels(), model)
+    batches = zip(data.images.split(250), data.labels.split(250), strict=True)
+    moved = torch.cat([fgsm(on_pixels, (images + 1) / 2, labels, FGSM_STEP) for images, labels in batches])
+    return 100 * (predict(on_pixels, moved).argmax(1) == data.labels).float().mean().item()
+
+
+class _FromPixels(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 2 * images - 1
+
+
+def evaluate(model: nn.Module, validation: Split, test: Split) -> dict[str, float]:
+    """Metrics on the test split, the temperature fitted on the validation split, and the validation accuracy."""
+    tuned, logits = (predict(model, split.images) for split in (validation, test))
+    try:
+        temperature = fit_temperature(tuned, validation.labels)
+    except ValueError:  # a model that learned nothing is best not listened to
+        temperature = float('inf')
+    raw, tempered = (classification_metrics(values, test.labels) for values in (logits, logits / temperature))
+    return dict(
+        validation=100 * (tuned.argmax(1) == validation.labels).double().mean().item(),
+        accuracy=raw['top1'], nll=raw['nll'], ece=raw['ece'], fgsm=fgsm_accuracy(model, test),
+        temperature=temperature, nll_at_t=tempered['nll'], ece_at_t=tempered['ece'],
+    )
+
+
+def run(settings: dict[str, Any]) -> dict[str, float]:
+    """Train and evaluate as the settings say: 'dataset', 'model', 'training', 'method', 'lr', 'seed'."""
+    splits = load_splits(settings['dataset'])
+    task = train(settings, splits['train'])
+    # What the method would ship: the teacher's average where it is the better one on the validation split.
+    models = [model for model in (task.trainable_module, task.get_eval_teacher()) if model is not None]
+    results = [evaluate(model, splits['validation'], splits['test']) for model in models]
+    return max(results, key=lambda metrics: metrics['validation'])

@@ -1,0 +1,210 @@
+"""The accuracy studies: planning, caching, metrics, report, and a small study from end to end."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+sys.path.insert(0, str(BENCHMARKS))
+
+import study as studies  # noqa: E402
+import study_report  # noqa: E402
+import study_run  # noqa: E402
+
+STUDY = dict(
+    datasets={'digits': dict(train=100, validation=100, test=100, epochs=1)},
+    models={'resnet': dict(model_name='test_resnet', output_stride=8)},
+    methods={'cross-entropy': {}, 'dense': dict(multimix='dense', num_mixes=20)},
+    lrs=[0.1, 0.2],
+    seeds=3,
+    tuning_seeds=1,
+)
+
+
+def write(tmp_path, **changes) -> Path:
+    path = tmp_path / 'small.yaml'
+    path.write_text(yaml.safe_dump(STUDY | changes))
+    return path
+
+
+def fake_results(study, score) -> dict:
+    """Results of all tuning runs, with validation accuracy score(group, lr, seed)."""
+    return {
+        studies.key_of(study.settings(group, lr, seed)): dict(
+            {metric: 1.0 for metric in study_run.METRICS}, validation=score(group, lr, seed))
+        for group in study.groups() for lr in study.group_lrs(group) for seed in range(study.tuning_seeds)}
+
+
+@pytest.mark.parametrize('path', sorted(BENCHMARKS.glob('studies/*.yaml')), ids=lambda path: path.stem)
+def test_our_studies_are_studies(path):
+    study = studies.load_study(path)
+    assert study.seeds >= study.tuning_seeds and study.missing({})
+    assert set(study.baselines) <= set(study.methods)
+
+
+def test_methods_write_their_defaults_out():
+    plain = study_run.resolve_method({})
+    dense = study_run.resolve_method(dict(multimix='dense', alpha=1.0))
+    assert plain == study_run.PLAIN_OPTIONS
+    assert dense['attention'] == 'gap' and dense['alpha'] == 1.0 and dense['balance'] is True  # the task's attention
+    assert study_run.resolve_method(dict(multimix=False))['multimix'] == 'off'
+    with pytest.raises(ValueError, match='tuple_lenght'):
+        study_run.resolve_method(dict(multimix='dense', tuple_lenght=3))
+
+
+def test_settings_prefer_the_special(tmp_path):
+    study = studies.load_study(write(
+        tmp_path, training=dict(epochs=7, batch_size=20),
+        models={'vit': dict(model_name='test_vit', opt='adamw', lrs=[0.001])},
+        methods={'cross-entropy': {}, 'long': dict(epochs=9, lrs=[0.3])}))
+    plain, long = study.groups()
+    assert study.group_lrs(plain) == [0.001] and study.group_lrs(long) == [0.3]
+    settings = study.settings(plain, 0.001, 0)
+    assert settings['training'] == study_run.TRAINING_DEFAULTS | dict(epochs=1, batch_size=20, opt='adamw')
+    assert settings['model'] == dict(model_name='test_vit')
+    assert settings['dataset'] == dict(name='digits', train=100, validation=100, test=100, label_noise=0.0)
+    assert study.settings(long, 0.3, 0)['training']['epochs'] == 9
+    assert study.settings(plain, 0.001, 0) == settings  # nothing was used up
+
+
+def test_key_is_of_the_content():
+    assert studies.key_of(dict(a=1, b=dict(c=2, d=3))) == studies.key_of(dict(b=dict(d=3, c=2), a=1))
+    assert studies.key_of(dict(a=1)) != studies.key_of(dict(a=2))
+
+
+def test_validation_chooses_the_learning_rate(tmp_path):
+    study = studies.load_study(write(tmp_path))
+    group = next(study.groups())
+    missing = study.missing({})
+    assert len(missing) == 4 and {s['seed'] for s in missing} == {0}
+    results = fake_results(study, lambda group, lr, seed: 90 + 10 * lr)
+    for key in results:  # the test split says the opposite
+        results[key]['accuracy'] = -results[key]['validation']
+    assert study.best_lr(group, results) == 0.2
+    missing = study.missing(results)
+    assert [(s['lr'], s['seed']) for s in missing] == [(0.2, 1)] * 2 + [(0.2, 2)] * 2
+    table = study.table(results)
+    assert table[group]['lr'] == 0.2 and list(table[group]['runs']) == [0]
+    del results[studies.key_of(study.settings(group, 0.1, 0))]
+    assert study.best_lr(group, results) is None and group not in study.table(results)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(learning_rates=[1]), 'learning_rates'),
+    (dict(methods={'dense': dict(multmix='dense')}), 'multmix'),
+    (dict(datasets={'figures': dict(train=3)}), 'datasets are digits, glyphs'),
+    (dict(datasets={'digits': dict(train=3, size=3)}), 'datasets are digits, glyphs'),
+])
+def test_bad_studies_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        studies.load_study(write(tmp_path, **change))
+
+
+def run_main(monkeypatch, *args) -> None:
+    monkeypatch.setattr(sys, 'argv', ['study.py', *map(str, args)])
+    studies.main()
+
+
+def test_mistakes_are_told_without_a_traceback(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match='has no sparse in methods'):
+        run_main(monkeypatch, write(tmp_path), '--methods', 'sparse')
+    with pytest.raises(SystemExit, match='No such file'):
+        run_main(monkeypatch, tmp_path / 'none.yaml')
+
+
+def test_shift_moves_by_at_most_its_reach():
+    images = torch.zeros(200, 1, 9, 9)
+    images[:, :, 4, 4] = 1
+    moved = study_run.shift(images, 2)
+    place = moved.flatten(1).argmax(1)
+    offsets = torch.stack([place // 9, place % 9]) - 4
+    assert moved.shape == images.shape and (moved.flatten(1).sum(1) == 1).all()
+    assert offsets.abs().max() == 2 and len(offsets.unique(dim=1).T) == 25
+
+
+def test_splits_are_apart_and_noise_is_in_training_only():
+    options = dict(name='digits', train=300, validation=100, test=None)
+    clean = study_run.load_splits(options | dict(label_noise=0.0))
+    noisy = study_run.load_splits(options | dict(label_noise=0.3))
+    rows = torch.cat([split.images.flatten(1) for split in clean.values()])
+    assert len(rows) == 1797 and clean['test'].images.shape == (1397, 1, 32, 32)
+    assert (clean['train'].labels != noisy['train'].labels).sum() == 90
+    assert (clean['validation'].labels == noisy['validation'].labels).all()
+    assert (clean['test'].labels == noisy['test'].labels).all()
+
+
+def test_metrics_of_a_known_model():
+    """A linear model of two classes: FGSM moves its logit by the step times the sum of its weights' sizes."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    weight = torch.tensor([1.0, -2.0, 3.0, 4.0])
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([-weight, weight]))
+        model[1].bias.zero_()
+    reach = 2 * study_run.FGSM_STEP * weight.abs().sum()  # pixels of [0, 1] are twice as far apart in [-1, 1]
+    images = torch.stack([weight * scale / 30 for scale in (0.5 * reach, 2 * reach)]).view(2, 1, 2, 2)
+    data = study_run.Split(images, torch.tensor([1, 1]))
+    metrics = study_run.evaluate(model, data, data)
+    assert metrics['accuracy'] == metrics['validation'] == 100
+    assert metrics['fgsm'] == 50
+    for key, factor in (('nll', 1), ('nll_at_t', metrics['temperature'])):
+        assert metrics[key] == pytest.approx(F.cross_entropy(model(images) / factor, data.labels).item(), rel=1e-5)
+    assert metrics['nll'] != metrics['nll_at_t']
+
+
+def test_a_model_that_diverged_counts_as_chance():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.fill_(torch.nan)
+    data = study_run.Split(torch.rand(10, 1, 2, 2), torch.tensor([0, 1] * 5))
+    metrics = study_run.evaluate(model, data, data)
+    assert metrics['accuracy'] == 50 and metrics['temperature'] == float('inf')
+    assert metrics['nll_at_t'] == pytest.approx(math.log(2))
+
+
+def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
+    study = studies.load_study(write(
+        tmp_path, methods={'a': {}, 'b': dict(smoothing=0.1), 'dense': dict(multimix='dense')}, lrs=[0.1]))
+    study.baselines = ['a', 'b']
+    accuracy = {'a': [97, 96, 98], 'b': [90, 91, 89], 'dense': [98, 98.5, 98.5]}
+    validation = {'a': 80, 'b': 90, 'dense': 70}
+    table = {
+        group: dict(lr=0.1, lrs=[0.1, 0.2], runs={seed: dict(
+            dict.fromkeys(study_run.METRICS, 1.0), accuracy=value, validation=validation[group.method])
+            for seed, value in enumerate(accuracy[group.method])}) for group in study.groups()}
+    text = study_report.report(study, table)
+    assert 'accuracy over b' in text and '| a | 0.1* | 3 | 97.00 ± 1.00' in text
+    assert '+8.33 [' in text and '-83 %' in text  # error 1.67 against 10
+    runs = [{seed: dict(accuracy=value) for seed, value in enumerate(accuracy[name])} for name in ('dense', 'a')]
+    mean, low, high = study_report.paired_difference(*runs, 'accuracy')
+    # Differences 1, 2.5, 0.5: mean 4/3, standard error 0.6009, Student's t with two degrees of freedom 4.3027.
+    assert (mean, low, high) == pytest.approx((1.3333, -1.2522, 3.9189), abs=1e-3)
+    assert study_report.mean_and_spread([1.0, math.inf], 2) == 'inf'
+    study_report.plot(study, table, tmp_path / 'plot.svg')
+    assert '<svg' in (tmp_path / 'plot.svg').read_text()
+
+
+def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, seeds=2, lrs=[0.1])
+    options = [path, '--results', tmp_path / 'results', '--workers', '1']
+    first = subprocess.run(
+        [sys.executable, BENCHMARKS / 'study.py', *options, '--methods', 'dense'],
+        capture_output=True, text=True, check=True)
+    file = tmp_path / 'results/small.jsonl'
+    assert '| dense | 0.1 | 2 |' in first.stdout and len(file.read_text().splitlines()) == 2
+    # A run cut short leaves half a line, which may not spoil the next.
+    lines = file.read_text().splitlines()
+    file.write_text(f'{lines[0]}\n{lines[1][:100]}')
+    run_main(monkeypatch, *options)
+    printed = capsys.readouterr().out
+    records = studies.load_results(tmp_path / 'results')
+    assert len(records) == 4 and records[json.loads(lines[1])['key']] == json.loads(lines[1])['metrics']
+    assert '| cross-entropy | 0.1 | 2 |' in printed and '[95 %]' in printed
+    run_main(monkeypatch, *options, '--report-only')
+    assert capsys.readouterr().out == printed
