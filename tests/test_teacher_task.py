@@ -167,6 +167,10 @@ def test_one_average_serves_as_both():
     for step in range(2):
         train_step(other, optimizer, step)
     assert same(task.teacher.module, other.teacher.module)
+    later = make_task(teacher_decay=0.9, start_epoch=1)  # made while the model is not attached
+    later.setup_ema(decay=0.9)
+    later.set_epoch(1)
+    assert later.teacher(make_batch()[0]).dense_logits is not None
     apart = make_task(teacher_decay=0.9)
     assert apart.setup_ema(decay=0.99) is not apart.teacher.average and apart._owns_average
 
@@ -275,7 +279,7 @@ def test_bad_options_are_refused(options, message):
         make_task(**options)
 
 
-def _averages_after_steps(steps):
+def _averages(steps):
     """Every process starts with weights of its own, as before DDP shares them."""
     rank = dist.get_rank()
     torch.manual_seed(rank)
@@ -284,13 +288,15 @@ def _averages_after_steps(steps):
     task.get_trainable_module().train()
     task.prepare_distributed()
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
+    averages = []
     for step in range(steps):
+        averages += [parameter.detach().clone().numpy() for parameter in task.teacher.module.parameters()]
         train_step(task, optimizer, 10 * step + rank, views=2)
-    return [parameter.detach().numpy() for parameter in task.teacher.module.parameters()]
+    return averages
 
 
 def test_processes_have_the_same_teacher(tmp_path):
-    first, second = on_ranks(tmp_path / 'ranks', 2, _averages_after_steps, 2)
+    first, second = on_ranks(tmp_path / 'ranks', 2, _averages, 3)
     assert all((one == other).all() for one, other in zip(first, second, strict=True))
 
 

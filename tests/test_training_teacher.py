@@ -37,6 +37,11 @@ def test_metric_is_of_the_weights_that_it_names_or_of_the_better(script, image_f
     best = script.run_folder() / 'model_best.pth.tar'
     assert script('--config', script.run_folder() / 'args.yaml', '--validate', best) == 0
     assert f'loss {losses[entry]:.4g}' in script.text
+    if metric == 'loss':  # whichever was the better
+        other, = losses.keys() - {entry}
+        torch.save({**checkpoint, 'metric_of': other}, script.folder / 'other.pth.tar')
+        assert script('--config', script.run_folder() / 'args.yaml', '--validate', 'other.pth.tar') == 0
+        assert f'loss {losses[other]:.4g}' in script.text and losses[other] != losses[entry]
 
 
 def test_one_average_serves_as_both(script, image_folder):
@@ -50,6 +55,9 @@ def test_one_average_serves_as_both(script, image_folder):
     apart = script.checkpoint(name='apart')
     assert same(apart['state_dict_teacher'], checkpoint['state_dict_ema'])
     assert same(apart['state_dict'], checkpoint['state_dict'])
+    row, expected = script.summary()[0], script.summary('apart')[0]
+    assert all(row[name] == expected[name] for name in ('eval_loss', 'eval_teacher_loss'))
+    assert row['eval_loss'] != row['eval_teacher_loss']
 
 
 def test_average_of_its_own_beside_the_teacher(script, image_folder):
