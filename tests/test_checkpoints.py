@@ -148,6 +148,21 @@ def test_a_loader_that_runs_ahead_is_told(script, image_folder):
     assert 'Epoch 1 was interrupted after' in script.text and 'begins again' in script.text
 
 
+def test_the_checkpoint_that_a_run_continues_from_stays(script, image_folder):
+    """Though damaged ones lie beside it that look newer."""
+    with stopping(updates=5):
+        script.train(image_folder, epochs=3)
+    good = script.run_folder() / 'recovery-1-1.pth.tar'
+    for name in ('recovery-1-2', 'recovery-1-3', 'last'):
+        (script.run_folder() / f'{name}.pth.tar').write_bytes(b'noise')
+    os.utime(good, (1, 1))
+    with stopping(updates=1):
+        assert script.train(image_folder, epochs=3, resume='auto') == 143, script.text
+    assert 'Continuing from output/train/run/recovery-1-1.pth.tar' in script.text
+    assert [path.name for path in script.run_folder().glob('recovery-*')] == ['recovery-1-2.pth.tar']
+    assert script.train(image_folder, epochs=3, resume='auto') == 0, script.text
+
+
 def test_lost_best_checkpoint_is_made_again(script, image_folder):
     script.train(image_folder, epochs=4, stop_epoch=2)
     best = script.checkpoint('model_best.pth.tar')

@@ -56,11 +56,10 @@ class RunSaver(CheckpointSaver):
         super().__init__(*args, **kwargs)
         self.progress: dict[str, Any] | None = None
         self.metric_of: str | None = None
-        recoveries = sorted(glob.glob(os.path.join(
-            glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')), key=os.path.getmtime)
-        for path in recoveries[:-2]:
-            os.remove(path)
-        self.prev_recovery_file, self.curr_recovery_file = (['', '', *recoveries])[-2:]
+
+    def _recoveries(self) -> list[str]:
+        return glob.glob(os.path.join(
+            glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}'))
 
     def _state(self, epoch: int, metric: float | None) -> dict[str, Any]:
         state = dict(
@@ -107,9 +106,12 @@ class RunSaver(CheckpointSaver):
             raise RunError(f'{save_path} could not be written: {_why_not_written(error)}.') from error
 
     def save_recovery(self, epoch: int, batch_idx: int = 0, progress: dict[str, Any] | None = None) -> None:
-        """As timm's, at a place in the epoch."""
+        """As timm's, at a place in the epoch. Only now, with a new one written, those of an earlier process go."""
         self.progress = progress
         super().save_recovery(epoch, batch_idx)
+        for path in {*self._recoveries()} - {self.curr_recovery_file, self.prev_recovery_file}:
+            with suppress(OSError):
+                os.remove(path)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None):
         """As timm's, at the end of an epoch."""
@@ -118,7 +120,7 @@ class RunSaver(CheckpointSaver):
 
     def latest(self) -> str | None:
         """The checkpoint written last, to tell the user."""
-        paths = [self.curr_recovery_file, os.path.join(self.checkpoint_dir, 'last' + self.extension)]
+        paths = [*self._recoveries(), os.path.join(self.checkpoint_dir, 'last' + self.extension)]
         return max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
 
     def _replace(self, src: str, dst: str) -> None:
