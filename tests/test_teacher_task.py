@@ -173,6 +173,7 @@ def test_one_average_serves_as_both():
     assert later.teacher(make_batch()[0]).dense_logits is not None
     apart = make_task(teacher_decay=0.9)
     assert apart.setup_ema(decay=0.99) is not apart.teacher.average and apart._owns_average
+    assert apart.setup_ema(decay=0.9, device='cpu') is not apart.teacher.average  # kept elsewhere than the model
 
 
 @pytest.mark.parametrize('shared', [False, True])
