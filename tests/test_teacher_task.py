@@ -226,6 +226,7 @@ def test_compiles(shared):
         for each in (task, reference):
             each.setup_ema(decay=0.999, use_warmup=True)
     task.compile(backend='aot_eager')
+    assert task.teacher.module._compiled_call_impl is not None
     task.compile_ema(backend='aot_eager')
     task.update_ema(step=1)
     reference.update_ema(step=1)
