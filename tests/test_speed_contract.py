@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from loss_helpers import literal_gradient, problem, relative_error
+from loss_helpers import LOSSES, gradient, literal_gradient, problem, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,7 +136,8 @@ def fast_products(monkeypatch):
     return use
 
 
-PROBLEMS = [(32, 1, 1000, 1000, 1), (128, 1, 100, 1000, 3), (128, 2, 10, 1000, 1), (256, 1, 10, 1000, 10)]
+PROBLEMS = [
+    (32, 1, 1000, 1000, 1), (128, 1, 100, 1000, 3), (128, 2, 10, 1000, 1), (256, 1, 10, 1000, 10), (256, 1, 2, 1000, 1)]
 
 
 @pytest.mark.parametrize('bits, truncate, limit', [(10, False, 1e-3), (10, True, 1.5e-3), (7, False, 2e-2)])
@@ -151,7 +152,7 @@ def test_the_balanced_gradient_survives_products_that_round(b, r, c, n, scale, b
     assert relative_error(given.grad, truth) < limit
 
 
-@pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
 def test_the_balanced_gradient_is_precise(b, r, c, n, scale, dtype, limit):
     logits, target, y, weights = problem(b, r, c, n, scale=scale)
@@ -174,6 +175,17 @@ def test_products_that_round_are_too_coarse_for_what_is_not_centred():
     covariance = gram / len(m) - w * w.mT
     balanced = w * grad.sum(0) + kappa(w[None], covariance[None])[0] * apart
     assert relative_error(balanced, truth) > 1e-3
+
+
+@pytest.mark.parametrize('kind', LOSSES)
+@pytest.mark.parametrize('temperature', [None, 1.0, 2.0])
+def test_anchors_change_nothing_where_products_are_exact(kind, temperature, monkeypatch):
+    logits, target, _, weights = problem(6, 2, 5, 90, soft=True)
+    teacher = dict(teacher_logits=torch.randn_like(logits), distill_temperature=temperature) if temperature else {}
+    def grads(anchored):
+        monkeypatch.setattr(timm_multimix.fused, 'are_exact', lambda device: not anchored)
+        return gradient(lambda logits: LOSSES[kind][0](logits, target, weights, **teacher), logits)[0]
+    torch.testing.assert_close(grads(True), grads(False))
 
 
 def test_moments_are_those_of_all_blocks():

@@ -53,6 +53,11 @@ def test_gamma_variables_follow_their_distribution(a):
     assert stats.kstest(drawn.flatten().numpy(), stats.gamma(a).cdf).pvalue > 1e-3
 
 
+def test_compiled_code_draws_without_a_graph_break():
+    draw = torch.compile(lambda: sample_weights(20, 4, 2), backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(draw().sum(-1), torch.ones(2, 20))
+
+
 def test_each_row_draws_its_own_concentration():
     low, high, b = 0.5, 2.0, 8
     weights = sample_weights(40_000, b, alpha=(low, high))
