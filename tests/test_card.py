@@ -106,6 +106,11 @@ def write_run(folder: Path, checkpoint: dict | None = None, args: dict | None = 
     return folder
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(training_hub, 'draw_curve', lambda rows, path: False)
+
+
 def card_of(folder: Path, target: Path, **options) -> str:
     target.mkdir(exist_ok=True)
     training_hub.export(str(folder), str(target), 'user/model', card_only=True, **options)
@@ -137,7 +142,7 @@ def test_card_tells_the_metrics_of_the_weights_that_are_pushed(tmp_path):
     (dict(initial_checkpoint='hf-hub:user/base@v2'), 'user/base'),
     (dict(pretrained=True, initial_checkpoint='/home/alice/w.pt'), None),
     (dict(pretrained=True, model='local-dir:/home/alice/model'), None)])
-def test_base_model(tmp_path, args, expected):
+def test_base_model(tmp_path, no_picture, args, expected):
     data = ModelCard(card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card')).data
     assert data.base_model == expected
 
@@ -154,7 +159,7 @@ def test_recipe_repeats_the_training(tmp_path):
     assert again == args
 
 
-def test_nothing_private_is_told(tmp_path, monkeypatch):
+def test_nothing_private_is_told(tmp_path, monkeypatch, no_picture):
     """Every option that takes text gets something private, and a card is written from it."""
     monkeypatch.setattr(socket, 'gethostname', lambda: SECRETS['host'])
     monkeypatch.setattr(getpass, 'getuser', lambda: SECRETS['user'])

@@ -46,7 +46,7 @@ from ..hub import (
     with_retries,
 )
 from .arguments import build_parser
-from .checkpoints import read_checkpoint
+from .checkpoints import read_checkpoint, weights_of_metric
 from .curve import draw_curve, read_summary
 from .errors import UsageError, blame
 from .files import duplicate, replacing
@@ -124,8 +124,7 @@ def _plain(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _weights_key(checkpoint: Mapping[str, Any], which: str, path: str) -> str:
-    named = checkpoint.get('metric_of')
-    keys = WEIGHTS[which] or ((named,) if named else ('state_dict_ema', 'state_dict', 'model'))
+    keys = WEIGHTS[which] or (weights_of_metric(checkpoint),)
     key = next((key for key in keys if checkpoint.get(key) is not None), None)
     if key is None:
         raise UsageError(f'{path} holds no {_NAMES[keys[0]]} ({keys[0]}): choose other weights than {which!r}.')
