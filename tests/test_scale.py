@@ -63,14 +63,20 @@ def test_nothing_to_scale(num_classes, length):
 @pytest.mark.parametrize(
     ('options', 'is_scaled'), [({}, True), (dict(balance=False), False), (dict(loss_type='bce'), False)])
 def test_auto_is_the_fitting_scale(options, is_scaled):
+    """Of the value; the gradient keeps its size."""
     logits, target = torch.randn(12, 30), torch.randint(30, (12,))
     scale = fitting_scale(30, 12, 12, ALPHA) if is_scaled else 1.0
-    losses = []
+    values, gradients = [], []
     for logit_scale in ('auto', scale):
         torch.manual_seed(0)
-        losses.append(MultiMixLoss(50, logit_scale=logit_scale, **options)(logits, target))
+        leaf = logits.clone().requires_grad_()
+        loss = MultiMixLoss(50, logit_scale=logit_scale, **options)(leaf, target)
+        loss.backward()
+        values.append(loss.detach())
+        gradients.append(leaf.grad)
     assert scale != 1 or not is_scaled
-    assert losses[0] == losses[1]
+    assert values[0] == values[1]
+    torch.testing.assert_close(scale * gradients[0], gradients[1])
 
 
 def test_auto_compiles_without_a_graph_break():

@@ -224,9 +224,7 @@ class FusedLoss:
         num_positions = logits.shape[1]
         if weights.grad is not None:
             weights.grad /= self.num_mixes * num_positions
-        # Balanced, the gradient keeps the size of cross-entropy's, whatever the scale.
-        factor = 1 if self.balance else self.logit_scale
-        return (loss / num_positions).to(dtype), grad.mul_(factor / num_positions)
+        return (loss / num_positions).to(dtype), grad.mul_(self.logit_scale / num_positions)
 
     def _evaluate_block(
             self,
@@ -382,6 +380,7 @@ class FusedLoss:
                 distilled.sub_(anchor.distilled)
             slope += product(tile.mT, distilled.add_(derivative.mul_(share)))
         return loss.sum(dtype=_sum_dtype(loss))
+
     def _gradient_of_rows(
             self,
             tile: torch.Tensor,

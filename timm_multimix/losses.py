@@ -282,8 +282,9 @@ class MultiMixLoss(nn.Module):
             token trains that path through the pooled term only: do not set 0 there.
         clean_weight: Share of the plain loss on unmixed examples, in [0, 1].
         logit_scale: Factor on mixed logits inside the loss. 'auto' is the one with which a model that fits mixes of
-            certain examples is confident, and not overconfident, on the examples themselves (fitting_scale); it is 1
-            for the literal gradient and for binary cross-entropy.
+            certain examples is confident, and not overconfident, on the examples themselves (fitting_scale); the
+            gradient is divided by it, so that learning rates stay what they are. It is 1 for the literal gradient and
+            for binary cross-entropy.
         smoothing: Label smoothing of class indices. Soft targets, such as those of timm's Mixup, are taken as they are.
         loss_type: 'ce' for softmax cross-entropy; 'bce' for binary cross-entropy, mean over classes.
         gather: Mix the joined batch of all processes of torch.distributed instead of every process its own. Loss and,
@@ -490,6 +491,9 @@ class MultiMixLoss(nn.Module):
                 self.backend,
             ),
         )
+        if self.logit_scale == 'auto':
+            # What was chosen for the confidence of the model shall not change the size of its steps.
+            loss = loss.detach() + (loss - loss.detach()) / scale
         return share * (loss if self.loss_type == 'ce' else loss / num_classes)
 
     def _clean(
