@@ -79,8 +79,14 @@ def test_auto_is_the_fitting_scale(options, is_scaled):
     torch.testing.assert_close(scale * gradients[0], gradients[1])
 
 
-def test_auto_compiles_without_a_graph_break():
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_auto_compiles_without_a_graph_break(dynamic):
     loss = MultiMixLoss(20, logit_scale='auto', backend='torch')
-    logits, target = torch.randn(6, 4), torch.randint(4, (6,))
-    compiled = torch.compile(loss, backend='eager', fullgraph=True)
-    assert compiled(logits, target).isfinite()
+    compiled = torch.compile(loss, backend='eager', fullgraph=True, dynamic=dynamic)
+    for batch_size in (6, 9):
+        logits, target = torch.randn(batch_size, 4), torch.randint(4, (batch_size,))
+        losses = []
+        for function in (loss, compiled):
+            torch.manual_seed(0)
+            losses.append(function(logits, target))
+        assert losses[0].isfinite() and torch.isclose(*losses, rtol=0.2)

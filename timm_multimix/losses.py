@@ -1,5 +1,6 @@
 """MultiMix losses: functions on logits, targets and weights, and the module that draws its own weights."""
 import math
+import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -474,7 +475,9 @@ class MultiMixLoss(nn.Module):
         if scale == 'auto':
             fits = self.balance and self.loss_type == 'ce'
             length = check_tuple_length(self.tuple_length, batch_size)
-            scale = fitting_scale(num_classes, batch_size, length, self.alpha) if fits else 1.0
+            # Sizes that a compiler leaves open are settled here: the scale is a constant of the compiled code.
+            sizes = map(operator.index, (num_classes, batch_size, length))
+            scale = fitting_scale(*sizes, self.alpha) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,
             attention,
