@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 from timm_multimix.hub import Evaluation, HubError, dataset_type, model_card, save_config
 from timm_multimix.hub.card import CARD_FIELDS, check_fields, is_ours
-from timm_multimix.training import hub as training_hub
+from timm_multimix.training import export as run_export
 from timm_multimix.training.arguments import build_parser
 from timm_multimix.training.config import parse_args
 from timm_multimix.training.curve import draw_curve, read_summary
@@ -108,12 +108,12 @@ def write_run(folder: Path, checkpoint: dict | None = None, args: dict | None = 
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr(training_hub, 'draw_curve', lambda rows, path: False)
+    monkeypatch.setattr(run_export, 'draw_curve', lambda rows, path: False)
 
 
 def card_of(folder: Path, target: Path, **options) -> str:
     target.mkdir(exist_ok=True)
-    training_hub.export(str(folder), str(target), 'user/model', card_only=True, **options)
+    run_export.export(str(folder), str(target), 'user/model', card_only=True, **options)
     return (target / 'README.md').read_text()
 
 
@@ -151,7 +151,7 @@ def test_recipe_repeats_the_training(tmp_path):
     given = ['--model', 'test_resnet', '--multimix', 'dense', '--multimix-alpha', '0.5', '1', '--lr', '0.3', '--mixup',
              '0.2', '--opt-kwargs', 'foreach=False', '--data-dir', str(tmp_path), '--img-size', '32', '--sched', 'wsd']
     args = vars(parse_args(given))
-    options, left_out = training_hub.recipe(args)
+    options, left_out = run_export.recipe(args)
     assert left_out == [] and 'data_dir' not in options and 'device' not in options
     (tmp_path / 'recipe.yaml').write_text(
         card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card').split('```yaml\n')[1].split('```')[0])
@@ -214,11 +214,11 @@ def test_checkpoint_of_timms_own_script(tmp_path):
 def test_class_names():
     reader = SimpleNamespace(class_to_idx=dict(cat=1, dog=0))
     wrapper = SimpleNamespace(dataset=SimpleNamespace(reader=reader))
-    assert training_hub.label_names(wrapper, 2) == ['dog', 'cat']
-    assert training_hub.label_names(wrapper, 3) is None
+    assert run_export.label_names(wrapper, 2) == ['dog', 'cat']
+    assert run_export.label_names(wrapper, 3) is None
     reader.class_to_idx['hound'] = 0
-    assert training_hub.label_names(wrapper, 2) is None
-    assert training_hub.label_names([], 2) is None
+    assert run_export.label_names(wrapper, 2) is None
+    assert run_export.label_names([], 2) is None
 
 
 def test_summary_that_is_half_written(tmp_path):

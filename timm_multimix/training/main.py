@@ -17,8 +17,9 @@ from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, read_checkpoint
 from .config import COMMAND_LINE_ONLY, parse_args
 from .errors import RunError, UsageError, blame
+from .export import write_config
 from .files import remove_temporary, replacing
-from .hub import HubPush, write_config
+from .hub import HubPush
 from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact

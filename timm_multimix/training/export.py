@@ -1,0 +1,303 @@
+"""From the folder of a run to a model as the Hugging Face Hub has it: weights, config.json and card."""
+import argparse
+import getpass
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from huggingface_hub import get_token
+from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
+from timm.utils import unwrap_model
+
+from ..data import DEMOS
+from ..hub import (
+    CARD_NAME,
+    CONFIG_NAME,
+    CURVE_NAME,
+    WEIGHTS_NAME,
+    Evaluation,
+    HubError,
+    dataset_type,
+    model_card,
+    save_config,
+    save_weights,
+)
+from .arguments import build_parser
+from .checkpoints import read_checkpoint, weights_of_metric
+from .curve import draw_curve, read_summary
+from .errors import UsageError, blame
+from .files import replacing
+from .model import create_run_model, model_options, resolve_data
+from .run import Run
+
+_logger = logging.getLogger(__name__)
+
+# --hub-weights, and the entries of a checkpoint that it may mean, the first that is there.
+WEIGHTS = {
+    'best': (),  # what the checkpoint says gave its metric
+    'student': ('state_dict', 'model'),
+    'ema': ('state_dict_ema',),
+    'teacher': ('state_dict_teacher',),
+}
+_NAMES = {'state_dict': 'the trained weights', 'model': 'the trained weights',
+          'state_dict_ema': 'the average of the weights', 'state_dict_teacher': 'the teacher'}
+_BEST = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
+
+# Options that say where and on what a run runs, not what it trains.
+_LOCAL_OPTIONS = frozenset((
+    'config', 'timm_script', 'data', 'data_dir', 'class_map', 'output', 'experiment', 'resume', 'no_resume_opt',
+    'start_epoch', 'stop_epoch', 'validate', 'local_rank', 'device', 'device_modules', 'log_wandb', 'wandb_project',
+    'wandb_tags', 'wandb_resume_id', 'save_images', 'log_interval', 'recovery_interval', 'checkpoint_hist',
+    'save_epochs', 'pretrained_path', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'hub_revision',
+    'hub_always_push', 'hub_weights', 'hub_force', 'card'))
+
+
+def write_config(run: Run) -> None:
+    """Write timm's config.json of the model into the folder of its run, from where it is pushed.
+
+    Raises:
+        UsageError: if timm cannot describe the model, and the run is to be pushed.
+    """
+    try:
+        with replacing(os.path.join(run.folder, CONFIG_NAME)) as path:
+            save_config(
+                unwrap_model(run.task.get_trainable_module()), path,
+                data_config=dict(run.data_config, crop_mode='center'),  # the one that timm's validation has
+                label_names=label_names(run.loaders.train.dataset, run.args.num_classes),
+                from_scratch=not (run.args.pretrained or run.args.initial_checkpoint))
+    except HubError as error:
+        if run.args.push_to_hub:
+            raise UsageError(f'--push-to-hub: {error}') from error
+        _logger.debug(f'{CONFIG_NAME} is not written: {error}')
+
+
+def label_names(dataset, num_classes: int) -> list[str] | None:
+    """Names of the classes in order, if the dataset has one for each."""
+    while hasattr(dataset, 'dataset') and not hasattr(dataset, 'reader'):  # wrapped
+        dataset = dataset.dataset
+    indices = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
+    names = {index: str(name) for name, index in indices.items()}
+    if sorted(names) != list(range(num_classes)) or len(names) != len(indices):
+        return None
+    return [names[index] for index in range(num_classes)]
+
+
+class Model(NamedTuple):
+    """A model of a run, ready to be pushed: what lies in a folder, and what it is.
+
+    Attributes:
+        architecture: timm's name.
+        message: A commit message.
+    """
+    architecture: str
+    message: str
+
+
+def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the plain timm model: without wrappers' names, and without the extra BatchNorms of --split-bn."""
+    return {name: value for name, value in clean_state_dict(state_dict).items() if 'aux_bn' not in name}
+
+
+def _weights_key(checkpoint: Mapping[str, Any], which: str, path: str) -> str:
+    keys = WEIGHTS[which] or (weights_of_metric(checkpoint),)
+    key = next((key for key in keys if checkpoint.get(key) is not None), None)
+    if key is None:
+        raise UsageError(f'{path} holds no {_NAMES[keys[0]]} ({keys[0]}): choose other weights than {which!r}.')
+    return key
+
+
+def _is_private(value: Any) -> bool:
+    """Whether an option's value may tell something of this machine or its user."""
+    if isinstance(value, Mapping):
+        return any(map(_is_private, value.values())) or any(map(_is_private, value))
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_private, value))
+    if not isinstance(value, str):
+        return False
+    if value.startswith('hf-hub:'):
+        return False
+    names = {socket.gethostname(), socket.gethostname().partition('.')[0], os.environ.get('WANDB_API_KEY', '')}
+    with suppress(OSError, KeyError, ImportError):
+        names.add(getpass.getuser())
+    looks_local = re.search(r'(^|[\s=:,])(/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\)|\\|://|\bhf_\w{6}|\b[0-9a-f]{40}\b', value)
+    return bool(looks_local) or any(
+        re.search(rf'(?<![\w-]){re.escape(name)}(?![\w-])', value) for name in names if len(name) > 2)
+
+
+def _public(value: str | None, otherwise: str) -> str:
+    return otherwise if not value or _is_private(value) else value
+
+
+def recipe(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options that repeat a training, without those that are private.
+
+    Returns:
+        Options that differ from their defaults; names of those that are left out because of what they say.
+    """
+    defaults = vars(build_parser().parse_args([]))
+    given = {name: value for name, value in args.items()
+             if name in defaults and value != defaults[name] and name not in _LOCAL_OPTIONS}
+    private = sorted(name for name, value in given.items() if _is_private(value))
+    return {name: value for name, value in given.items() if name not in private}, private
+
+
+def _base_model(args: Mapping[str, Any]) -> str | None:
+    """The model on the Hub that a run started from."""
+    source, name = parse_model_name(args['model'])
+    start_source, start = _split(args.get('initial_checkpoint') or '')
+    if start_source == 'hf-hub':
+        return start.partition('@')[0]
+    if not args.get('pretrained') or args.get('pretrained_path') or start:
+        return None
+    if source == 'hf-hub':
+        return name.partition('@')[0]
+    cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
+    return cfg.hf_hub_id if cfg is not None else None
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    source, separator, rest = name.partition(':')
+    return ('hf-hub', rest) if separator and source.lower() in ('hf-hub', 'hf_hub') else (None, name)
+
+
+def _evaluation(args: Mapping[str, Any], checkpoint: Mapping[str, Any], row: Mapping[str, float]) -> Evaluation | None:
+    """What the summary tells of the very weights that are pushed, or else the metric of their checkpoint."""
+    name, value = args.get('eval_metric', ''), checkpoint.get('metric')
+    if value is None or not args.get('val_split'):
+        return None
+    prefix = 'eval_'
+    metrics = {name: float(value)}
+    if name and abs(row.get(prefix + name, float('inf')) - value) <= 1e-6 * max(1, abs(value)):
+        metrics = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+    if 'temperature' in checkpoint:
+        metrics.pop('loss', None)  # calibration changes it, and no accuracy
+    dataset, split = _public(args.get('dataset'), ''), _public(args['val_split'], 'validation')
+    demo = DEMOS.get(dataset.lower())
+    fields = args.get('card') or {}
+    kind = dataset_type(dataset)
+    shown = demo.description if demo else 'images in folders' if kind == 'imagefolder' else kind
+    return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown, split, metrics)
+
+
+def _summary(args: Mapping[str, Any], config: Mapping[str, Any], weights: str, epoch: int | None, base: str | None):
+    """A sentence or two on what was trained."""
+    how = {'dense': ' with dense [MultiMix](https://arxiv.org/abs/2311.05538)',
+           'pooled': ' with pooled [MultiMix](https://arxiv.org/abs/2311.05538)'}.get(args.get('multimix'), '')
+    start = f', fine-tuned from [{base}](https://huggingface.co/{base})' if base else ''
+    when = f', after epoch {epoch} (counted from 0)' if epoch is not None else ''
+    return (f'An image classifier for {config["num_classes"]} classes: `{config["architecture"]}`{start}, trained{how}.'
+            f' These are {_NAMES[weights]}{when}.')
+
+
+def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    if args.get('multimix', 'off') == 'off':
+        return None
+    return {name: value for name, value in args.items()
+            if name.startswith(('multimix', 'no_multimix')) and value is not None and not _is_private(value)}
+
+
+def _check_public(text: str, folder: str) -> None:
+    """The last look at a card. What it looks for has no business there, wherever it came from."""
+    secrets = {get_token(), os.environ.get('HF_TOKEN'), os.environ.get('WANDB_API_KEY'), os.path.realpath(folder),
+               os.path.expanduser('~')}
+    for secret in secrets:
+        if secret and len(secret) > 1 and re.search(rf'(?<![\w.-]){re.escape(secret)}', text):
+            raise HubError('The card would tell something private (a token or a path of this machine): see '
+                           '`python -m timm_multimix.hub card RUN_FOLDER`.')
+
+
+def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the run in a folder, settled ones where they are known."""
+    args = checkpoint.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args  # timm's own script saves a Namespace
+    if not args:
+        try:
+            with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
+                args = yaml.safe_load(file)
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f'{folder} has no readable args.yaml: it is not the folder of a run.') from error
+    return {**vars(build_parser().parse_args([])), 'card': {}, **args}
+
+
+def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:
+    """Write config.json for a run of timm's own script, which leaves none."""
+    settings = argparse.Namespace(**{**args, 'pretrained': False, 'initial_checkpoint': '', 'pretrained_path': None})
+    model = create_run_model(settings, model_options(settings))
+    save_config(model, path, data_config=dict(resolve_data(settings, model), crop_mode='center'),
+                from_scratch=not (args['pretrained'] or args['initial_checkpoint']))
+
+
+def export(
+        folder: str,
+        target: str,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        weights: str = 'best',
+        checkpoint_path: str | None = None,
+        card_only: bool = False,
+) -> Model:
+    """Write the model of a run as the Hub has it: model.safetensors, config.json, README.md and training_curve.png.
+
+    Args:
+        folder: The folder of the run.
+        target: An empty folder.
+        repo_id: 'user/name'.
+        revision: Branch, for the card.
+        weights: A key of WEIGHTS.
+        checkpoint_path: Checkpoint to take, by default the calibrated one, else the best, else the last.
+        card_only: Leave the weights out.
+
+    Raises:
+        UsageError: if the folder holds no such run.
+        HubError: if timm cannot describe the model.
+    """
+    paths = [checkpoint_path] if checkpoint_path else [os.path.join(folder, name) for name in _BEST]
+    path = next(filter(os.path.isfile, paths), None)
+    if path is None:
+        raise UsageError(f'{folder} holds no checkpoint of a run: there is none of {", ".join(_BEST)}.')
+    checkpoint = read_checkpoint(path)
+    args = _arguments(folder, checkpoint)
+    key = _weights_key(checkpoint, weights, path)
+    config_path = os.path.join(target, CONFIG_NAME)
+    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        shutil.copyfile(os.path.join(folder, CONFIG_NAME), config_path)
+    else:
+        _rebuilt_config(args, config_path)
+    with open(config_path, encoding='utf-8') as file:
+        config = json.load(file)
+
+    if not card_only:
+        save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))
+    epoch = checkpoint.get('epoch')
+    rows = read_summary(folder)
+    has_curve = draw_curve(rows, os.path.join(target, CURVE_NAME))
+    base = _base_model(args)
+    options, left_out = recipe(args)
+    if 'model' in left_out:
+        options['model'] = config['architecture']
+    evaluation = _evaluation(args, checkpoint, next((row for row in rows if row['epoch'] == epoch), {}))
+    with blame('The card'):
+        card = str(model_card(
+            repo_id, config, revision=revision, summary=_summary(args, config, key, epoch, base), evaluation=evaluation,
+            multimix=_multimix(args), recipe=options, left_out=left_out, has_curve=has_curve,
+            fields={**_dataset_fields(args), **({'base_model': base} if base else {}), **(args['card'] or {})}))
+    _check_public(card, folder)
+    Path(target, CARD_NAME).write_text(card, encoding='utf-8')
+    metric = checkpoint.get('metric')
+    shown = f', {args.get("eval_metric")} {metric:.4g}' if metric is not None else ''
+    return Model(config['architecture'], f'{config["architecture"]}, epoch {epoch}{shown}')
+
+
+def _dataset_fields(args: Mapping[str, Any]) -> dict[str, Any]:
+    dataset = _public(args.get('dataset'), '')
+    return {'datasets': [dataset_type(dataset)]} if dataset.lower().startswith(('hfds/', 'hfids/')) else {}
