@@ -318,7 +318,7 @@ class MultiMixLoss(nn.Module):
             balance: bool = True,
             pooled_weight: float = 0.5,
             clean_weight: float = 0.0,
-            logit_scale: float | str = 1.0,
+            logit_scale: float | str = 'auto',
             smoothing: float = 0.0,
             loss_type: str = 'ce',
             gather: bool = False,
