@@ -149,7 +149,7 @@ def teacher():
 def test_terms_are_those_of_the_reference(output, teacher):
     target = torch.randint(4, (6,))
     generator = torch.Generator().manual_seed(0)
-    terms = MultiMixLoss(30, clean_weight=0.2, generator=torch.Generator().manual_seed(0)).terms(
+    terms = MultiMixLoss(30, clean_weight=0.2, logit_scale=1.0, generator=torch.Generator().manual_seed(0)).terms(
         output, target, teacher, distill_weight=0.3, distill_temperature=2.0)
     y = reference.one_hot(target, 4, torch.float64)
 

@@ -16,7 +16,7 @@ ALPHA = (0.5, 2.0)
 def test_gap_fits_mixes_best(num_classes, batch_size, length):
     """Gaps to either side have a higher mean cross-entropy, on other batches and mixes."""
     generator = torch.Generator().manual_seed(1)
-    gap = fitting_gap(num_classes, batch_size, length, ALPHA)
+    gap = fitting_gap(num_classes, length, ALPHA)
 
     def loss(gap):
         total = 0
@@ -36,28 +36,33 @@ def test_gap_fits_mixes_best(num_classes, batch_size, length):
 
 def test_long_mixes_are_fitted_by_least_squares():
     """With many examples of every class in a mix, the fit is a tangent: the gap is the number of classes."""
-    assert fitting_gap(5, 1000, 1000, (1.0, 1.0)) == pytest.approx(5, rel=0.05)
+    assert fitting_gap(5, 1000, (1.0, 1.0)) == pytest.approx(5, rel=0.05)
 
 
 def test_scale_makes_certain_examples_confident():
     for num_classes in (2, 10, 1000):
-        gap = fitting_gap(num_classes, 64, 64, ALPHA) / fitting_scale(num_classes, 64, 64, ALPHA)
+        gap = fitting_gap(num_classes, 64, ALPHA) / fitting_scale(num_classes, 64, ALPHA)
         assert 1 / (1 + (num_classes - 1) * math.exp(-gap)) == pytest.approx(0.999)
-    scales = [fitting_scale(c, 64, 64, ALPHA) for c in (2, 10, 100, 1000)]
+    scales = [fitting_scale(c, 64, ALPHA) for c in (2, 10, 100, 1000)]
     assert scales == sorted(scales) and scales[0] < 0.5 and scales[-1] > 4
 
 
 def test_scale_is_the_same_at_every_call_and_draws_nothing():
     state = torch.get_rng_state()
-    first = fitting_scale(7, 11, 11, ALPHA)
+    first = fitting_scale(7, 11, ALPHA)
     fitting_gap.cache_clear()
-    assert fitting_scale(7, 11, 11, ALPHA) == first
+    assert fitting_scale(7, 11, ALPHA) == first
     assert (torch.get_rng_state() == state).all()
+
+
+def test_extreme_concentrations_and_many_classes_have_a_scale():
+    for num_classes, length, alpha in ((1000, 2, (1e-4, 1e-4)), (3, 50, (100.0, 1e4)), (21841, 300, ALPHA)):
+        assert 0.1 < fitting_scale(num_classes, length, alpha) < 100
 
 
 @pytest.mark.parametrize(('num_classes', 'length'), [(1, 5), (5, 1)])
 def test_nothing_to_scale(num_classes, length):
-    assert fitting_scale(num_classes, 5, length, ALPHA) == 1
+    assert fitting_scale(num_classes, length, ALPHA) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,7 @@ def test_nothing_to_scale(num_classes, length):
 def test_auto_is_the_fitting_scale(options, is_scaled):
     """Of the value; the gradient keeps its size."""
     logits, target = torch.randn(12, 30), torch.randint(30, (12,))
-    scale = fitting_scale(30, 12, 12, ALPHA) if is_scaled else 1.0
+    scale = fitting_scale(30, 12, ALPHA) if is_scaled else 1.0
     values, gradients = [], []
     for logit_scale in ('auto', scale):
         torch.manual_seed(0)

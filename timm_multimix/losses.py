@@ -318,7 +318,7 @@ class MultiMixLoss(nn.Module):
             balance: bool = True,
             pooled_weight: float = 0.5,
             clean_weight: float = 0.0,
-            logit_scale: float | str = 'auto',
+            logit_scale: float | str = 1.0,
             smoothing: float = 0.0,
             loss_type: str = 'ce',
             gather: bool = False,
@@ -476,7 +476,7 @@ class MultiMixLoss(nn.Module):
             fits = self.balance and self.loss_type == 'ce'
             length = check_tuple_length(self.tuple_length, batch_size)
             # Sizes that a compiler leaves open are settled here: the scale is a constant of the compiled code.
-            sizes = map(operator.index, (num_classes, batch_size, length))
+            sizes = map(operator.index, (num_classes, length))
             scale = fitting_scale(*sizes, self.alpha) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,

@@ -8,64 +8,63 @@ it is less, it is not confident enough. A factor on the mixed logits inside the 
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from scipy.optimize import brentq
-
-from .weights import sample_weights
+from scipy.special import softmax
 
 # Probability that clean logits give the class of an example whose label is certain.
 CONFIDENCE = 0.999
 
-_BATCHES = 16
-_MIXES = 64
+_MIXES = 1024
 
 
 @lru_cache(maxsize=256)
-def fitting_gap(num_classes: int, batch_size: int, tuple_length: int, alpha: tuple[float, float]) -> float:
+def fitting_gap(num_classes: int, tuple_length: int, alpha: tuple[float, float]) -> float:
     """Gap between the logit of an example's class and the others with which mixed logits fit mixed targets best.
 
-    That is the gap that minimises the expected cross-entropy of mixes, over batches of random labels, if every example
+    That is the gap that minimises the expected cross-entropy of mixes of examples with random labels, if every example
     has logits `gap` for its class and 0 for the others. For mixes of very many examples it is the number of classes.
 
     Args:
         num_classes: Number of classes c.
-        batch_size: Number of examples b that mixes are made from.
         tuple_length: Number of examples m in a mix, at least 2.
         alpha: Range of Dirichlet concentrations.
 
     Returns:
-        The gap; the same at every call.
+        The gap; the same at every call. Draws nothing from PyTorch, and computes nothing with it.
     """
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(num_classes, (_BATCHES, batch_size), generator=generator)
-    weights = sample_weights(
-        _MIXES, batch_size, _BATCHES, alpha=alpha, tuple_length=tuple_length, generator=generator).double()
-    # Classes that a batch lacks are alike: columns for those that it has, at most b, are enough.
-    column = torch.stack([row.unique(return_inverse=True)[1] for row in labels])
-    target = torch.zeros_like(weights).scatter_add_(2, column.unsqueeze(1).expand_as(weights), weights)
-    absent = num_classes - column.amax(dim=1) - 1
-    present = torch.arange(batch_size) <= column.amax(dim=1, keepdim=True)
-    # exp(0) for every absent class, in one more column
-    rest = torch.where(absent > 0, absent.double().log(), -torch.inf)[:, None, None].expand(-1, _MIXES, 1)
+    random = np.random.default_rng(0)
+    # A column for each class that a mix has, at most m, and one for all that it lacks: those are alike.
+    target = np.zeros((_MIXES, tuple_length))
+    offset = np.full((_MIXES, tuple_length + 1), -np.inf)
+    for row in range(_MIXES):
+        weights = random.dirichlet(np.full(tuple_length, random.uniform(*alpha)))
+        classes, column = np.unique(random.integers(num_classes, size=tuple_length), return_inverse=True)
+        target[row, :len(classes)] = np.bincount(column, weights)
+        offset[row, :len(classes)] = 0
+        if len(classes) < num_classes:
+            offset[row, -1] = math.log(num_classes - len(classes))
 
     def slope(gap: float) -> float:
-        mixed = (gap * target).masked_fill(~present.unsqueeze(1), -torch.inf)
-        predicted = torch.cat([mixed, rest], dim=2).softmax(dim=2)[:, :, :-1]
-        return ((predicted - target) * target).sum(dim=2).mean().item()
+        """Derivative of the mean cross-entropy."""
+        mixed = offset.copy()
+        mixed[:, :-1] += gap * target
+        return ((softmax(mixed, axis=1)[:, :-1] - target) * target).sum(axis=1).mean()
 
     return brentq(slope, 0.0, 1e6, xtol=1e-6)
 
 
 @torch.compiler.assume_constant_result
-def fitting_scale(num_classes: int, batch_size: int, tuple_length: int, alpha: tuple[float, float]) -> float:
+def fitting_scale(num_classes: int, tuple_length: int, alpha: tuple[float, float]) -> float:
     """Scale of mixed logits with which clean logits that fit mixes best are as confident as they should be.
 
     The ratio of the gap that fits mixes to the gap log((c - 1) p / (1 - p)) that gives the class of an example the
-    probability p = 0.999. About 1 for 10 classes and batches of 50, 2 for 36 classes and 9 for 1000 classes and batches
-    of 128.
+    probability p = 0.999. About 1 for 10 classes and mixes of 50, 2 for 36 classes and 9 for 1000 classes and mixes of
+    128.
 
     Args:
-        num_classes, batch_size, tuple_length, alpha: As fitting_gap.
+        num_classes, tuple_length, alpha: As fitting_gap.
 
     Returns:
         The scale; 1 where nothing is mixed, or nothing classified.
@@ -73,4 +72,4 @@ def fitting_scale(num_classes: int, batch_size: int, tuple_length: int, alpha: t
     if num_classes < 2 or tuple_length < 2:
         return 1.0
     wanted = math.log((num_classes - 1) * CONFIDENCE / (1 - CONFIDENCE))
-    return fitting_gap(num_classes, batch_size, tuple_length, alpha) / wanted
+    return fitting_gap(num_classes, tuple_length, alpha) / wanted
