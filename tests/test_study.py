@@ -14,7 +14,7 @@ from torch import nn
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
-import study as studies  # noqa: E402
+import study_plan as studies  # noqa: E402
 import study_report  # noqa: E402
 import study_run  # noqa: E402
 
@@ -107,16 +107,15 @@ def test_bad_studies_are_refused(tmp_path, change, message):
         studies.load_study(write(tmp_path, **change))
 
 
-def run_main(monkeypatch, *args) -> None:
-    monkeypatch.setattr(sys, 'argv', ['study.py', *map(str, args)])
-    studies.main()
+def command(*args) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / 'study.py', *map(str, args)], capture_output=True, text=True)
 
 
-def test_mistakes_are_told_without_a_traceback(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match='has no sparse in methods'):
-        run_main(monkeypatch, write(tmp_path), '--methods', 'sparse')
-    with pytest.raises(SystemExit, match='No such file'):
-        run_main(monkeypatch, tmp_path / 'none.yaml')
+def test_mistakes_are_told_without_a_traceback(tmp_path):
+    result = command(write(tmp_path), '--methods', 'sparse')
+    assert result.returncode == 1 and 'has no sparse in methods' in result.stderr
+    assert 'Traceback' not in result.stderr
 
 
 def test_shift_moves_by_at_most_its_reach():
@@ -190,21 +189,19 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
     assert '<svg' in (tmp_path / 'plot.svg').read_text()
 
 
-def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path, seeds=2, lrs=[0.1])
-    options = [path, '--results', tmp_path / 'results', '--workers', '1']
-    first = subprocess.run(
-        [sys.executable, BENCHMARKS / 'study.py', *options, '--methods', 'dense'],
-        capture_output=True, text=True, check=True)
-    file = tmp_path / 'results/small.jsonl'
+def test_a_study_from_end_to_end(tmp_path):
+    path, folder = write(tmp_path, seeds=2, lrs=[0.1]), tmp_path / 'results'
+    first = command(path, '--results', folder, '--workers', 1, '--methods', 'dense')
+    file = folder / 'small.jsonl'
     assert '| dense | 0.1 | 2 |' in first.stdout and len(file.read_text().splitlines()) == 2
     # A run cut short leaves half a line, which may not spoil the next.
     lines = file.read_text().splitlines()
     file.write_text(f'{lines[0]}\n{lines[1][:100]}')
-    run_main(monkeypatch, *options)
-    printed = capsys.readouterr().out
-    records = studies.load_results(tmp_path / 'results')
-    assert len(records) == 4 and records[json.loads(lines[1])['key']] == json.loads(lines[1])['metrics']
-    assert '| cross-entropy | 0.1 | 2 |' in printed and '[95 %]' in printed
-    run_main(monkeypatch, *options, '--report-only')
-    assert capsys.readouterr().out == printed
+    study = studies.load_study(path)
+    results = studies.load_results(folder)
+    assert len(results) == 1 and len(study.missing(results)) == 3
+    studies.run_missing(study, results, folder, workers=1, niceness=0)
+    assert studies.load_results(folder) == results and not study.missing(results)
+    assert results[json.loads(lines[1])['key']] == json.loads(lines[1])['metrics']
+    text = study_report.report(study, study.table(results))
+    assert '| cross-entropy | 0.1 | 2 |' in text and '[95 %]' in text
