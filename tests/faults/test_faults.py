@@ -1,26 +1,26 @@
-"""Runs in processes of their own meet faults and end as docs/reliability.md promises. study.py has the faults."""
+"""Runs in processes of their own meet faults and end as docs/reliability.md promises. fault_study.py has the faults."""
 import random
 
+import fault_study
 import pytest
-import study
 
 # One of each kind, at moments that differ in what is half-done; hundreds more are slow.
 CASES = {
-    'killed while a checkpoint is written': (study.kill_at_event, 'SIGKILL', 0),
-    'killed twice': (lambda *given: study.kill_at_event(*given, times=2), 'SIGKILL', 3),
-    'SIGTERM': (study.kill_at_event, 'SIGTERM', 1),
-    'SIGINT': (study.kill_at_event, 'SIGINT', 2),
-    'truncated': (study.damage, 'truncated', 1),
-    'one bit changed': (study.damage, 'one bit changed', 2),
-    'full disk': (study.full_disk, '', 1),
-    'some losses not finite': (study.spoiled_batches, '', 1),
-    'all further losses not finite': (study.spoiled_run, '', 1),
+    'killed while a checkpoint is written': (fault_study.kill_at_event, 'SIGKILL', 0),
+    'killed twice': (lambda *given: fault_study.kill_at_event(*given, times=2), 'SIGKILL', 3),
+    'SIGTERM': (fault_study.kill_at_event, 'SIGTERM', 1),
+    'SIGINT': (fault_study.kill_at_event, 'SIGINT', 2),
+    'truncated': (fault_study.damage, 'truncated', 1),
+    'one bit changed': (fault_study.damage, 'one bit changed', 2),
+    'full disk': (fault_study.full_disk, '', 1),
+    'some losses not finite': (fault_study.spoiled_batches, '', 1),
+    'all further losses not finite': (fault_study.spoiled_run, '', 1),
 }
 
 
 @pytest.fixture(scope='module')
 def harness(tmp_path_factory):
-    harness = study.Harness(tmp_path_factory.mktemp('faults'))
+    harness = fault_study.Harness(tmp_path_factory.mktemp('faults'))
     yield harness
     harness.close()
 
@@ -32,9 +32,9 @@ def test_run_ends_as_promised(harness, name):
 
 
 def test_killed_worker(tmp_path):
-    harness = study.Harness(tmp_path, workers=1)
+    harness = fault_study.Harness(tmp_path, workers=1)
     try:
-        study.dead_worker(harness, random.Random(3), '')
+        fault_study.dead_worker(harness, random.Random(3), '')
     finally:
         harness.close()
 
@@ -60,5 +60,6 @@ def test_the_study_notices(harness):
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
 def test_hundreds_of_faults(workers):
-    _, failures = study.study(40 if workers else 360, 0, study.WORKER_FAULTS if workers else study.FAULTS, workers)
+    faults = fault_study.WORKER_FAULTS if workers else fault_study.FAULTS
+    _, failures = fault_study.study(40 if workers else 360, 0, faults, workers)
     assert not failures, '\n'.join(failures)

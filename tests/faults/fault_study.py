@@ -1,6 +1,6 @@
 """Faults tried on real runs, and what became of them.
 
-    python tests/faults/study.py --faults 400            # prints the table of docs/reliability.md
+    python tests/faults/fault_study.py --faults 400            # prints the table of docs/reliability.md
 
 Every fault hits a run of its own. The run is then continued with --resume auto, until it ends; it must end with the
 files that the same run has without any fault, bit for bit.
@@ -64,8 +64,8 @@ class Harness:
         self.count = 0
         path = os.pathsep.join([str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / 'runner.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'})
+            [sys.executable, str(Path(__file__).parent / 'fault_runner.py')],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'})
         whole = self.new_run('whole')
         self.run(whole, {})
         assert self.answer['status'] == 0, self.answer['text']
