@@ -65,7 +65,8 @@ class Harness:
         path = os.pathsep.join([str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / 'fault_runner.py')],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'})
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'})
         whole = self.new_run('whole')
         self.run(whole, {})
         assert self.answer['status'] == 0, self.answer['text']
