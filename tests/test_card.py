@@ -133,6 +133,39 @@ def test_card_tells_the_metrics_of_the_weights_that_are_pushed(tmp_path):
     assert not ModelCard(card_of(unvalidated, tmp_path / 'card')).data.eval_results
 
 
+def results_of(card: str) -> dict:
+    return {result.metric_name: result.metric_value for result in ModelCard(card).data.eval_results or ()}
+
+
+def test_card_tells_whose_weights_and_metrics_these_are(tmp_path, no_picture):
+    """Of several that were validated, and of calibrated ones."""
+    model = timm.create_model('test_resnet', num_classes=3).state_dict()
+    run = write_run(tmp_path / 'run', dict(
+        metric=14.08, metric_of='state_dict_teacher', state_dict_ema=model, state_dict_teacher=model, metrics=dict(
+            state_dict=dict(top1=80.56, loss=0.5), state_dict_teacher=dict(top1=14.08, loss=2.0))),
+        args=dict(multimix_teacher='ema', eval_metric='teacher_top1', dataset='demo/digits'))
+    card = card_of(run, tmp_path / 'card')
+    assert results_of(card) == {'Top-1 accuracy': 0.1408, 'Loss': 2.0} and '14.08 %' in card and '80.56' not in card
+    assert "These are the teacher's weights, after epoch 1" in card and 'calibrated' not in card
+    assert ModelCard(card).data.eval_results[0].dataset_name == 'handwritten digits'
+    card = card_of(run, tmp_path / 'card', weights='student')
+    assert results_of(card) == {'Top-1 accuracy': 0.8056, 'Loss': 0.5} and 'These are the trained weights' in card
+    card = card_of(run, tmp_path / 'card', weights='ema')  # not validated
+    assert results_of(card) == {} and '14.08' not in card and 'These are the average of the weights' in card
+
+    write_run(tmp_path / 'made', dict(
+        metric=14.08, metric_of='state_dict', weights_of='state_dict_teacher', temperature=0.9,
+        metrics=dict(state_dict=dict(top1=14.08))), args=dict(multimix_teacher='ema', eval_metric='teacher_top1'))
+    (tmp_path / 'made' / 'model_best.pth.tar').rename(run / 'model_calibrated.pth.tar')
+    for weights in ('best', 'teacher'):
+        card = card_of(run, tmp_path / 'card', weights=weights)
+        assert results_of(card) == {'Top-1 accuracy': 0.1408} and 'teacher_top1' not in card.split('## Recipe')[0]
+        assert "These are the teacher's weights, after epoch 1" in card
+        assert 'calibrated: a temperature of 0.9 is folded into the classifier' in card
+    card = card_of(run, tmp_path / 'card', weights='student')  # these are not calibrated
+    assert results_of(card) == {'Top-1 accuracy': 0.8056, 'Loss': 0.5} and 'calibrated' not in card
+
+
 @pytest.mark.parametrize('args, expected', [
     (dict(pretrained=True, model='resnet18.a1_in1k'), 'timm/resnet18.a1_in1k'),
     (dict(pretrained=True, model='resnet18'), 'timm/resnet18.a1_in1k'),

@@ -297,6 +297,20 @@ def test_names_that_are_none(server, name):
     assert not server.requests
 
 
+@pytest.mark.parametrize('name', [
+    'bad branch~', 'a b', 'a..b', 'a//b', '/a', 'a/', 'a.lock', '.a', 'a/.b', '-a', 'a^', 'a:b', 'a?', 'a*', 'a[b',
+    'a\\b', 'a@{b', '@', '', 'a.', 'a\nb', 'a\x7f'])
+def test_names_that_are_no_branch(server, script, image_folder, name):
+    with pytest.raises(HubError, match='name of a branch'):
+        push_to_hub(small_model(), 'user/model', revision=name)
+    assert not server.requests
+
+
+def test_names_of_branches():
+    for name in ('main', 'v1.0', 'a/b-c_d', '0' * 40, 'try/1', 'a@b'):
+        assert HubRepository('user/model', revision=name).revision == name
+
+
 def test_private_repository_without_a_token(server, monkeypatch):
     push_to_hub(small_model(), 'user/secret', private=True)
     monkeypatch.delenv('HF_TOKEN')
@@ -346,8 +360,9 @@ def test_errors_that_stay(server, model_folder, status, temporary, calls, messag
 
 def test_nobody_listens(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
-    with pytest.raises(HubError, match='Logging in to the Hugging Face Hub') as error:
+    with pytest.raises(HubError, match='Logging in to the Hugging Face Hub: no connection to http:') as error:
         push_to_hub(small_model(), 'user/model')
+    assert 'http://127.0.0.1:9' in str(error.value)
     assert error.value.is_temporary
 
 
@@ -570,7 +585,70 @@ def test_push_command(server, trained, script, tmp_path):
         model.load_state_dict(checkpoint[key])
         assert torch.equal(logits(timm.create_model(f'hf-hub:user/{weights}', pretrained=True)), logits(model))
     assert training_hub.command(['push', str(trained), 'user/x', '--weights', 'teacher']) == 2
-    assert 'the teacher' in script.capsys.readouterr().err and 'user/x' not in server.repos
+    told = script.capsys.readouterr().err
+    assert 'does not hold the weights of the teacher. Choose others: best, or ema or student' in told
+    assert 'user/x' not in server.repos
+    assert training_hub.command(['push', str(trained), 'user/x', '--revision', 'bad branch~']) == 2
+    assert 'name of a branch' in script.capsys.readouterr().err and 'user/x' not in server.repos
+
+
+def test_metrics_are_those_of_the_weights_that_are_pushed(server, trained, script):
+    checkpoint = script.checkpoint('model_best.pth.tar')
+    assert checkpoint['metrics'].keys() == {'state_dict', 'state_dict_ema'}
+    checkpoint.update(metric=47.04, metrics=dict(state_dict=dict(top1=80.56), state_dict_ema=dict(top1=47.04)))
+    torch.save(checkpoint, trained / 'model_best.pth.tar')
+    for weights, shown, other in (('best', '47.04', '80.56'), ('student', '80.56', '47.04'), ('ema', '47.04', '80.56')):
+        assert training_hub.command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
+        card = server.file(f'user/{weights}', 'README.md').decode()
+        assert f'top1 {shown}' in server.repos[f'user/{weights}'].head().title and f'| {shown} %' in card
+        assert other not in server.repos[f'user/{weights}'].head().title + card
+        assert f'top1 {shown}' in script.capsys.readouterr().err
+    del checkpoint['metrics']['state_dict']
+    torch.save(checkpoint, trained / 'model_best.pth.tar')
+    assert training_hub.command(['push', str(trained), 'user/unknown', '--weights', 'student']) == 0
+    assert 'top1' not in server.repos['user/unknown'].head().title
+
+
+def test_what_is_there_already_is_not_committed_again(server, script, image_folder, trained, capsys):
+    for _ in range(2):
+        assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    assert server.count('POST', '/commit/') == 1 and 'No files have been modified' not in capsys.readouterr().err
+    assert script.train(  # one epoch: the end has nothing to add
+        image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/other', experiment='other') == 0
+    assert len([line for line in script.lines if line.startswith('Pushed ')]) == 1, script.text
+    assert server.count('POST', '/commit/') == 2 and 'No files have been modified' not in script.text
+
+
+def test_export_command(server, script, trained, tmp_path):
+    """Exactly the weights to ship, as a folder that plain timm loads; without a network."""
+    server.close()
+    checkpoint = script.checkpoint('model_best.pth.tar')
+    model = timm.create_model('test_resnet', num_classes=3)
+    for weights, key in dict(best='state_dict_ema', student='state_dict').items():
+        target = tmp_path / 'models' / weights
+        assert training_hub.command(['export', str(trained), str(target), '--weights', weights]) == 0
+        told = script.capsys.readouterr().err
+        model.load_state_dict(checkpoint[key])
+        there, data, names = load_elsewhere(server, f'local-dir:{target}', tmp_path)
+        assert torch.equal(there, logits(model)) and names == ['a', 'b', 'c'] and data['crop_pct'] == 0.9
+        assert f"timm.create_model('local-dir:{target}', pretrained=True)" in told and 'model_best.pth.tar' in told
+    assert {'model.safetensors', 'config.json', 'README.md'} <= {path.name for path in target.iterdir()}
+    assert sorted(path.name for path in target.parent.iterdir()) == ['best', 'student'] and not server.requests
+    assert training_hub.command(['export', str(trained), str(target)]) == 2
+    assert 'is there already' in script.capsys.readouterr().err
+    (tmp_path / 'empty').mkdir()
+    assert training_hub.command(['export', str(trained), str(tmp_path / 'empty'), '--weights', 'teacher']) == 2
+    assert not list((tmp_path / 'empty').iterdir())
+    assert training_hub.command(['export', str(trained), str(tmp_path / 'empty')]) == 0
+
+
+def test_command_that_the_end_of_a_run_names(server, script, image_folder, tmp_path):
+    assert script.train(image_folder, '--model-ema', model_ema_decay=0.5) == 0
+    command = next(line for line in script.lines if 'timm_multimix.hub export' in line).split()
+    assert training_hub.command(command[3:]) == 0
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict_ema'])
+    assert torch.equal(logits(timm.create_model(f'local-dir:{command[-1]}', pretrained=True)), logits(model))
 
 
 def test_weights_that_gave_the_metric_and_calibrated_ones_come_first(server, script, trained):
@@ -615,7 +693,8 @@ def test_card_needs_no_network(trained, script, server, tmp_path):
     server.close()
     script.capsys.readouterr()
     assert training_hub.command(['card', str(trained)]) == 0
-    card = script.capsys.readouterr().out
+    card, told = script.capsys.readouterr()
+    assert 'The card of the average of the weights, from' in told and 'model_best.pth.tar' in told
     assert metadata_errors(card) == [] and '# run' in card and not server.requests
     assert training_hub.command(['card', str(trained), 'user/model', '--output', str(tmp_path / 'card')]) == 0
     assert {path.name for path in (tmp_path / 'card').iterdir()} == {'README.md', 'training_curve.png'}

@@ -13,8 +13,8 @@ from timm_multimix.calibration import fit_temperature
 from timm_multimix.data import DigitsDataset, Part
 from timm_multimix.training import calibration, loaders
 from timm_multimix.training.calibration import calibration_share, hold_out
-from timm_multimix.training.checkpoints import weights_of_metric
 from timm_multimix.training.errors import UsageError
+from timm_multimix.training.saved_weights import weights_of_metric
 
 pytest_plugins = ['training_helpers']
 

@@ -1,8 +1,12 @@
 """The script with a teacher: views, validation of both, the better one, resuming, combinations."""
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from distributed_helpers import run_script
+
+from timm_multimix.training.main import _whose
 
 pytest_plugins = ['training_helpers']
 
@@ -60,12 +64,84 @@ def test_one_average_serves_as_both(script, image_folder):
     assert row['eval_loss'] != row['eval_teacher_loss']
 
 
-def test_average_of_its_own_beside_the_teacher(script, image_folder):
+COLUMNS = dict(state_dict='eval_loss', state_dict_ema='eval_ema_loss', state_dict_teacher='eval_teacher_loss')
+
+
+@pytest.mark.parametrize('metric, entry', [
+    ('loss', None), ('student_loss', 'state_dict'), ('ema_loss', 'state_dict_ema'),
+    ('teacher_loss', 'state_dict_teacher')])
+def test_all_weights_are_candidates(script, image_folder, metric, entry):
+    """The trained ones, an average of its own and the teacher, each of which may be the best."""
     assert script.train(
-        image_folder, *TEACHER, '--model-ema', model_ema_decay=0.5, eval_metric='student_top1') == 0, script.text
-    checkpoint = script.checkpoint()
-    assert {'state_dict', 'state_dict_ema', 'state_dict_teacher'} <= checkpoint.keys()
-    assert checkpoint['metric_of'] == 'state_dict_ema'
+        image_folder, *TEACHER, '--model-ema', model_ema_decay=0.97, multimix_teacher_decay=0.5, eval_metric=metric,
+        lr=0.1, epochs=2) == 0, script.text
+    best = script.checkpoint('model_best.pth.tar')
+    row = script.summary()[best['epoch']]
+    losses = {entry: float(row[column]) for entry, column in COLUMNS.items()}
+    assert len(set(losses.values())) == 3 and losses.keys() <= best.keys()
+    assert {name: metrics['loss'] for name, metrics in best['metrics'].items()} == pytest.approx(losses)
+    assert best['metric_of'] == (entry or min(losses, key=losses.get))
+    assert best['metric'] == pytest.approx(losses[best['metric_of']])
+    columns = [COLUMNS[entry]] if entry else COLUMNS.values()
+    shown = min(float(row[column]) for row in script.summary() for column in columns)
+    assert best['metric'] == pytest.approx(shown) and f'({best["metric_of"]}): ship those' in script.text
+    path = script.run_folder() / 'model_best.pth.tar'
+    assert script('--config', script.run_folder() / 'args.yaml', '--validate', path) == 0
+    assert f'loss {best["metric"]:.4g}' in script.text
+
+
+def test_without_a_teacher_the_average_alone_counts_as_in_timm(script, image_folder):
+    options = dict(model_ema_decay=0.97, lr=0.1, eval_metric='loss')
+    assert script.train(image_folder, '--model-ema', **options) == 0, script.text
+    checkpoint, row = script.checkpoint(), script.summary()[0]
+    assert checkpoint['metric_of'] == 'state_dict_ema' and not any('ema_' in name for name in row)
+    losses = {entry: metrics['loss'] for entry, metrics in checkpoint['metrics'].items()}
+    assert losses['state_dict'] < losses['state_dict_ema'] == pytest.approx(float(row['eval_loss']))
+    assert 'Without averaging the weights: loss' in script.text and '(state_dict_ema): ship those' in script.text
+
+
+def test_calibrated_weights_know_whose_they_are(script, image_folder, tmp_path):
+    assert script.train(
+        image_folder, *TEACHER, '--calibrate', '0.25', multimix_teacher_decay=0.9, eval_metric='teacher_top1') == 0
+    best, calibrated = script.checkpoint('model_best.pth.tar'), script.checkpoint('model_calibrated.pth.tar')
+    assert "Calibrated the teacher's weights" in script.text
+    assert torch.equal(calibrated['state_dict']['conv1.0.weight'], best['state_dict_teacher']['conv1.0.weight'])
+    assert calibrated['weights_of'] == 'state_dict_teacher' and calibrated['metric'] == best['metric']
+    teachers = best['metrics']['state_dict_teacher']
+    assert calibrated['metrics'] == {'state_dict': {name: teachers[name] for name in ('top1', 'top5')}}
+    assert script('--config', script.run_folder() / 'args.yaml', '--validate',
+                  script.run_folder() / 'model_calibrated.pth.tar') == 0
+    assert f'top1 {teachers["top1"]:.4g}' in script.text
+    script.train(image_folder, *TEACHER, '--calibrate', '0.25', experiment='by-loss', eval_metric='teacher_loss')
+    assert 'metric' not in script.checkpoint('model_calibrated.pth.tar', 'by-loss')  # it is another one now
+
+
+def test_resuming_tells_what_becomes_of_a_teacher(script, image_folder):
+    def resume(*argv, **options):
+        assert script.train(image_folder, *argv, resume='auto', val_interval=9, **options) == 0, script.text
+        return script.text
+
+    shared = dict(model_ema_decay=0.9, multimix_teacher_decay=0.9, eval_metric='teacher_top1')
+    assert script.train(image_folder, *TEACHER, '--model-ema', **shared) == 0, script.text
+    text = resume(*TEACHER, '--model-ema', epochs=2, **shared)
+    assert 'not continued' not in text and 'begin anew' not in text
+    text = resume(*TEACHER, '--model-ema', epochs=3, **{**shared, 'model_ema_decay': 0.99})
+    assert "the teacher's weights (state_dict_ema) in it are kept as state_dict_teacher" in text
+    text = resume('--multimix', 'dense', '--model-ema', epochs=4, model_ema_decay=0.99)
+    assert "the teacher's weights (state_dict_teacher) in it are not continued: add --multimix-teacher ema" in text
+
+
+@pytest.mark.parametrize('entry, words', [
+    ('state_dict_teacher', "the teacher's weights (state_dict_teacher): ship those"),
+    ('state_dict', 'the trained weights (state_dict): ship those'), (None, '')])
+def test_weights_to_ship_are_named_whoever_trains_now(tmp_path, entry, words):
+    """Also where the best checkpoint is of a teacher that the run went on without."""
+    path = str(tmp_path / 'model_best.pth.tar')
+    torch.save(dict(state_dict={}, state_dict_teacher={}, **({'metric_of': entry} if entry else {})), path)
+    text = _whose(SimpleNamespace(folder=str(tmp_path)), path)
+    assert words in text and bool(text) == bool(entry)
+    torch.save(dict(state_dict={}, metric_of='state_dict'), path)
+    assert _whose(SimpleNamespace(folder=str(tmp_path)), path) == ''
 
 
 @pytest.mark.parametrize('views', [1, 2])

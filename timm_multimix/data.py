@@ -179,11 +179,13 @@ class Demo(NamedTuple):
 
     Attributes:
         dataset: Its class.
-        description: What it is, for a log line.
+        name: What it holds.
+        size: How many there are.
         defaults: Options that suit it, for where the user gives none.
     """
     dataset: type[torch.utils.data.Dataset]
-    description: str
+    name: str
+    size: str
     defaults: dict[str, Any]
 
 
@@ -210,17 +212,20 @@ _CHARACTERS = dict(
 DEMOS = {
     'demo/digits': Demo(
         DigitsDataset,
-        '1,797 handwritten digits, 1,442 to train on and 355 to validate',
+        'handwritten digits',
+        '1,442 to train on and 355 to validate',
         dict(num_classes=10, epochs=9, **_CHARACTERS),
     ),
     'demo/glyphs': Demo(
         GlyphsDataset,
-        'figures and letters in 36 classes, distorted and noisy, 2,000 to train on unless --train-num-samples says',
+        'figures and letters in 36 classes, distorted and noisy',
+        '2,000 to train on unless --train-num-samples says',
         dict(num_classes=36, epochs=30, **_CHARACTERS),
     ),
     'demo/letters': Demo(
         LettersDataset,
-        'letters in the manner of the digits, 2,000 to train on unless --train-num-samples says',
+        'letters in the manner of the digits',
+        '2,000 to train on unless --train-num-samples says',
         dict(num_classes=26, epochs=9, **_CHARACTERS),
     ),
 }

@@ -16,6 +16,7 @@ from .options import add_multimix_args, multimix_kwargs
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
 from .training.errors import UsageError
+from .training.saved_weights import split_metric
 from .views import add_second_view
 
 _logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class _Patch:
         args.multimix = args.multimix or 'off'  # YAML reads a bare off as false
         if args.multimix != 'off':
             check_multimix(args)
-            if args.eval_metric.startswith(('student_', 'teacher_')):
+            if split_metric(args.eval_metric)[0] is not None:
                 raise UsageError(
                     f'--eval-metric {args.eval_metric}: timm\'s script does not validate teachers. Take train_timm.py, '
                     'or --model-ema with the same decay, whose average then is the teacher.')

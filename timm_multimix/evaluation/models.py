@@ -13,9 +13,10 @@ from torch import nn
 from ..heads import mean_of_heads
 from ..training.arguments import build_parser
 from ..training.calibration import CALIBRATED
-from ..training.checkpoints import read_checkpoint, weights_of_metric
+from ..training.checkpoints import read_checkpoint
 from ..training.errors import UsageError, blame, near_names
 from ..training.model import create_run_model, model_options
+from ..training.saved_weights import weights_of_metric
 
 # In a run folder, the first of these that there is: what one would ship.
 RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_from_hf
 
 from .card import CARD_NAME, is_ours
@@ -33,6 +34,8 @@ _TOKENS_PAGE = 'https://huggingface.co/settings/tokens'
 
 _CONFLICT = (409, 412)  # somebody else's commit came first
 _TEMPORARY = (408, 429, 500, 502, 503, 504)
+# As git wants the name of a branch.
+_NO_BRANCH = re.compile(r'[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|(^|/)[.-]|\.(/|$)|\.lock(/|$)|^/|/$|^@?$')
 # What trying again does not mend. Other errors come from the network.
 _PERMANENT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, FileNotFoundError,
                      PermissionError)
@@ -76,7 +79,8 @@ def _explained(error: Exception, what: str) -> HubError:
     answer = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
     if answer is None:
         permanent = isinstance(error, (*_PERMANENT_ERRORS, OfflineModeIsEnabled))
-        return HubError(f'{what}: {error or type(error).__name__}', is_temporary=not permanent)
+        where = '' if permanent else f'no connection to {constants.ENDPOINT}: '
+        return HubError(f'{what}: {where}{error or type(error).__name__}', is_temporary=not permanent)
     status = answer.response.status_code
     said = ' '.join((answer.server_message or '').split())
     said = f' The Hub says: {said.rstrip(".")}.' if said else ''
@@ -144,6 +148,11 @@ class _Seen(NamedTuple):
     files: dict[str, str]  # the content's SHA-256 for large files, git's hash for others
 
 
+def _hashes(file: CommitOperationAdd) -> tuple[str, str]:
+    """What _Seen may have of a file, if the repository holds it."""
+    return file.upload_info.sha256.hex(), git_hash(Path(file.path_or_fileobj).read_bytes())
+
+
 class HubRepository:
     """A model repository that a run pushes to.
 
@@ -157,7 +166,7 @@ class HubRepository:
         force: Overwrite what is there, by a commit.
 
     Raises:
-        HubError: if the name is not one that the Hub takes.
+        HubError: if the name of the repository or of the branch is not one that the Hub takes.
     """
 
     def __init__(self, repo_id: str, *, revision: str | None = None, private: bool | None = None, force: bool = False):
@@ -165,6 +174,9 @@ class HubRepository:
             validate_repo_id(repo_id)
         except HFValidationError as error:
             raise HubError(f'{repo_id!r} cannot be a repository name. Give user/name. {error}') from error
+        if revision is not None and _NO_BRANCH.search(revision):
+            raise HubError(
+                f'{revision!r} cannot be the name of a branch. Take letters, digits and - _ . / between them.')
         self.repo_id = repo_id
         self.revision = revision
         self.private = private
@@ -256,7 +268,7 @@ class HubRepository:
             message: What the commit is.
 
         Returns:
-            Address of the commit.
+            Address of the commit, or of the one that is there if it would change nothing.
 
         Raises:
             HubError: if it cannot be done; the repository is as it was.
@@ -282,6 +294,8 @@ class HubRepository:
         if CARD_NAME in files and not is_ours(self._read(seen, CARD_NAME)):
             _logger.info(f'{self.shown} has a card written by hand, which is kept.')
             del files[CARD_NAME]
+        if all(seen.files.get(name) in _hashes(file) for name, file in files.items()):
+            return f'{self.api.endpoint}/{self.repo_id}/commit/{seen.commit}'
         info = self.api.create_commit(
             self.repo_id,
             files.values(),

@@ -9,6 +9,7 @@ from timm.utils import ParseKwargs
 from ..hub import redact
 from ..options import add_multimix_args
 from .errors import UsageError, near_names
+from .saved_weights import WEIGHTS
 
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
 
@@ -277,7 +278,8 @@ MISCELLANEOUS = (
     _value('--output', default='', metavar='DIR', help='folder of all runs (default: ./output/train)'),
     _value('--experiment', default='', metavar='NAME', help='folder of this run in it (default: time, model and size)'),
     _value('--eval-metric', default='top1', metavar='NAME',
-           help='metric that makes the best checkpoint; for multilabel map if you give none'),
+           help='metric that makes the best checkpoint; for multilabel map if you give none. With an EMA teacher the '
+                'best of all weights counts; student_top1, ema_top1 and teacher_top1 name some'),
     _value('--tta', type=int, default=0, metavar='N',
            help='views of a validation image that are averaged, if the dataset gives them'),
     _flag('--use-multi-epochs-loader', help='keep loader processes from epoch to epoch'),
@@ -299,7 +301,7 @@ HUB = (
     _flag('--hub-private-repo', help='make the repository private, if it is made now'),
     _value('--hub-revision', metavar='BRANCH', help='branch to push to (default: main)'),
     _flag('--hub-always-push', help='push every checkpoint, also if the push before is still under way'),
-    _value('--hub-weights', default='best', choices=('best', 'student', 'ema', 'teacher'),
+    _value('--hub-weights', default='best', choices=('best', *WEIGHTS),
            help='weights to push: those that gave the metric of the checkpoint (best), the trained ones, their '
                 'average, or those of the teacher'),
     _flag('--hub-force', help='push over another architecture, or over weights that somebody else pushed'),

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..calibration import calibrate, scalable_classifier
 from ..data import Part
-from .checkpoints import read_checkpoint, weights_of_metric
+from .checkpoints import read_checkpoint
 from .errors import RunError, UsageError, blame
 from .files import replacing
 from .loaders import build_split
+from .saved_weights import arguments_of, described, metrics_of, split_metric, weights_of_metric
 
 _logger = logging.getLogger(__name__)
 
@@ -107,8 +108,7 @@ def check_continues(args: argparse.Namespace, path: str) -> None:
     """
     if args.calibrate is None or calibration_share(args.calibrate) is None:
         return
-    before = read_checkpoint(path, verify=False).get('args') or {}
-    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    before = arguments_of(read_checkpoint(path, verify=False))
     if any(before.get(name) != getattr(args, name) for name in ('calibrate', 'seed')):
         raise UsageError(
             f'--calibrate {args.calibrate}: {path} was trained with --calibrate {before.get("calibrate")} --seed '
@@ -133,6 +133,9 @@ def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tup
 def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Callable[[], Any]) -> str | None:
     """Calibrate the best checkpoint of a run and write it beside it.
 
+    The calibrated one holds a single state_dict, for timm to load. Its 'weights_of' is the entry of the best checkpoint
+    that it was made of, 'metrics' has the accuracies of that, which are still true.
+
     Args:
         folder: The run's.
         model: The model, of which a copy is loaded with the weights that the run's metric is of.
@@ -147,7 +150,8 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     """
     best = read_checkpoint(os.path.join(folder, 'model_best.pth.tar'))
     model = copy.deepcopy(model)
-    model.load_state_dict(clean_state_dict(best[weights_of_metric(best)]))
+    entry = weights_of_metric(best)
+    model.load_state_dict(clean_state_dict(best[entry]))
     dtype = next(model.parameters()).dtype
     try:
         with autocast():
@@ -155,17 +159,23 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     except ValueError as error:
         _logger.warning(f'Not calibrated: {error}')
         return None
-    kept = ('epoch', 'arch', 'args', 'version', 'metric')
+    kept = ['epoch', 'arch', 'args', 'version']
+    if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':  # calibration changes it, and no accuracy
+        kept.append('metric')
     checkpoint = dict(
         {name: best[name] for name in kept if name in best},
-        state_dict=model.state_dict(), metric_of='state_dict', temperature=temperature)
+        state_dict=model.state_dict(), metric_of='state_dict', weights_of=entry, temperature=temperature)
+    if 'metrics' in best:
+        checkpoint['metrics'] = {
+            'state_dict': {name: value for name, value in metrics_of(best, entry).items() if name != 'loss'}}
     path = os.path.join(folder, CALIBRATED)
     try:
         with replacing(path) as temporary:
             torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:
         raise RunError(f'{path} could not be written: {error}') from error
-    _logger.info(f'Calibrated: temperature {temperature:.4g}, folded into the classifier, {path}')
+    _logger.info(
+        f'Calibrated {described(best, entry)}: temperature {temperature:.4g}, folded into the classifier, {path}')
     return path
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .errors import RunError, UsageError, blame
 from .files import duplicate, replace
+from .saved_weights import saved_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -41,8 +42,9 @@ def _why_not_written(error: BaseException) -> str:
 class RunSaver(CheckpointSaver):
     """timm's CheckpointSaver, with all that a run needs to continue exactly, and files that are never half-written.
 
-    Beside timm's entries a checkpoint holds 'progress' (see progress.py) and 'metric_of'. 'args' are a dict: nothing in
-    the file is more than data. Whatever else a task has to keep it puts into timm's 'task_state' (get_task_state).
+    Beside timm's entries a checkpoint holds 'progress' (see progress.py), and where it has a metric 'metric_of' and
+    'metrics'. 'args' are a dict: nothing in the file is more than data. Whatever else a task has to keep it puts into
+    timm's 'task_state' (get_task_state).
 
     timm continues after the epoch that a checkpoint names. A recovery checkpoint is written in the middle of one, and
     names the epoch before it.
@@ -50,12 +52,14 @@ class RunSaver(CheckpointSaver):
     Attributes:
         progress: What the next checkpoint says of the place in the run.
         metric_of: Which entry of the checkpoint gave its metric; set by whoever validates several sets of weights.
+        metrics: All metrics of each of them, by the entry.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.progress: dict[str, Any] | None = None
         self.metric_of: str | None = None
+        self.metrics: dict[str, dict[str, float]] | None = None
 
     def _recoveries(self) -> list[str]:
         return glob.glob(os.path.join(
@@ -74,9 +78,10 @@ class RunSaver(CheckpointSaver):
         )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        for name, value in (('metric', metric), ('metric_of', self.metric_of), ('progress', self.progress)):
-            if value is not None:
-                state[name] = value
+        entries = dict(progress=self.progress)
+        if metric is not None:
+            entries.update(metric=metric, metric_of=self.metric_of, metrics=self.metrics)
+        state.update((name, value) for name, value in entries.items() if value is not None)
         return state
 
     def _check_weights(self) -> None:
@@ -196,12 +201,6 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
     return checkpoint
 
 
-def weights_of_metric(checkpoint: dict[str, Any]) -> str:
-    """The entry of a checkpoint whose weights its metric is of: of the average, where nothing else is said."""
-    names = (checkpoint.get('metric_of'), 'state_dict_ema', 'state_dict', 'model')
-    return next(name for name in names if name in checkpoint)
-
-
 def _epoch_of(path: str) -> int | None:
     """Epoch of a checkpoint at whose end it was written, None if it is not there or not as it was written."""
     try:
@@ -253,7 +252,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
 
     Returns:
         What the checkpoint says beside weights: 'epoch' to continue with, 'progress' and 'metric', each None if it does
-        not know.
+        not know; and 'weights', the entries of its weights by name.
 
     Raises:
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
@@ -269,7 +268,8 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} does not fit this run: {error}') from error
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
-    return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'))
+    return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
+                weights=saved_weights(checkpoint))
 
 
 def load_weights(task: TrainingTask, path: str, name: str) -> None:

@@ -12,6 +12,7 @@ from ..data import DEMOS
 from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs
 from .errors import UsageError, blame, near_names
+from .saved_weights import AVERAGE, STUDENT, TEACHER
 
 _logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _check_hub(args: argparse.Namespace) -> None:
         _logger.warning(f'{", ".join(map(_option, given))}: without effect, add --push-to-hub.')
     if args.hub_model_id and args.push_to_hub:
         with blame('--hub-model-id'):
-            HubRepository(args.hub_model_id)
+            HubRepository(args.hub_model_id, revision=args.hub_revision)
 
 
 def _check_run_folder(args: argparse.Namespace) -> None:
@@ -167,8 +168,9 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
     evaluator = MultiLabelClassificationEvaluator if args.task == 'multilabel' else ClassificationEvaluator
     names = list(evaluator.metric_names)
     if args.multimix != 'off' and args.multimix_teacher == 'ema':
-        # by themselves they are those of the better of the two
-        names += [f'{who}_{name}' for who in ('student', 'teacher') for name in evaluator.metric_names]
+        # by themselves they are those of the best of them
+        averages = [AVERAGE] if args.model_ema and not args.model_ema_force_cpu else []
+        names += [f'{who}_{name}' for who in (STUDENT, *averages, TEACHER) for name in evaluator.metric_names]
     if args.val_split and args.eval_metric not in names:
         raise UsageError(f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.')
 

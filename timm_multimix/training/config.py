@@ -134,7 +134,7 @@ def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
         unset.pop('lr', None)
     shown = ' '.join(f'{name}={value}' for name, value in unset.items())
     note = (
-        f'{"Training" if named else "No --data-dir and no --dataset: training"} on {dataset}, {demo.description}'
+        f'{"Training" if named else "No --data-dir and no --dataset: training"} on {dataset}, {demo.name}, {demo.size}'
         f'{", with these options unless you say otherwise: " if shown else ""}{shown}')
     return dict(unset, dataset=dataset), note
 

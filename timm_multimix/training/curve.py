@@ -3,6 +3,10 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 
+from .saved_weights import split_metric
+
+_PANELS = {'loss': 'loss', 'top-1 accuracy (%)': 'top1', 'mean average precision (%)': 'map'}
+
 
 def read_summary(folder: str) -> list[dict[str, float]]:
     """Read summary.csv.
@@ -37,10 +41,8 @@ def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
     from matplotlib.figure import Figure  # without pyplot, which belongs to the main thread
 
     panels = {
-        'loss': ('train_loss', 'eval_loss'),
-        'top-1 accuracy (%)': ('train_top1', 'eval_top1'),
-        'mean average precision (%)': ('eval_map',),
-    }
+        title: (f'train_{name}', *(f'eval_{who}{name}' for who in ('', 'ema_', 'teacher_')))
+        for title, name in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if any(name in row for row in rows for name in names)}
     if len(rows) < 2 or not panels:
         return False
@@ -49,7 +51,8 @@ def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
         for name in names:
             points = [(row['epoch'], row[name]) for row in rows if name in row]
             if points:
-                label = 'training' if name.startswith('train') else 'validation'
+                who = split_metric(name.removeprefix('eval_'))[0]
+                label = 'training' if name.startswith('train') else f'validation, {who}' if who else 'validation'
                 axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < 20 else None)
         axes.set(xlabel='epoch', title=title)
         axes.grid(alpha=0.3)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,24 +32,16 @@ from ..hub import (
     save_weights,
 )
 from .arguments import build_parser
-from .checkpoints import read_checkpoint, weights_of_metric
+from .checkpoints import read_checkpoint
 from .curve import draw_curve, read_summary
 from .errors import UsageError, blame
 from .files import replacing
 from .model import create_run_model, model_options, resolve_data
 from .run import Run
+from .saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_of_metric
 
 _logger = logging.getLogger(__name__)
 
-# --hub-weights, and the entries of a checkpoint that it may mean, the first that is there.
-WEIGHTS = {
-    'best': (),  # what the checkpoint says gave its metric
-    'student': ('state_dict', 'model'),
-    'ema': ('state_dict_ema',),
-    'teacher': ('state_dict_teacher',),
-}
-_NAMES = {'state_dict': 'the trained weights', 'model': 'the trained weights',
-          'state_dict_ema': 'the average of the weights', 'state_dict_teacher': 'the teacher'}
 _BEST = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
 
 # Options that say where and on what a run runs, not what it trains.
@@ -97,9 +89,11 @@ class Model(NamedTuple):
     Attributes:
         architecture: timm's name.
         message: A commit message.
+        origin: Which weights of which checkpoint it is, in words.
     """
     architecture: str
     message: str
+    origin: str
 
 
 def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,12 +101,29 @@ def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     return {name: value for name, value in clean_state_dict(state_dict).items() if 'aux_bn' not in name}
 
 
-def _weights_key(checkpoint: Mapping[str, Any], which: str, path: str) -> str:
-    keys = WEIGHTS[which] or (weights_of_metric(checkpoint),)
-    key = next((key for key in keys if checkpoint.get(key) is not None), None)
-    if key is None:
-        raise UsageError(f'{path} holds no {_NAMES[keys[0]]} ({keys[0]}): choose other weights than {which!r}.')
-    return key
+def _find_weights(paths: Sequence[str], which: str) -> tuple[str, dict[str, Any], str]:
+    """The first checkpoint that holds certain weights.
+
+    Args:
+        paths: Checkpoints.
+        which: Whose weights: what the checkpoint says gave its metric ('best'), 'student', 'ema' or 'teacher'.
+
+    Returns:
+        Its path, what it holds, and the entry with the weights.
+
+    Raises:
+        UsageError: if none of them does.
+    """
+    there: set[str] = set()
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        saved = saved_weights(checkpoint)
+        entry = weights_of_metric(checkpoint) if which == 'best' else saved.get(which)
+        if entry is not None:
+            return path, checkpoint, entry
+        there |= saved.keys()
+    raise UsageError(
+        f"{paths[-1]} does not hold the weights of the {which}. Choose others: best, or {' or '.join(sorted(there))}.")
 
 
 def _is_private(value: Any) -> bool:
@@ -169,33 +180,54 @@ def _split(name: str) -> tuple[str | None, str]:
     return ('hf-hub', rest) if separator and source.lower() in ('hf-hub', 'hf_hub') else (None, name)
 
 
-def _evaluation(args: Mapping[str, Any], checkpoint: Mapping[str, Any], row: Mapping[str, float]) -> Evaluation | None:
-    """What the summary tells of the very weights that are pushed, or else the metric of their checkpoint."""
-    name, value = args.get('eval_metric', ''), checkpoint.get('metric')
-    if value is None or not args.get('val_split'):
+def _metrics(
+        args: Mapping[str, Any],
+        checkpoint: Mapping[str, Any],
+        entry: str,
+        row: Mapping[str, float],
+) -> dict[str, float]:
+    """Metrics of the very weights in an entry; where timm wrote the checkpoint, the summary may tell more of them."""
+    if not args.get('val_split'):
+        return {}
+    prefix, metrics = 'eval_', metrics_of(checkpoint, entry, args.get('eval_metric', ''))
+    is_row = all(abs(row.get(prefix + name, float('inf')) - value) <= 1e-6 * max(1, abs(value))
+                 for name, value in metrics.items())
+    if 'metrics' not in checkpoint and metrics and is_row:
+        names = (key.removeprefix(prefix) for key in row if key.startswith(prefix))
+        metrics = {name: row[prefix + name] for name in names if split_metric(name)[0] is None}
+        if 'temperature' in checkpoint:
+            metrics.pop('loss', None)
+    return metrics
+
+
+def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluation | None:
+    if not metrics:
         return None
-    prefix = 'eval_'
-    metrics = {name: float(value)}
-    if name and abs(row.get(prefix + name, float('inf')) - value) <= 1e-6 * max(1, abs(value)):
-        metrics = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
-    if 'temperature' in checkpoint:
-        metrics.pop('loss', None)  # calibration changes it, and no accuracy
     dataset, split = _public(args.get('dataset'), ''), _public(args['val_split'], 'validation')
     demo = DEMOS.get(dataset.lower())
     fields = args.get('card') or {}
     kind = dataset_type(dataset)
-    shown = demo.description if demo else 'images in folders' if kind == 'imagefolder' else kind
+    shown = demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
     return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown, split, metrics)
 
 
-def _summary(args: Mapping[str, Any], config: Mapping[str, Any], weights: str, epoch: int | None, base: str | None):
+def _summary(
+        args: Mapping[str, Any],
+        config: Mapping[str, Any],
+        checkpoint: Mapping[str, Any],
+        entry: str,
+        base: str | None,
+) -> str:
     """A sentence or two on what was trained."""
+    epoch, temperature = checkpoint.get('epoch'), checkpoint.get('temperature')
     how = {'dense': ' with dense [MultiMix](https://arxiv.org/abs/2311.05538)',
            'pooled': ' with pooled [MultiMix](https://arxiv.org/abs/2311.05538)'}.get(args.get('multimix'), '')
     start = f', fine-tuned from [{base}](https://huggingface.co/{base})' if base else ''
     when = f', after epoch {epoch} (counted from 0)' if epoch is not None else ''
+    calibrated = '' if temperature is None else (
+        f', calibrated: a temperature of {temperature:.4g} is folded into the classifier')
     return (f'An image classifier for {config["num_classes"]} classes: `{config["architecture"]}`{start}, trained{how}.'
-            f' These are {_NAMES[weights]}{when}.')
+            f' These are {described(checkpoint, entry)}{when}{calibrated}.')
 
 
 def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -217,8 +249,7 @@ def _check_public(text: str, folder: str) -> None:
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the run in a folder, settled ones where they are known."""
-    args = checkpoint.get('args')
-    args = vars(args) if isinstance(args, argparse.Namespace) else args  # timm's own script saves a Namespace
+    args = arguments_of(checkpoint)
     if not args:
         try:
             with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
@@ -253,8 +284,9 @@ def export(
         target: An empty folder.
         repo_id: 'user/name'.
         revision: Branch, for the card.
-        weights: A key of WEIGHTS.
-        checkpoint_path: Checkpoint to take, by default the calibrated one, else the best, else the last.
+        weights: 'best', those that gave the checkpoint its metric; or 'student', 'ema' or 'teacher'.
+        checkpoint_path: Checkpoint to take, by default the calibrated one, else the best, else the last, that holds
+            these weights.
         card_only: Leave the weights out.
 
     Raises:
@@ -262,12 +294,11 @@ def export(
         HubError: if timm cannot describe the model.
     """
     paths = [checkpoint_path] if checkpoint_path else [os.path.join(folder, name) for name in _BEST]
-    path = next(filter(os.path.isfile, paths), None)
-    if path is None:
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths:
         raise UsageError(f'{folder} holds no checkpoint of a run: there is none of {", ".join(_BEST)}.')
-    checkpoint = read_checkpoint(path)
+    path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
-    key = _weights_key(checkpoint, weights, path)
     config_path = os.path.join(target, CONFIG_NAME)
     if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
         shutil.copyfile(os.path.join(folder, CONFIG_NAME), config_path)
@@ -285,17 +316,20 @@ def export(
     options, left_out = recipe(args)
     if 'model' in left_out:
         options['model'] = config['architecture']
-    evaluation = _evaluation(args, checkpoint, next((row for row in rows if row['epoch'] == epoch), {}))
+    metrics = _metrics(args, checkpoint, key, next((row for row in rows if row['epoch'] == epoch), {}))
     with blame('The card'):
         card = str(model_card(
-            repo_id, config, revision=revision, summary=_summary(args, config, key, epoch, base), evaluation=evaluation,
-            multimix=_multimix(args), recipe=options, left_out=left_out, has_curve=has_curve,
+            repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base),
+            evaluation=_evaluation(args, metrics), multimix=_multimix(args), recipe=options, left_out=left_out,
+            has_curve=has_curve,
             fields={**_dataset_fields(args), **({'base_model': base} if base else {}), **(args['card'] or {})}))
     _check_public(card, folder)
     Path(target, CARD_NAME).write_text(card, encoding='utf-8')
-    metric = checkpoint.get('metric')
-    shown = f', {args.get("eval_metric")} {metric:.4g}' if metric is not None else ''
-    return Model(config['architecture'], f'{config["architecture"]}, epoch {epoch}{shown}')
+    name = split_metric(args.get('eval_metric', ''))[1]
+    shown = f', {name} {metrics[name]:.4g}' if name in metrics else ''
+    return Model(
+        config['architecture'], f'{config["architecture"]}, epoch {epoch}{shown}',
+        f'{described(checkpoint, key)}{", calibrated" if "temperature" in checkpoint else ""}, from {path}')
 
 
 def _dataset_fields(args: Mapping[str, Any]) -> dict[str, Any]:

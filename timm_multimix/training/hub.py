@@ -33,10 +33,11 @@ from ..hub import (
     with_retries,
 )
 from .errors import UsageError, blame
-from .export import WEIGHTS, export, plain_weights
+from .export import export, plain_weights
 from .files import duplicate
 from .logs import setup_logging
 from .run import Run
+from .saved_weights import WEIGHTS
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class HubPush:
         self._thread = threading.Thread(target=self._work, name='hub', daemon=True)
         self._stopped = threading.Event()
         self._seen: tuple[int, int] | None = None  # the checkpoint that was looked at last
+        self._told = ''  # the commit that the user was told of last
 
     @classmethod
     def start(cls, args: argparse.Namespace) -> 'HubPush | None':
@@ -168,7 +170,9 @@ class HubPush:
                 self.folder, target, self.repository.repo_id, revision=self.repository.revision,
                 weights=self.args.hub_weights, checkpoint_path=checkpoint_path)
             url = with_retries(lambda: self.repository.commit(target, model.message), self.retry_waits, sleep)
-        _logger.info(f'Pushed {model.message}: {url}')
+        if url != self._told:  # else it was there already
+            _logger.info(f'Pushed {model.message}: {url}')
+        self._told = url
 
     def finish(self) -> None:
         """Push the result of the run, and wait for it. A failure is told, with the command that finishes it later."""
@@ -204,18 +208,22 @@ class _Parser(argparse.ArgumentParser):
 def _command_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='python -m timm_multimix.hub',
-        description='Push the model of a run to the Hugging Face Hub, or show its card. The token comes from '
-                    '`hf auth login` or HF_TOKEN.')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='{push,card}', parser_class=_Parser)
+        description='Push the model of a run to the Hugging Face Hub, write it into a folder as it would be there, or '
+                    'show its card. The token comes from `hf auth login` or HF_TOKEN; only push needs it.')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='{push,export,card}', parser_class=_Parser)
     push = commands.add_parser('push', help='push the model of a run, or finish an upload that failed')
+    files = commands.add_parser('export', help='write the model of a run into a folder that timm loads')
     card = commands.add_parser('card', help='show the card that it would have; needs no network')
-    for command in (push, card):
+    for command in (push, files, card):
         command.add_argument('folder', metavar='RUN_FOLDER', help='folder of the run, with its checkpoints')
+        if command is files:
+            command.add_argument('target', metavar='TARGET_FOLDER', help='folder to make')
         command.add_argument('repo_id', nargs='?', metavar='USER/NAME',
                              help='repository (default: --hub-model-id of the run)')
         command.add_argument('--revision', metavar='BRANCH', help='branch (default: main)')
-        command.add_argument('--weights', default='best', choices=WEIGHTS,
-                             help='which weights: best is what gave the metric (default: %(default)s)')
+        command.add_argument('--weights', default='best', choices=('best', *WEIGHTS),
+                             help='which weights: those that gave the metric (best), the trained ones, their average, '
+                                  "or the teacher's (default: %(default)s)")
     push.add_argument('--private', action='store_true', help='make the repository private, if it is made now')
     push.add_argument('--force', action='store_true', help='push over another architecture, or the weights of others')
     card.add_argument('--output', metavar='DIR', help='write the card and its picture here instead of printing it')
@@ -247,7 +255,8 @@ def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
 def _show_card(args: argparse.Namespace, repo_id: str) -> None:
     with TemporaryDirectory() as target:
         with blame(args.folder):
-            export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
+            model = export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
+        _logger.info(f'The card of {model.origin}:')
         if args.output is None:
             sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
             return
@@ -256,6 +265,23 @@ def _show_card(args: argparse.Namespace, repo_id: str) -> None:
             for name in (CARD_NAME, CURVE_NAME):
                 if os.path.isfile(os.path.join(target, name)):
                     shutil.copy(os.path.join(target, name), args.output)
+
+
+def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
+    """Write the model into a folder, which is there as a whole or not at all."""
+    target = os.path.abspath(args.target)
+    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise UsageError(f'{args.target} is there already. Give a folder to make.')
+    with blame(args.target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with TemporaryDirectory(prefix=_WORK_FOLDER, dir=os.path.dirname(target)) as work:
+            written = os.path.join(work, 'model')
+            os.mkdir(written)  # open to whom new folders are
+            model = export(args.folder, written, repo_id, revision=args.revision, weights=args.weights)
+            check_rebuilds(written, load_file(os.path.join(written, WEIGHTS_NAME)))
+            os.replace(written, target)
+    _logger.info(f'Wrote {model.message} into {args.target}: {model.origin}.')
+    _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
 
 
 def command(argv: Sequence[str] | None = None) -> int:
@@ -270,8 +296,9 @@ def command(argv: Sequence[str] | None = None) -> int:
         if not os.path.isdir(args.folder):
             raise UsageError(f'{args.folder}: no such folder.')
         repo_id = args.repo_id or _repo_id_of(args.folder)
-        if args.command == 'card':
-            _show_card(args, repo_id or f'user/{os.path.basename(os.path.abspath(args.folder))}')
+        if args.command != 'push':
+            act = _show_card if args.command == 'card' else _export_folder
+            act(args, repo_id or f'user/{os.path.basename(os.path.abspath(args.folder))}')
         elif repo_id:
             _push_folder(args, repo_id)
         else:

@@ -25,6 +25,7 @@ from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress
 from .run import Run, build_run, compile_task
+from .saved_weights import described, saved_weights
 from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
 
 _logger = logging.getLogger(__name__)
@@ -131,11 +132,12 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
         if validated is None:
             metric = train_metrics[run.eval_metric]
         else:
-            eval_metrics, metric, _ = validated
+            eval_metrics, metric = validated.metrics, validated.metric
             _logger.info(f'Epoch {epoch}: validation  {shown(eval_metrics)}')
         progress = take_progress(run)
         if saver is not None:
             saver.metric_of = validated and validated.metric_of
+            saver.metrics = validated and validated.by_entry
             _write_summary(run, epoch, train_metrics, eval_metrics, log_wandb)
             saver.save_checkpoint(epoch, metric, progress)
             if is_milestone:
@@ -200,11 +202,15 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
 
 
 def _whose(run: Run, path: str) -> str:
-    """Which weights of a checkpoint its metric is of, where there is a choice."""
-    entry = read_checkpoint(path, verify=False).get('metric_of')
-    who = {'state_dict': 'the model', 'state_dict_ema': 'the average', 'state_dict_teacher': 'the teacher'}
-    choices = getattr(run.task, 'get_eval_teacher', lambda: None)() is not None and entry in who
-    return f'\nThe better weights in it are those of {who[entry]} ({entry}): ship those.' if choices else ''
+    """Which weights of a checkpoint its metric is of, and how to ship them, where it holds more than one set."""
+    checkpoint = read_checkpoint(path, verify=False)
+    entry = checkpoint.get('metric_of')
+    if entry is None or len(set(saved_weights(checkpoint).values())) == 1:
+        return ''
+    command = shlex.join(
+        ['python', '-m', 'timm_multimix.hub', 'export', run.folder, os.path.join(run.folder, 'model')])
+    return (f'\nThat is of {described(checkpoint, entry)} ({entry}): ship those. As a folder that timm loads:'
+            f'\n  {command}')
 
 
 def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:

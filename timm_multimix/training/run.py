@@ -33,6 +33,7 @@ from .model import check_input_sizes, create_run_model, input_channels, model_op
 from .objective import build_task
 from .processes import Whereabouts, choose_device, join_processes, of_the_first
 from .progress import reading_progress, step_scheduler, usable_progress
+from .saved_weights import changes, entries
 
 _logger = logging.getLogger(__name__)
 
@@ -208,6 +209,7 @@ def _build_training(run: Run) -> None:
             torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
         setup_ema(args, task, path)
+    _tell_of_changes(task, args, checkpoint)
     compile_task(args, task)
     if args.distributed:
         options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
@@ -216,6 +218,13 @@ def _build_training(run: Run) -> None:
     run.guard = LossGuard(task.get_trainable_module(), args.max_nonfinite, args.distributed)
     run.updates_per_epoch = -(-len(run.loaders.train) // args.grad_accum_steps)
     _build_schedule(run, checkpoint)
+
+
+def _tell_of_changes(task: TrainingTask, args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Warn of weights in the checkpoint to continue from that do not simply go on: its average, or its teacher."""
+    kept = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
+    for line in changes(checkpoint.get('weights', {}), entries(kept, vars(args))):
+        _logger.warning(f'--resume: {line}')
 
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:

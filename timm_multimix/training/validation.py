@@ -7,23 +7,24 @@ from torch import nn
 
 from .loop import validate
 from .run import Run
+from .saved_weights import AVERAGE, STUDENT, TEACHER, saved_weights, split_metric
 
 _logger = logging.getLogger(__name__)
-
-TEACHER, STUDENT = 'teacher_', 'student_'
-
 
 class Validated(NamedTuple):
     """What a validation found.
 
     Attributes:
-        metrics: Metrics of the model, and with the prefix 'teacher_' those of its teacher.
+        metrics: For the summary: metrics of the trained weights, as in timm of their average where there is one; and
+            with a teacher those of all, the others with the prefixes 'ema_' and 'teacher_'.
         metric: The one that makes a checkpoint the best.
         metric_of: Entry of the checkpoint whose weights it is of.
+        by_entry: Metrics of all weights that were validated, by their entry of the checkpoint.
     """
     metrics: dict[str, float]
     metric: float
     metric_of: str
+    by_entry: dict[str, dict[str, float]]
 
 
 def shown(metrics: dict[str, float]) -> str:
@@ -41,44 +42,54 @@ def validate_epoch(run: Run) -> Validated | None:
     """Validate the weights, their average and the teacher, those that there are.
 
     Returns:
-        What was found: of the average instead of the weights, as in timm, unless the average is the teacher. None
-        without a validation split.
+        What was found; None without a validation split.
     """
     if run.loaders.evaluation is None:
         return None
     task = run.task
     teacher = task.get_eval_teacher() if hasattr(task, 'get_eval_teacher') else None
     average = task.get_trainable_module(ema=True)
-    teacher_is_average = teacher is not None and average is not None and teacher is average.module
-    metrics, entry = validate(run, task.get_eval_model()), 'state_dict'
-    if average is not None and not teacher_is_average and not run.args.model_ema_force_cpu:
+    shared = teacher is not None and average is not None and teacher is average.module
+    found = {STUDENT: validate(run, task.get_eval_model())}
+    if average is not None and not shared and not run.args.model_ema_force_cpu:
         share_batch_norm(run, average)
-        _logger.info(f'Without averaging the weights: {shown(metrics)}')
-        metrics, entry = validate(run, task.get_eval_model(ema=True)), 'state_dict_ema'
-    entries = {STUDENT: entry}
+        found[AVERAGE] = validate(run, task.get_eval_model(ema=True))
     if teacher is not None:
         share_batch_norm(run, teacher)
-        metrics |= {TEACHER + name: value for name, value in validate(run, teacher).items()}
-        entries[TEACHER] = 'state_dict_ema' if teacher_is_average else 'state_dict_teacher'
-    return Validated(metrics, *_choose(run, metrics, entries))
+        found[TEACHER] = validate(run, teacher)
+    elif AVERAGE in found:
+        _logger.info(f'Without averaging the weights: {shown(found[STUDENT])}')
+    who, metric = _choose(run, found)
+    places = {STUDENT: 'state_dict', AVERAGE: 'state_dict_ema',
+              TEACHER: 'state_dict_ema' if shared else 'state_dict_teacher'}
+    by_entry = {places[name]: {key: float(value) for key, value in metrics.items()} for name, metrics in found.items()}
+    return Validated(_columns(found), metric, places[who], by_entry)
 
 
-def _choose(run: Run, metrics: dict[str, float], entries: dict[str, str]) -> tuple[float, str]:
-    """The metric that counts, and the checkpoint's entry that it is of."""
-    name = run.eval_metric.removeprefix(STUDENT).removeprefix(TEACHER)
-    values = {STUDENT: metrics[name], TEACHER: metrics.get(TEACHER + name)}
-    allowed = [who for who in entries if run.eval_metric == name or run.eval_metric.startswith(who)]
-    best = (min if run.decreasing else max)(allowed, key=values.__getitem__)  # the model itself if they are equal
-    return values[best], entries[best]
+def _columns(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    if TEACHER not in found:
+        return found.get(AVERAGE, found[STUDENT])
+    prefixes = {who: '' if who == STUDENT else f'{who}_' for who in found}
+    return {prefixes[who] + name: value for who, metrics in found.items() for name, value in metrics.items()}
+
+
+def _choose(run: Run, found: dict[str, dict[str, float]]) -> tuple[str, float]:
+    """Whose metric counts, and that metric: the best where --eval-metric names nobody."""
+    who, name = split_metric(run.eval_metric)
+    if who == AVERAGE and AVERAGE not in found:  # the teacher is the average
+        who = TEACHER
+    candidates = [who] if who else [AVERAGE] if AVERAGE in found and TEACHER not in found else list(found)
+    best = (min if run.decreasing else max)(candidates, key=lambda who: found[who][name])  # the first of equal ones
+    return best, found[best][name]
 
 
 def entry_to_validate(run: Run, checkpoint: dict) -> str:
     """Which weights of a checkpoint --validate is about: those that --eval-metric names, else those of its metric."""
-    keys = ['state_dict', 'model']
-    if run.args.model_ema and not run.args.model_ema_force_cpu:
-        keys.insert(0, 'state_dict_ema')
-    if run.args.eval_metric.startswith(TEACHER):
-        keys = ['state_dict_teacher', 'state_dict_ema', *keys]
-    elif not run.args.eval_metric.startswith(STUDENT):
-        keys.insert(0, checkpoint.get('metric_of'))
-    return next(key for key in keys if key in checkpoint)
+    saved = saved_weights(checkpoint)
+    who, _ = split_metric(run.args.eval_metric)
+    if who in saved:
+        return saved[who]
+    if who is None and checkpoint.get('metric_of') in checkpoint:
+        return checkpoint['metric_of']
+    averages = run.args.model_ema and not run.args.model_ema_force_cpu and AVERAGE in saved
+    return saved[AVERAGE if averages else STUDENT]
