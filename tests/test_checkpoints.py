@@ -1,8 +1,13 @@
 """What lies in a run's folder: written at once or not at all, read as data, and found again."""
 import argparse
+import errno
 import os
 import shutil
 import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,10 +15,10 @@ import torch
 from test_resume import stopping
 from training_helpers import make_images, same
 
-from timm_multimix.training import loop
+from timm_multimix.training import files, loop, main
 from timm_multimix.training.checkpoints import newest_checkpoint, read_checkpoint
 from timm_multimix.training.errors import UsageError
-from timm_multimix.training.files import duplicate, replacing
+from timm_multimix.training.files import duplicate, lock_folder, make_folder, replacing, unlock_folders
 from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']
@@ -45,6 +50,98 @@ def test_names_are_replaced_at_once(tmp_path, monkeypatch, links):
         assert target.read_text() == 'new' and len(os.listdir(tmp_path)) == 2
     source.write_text('newer'), os.unlink(source)
     assert target.exists()
+
+
+def test_new_folders_are_new(tmp_path):
+    path = str(tmp_path / 'runs' / 'run')
+    assert [make_folder(path) for _ in range(3)] == [path, f'{path}-2', f'{path}-3']
+
+
+@contextmanager
+def held_by_another_process(folder):
+    """A process that has a folder, and a worker that outlives it. Yields its number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output, input = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            lock_folder(str(folder))
+            worker = os.fork()
+            if worker:
+                os.write(input, str(worker).encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    worker = int(os.read(output, 100))
+    try:
+        yield process
+    finally:
+        os.kill(process, signal.SIGKILL), os.waitpid(process, 0)
+        try:
+            lock_folder(str(folder))
+        finally:
+            os.kill(worker, signal.SIGKILL), unlock_folders()
+            os.close(input), os.close(output)
+
+
+def test_folder_is_locked_until_its_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, '_PATIENCE', 0.3)
+    told = 'belongs to a run that goes on: process '
+    # It checks that the folder is free once the process was killed.
+    with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{told}{process} on '):
+        lock_folder(str(tmp_path))
+    lock_folder(str(tmp_path)), lock_folder(f'{tmp_path}/.')
+    assert str(os.getpid()) in (tmp_path / '.lock').read_text()
+    unlock_folders()
+
+
+def test_folder_of_a_process_that_is_ending_is_waited_for(tmp_path):
+    with held_by_another_process(tmp_path) as process:
+        timer = threading.Timer(0.5, os.kill, (process, signal.SIGKILL))
+        timer.start()
+        lock_folder(str(tmp_path))
+        unlock_folders()
+        timer.join()
+
+
+def test_second_run_in_a_folder_is_refused(script, image_folder, monkeypatch):
+    monkeypatch.setattr(files, '_PATIENCE', 0.1)
+    assert script.train(image_folder) == 0
+    last = script.run_folder() / 'last.pth.tar'
+    for options in (dict(resume='auto'), dict(resume=last), dict(experiment='new')):
+        with held_by_another_process(script.run_folder(options.get('experiment', 'run'))):
+            (script.run_folder() / 'half.tmp').write_text('of the other')
+            before = {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')}
+            assert script.train(image_folder, epochs=2, **options) == 2, script.text
+            assert 'belongs to a run that goes on' in script.lines[-1]
+            assert {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')} == before
+    assert script.train(image_folder, epochs=2, resume='auto') == 0, script.text
+
+
+def test_run_that_another_has_just_made_is_not_overwritten(script, image_folder, monkeypatch):
+    def other(folder):
+        (Path(folder) / 'last.pth.tar').write_text('')
+    monkeypatch.setattr(sys.modules[main.__module__], 'lock_folder', other)
+    assert script.train(image_folder) == 2
+    assert 'holds a run' in script.lines[-1]
+    assert [path.name for path in script.run_folder().iterdir()] == ['last.pth.tar']
+
+
+def test_trains_where_nothing_can_be_locked(script, image_folder, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, 'not supported')
+    monkeypatch.setattr(files.fcntl, 'flock', flock)
+    assert script.train(image_folder) == 0
+    monkeypatch.setattr(files, 'fcntl', None)
+    assert script.train(image_folder, epochs=2, resume='auto') == 0
+
+
+def test_of_equal_checkpoints_last_is_taken(tmp_path):
+    for age, name in enumerate(('last', 'checkpoint-1', 'model_best')):
+        state = {'state_dict': {}, 'epoch': 1, 'progress': {'in_epoch': False, 'consumed': 0}}
+        torch.save(state, tmp_path / f'{name}.pth.tar')
+        os.utime(tmp_path / f'{name}.pth.tar', (1 + age, 1 + age))  # copied one after another
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / 'last.pth.tar')
 
 
 @pytest.fixture(scope='module')

@@ -259,6 +259,10 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--batch-size', '0'], '1 or more'),
     (['{runs}/plain', '--device', 'abacus'], '--device abacus'),
     (['{runs}/plain', '--ood', '{tmp}/missing', '--parts', 'ood'], 'missing'),
+    (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder, nor such a dataset'),
+    (['{runs}/plain', '--ood', 'demo/nope'], 'Datasets are demo/digits'),
+    (['{runs}/plain', '--dataset', 'nope'], 'nor such a dataset'),
+    (['{tmp}/missing'], 'missing: no such folder or file'),
     ([], 'MODEL'),
 ])
 def test_mistakes_are_told_in_a_line(evaluate, runs, tmp_path, argv, message):

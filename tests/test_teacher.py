@@ -1,5 +1,7 @@
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,6 +17,8 @@ from timm_multimix import (
     SelfDistillationLoss,
     attach,
 )
+
+README = Path(__file__).parent.parent / 'README.md'
 
 
 def resnet(**options):
@@ -260,3 +264,16 @@ def test_pretrained_teacher_of_a_checkpoint(tmp_path):
 def test_pretrained_teacher_of_other_classes_is_refused():
     with pytest.raises(ValueError, match='tells 7 classes apart, and the student 4'):
         PretrainedTeacher(timm.create_model('test_resnet', num_classes=7), resnet())
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    """A loop of one's own, then a teacher in it, whose weights are those of a plain model."""
+    own, teacher = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)[:2]
+    assert 'attach(' in own and 'EMATeacher(' in teacher
+    names = dict(loader=[(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))])
+    monkeypatch.chdir(tmp_path)
+    exec(own.replace('resnet50', 'test_resnet').replace('handle.remove()', 'pass'), names)
+    exec(teacher, names)
+    assert names['loss'].isfinite()
+    timm.create_model('test_resnet', num_classes=10).load_state_dict(
+        torch.load('teacher.pth', weights_only=True))

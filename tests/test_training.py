@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_trains_and_writes_what_timm_writes(script, image_folder, mode):
     assert script.train(image_folder, multimix=mode, epochs=3, seed=1) == 0, script.text
     folder = script.run_folder()
     assert {path.name for path in folder.iterdir()} == {
-        'args.yaml', 'config.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
+        '.lock', 'args.yaml', 'config.json', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
         *(f'checkpoint-{epoch}.pth.tar' for epoch in range(3))}
     rows = script.summary()
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
@@ -90,6 +91,40 @@ def test_resume_in_place_continues_the_run(script, image_folder):
     assert script.checkpoint('model_best.pth.tar')['epoch'] == best
     script.train(image_folder, **options)  # nothing is left to do
     assert len(script.summary()) == 4
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(script, image_folder, monkeypatch):
+    class Clock:
+        @staticmethod
+        def now():
+            return datetime(2000, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr('timm_multimix.training.run.datetime', Clock)
+    for epochs in (1, 2):
+        assert script.train(image_folder, experiment='', epochs=epochs) == 0, script.text
+    name = '20000102-030405-test_resnet-32'
+    assert [len(script.summary(folder)) for folder in (name, f'{name}-2')] == [1, 2]
+    assert f'{name}-2' in script.lines[-1]
+
+
+def test_a_complete_run_says_so(script, image_folder):
+    assert script.train(image_folder, '--model-ema', epochs=2) == 0
+    assert script.train(image_folder, '--model-ema', epochs=2, resume='auto') == 0
+    assert 'run is complete: 2 of 2 epochs. For more raise --epochs' in script.text
+    assert 'Continuing from output/train/run/last.pth.tar' in script.text
+    assert 'Epochs' not in script.text and 'Loaded' not in script.text
+    assert script.train(image_folder, '--model-ema', epochs=3, stop_epoch=2, resume='auto') == 0
+    assert 'For more raise --stop-epoch' in script.text
+
+
+def test_a_run_without_its_checkpoints_begins_again(script, image_folder):
+    assert script.train(image_folder, resume='auto') == 0
+    assert 'begins again' not in script.text
+    for path in script.run_folder().glob('*.pth.tar'):
+        path.unlink()
+    assert script.train(image_folder, resume='auto') == 0
+    assert 'No checkpoint in output/train/run: the run begins again.' in script.text and '.tmp' not in script.text
+    assert len(script.summary()) == 1
 
 
 def test_resume_from_a_file_into_a_new_folder(script, image_folder):

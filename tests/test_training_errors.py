@@ -1,8 +1,16 @@
 """Mistakes end in one line that says what to do, with status 2, before anything is written."""
+import signal
+import sys
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
 from training_helpers import make_images
+
+from timm_multimix.training import loop, main
+from timm_multimix.training.checkpoints import RunSaver
+from timm_multimix.training.errors import RunError
 
 pytest_plugins = ['training_helpers']
 
@@ -56,6 +64,11 @@ WRONG_OPTIONS = {
         ['--model', 'test_resnet', '--multimix', 'dense', '--multimix-attention', 'token'], 'class token'),
     'batch larger than the data': (['--model', 'test_resnet', '-b', '2000'], '--batch-size'),
     'zero epochs': (['--epochs', '0'], '--epochs'),
+    'learning rate that is no number': (['--lr', 'nan'], '--lr must be a number'),
+    'negative learning rate': (['--lr', '-1'], '--lr must be 0 or more, got -1'),
+    'infinite learning rate': (['--lr-base', 'inf'], '--lr-base must be 0 or more'),
+    'weight decay that is no number': (['--weight-decay', 'nan'], '--weight-decay must be a number'),
+    'weights in a folder': (['--initial-checkpoint', '.'], '. is a folder'),
 }
 
 
@@ -84,6 +97,53 @@ def test_checkpoint_of_another_model_is_named(script, image_folder):
     path = script.run_folder() / 'last.pth.tar'
     assert script.train(image_folder, model='test_convnext', resume=path, experiment='other') == 2
     assert 'is a checkpoint of test_resnet, not of --model test_convnext' in script.lines[-1]
+
+
+def test_validated_checkpoint_of_another_model_is_named(script, image_folder):
+    assert script.train(image_folder) == 0
+    path = script.run_folder() / 'last.pth.tar'
+    assert script.train(image_folder, model='test_convnext', validate=path) == 2
+    assert script.lines[-1].endswith('is a checkpoint of test_resnet, not of --model test_convnext.')
+
+
+def _failing(monkeypatch):
+    def failing(loader):
+        raise RunError('A batch could not be loaded: EOFError.')
+        yield
+    monkeypatch.setattr(loop, '_batches', failing)
+
+
+def test_error_of_a_worker_may_come_twice(script, image_folder, monkeypatch):
+    """PyTorch raises its own wherever the process happens to be, such as while the run ends because of the other."""
+    def handler(number, frame):
+        raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')
+
+    def latest(saver):
+        signal.raise_signal(signal.SIGCHLD)
+        return find(saver)
+
+    _failing(monkeypatch)
+    find = RunSaver.latest
+    monkeypatch.setattr(RunSaver, 'latest', latest)
+    previous = signal.signal(signal.SIGCHLD, handler)
+    try:
+        assert script.train(image_folder) == 1
+        assert signal.getsignal(signal.SIGCHLD) is handler
+        assert 'ERROR: A batch could not be loaded: EOFError.' in script.lines
+        assert script.lines[-1] == 'No checkpoint has been written yet.'
+        # and anywhere else it ends the run in a line
+        monkeypatch.setattr(sys.modules[main.__module__], 'undisturbed_by_workers', nullcontext)
+        assert script.train(image_folder, experiment='other') == 1
+        assert script.lines[-1] == 'ERROR: DataLoader worker (pid 1) is killed by signal: Killed.'
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
+def test_failure_of_validate_is_told(script, image_folder, monkeypatch):
+    assert script.train(image_folder) == 0
+    _failing(monkeypatch)
+    assert script.train(image_folder, validate=script.run_folder() / 'last.pth.tar') == 1
+    assert script.lines[-1] == 'ERROR: A batch could not be loaded: EOFError.'
 
 
 def test_multimix_options_without_multimix_are_told(script, image_folder):
@@ -137,6 +197,23 @@ def test_checkpoint_that_is_none(mistake, tmp_path):
 def test_checkpoint_that_holds_code(mistake, tmp_path):
     torch.save({'state_dict': print}, tmp_path / 'evil.pth.tar')
     mistake('evil.pth.tar', resume=tmp_path / 'evil.pth.tar')
+
+
+@pytest.mark.parametrize('content, reason', [
+    (b'not a checkpoint', 'is no PyTorch checkpoint'), (b'ext', 'is no PyTorch checkpoint'), (b'', 'is empty')])
+def test_weights_that_are_none(mistake, tmp_path, content, reason):
+    path = tmp_path / 'junk.txt'
+    path.write_bytes(content)
+    mistake(f'junk.txt holds no weights: it {reason}.', initial_checkpoint=path)
+
+
+def test_weights_of_the_format_before_pytorch_1_6(script, image_folder, tmp_path):
+    for name, model in (('good', 'test_resnet'), ('other', 'test_vit')):
+        state = timm.create_model(model, num_classes=3).state_dict()
+        torch.save(state, tmp_path / f'{name}.pth', _use_new_zipfile_serialization=False)
+    assert script.train(image_folder, initial_checkpoint=tmp_path / 'good.pth') == 0, script.text
+    assert script.train(image_folder, initial_checkpoint=tmp_path / 'other.pth', experiment='other') == 2
+    assert 'holds no weights' not in script.text
 
 
 @pytest.mark.parametrize('option', ['resume', 'initial_checkpoint'])

@@ -1,5 +1,6 @@
 """Images to evaluate on, as every model was trained to see them, in [0, 1] before they are normalised."""
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ..data import create_dataset
+from ..data import DEMO_PREFIX, DEMOS, create_dataset
+from ..training.checks import DATASET_TYPES
 from ..training.errors import UsageError, blame
 from .models import Candidate
 
@@ -33,6 +35,21 @@ class Source:
     def __str__(self) -> str:
         return f'{self.dataset or self.root} ({self.split})'
 
+    def check(self) -> None:
+        """Check what can be checked without reading any images.
+
+        Raises:
+            UsageError: if there is no such folder, nor a dataset of this name.
+        """
+        if self.dataset.lower().startswith(DEMO_PREFIX):
+            exists = self.dataset.lower() in DEMOS
+        else:
+            exists = _has_type(self.dataset) or (self.root is not None and os.path.exists(self.root))
+        if not exists:
+            raise UsageError(
+                f'Data {self}: no such folder, nor such a dataset. Datasets are {", ".join(DEMOS)} and '
+                f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
+
     def open(self, in_chans: int) -> Dataset:
         """Make the dataset.
 
@@ -45,11 +62,15 @@ class Source:
                 **self.options)
 
 
+def _has_type(name: str) -> bool:
+    return '/' in name and name.partition('/')[0].lower() in (DEMO_PREFIX.rstrip('/'), *DATASET_TYPES)
+
+
 def parse_source(text: str, split: str) -> Source:
     """A source from text: a folder or the name of a dataset, and after @ another split than the given one."""
     name, _, own = text.partition('@')
     split = own or split
-    if '/' in name and name.partition('/')[0].lower() in ('demo', 'torch', 'hfds', 'hfids', 'tfds', 'wds'):
+    if _has_type(name):
         return Source(name, None, split)
     return Source('', name, split)
 

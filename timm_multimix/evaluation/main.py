@@ -129,6 +129,10 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
                 f'--calibration-split {args.calibration_split} is what is evaluated on: leave it out, and each half of '
                 'the images gets the temperature of the other.')
         calibration = Source(source.dataset, source.root, args.calibration_split, source.options)
+    outside = tuple(name if name in NOISES else parse_source(name, 'validation') for name in args.ood)
+    for data in (source, *outside):
+        if isinstance(data, Source):
+            data.check()
     workers = args.workers
     if workers is None:
         of_run = next((candidate.args.workers for candidate in candidates if candidate.args is not None), 4)
@@ -140,7 +144,7 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
         epsilons=tuple(sorted(args.eps)),
         pgd_steps=args.pgd_steps,
         pgd_step_size=args.pgd_step,
-        outside=tuple(name if name in NOISES else parse_source(name, 'validation') for name in args.ood),
+        outside=outside,
         batch_size=args.batch_size or batch_size_for(device),
         workers=workers,
         max_images=args.max_images,

@@ -112,6 +112,8 @@ def _from_checkpoint(name: str, path: str) -> Candidate:
 
 
 def _from_name(name: str) -> Candidate:
+    if ':' not in name and ('/' in name or os.sep in name):
+        raise UsageError(f"{name}: no such folder or file. Models of the Hub start with 'hf-hub:'.")
     with blame(name):
         source, base = parse_model_name(name)
     if source is None and not is_model(base):

@@ -12,24 +12,27 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from timm.models import load_state_dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 from torch.optim import Optimizer
 
-from .errors import RunError, UsageError, blame
+from .errors import RunError, UsageError, blame, is_dead_worker
 from .files import duplicate, replace
 from .saved_weights import saved_weights
 
 _logger = logging.getLogger(__name__)
 
 _EXTENSION = '.pth.tar'
+_NO_CHECKPOINT = 'it is no PyTorch checkpoint'
+_OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # that timm reads, too
 # What a run can continue from. Other checkpoints may lie beside them, of weights changed after training.
 _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
 
 def _why_not_written(error: BaseException) -> str:
     """PyTorch's writer hides what the system said."""
-    if 'DataLoader worker' in str(error):  # PyTorch raises this one wherever the process happens to be
+    if is_dead_worker(error):
         return str(error).strip()
     cause: BaseException | None = error
     while cause is not None:
@@ -175,6 +178,35 @@ def _why_damaged(path: str) -> str | None:
     return None  # the format before PyTorch 1.6, or something else: reading it will tell
 
 
+def _read(path: str, verify: bool) -> tuple[Any, str | None]:
+    """What PyTorch saved in a file, read as data only, or why it cannot be read."""
+    try:
+        reason = _why_damaged(path) if verify else None
+        return (load_checkpoint_metadata(path) if reason is None else None), reason
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        is_foreign = 'weights' in str(error).replace(path, '').lower()  # as PyTorch says it
+        return None, 'it holds objects that are not data' if is_foreign else _NO_CHECKPOINT
+    except Exception:  # of many kinds, from unpickling something else
+        return None, 'it is no PyTorch checkpoint, or a part of one'
+
+
+def check_weights_file(path: str) -> None:
+    """Check that a file that timm did not load holds weights, of whatever model.
+
+    Raises:
+        UsageError: if it is damaged, or of another kind.
+    """
+    if path.endswith(_OTHER_WEIGHTS):
+        return
+    _, reason = _read(path, verify=True)
+    if reason == _NO_CHECKPOINT:  # or one of the format before PyTorch 1.6
+        with suppress(Exception):
+            load_state_dict(path)
+            return
+    if reason is not None:
+        raise UsageError(f'{path} holds no weights: {reason}.')
+
+
 def read_checkpoint(path: str, verify: bool = True) -> dict:
     """What a checkpoint holds, read as data only.
 
@@ -185,14 +217,7 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
     Raises:
         UsageError: if it is not a checkpoint of a model, or not as it was written.
     """
-    try:
-        reason = _why_damaged(path) if verify else None
-        checkpoint = load_checkpoint_metadata(path) if reason is None else None
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        is_foreign = 'weights' in str(error).lower()  # as PyTorch says it
-        reason = 'it holds objects that are not data' if is_foreign else 'it is no PyTorch checkpoint'
-    except Exception:  # of many kinds, from unpickling something else
-        reason = 'it is no PyTorch checkpoint, or a part of one'
+    checkpoint, reason = _read(path, verify)
     if reason is None and (
             not isinstance(checkpoint, dict) or not any(key in checkpoint for key in ('state_dict', 'model'))):
         reason = 'it has no state_dict'
@@ -210,16 +235,19 @@ def _epoch_of(path: str) -> int | None:
 
 
 def _by_progress(paths: Iterable[str]) -> Iterator[str]:
-    """Those that look like checkpoints, the furthest first."""
+    """Those that look like checkpoints, the furthest first; of copies the first of the paths."""
     found = []
     for path in paths:
         try:
             checkpoint = read_checkpoint(path, verify=False)
             epoch, progress = checkpoint.get('epoch', -1), checkpoint.get('progress') or {}
-            found.append((epoch, progress.get('consumed', 0), os.path.getmtime(path), path))
+            is_copy = progress.get('in_epoch') is False  # of the same moment as others of its epoch
+            found.append((
+                epoch, bool(progress.get('in_epoch')), progress.get('consumed', 0),
+                0 if is_copy else os.path.getmtime(path), path))
         except (UsageError, AttributeError, TypeError) as error:
             _logger.warning(f'{error} It is left out.')
-    return (path for *_, path in sorted(found, key=lambda entry: entry[:3], reverse=True))
+    return (path for *_, path in sorted(found, key=lambda entry: entry[:-1], reverse=True))
 
 
 def newest_checkpoint(folder: str) -> str | None:
@@ -247,6 +275,17 @@ def newest_checkpoint(folder: str) -> str | None:
         'another --experiment to begin again.')
 
 
+def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], path: str) -> None:
+    """Check that a checkpoint is of the run's model, if it says.
+
+    Raises:
+        UsageError: if not.
+    """
+    architecture = checkpoint.get('arch')
+    if architecture not in (None, args.model):
+        raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
+
+
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
     """Bring a task and its optimizer to the state in a checkpoint.
 
@@ -258,9 +297,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
     """
     checkpoint = read_checkpoint(path)
-    architecture = checkpoint.get('arch')
-    if architecture not in (None, args.model):
-        raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
+    check_architecture(args, checkpoint, path)
     keep = not args.no_resume_opt
     try:
         epoch = resume_task_checkpoint(

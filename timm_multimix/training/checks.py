@@ -1,6 +1,7 @@
 """What can be wrong with the options alone, told before anything is built."""
 import argparse
 import logging
+import math
 import os
 
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
@@ -31,7 +32,7 @@ _CHOICES = {
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
 DEFAULT_OUTPUT = os.path.join('output', 'train')
-_DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 
 def _option(name: str) -> str:
@@ -50,9 +51,13 @@ def _check_values(args: argparse.Namespace) -> None:
             raise UsageError(f'{_option(name)} must be at least 1, got {value}.')
     if args.workers < 0:
         raise UsageError(f'--workers must be 0 or more, got {args.workers}.')
-    for name in ('max_nonfinite', 'recovery_interval'):
-        if getattr(args, name) < 0:
-            raise UsageError(f'{_option(name)} must be 0 or more, got {getattr(args, name)}.')
+    for name, value in vars(args).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UsageError(f'{_option(name)} must be a number, got {value}.')
+    for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base'):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f'{_option(name)} must be 0 or more, got {value}.')
     if min(args.save_epochs, default=1) < 1:
         raise UsageError('--save-epochs counts finished epochs, from 1.')
 
@@ -80,11 +85,11 @@ def _check_dataset(args: argparse.Namespace) -> None:
             raise UsageError(
                 f'--data-dir {args.data_dir} and --dataset {args.dataset} are two datasets. To train on the folder '
                 "with a config that names the other, add --dataset ''.")
-    elif prefix not in _DATASET_TYPES:
+    elif prefix not in DATASET_TYPES:
         if not args.data_dir:
             raise UsageError(
                 f'--dataset {args.dataset}: not a dataset by itself. Give --data-dir for a folder of images, or one of '
-                f'{"/..., ".join((*_DATASET_TYPES, "demo"))}/...')
+                f'{"/..., ".join((*DATASET_TYPES, "demo"))}/...')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
 
@@ -96,14 +101,15 @@ def _check_files(args: argparse.Namespace) -> None:
         if name in ('initial_checkpoint', 'resume') and is_hub_name(path):
             continue
         if path and not (name == 'resume' and path == 'auto') and not os.path.isfile(path):
-            raise UsageError(f'{_option(name)} {path}: no such file.')
+            wrong = ' is a folder: name a file in it.' if os.path.isdir(path) else ': no such file.'
+            raise UsageError(f'{_option(name)} {path}{wrong}')
     if args.resume == 'auto' and not args.experiment:
         raise UsageError('--resume auto continues the run of an --experiment: name it.')
     if args.wandb_resume_id and not args.resume:
         raise UsageError('--wandb-resume-id continues a run: give --resume too.')
     if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
         raise UsageError(f'--output {args.output}: not a folder.')
-    _check_run_folder(args)
+    check_run_folder(args)
 
 
 def _check_hub(args: argparse.Namespace) -> None:
@@ -116,8 +122,12 @@ def _check_hub(args: argparse.Namespace) -> None:
             HubRepository(args.hub_model_id, revision=args.hub_revision)
 
 
-def _check_run_folder(args: argparse.Namespace) -> None:
-    """A run may continue in its own folder and not overwrite another one; no name leads out of the output folder."""
+def check_run_folder(args: argparse.Namespace) -> None:
+    """Check that a run continues in its own folder or overwrites none, and that no name leads out of --output.
+
+    Raises:
+        UsageError: if not.
+    """
     if os.path.isabs(args.experiment) or '..' in args.experiment.replace('\\', '/').split('/'):
         raise UsageError(
             f'--experiment {args.experiment} leads out of the output folder: name a folder in it, or give --output.')

@@ -1,5 +1,7 @@
 """Errors that the user can put right, told in one line."""
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -34,6 +36,25 @@ class RunError(_OneLine):
     def __init__(self, message: str, is_shared: bool = False):
         super().__init__(message)
         self.is_shared = is_shared
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether an error says that a process that loads images died. PyTorch raises it wherever this process happens to
+    be, from a signal handler."""
+    return isinstance(error, RuntimeError) and 'DataLoader worker' in str(error)
+
+
+@contextmanager
+def undisturbed_by_workers() -> Iterator[None]:
+    """Keep errors of dead workers out of what follows the end of a run: they have been told, or matter no more."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'):
+        yield
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 @contextmanager

@@ -45,8 +45,9 @@ def setup_logging() -> None:
     logging.root.setLevel(logging.INFO if is_primary else logging.ERROR)
     if not is_primary:
         warnings.simplefilter('ignore')  # libraries': all processes have the same
-    # Its list of all checkpoints after every epoch hides what matters.
-    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)
+    # Lists of all checkpoints after every epoch, what is said already, and names of temporary files.
+    for name in ('timm.utils.checkpoint_saver', 'timm.task._helpers', 'timm.utils.summary'):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in ('httpx', 'httpx2'):  # every request, with addresses that hold short-lived credentials
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -14,11 +14,12 @@ from timm.models import clean_state_dict
 from timm.utils.summary import trim_summary
 
 from .calibration import forget_calibrated, write_calibrated
-from .checkpoints import RunSaver, read_checkpoint
+from .checkpoints import RunSaver, check_architecture, read_checkpoint
+from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, parse_args
-from .errors import RunError, UsageError, blame
+from .errors import RunError, UsageError, blame, is_dead_worker, undisturbed_by_workers
 from .export import write_config
-from .files import remove_temporary, replacing
+from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .hub import HubPush
 from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
@@ -75,7 +76,12 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
     if not utils.is_primary(run.args):
         return None
     with blame(f'--output {run.folder}'):
-        os.makedirs(run.folder, exist_ok=True)
+        if run.args.experiment:
+            os.makedirs(run.folder, exist_ok=True)
+        else:
+            run.folder = make_folder(run.folder)  # named by the time: another may have begun in the same second
+        lock_folder(run.folder)
+        check_run_folder(run.args)  # once more, now that no other run can make one there
         remove_temporary(run.folder)
         _save_args(run, args_text)
         write_config(run)
@@ -191,10 +197,11 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
     except KeyboardInterrupt:
         if hub is not None:
             hub.abandon()
-        _interrupt(run, epoch, saver)
+        with undisturbed_by_workers():
+            _interrupt(run, epoch, saver)
         raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     except RuntimeError as error:
-        if 'DataLoader worker' in str(error):  # PyTorch raises this one wherever the process happens to be
+        if is_dead_worker(error):
             raise RunError(f'{error} Is there enough memory for {run.args.workers} --workers?') from error
         if is_lost_contact(error):
             raise lost_contact(error, run.whereabouts.place, run.args.dist_timeout) from error
@@ -231,19 +238,25 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     if hub is not None:
         hub.begin(run)
     log_wandb = saver is not None and _start_wandb(run)
-    _logger.info(
-        f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates each, '
-        f'into {run.folder}')
+    if run.start_epoch < run.stop_epoch:
+        _logger.info(
+            f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates '
+            f'each, into {run.folder}')
+    else:
+        _logger.info(
+            f'The run in {run.folder} is complete: {run.start_epoch} of {run.stop_epoch} epochs. For more raise '
+            f'{"--stop-epoch" if run.stop_epoch < run.num_epochs else "--epochs"}.')
     if run.args.distributed:
         run.whereabouts.watch(0.9 * run.args.dist_timeout)
     with run.stop:
         try:
             _train(run, saver, log_wandb, hub)
         except RunError as error:
-            if saver is not None or not error.is_shared:
-                _logger.error(error)
-            if saver is not None:
-                _logger.info(_how_to_continue(run, saver))
+            with undisturbed_by_workers():
+                if saver is not None or not error.is_shared:
+                    _logger.error(error)
+                if saver is not None:
+                    _logger.info(_how_to_continue(run, saver))
             raise
         except Exception as error:
             if run.args.distributed and not isinstance(error, (Interrupted, UsageError)):
@@ -274,7 +287,11 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
     checkpoint = read_checkpoint(path)
     key = entry_to_validate(run, checkpoint)
     with blame(f'{path} does not fit --model {run.args.model}'):
-        run.task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
+        try:
+            run.task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
+        except RuntimeError:
+            check_architecture(run.args, checkpoint, path)
+            raise
     compile_task(run.args, run.task)
     metrics = validate(run, run.task.get_eval_model())
     _logger.info(f'{path}: {shown(metrics)}')
@@ -303,7 +320,11 @@ def _run(argv: Sequence[str]) -> None:
         _logger.error(error)
         raise error from None
     if args.validate:
-        validate_checkpoint(run)
+        try:
+            validate_checkpoint(run)
+        except RunError as error:
+            _logger.error(error)
+            raise
     else:
         fit(run, args_text, hub)
 
@@ -331,11 +352,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except RunError:  # told already
         return 1
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
+        _logger.error(error)
+        return 1
     except Interrupted as stop:
         return _EXIT_BY_SIGNAL + stop.signal_number
     except KeyboardInterrupt:
         return _EXIT_BY_SIGNAL + signal.SIGINT
     finally:
+        unlock_folders()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0

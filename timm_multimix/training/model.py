@@ -11,6 +11,7 @@ from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
 from ..hub import WEIGHTS_NAME, download, is_hub_name
+from .checkpoints import check_weights_file
 from .errors import UsageError, blame
 
 _logger = logging.getLogger(__name__)
@@ -61,8 +62,13 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
             checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, HF_WEIGHTS_NAME)
     started = f', --initial-checkpoint {args.initial_checkpoint}' if checkpoint_path else ''
     with blame(f'--model {args.model}{started}'):
-        model = create_model(
-            pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=checkpoint_path, **options)
+        try:
+            model = create_model(
+                pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=checkpoint_path, **options)
+        except Exception:
+            if checkpoint_path:
+                check_weights_file(checkpoint_path)
+            raise
     if not getattr(model, 'num_classes', 0):
         raise UsageError(f'--model {args.model}: the model has no classifier, or does not tell its number of classes.')
     args.num_classes = model.num_classes

@@ -26,6 +26,7 @@ from .calibration import check_classifier, check_continues, hold_out
 from .checkpoints import load_weights, newest_checkpoint, resume, setup_ema
 from .checks import DEFAULT_OUTPUT, check_classes
 from .errors import UsageError, blame
+from .files import lock_folder
 from .interrupt import StopRequest
 from .loaders import Loaders, build_calibration_loader, build_datasets, build_loaders
 from .loss_guard import LossGuard
@@ -187,8 +188,13 @@ def _build_training(run: Run) -> None:
         run.optimizer = create_optimizer_v2(
             task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     path = args.resume or None
+    if path and utils.is_primary(args) and os.path.isdir(run.folder):
+        with blame(f'--output {run.folder}'):
+            lock_folder(run.folder)  # no other process may write what is read from here on
     if args.resume == 'auto':
         path = newest_checkpoint(run.folder) if utils.is_primary(args) else None
+        if path is None and os.path.exists(os.path.join(run.folder, 'args.yaml')):
+            _logger.info(f'No checkpoint in {run.folder}: the run begins again.')
     if args.distributed:
         path = of_the_first(path)
     if path and is_hub_name(path):
@@ -236,7 +242,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
 
 
 def build_run(args: argparse.Namespace) -> Run:
-    """Build a run. Nothing is written to disk.
+    """Build a run. Nothing is written to disk, except that the folder of a run to continue is locked.
 
     Args:
         args: Arguments, from parse_args.
