@@ -129,6 +129,10 @@ def test_resuming_tells_what_becomes_of_a_teacher(script, image_folder):
     assert "the teacher's weights (state_dict_ema) in it are kept as state_dict_teacher" in text
     text = resume('--multimix', 'dense', '--model-ema', epochs=4, model_ema_decay=0.99)
     assert "the teacher's weights (state_dict_teacher) in it are not continued: add --multimix-teacher ema" in text
+    rows = script.summary()  # every row has its values in its own columns
+    assert [bool(row['eval_teacher_loss']) for row in rows] == [True, True, True, False]
+    assert [bool(row['eval_ema_loss']) for row in rows] == [False, False, True, False]
+    assert all(float(row['lr']) <= 0.01 and 0 <= float(row['eval_top1']) <= 100 and None not in row for row in rows)
 
 
 @pytest.mark.parametrize('entry, words', [

@@ -28,6 +28,32 @@ def read_summary(folder: str) -> list[dict[str, float]]:
     return rows
 
 
+def fit_columns(path: str, names: Sequence[str]) -> list[str]:
+    """Give a summary all columns that its next row needs: a run may continue with other weights to validate.
+
+    Args:
+        path: The summary, which is written again only if it lacks columns.
+        names: Columns of the next row, of which the last one stays the last.
+
+    Returns:
+        All columns, with those that earlier rows have.
+    """
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return list(names)
+    with open(path, newline='', encoding='utf-8') as file:
+        reader = csv.DictReader(file)
+        before, rows = list(reader.fieldnames or ()), list(reader)
+    kinds = ('epoch', 'train_', 'eval_', '')
+    every = dict.fromkeys([*before, *names])
+    columns = sorted(every, key=lambda name: next(i for i, kind in enumerate(kinds) if name.startswith(kind)))
+    if columns != before:
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(rows)
+    return columns
+
+
 def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
     """Draw loss and accuracy over the epochs.
 

@@ -17,6 +17,7 @@ from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, check_architecture, read_checkpoint
 from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, parse_args
+from .curve import fit_columns
 from .errors import RunError, UsageError, blame, is_dead_worker, undisturbed_by_workers
 from .export import write_config
 from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
@@ -103,6 +104,10 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
     return saver
 
 
+def _of_kind(prefix: str, names: Sequence[str]) -> list[str]:
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
 def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
     # Parts that are absent in some epochs keep their column, or rows would not fit the header.
     others = ('loss', 'top1', 'unreadable')
@@ -112,10 +117,12 @@ def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict
     path = os.path.join(run.folder, 'summary.csv')
     try:
         with replacing(path) as temporary:
+            names = [f'train_{name}' for name in columns] + [f'eval_{name}' for name in eval_metrics or ()]
+            names = fit_columns(temporary, ['epoch', *names, 'lr'])
             utils.update_summary(
                 epoch,
-                {name: train_metrics.get(name, '') for name in columns},
-                eval_metrics,
+                {name: train_metrics.get(name, '') for name in _of_kind('train_', names)},
+                eval_metrics and {name: eval_metrics.get(name, '') for name in _of_kind('eval_', names)},
                 filename=temporary,
                 lr=learning_rate(run),
                 log_wandb=log_wandb,
