@@ -9,6 +9,7 @@ from difflib import get_close_matches
 _logger = logging.getLogger(__name__)
 
 _LONGEST = 600
+_handlers: list = []  # PyTorch's, where it is put aside
 
 # What libraries raise for bad arguments and files.
 _LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError)
@@ -44,17 +45,16 @@ def is_dead_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and 'DataLoader worker' in str(error)
 
 
-@contextmanager
-def undisturbed_by_workers() -> Iterator[None]:
-    """Keep errors of dead workers out of what follows the end of a run: they have been told, or matter no more."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGCHLD'):
-        yield
-        return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+def ignore_dead_workers() -> None:
+    """Keep PyTorch's errors of dead workers out of the end of a run: they have been told, or matter no more."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
+        _handlers.append(signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+
+
+def heed_dead_workers() -> None:
+    """Undo ignore_dead_workers, when loaders and their workers are gone."""
+    while _handlers:
+        signal.signal(signal.SIGCHLD, _handlers.pop() or signal.SIG_DFL)
 
 
 @contextmanager

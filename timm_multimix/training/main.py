@@ -18,7 +18,7 @@ from .checkpoints import RunSaver, check_architecture, read_checkpoint
 from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, parse_args
 from .curve import fit_columns
-from .errors import RunError, UsageError, blame, is_dead_worker, undisturbed_by_workers
+from .errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
 from .export import write_config
 from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .hub import HubPush
@@ -204,8 +204,8 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
     except KeyboardInterrupt:
         if hub is not None:
             hub.abandon()
-        with undisturbed_by_workers():
-            _interrupt(run, epoch, saver)
+        ignore_dead_workers()
+        _interrupt(run, epoch, saver)
         raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     except RuntimeError as error:
         if is_dead_worker(error):
@@ -259,11 +259,11 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
         try:
             _train(run, saver, log_wandb, hub)
         except RunError as error:
-            with undisturbed_by_workers():
-                if saver is not None or not error.is_shared:
-                    _logger.error(error)
-                if saver is not None:
-                    _logger.info(_how_to_continue(run, saver))
+            ignore_dead_workers()
+            if saver is not None or not error.is_shared:
+                _logger.error(error)
+            if saver is not None:
+                _logger.info(_how_to_continue(run, saver))
             raise
         except Exception as error:
             if run.args.distributed and not isinstance(error, (Interrupted, UsageError)):
@@ -336,6 +336,28 @@ def _run(argv: Sequence[str]) -> None:
         fit(run, args_text, hub)
 
 
+def _status(argv: Sequence[str]) -> int:
+    """Run, and tell what became of it; of the run nothing is left then."""
+    try:
+        _run(argv)
+    except UsageError as error:
+        if is_first_on_machine():  # all of them see the same options and files
+            _logger.error(error)
+        return 2
+    except RunError:  # told already
+        return 1
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
+        _logger.error(error)
+        return 1
+    except Interrupted as stop:
+        return _EXIT_BY_SIGNAL + stop.signal_number
+    except KeyboardInterrupt:
+        return _EXIT_BY_SIGNAL + signal.SIGINT
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run train_timm.py.
 
@@ -352,24 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_patched([script, *rest])
     setup_logging()
     try:
-        _run(rest)
-    except UsageError as error:
-        if is_first_on_machine():  # all of them see the same options and files
-            _logger.error(error)
-        return 2
-    except RunError:  # told already
-        return 1
-    except RuntimeError as error:
-        if not is_dead_worker(error):
-            raise
-        _logger.error(error)
-        return 1
-    except Interrupted as stop:
-        return _EXIT_BY_SIGNAL + stop.signal_number
-    except KeyboardInterrupt:
-        return _EXIT_BY_SIGNAL + signal.SIGINT
+        return _status(rest)
     finally:
         unlock_folders()
+        heed_dead_workers()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
