@@ -154,24 +154,27 @@ def test_no_accuracy_on_soft_targets(script, image_folder):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_process_ends_cleanly(tmp_path, image_folder, number):
+@pytest.mark.parametrize(
+    ('number', 'whole_group'), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)])
+def test_interrupted_process_ends_cleanly(tmp_path, image_folder, number, whole_group):
+    """Also if its workers get the signal too, as from a terminal or a scheduler."""
     command = [
         sys.executable, str(SCRIPT), '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32',
         '-b', '8', '--epochs', '100000', '-j', '1', '--experiment', 'run', '--log-interval', '1']
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    lines = []
     for line in process.stderr:
-        lines.append(line)
         if line.startswith('Train: 1'):
-            process.send_signal(number)
             break
+    if whole_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number and 'Traceback' not in rest, rest
-    assert '--resume auto' in rest.splitlines()[-1]
-    assert (tmp_path / 'output' / 'train' / 'run' / 'last.pth.tar').is_file()
+    assert '--resume auto' in rest.splitlines()[-1] and rest.count('Stopping after this step') == 1
+    assert list((tmp_path / 'output' / 'train' / 'run').glob('recovery-*'))
 
 
 COMPOSITIONS = {

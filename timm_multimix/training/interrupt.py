@@ -2,6 +2,7 @@
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 
@@ -9,6 +10,29 @@ import torch
 import torch.distributed as dist
 
 _logger = logging.getLogger(__name__)
+
+_GRACE = 60  # seconds that a worker outlives SIGTERM
+
+
+class SteadyWorker:
+    """Starts a worker of a loader that leaves signals to the process it loads for.
+
+    Ctrl-C, and SIGTERM from a scheduler, go to a whole group of processes. A worker that ended at once would take from
+    its run the batch that it needs to stop between updates. The run ends its workers itself.
+
+    Args:
+        init: What else starts a worker.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None):
+        self.init = init
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, 'alarm'):
+            signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+        if self.init is not None:
+            self.init(worker)
 
 
 class StopRequest:

@@ -20,6 +20,7 @@ from ..data import create_dataset
 from ..views import add_second_view
 from .checks import mixup_active
 from .errors import UsageError, blame
+from .interrupt import SteadyWorker
 from .resumable import ResumableLoader
 
 _logger = logging.getLogger(__name__)
@@ -310,5 +311,9 @@ def build_loaders(
         with blame('Loader options of validation'):
             loader_eval = _evaluation_loader(
                 args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
+    for made in (loader, loader_eval):
+        inner = getattr(made, 'loader', made)  # inside of timm's prefetcher
+        if isinstance(inner, DataLoader):
+            inner.worker_init_fn = SteadyWorker(inner.worker_init_fn)
     loader, resumable = _make_resumable(loader, device)
     return Loaders(loader, loader_eval, mixup_fn, batch_size, resumable)
