@@ -21,3 +21,11 @@ hypothesis.settings.load_profile('timm_multimix')
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled_gammas(monkeypatch):
+    """Draw gammas in eager code as compiled code does, which does not reject and retry."""
+    def sample(concentration, size, generator):
+        return torch._standard_gamma(concentration.expand(size)).log_()
+    monkeypatch.setattr('timm_multimix.weights._sample_log_gamma', sample)

@@ -10,8 +10,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.special import softmax
 
 # Probability that clean logits give the class of an example whose label is certain.
 CONFIDENCE = 0.999
@@ -34,6 +32,10 @@ def fitting_gap(num_classes: int, tuple_length: int, alpha: tuple[float, float])
     Returns:
         The gap; the same at every call. Draws nothing from PyTorch, and computes nothing with it.
     """
+    # slow to import, for something that most runs do not ask for
+    from scipy.optimize import brentq
+    from scipy.special import softmax
+
     random = np.random.default_rng(0)
     # A column for each class that a mix has, at most m, and one for all that it lacks: those are alike.
     target = np.zeros((_MIXES, tuple_length))
