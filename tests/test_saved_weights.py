@@ -1,5 +1,6 @@
 """The sets of weights in a checkpoint: where they are, whose metric is whose, what becomes of them on resuming."""
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from timm_multimix.training.saved_weights import (
     split_metric,
     weights_of_metric,
 )
+from timm_multimix.training.validation import entry_to_validate
 
 TEACHER = dict(multimix='dense', multimix_teacher='ema')
 ALL = dict(state_dict={}, state_dict_ema={}, state_dict_teacher={})
@@ -73,3 +75,12 @@ def test_changes_on_resuming(before, now, words):
     lines = changes(entries(before, TEACHER), kept)
     assert bool(lines) == bool(words) and all(word in '\n'.join(lines) for word in words)
     assert not lines or "the teacher's weights" in lines[-1]
+
+
+def test_validation_takes_the_only_weights_that_there_are():
+    """A calibrated file holds those of the teacher, say, and --eval-metric may name others."""
+    calibrated = dict(
+        state_dict={}, metric_of='state_dict', weights_of='state_dict_teacher', args=TEACHER, temperature=2.0)
+    for eval_metric in ('top1', 'student_top1', 'teacher_top1'):
+        run = SimpleNamespace(args=SimpleNamespace(eval_metric=eval_metric, model_ema=False))
+        assert entry_to_validate(run, calibrated) == 'state_dict'

@@ -7,9 +7,10 @@ from torch import nn
 
 from .loop import validate
 from .run import Run
-from .saved_weights import AVERAGE, STUDENT, TEACHER, saved_weights, split_metric
+from .saved_weights import AVERAGE, STUDENT, TEACHER, saved_weights, split_metric, weights_of_metric
 
 _logger = logging.getLogger(__name__)
+
 
 class Validated(NamedTuple):
     """What a validation found.
@@ -92,4 +93,4 @@ def entry_to_validate(run: Run, checkpoint: dict) -> str:
     if who is None and checkpoint.get('metric_of') in checkpoint:
         return checkpoint['metric_of']
     averages = run.args.model_ema and not run.args.model_ema_force_cpu and AVERAGE in saved
-    return saved[AVERAGE if averages else STUDENT]
+    return saved.get(AVERAGE if averages else STUDENT) or weights_of_metric(checkpoint)
