@@ -8,7 +8,7 @@ from scipy import stats
 
 from timm_multimix import attend, manifold_mixup_weights, sample_weights
 from timm_multimix.reference import attention_weights
-from timm_multimix.weights import _sample_log_gamma
+from timm_multimix.weights import _draw_log_gamma, _sample_log_gamma
 
 
 @given(
@@ -48,9 +48,16 @@ def test_weights_follow_the_beta_distribution(alpha):
 
 
 @pytest.mark.parametrize('a', [0.1, 0.5, 1.0, 2.0, 30.0])
-def test_gamma_variables_follow_their_distribution(a):
-    drawn = _sample_log_gamma(torch.full((50_000, 1), a), torch.Size((50_000, 4)), None).exp() * (a + 2 / 3)
+@pytest.mark.parametrize('sample', [_sample_log_gamma, _draw_log_gamma])
+def test_gamma_variables_follow_their_distribution(sample, a):
+    drawn = sample(torch.full((50_000, 1), a), torch.Size((50_000, 4)), None).exp()
     assert stats.kstest(drawn.flatten().numpy(), stats.gamma(a).cdf).pvalue > 1e-3
+
+
+def test_what_is_rejected_is_drawn_with_the_concentration_of_its_row():
+    a = torch.tensor([0.1, 30.0]).repeat(50_000).unsqueeze(1)
+    drawn = _sample_log_gamma(a, torch.Size((100_000, 4)), None)[::2].exp()
+    assert stats.kstest(drawn.flatten().numpy(), stats.gamma(0.1).cdf).pvalue > 1e-3
 
 
 def test_compiled_code_draws_without_a_graph_break():

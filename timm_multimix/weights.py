@@ -40,50 +40,59 @@ def check_tuple_length(tuple_length: int | None, batch_size: int) -> int:
     return tuple_length
 
 
-def _propose_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None):
-    """Proposals for log Gamma(a), up to a constant for each a, and which to accept.
-
-    Proposals for Gamma(a + 1) are those of Marsaglia and Tsang (ACM TOMS 2000). Where one is accepted, what the uniform
-    variable of its test is of its bound is uniform again, and independent of the proposal.
-    """
-    d = a + (1 - 1 / 3)
-    normal = torch.randn(size, generator=generator)
-    log_v = (normal * (9 * d).rsqrt()).add_(1).log_().mul_(3)  # NaN where v is not positive: never accepted
-    bound = (log_v - log_v.exp()).add_(1).mul_(d).addcmul_(normal, normal, value=0.5)
-    log_uniform = torch.rand(size, generator=generator).neg_().log1p_().sub_(bound)  # of 1 - U, which is never 0
-    accepted = log_uniform < 0
-    return log_v.add_(log_uniform.div_(a)), accepted
-
-
 def _can_draw_again(device: torch.device) -> bool:
     """Whether what was rejected may be asked for: it would synchronise a GPU, and break a compiled graph."""
     return device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
-def _sample_log_gamma(concentration: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
-    """Logarithms of Gamma(concentration) variables, up to a constant in each row of `size`.
+def _propose_log_gamma(
+        a: torch.Tensor,
+        size: torch.Size,
+        generator: torch.Generator | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Proposals for log Gamma(a), and the flat indices of those that are rejected.
+
+    Proposals for Gamma(a + 1) are those of Marsaglia and Tsang (ACM TOMS 2000). Where one is accepted, what the uniform
+    variable of its test is of its bound is uniform again, and independent of the proposal.
+    """
+    d = a + (1 - 1 / 3)
+    options = dict(dtype=a.dtype, device=a.device, generator=generator)
+    normal = torch.randn(size, **options)
+    root = normal * (9 * d).rsqrt()  # of v, less 1
+    v = (root + 1).pow_(3)
+    log_v = root.log1p_().mul_(3)  # NaN where v is not positive
+    log_uniform = torch.rand(size, **options).neg_().log1p_()  # of 1 - U, which is never 0
+    # Less the bound of its test, d (1 - v + log v) + normal² / 2.
+    log_uniform.addcmul_(v.sub_(log_v).sub_(1), d).addcmul_(normal, normal, value=-0.5)
+    rejected = log_uniform.clamp(min=0).flatten().nonzero().squeeze(1)  # NaN is not 0 either
+    return log_v.addcdiv_(log_uniform, a).add_(d.log()), rejected
+
+
+def _draw_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
+    """Logarithms of Gamma(a) variables, by PyTorch's sampler."""
+    log_gamma = torch._standard_gamma((a + 1).expand(size), generator=generator).log_()
+    uniform = torch.rand(size, dtype=a.dtype, device=a.device, generator=generator)
+    return log_gamma.add_(uniform.neg_().log1p_().div_(a))
+
+
+def _sample_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
+    """Logarithms of Gamma(a) variables.
 
     A Gamma(a) variable is Gamma(a + 1) * U^(1/a). Multiplying in log space keeps rows finite for the smallest a, where
     every Gamma(a) draw of a row may underflow and their ratio would be 0/0.
 
     PyTorch's sampler draws them one by one on the CPU, which would be most of the time that the loss takes: there they
-    are proposed all at once, and the few that are rejected again. Elsewhere asking which are would synchronise.
+    are proposed all at once, and it draws the few that are rejected. Elsewhere asking which are would synchronise.
 
     Args:
-        concentration: One for each row (..., 1).
+        a: Concentration of each row (..., 1).
         size: (..., m).
         generator: Source of randomness.
     """
-    if not _can_draw_again(concentration.device):
-        log_gamma = torch._standard_gamma((concentration + 1).expand(size), generator=generator).log_()
-        uniform = torch.rand(size, dtype=concentration.dtype, device=concentration.device, generator=generator)
-        return log_gamma.add_(uniform.neg_().log1p_().div_(concentration))
-    log_gamma, accepted = _propose_log_gamma(concentration, size, generator)
-    pending = accepted.logical_not_().flatten().nonzero().squeeze(1)
-    while len(pending):
-        again, accepted = _propose_log_gamma(concentration.flatten()[pending // size[-1]], pending.shape, generator)
-        log_gamma.view(-1)[pending[accepted]] = again[accepted]
-        pending = pending[~accepted]
+    if not _can_draw_again(a.device):
+        return _draw_log_gamma(a, size, generator)
+    log_gamma, rejected = _propose_log_gamma(a, size, generator)
+    log_gamma.view(-1)[rejected] = _draw_log_gamma(a.flatten()[rejected // size[-1]], rejected.shape, generator)
     return log_gamma
 
 
@@ -185,7 +194,8 @@ def attend(weights: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             'attend takes weights (n, b) or (r, n, b) and attention (b, r), '
             f'got weights {tuple(weights.shape)} and attention {tuple(attention.shape)}.')
-    scaled = weights * attention.mT.unsqueeze(1)
+    scaled = weights * attention.mT.contiguous().unsqueeze(1)
     total = scaled.sum(dim=-1, keepdim=True)
     empty = total == 0
-    return torch.where(empty, weights, scaled / total.masked_fill(empty, 1))
+    # Rows without attention become 0 and get their weights back: on a CPU faster than torch.where.
+    return (scaled / total.masked_fill(empty, torch.inf)).addcmul_(weights, empty.to(weights.dtype))
