@@ -30,10 +30,11 @@ from .weights import attend
 
 # Elements of a tile of mixed logits, and of a block of freshly drawn weights. On the CPU a tile should fit a core's
 # cache, and has several positions only if they are small; a GPU wants many at a time. Blocks do not follow tiles:
-# weights are drawn a block at a time, and the result may not depend on how the work is tiled.
+# weights are drawn a block at a time, and the result may not depend on how the work is tiled. They are larger than what
+# is fastest to draw, because drawing and mixing push each other out of the cache.
 TILE_ELEMENTS = {'cpu': 2 ** 19}
 MANY_POSITIONS = {'cpu': 2 ** 16}
-BLOCK_ELEMENTS = {'cpu': 2 ** 17}
+BLOCK_ELEMENTS = {'cpu': 2 ** 19}
 ON_A_GPU = 2 ** 24
 MIN_ROWS = 64
 
