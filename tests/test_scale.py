@@ -75,7 +75,7 @@ def test_auto_is_the_fitting_scale(options, is_scaled):
     for logit_scale in ('auto', scale):
         torch.manual_seed(0)
         leaf = logits.clone().requires_grad_()
-        loss = MultiMixLoss(50, logit_scale=logit_scale, **options)(leaf, target)
+        loss = MultiMixLoss(50, clean_weight=0.0, logit_scale=logit_scale, **options)(leaf, target)
         loss.backward()
         values.append(loss.detach())
         gradients.append(leaf.grad)
