@@ -14,6 +14,7 @@ Runs are kept in benchmarks/results/, one JSON line each, and are never repeated
 """
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main() -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
     results = load_results(args.results)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the runs' processes would outlive this one
     if not args.report_only:
         try:
             run_missing(study, results, args.results, args.workers, args.nice)

@@ -205,3 +205,16 @@ def test_a_study_from_end_to_end(tmp_path):
     assert results[json.loads(lines[1])['key']] == json.loads(lines[1])['metrics']
     text = study_report.report(study, study.table(results))
     assert '| cross-entropy | 0.1 | 2 |' in text and '[95 %]' in text
+
+
+def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
+    path, folder = write(tmp_path, seeds=1000, lrs=[0.1]), tmp_path / 'results'
+    study = subprocess.Popen(
+        [sys.executable, BENCHMARKS / 'study.py', path, '--results', folder, '--workers', '1'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in study.stderr:
+        if ' %' in line:  # a run has ended
+            break
+    study.terminate()
+    output, errors = study.communicate(timeout=120)  # ends when nobody holds the other end
+    assert study.returncode == 0 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output

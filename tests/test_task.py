@@ -106,7 +106,8 @@ def test_parts_switch_inside_a_compiled_task():
     task = _task(start_epoch=1, off_epoch=2)
     task.compile(backend='eager')
     _train(task)
-    assert [set(_at(task, epoch)) - {'loss', 'output'} for epoch in range(3)] == [set(), {'dense', 'pooled', 'clean'}, set()]
+    parts = [set(_at(task, epoch)) - {'loss', 'output'} for epoch in range(3)]
+    assert parts == [set(), {'dense', 'pooled', 'clean'}, set()]
     task.get_eval_model().eval()
     with torch.no_grad():
         assert task.get_eval_model()(_batch()[0]).shape == (4, CLASSES)

@@ -89,10 +89,11 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
              'that path through it: leave it above 0 there. (default: %(default)s)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
-        help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
+        help='share of the plain loss on unmixed images, 0 to 1; 0 is MultiMix alone, as in the papers. '
+             '(default: %(default)s)')
     add('--multimix-logit-scale', type=_number_or_auto, default=_default('logit_scale'), metavar='S',
         help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model; auto is '
-             'what the number of classes and the length of mixes ask for. (default: %(default)s)')
+             'what the number of classes and the length of mixes ask for; 1 that of the papers. (default: %(default)s)')
     add('--multimix-gather', action='store_true', default=_default('gather'),
         help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
              'Raise --multimix-n with it.')
