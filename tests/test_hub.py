@@ -17,9 +17,11 @@ from huggingface_hub import ModelCard
 
 import timm_multimix.hub as hub
 from timm_multimix import attach, push_to_hub
+from timm_multimix.evaluation.models import load_candidate
 from timm_multimix.hub import HubError, HubRepository, with_retries
 from timm_multimix.training import hub as training_hub
 from timm_multimix.training.config import parse_args
+from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers']
 
@@ -729,6 +731,18 @@ def test_resume_from_the_hub(server, script, image_folder, tmp_path):
                         resume='hf-hub:user/model') == 0, \
         script.text
     assert 'with epoch 1.' in script.text
+
+
+def test_evaluation_of_a_model_of_the_hub(server):
+    model = small_model()
+    push_to_hub(model, 'user/model', data_config=dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    candidate = load_candidate('hf-hub:user/model')
+    images = torch.rand(2, 3, 64, 64)
+    expected = model((images - torch.tensor([[[0.1]], [[0.2]], [[0.3]]])) / torch.tensor([[[0.4]], [[0.5]], [[0.6]]]))
+    torch.testing.assert_close(candidate.pixel_model(images), expected)
+    assert candidate.num_classes == 3
+    with pytest.raises(UsageError, match='hf-hub:user/nothing'):
+        load_candidate('hf-hub:user/nothing')
 
 
 @pytest.mark.parametrize('option', ['initial_checkpoint', 'resume'])
