@@ -22,7 +22,7 @@ from .fused import (
     Partition,
 )
 from .scale import fitting_scale
-from .weights import Alpha, check_alpha, check_tuple_length, sample_weights
+from .weights import Alpha, alpha_range, check_tuple_length, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
 CHECKED_ELEMENTS = 2 ** 18  # of weights, at a time
@@ -272,7 +272,8 @@ class MultiMixLoss(nn.Module):
 
     Args:
         num_mixes: Number n of mixes, at every position. Keep it well above the batch size.
-        alpha: Dirichlet concentration, a number or a (low, high) pair that each mix draws its own from.
+        alpha: Dirichlet concentration, a number or a (low, high) pair that each mix draws its own from, (0.5, 2.0) in
+            the papers. None is 1 / (examples in a mix), so that mixes are as varied in any batch (docs/method.md).
         tuple_length: Number of examples m in a mix, None for the whole mini-batch.
         attention: None takes the attention that comes with the output, uniform if none does. 'cam' computes it here,
             from the dense logits of the true class, which only the loss knows; 'uniform' ignores what comes.
@@ -310,15 +311,15 @@ class MultiMixLoss(nn.Module):
             self,
             num_mixes: int = 1000,
             *,
-            alpha: Alpha = (0.5, 2.0),
+            alpha: Alpha | None = None,
             tuple_length: int | None = None,
             attention: str | None = None,
             attention_norm: str = 'relu',
             attention_grad: bool = False,
             balance: bool = True,
             pooled_weight: float = 0.5,
-            clean_weight: float = 0.5,
-            logit_scale: float | str = 'auto',
+            clean_weight: float = 0.0,
+            logit_scale: float | str = 1.0,
             smoothing: float = 0.0,
             loss_type: str = 'ce',
             gather: bool = False,
@@ -346,7 +347,8 @@ class MultiMixLoss(nn.Module):
         check_backend(backend)
         _check_smoothing(smoothing)
         self.num_mixes = num_mixes
-        self.alpha = check_alpha(alpha)
+        alpha_range(alpha, 1)  # refuses what is none, before the first batch
+        self.alpha = alpha
         self.tuple_length = tuple_length
         self.attention = attention
         self.attention_norm = attention_norm
@@ -477,7 +479,7 @@ class MultiMixLoss(nn.Module):
             length = check_tuple_length(self.tuple_length, batch_size)
             # Sizes that a compiler leaves open are settled here: the scale is a constant of the compiled code.
             sizes = map(operator.index, (num_classes, length))
-            scale = fitting_scale(*sizes, self.alpha) if fits else 1.0
+            scale = fitting_scale(*sizes, alpha_range(self.alpha, length)) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,
             attention,

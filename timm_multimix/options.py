@@ -69,10 +69,11 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add('--multimix-n', type=int, default=_default('num_mixes'), metavar='N',
         help='mixes per mini-batch, at every position. More cost little; keep it well above the batch size. '
              '(default: %(default)s)')
-    add('--multimix-alpha', type=float, nargs='+', default=list(_default('alpha')),
+    add('--multimix-alpha', type=float, nargs='+', default=_default('alpha'),
         metavar=('LO', 'HI'),
         help='Dirichlet concentration of a mix: small means nearly one image, large means all alike. Of two numbers, '
-             'each mix draws its own in between. (default: 0.5 2.0)')
+             'each mix draws its own in between; 0.5 2.0 in the papers. (default: 1 / images in a mix, about the '
+             'variety of pairs)')
     add('--multimix-tuple-length', type=int, default=_default('tuple_length'), metavar='M',
         help='images in a mix; 2 is mixup of features. (default: the whole mini-batch)')
     add('--multimix-attention', default=_default('attention'), choices=ATTENTION_QUERIES,
@@ -89,11 +90,10 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
              'that path through it: leave it above 0 there. (default: %(default)s)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
-        help='share of the plain loss on unmixed images, 0 to 1; 0 is MultiMix alone, as in the papers. '
-             '(default: %(default)s)')
+        help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
     add('--multimix-logit-scale', type=_number_or_auto, default=_default('logit_scale'), metavar='S',
         help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model; auto is '
-             'what the number of classes and the length of mixes ask for; 1 that of the papers. (default: %(default)s)')
+             'what the number of classes and the length of mixes ask for. (default: %(default)s)')
     add('--multimix-gather', action='store_true', default=_default('gather'),
         help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
              'Raise --multimix-n with it.')
@@ -141,7 +141,7 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """
     options = dict(
         mode=args.multimix,
-        alpha=tuple(args.multimix_alpha),
+        alpha=tuple(args.multimix_alpha) if args.multimix_alpha else None,
         balance=not args.no_multimix_balance,
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )

@@ -11,17 +11,23 @@ import torch
 Alpha = float | Sequence[float]
 
 
-def check_alpha(alpha: Alpha) -> tuple[float, float]:
+def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
     """Return the range `(low, high)` that concentrations are drawn from; a single number is a range of one value.
 
+    None is 1 / tuple_length: the weights of a mix then sum to a Dirichlet process of concentration 1, whatever their
+    number. The largest is 0.62 on average, and a mix as varied as one of two examples.
+
     Raises:
-        ValueError: if alpha is neither a positive number nor an ascending pair of positive numbers.
+        ValueError: if alpha is neither None, a positive number nor an ascending pair of positive numbers.
     """
+    if alpha is None:
+        alpha = 1 / tuple_length
     values = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
     ok = len(values) in (1, 2) and all(isinstance(a, (int, float)) and 0 < a < math.inf for a in values)
     if not ok or values[0] > values[-1]:
         raise ValueError(
-            f'alpha must be a positive number, or a pair (low, high) with 0 < low <= high, got {alpha!r}.')
+            'alpha must be a positive number, a pair (low, high) with 0 < low <= high, or None for '
+            f'1 / (examples in a mix), got {alpha!r}.')
     return float(values[0]), float(values[-1])
 
 
@@ -107,7 +113,7 @@ def sample_weights(
         batch_size: int,
         num_positions: int | None = None,
         *,
-        alpha: Alpha = (0.5, 2.0),
+        alpha: Alpha | None = None,
         tuple_length: int | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -121,7 +127,8 @@ def sample_weights(
         num_mixes: Number of rows n.
         batch_size: Number of examples b.
         num_positions: Number of positions r, each with rows of its own; None for pooled MultiMix.
-        alpha: Dirichlet concentration, a number or a (low, high) pair.
+        alpha: Dirichlet concentration, a number or a (low, high) pair, (0.5, 2.0) in the papers; None for
+            1 / tuple_length, with which models trained better (docs/results.md).
         tuple_length: Number of examples m in a mix, None for all b.
         generator: Source of randomness; the same seed gives the same weights.
         device: Device of the weights, by default that of the generator, else PyTorch's default.
@@ -135,8 +142,8 @@ def sample_weights(
     for name, size in (('num_mixes', num_mixes), ('batch_size', batch_size), ('num_positions', num_positions)):
         if size is not None and size < 1:
             raise ValueError(f'{name} must be at least 1, got {size}.')
-    low, high = check_alpha(alpha)
     length = check_tuple_length(tuple_length, batch_size)
+    low, high = alpha_range(alpha, length)
     if device is None and generator is not None:
         device = generator.device
 
