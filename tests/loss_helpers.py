@@ -42,11 +42,14 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-def problem(b, r, c, n, length=None, soft=False, scale=1.0):
+PAPERS_ALPHA = (0.5, 2.0)  # where balancing has most to do: it multiplies by about the batch size
+
+
+def problem(b, r, c, n, length=None, soft=False, scale=1.0, alpha=PAPERS_ALPHA):
     """Logits (b, r, c), target, rows y (b, c) and attended weights (r, n, b), in float64."""
     logits = scale * torch.randn(b, r, c, dtype=torch.float64)
     target = torch.rand(b, c, dtype=torch.float64) if soft else torch.randint(c, (b,))
-    weights = sample_weights(n, b, r, tuple_length=length).double()
+    weights = sample_weights(n, b, r, tuple_length=length, alpha=alpha).double()
     weights = attend(weights / weights.sum(-1, keepdim=True), torch.rand(b, r, dtype=torch.float64) + 0.01)
     return logits, target, reference.one_hot(target, c, torch.float64), weights
 

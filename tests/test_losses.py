@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_helpers import LOSSES, gradient, literal, literal_gradient, peak_memory, problem, relative_error
+from loss_helpers import (
+    LOSSES,
+    PAPERS_ALPHA,
+    gradient,
+    literal,
+    literal_gradient,
+    peak_memory,
+    problem,
+    relative_error,
+)
 
 from timm_multimix import (
     MultiMixLoss,
@@ -70,9 +79,10 @@ def test_pooled_is_the_case_of_one_position(shape, kind):
 @pytest.mark.parametrize('balance', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('b, r, c, n, scale', [(16, 3, 10, 300, 1), (64, 1, 200, 1000, 5), (32, 4, 3, 100, 20)])
-def test_error_is_within_that_of_the_naive_computation(kind, balance, dtype, b, r, c, n, scale):
+@pytest.mark.parametrize('alpha', [PAPERS_ALPHA, None])
+def test_error_is_within_that_of_the_naive_computation(kind, balance, dtype, b, r, c, n, scale, alpha):
     function, loss = LOSSES[kind]
-    logits, target, y, weights = problem(b, r, c, n, scale=scale)
+    logits, target, y, weights = problem(b, r, c, n, scale=scale, alpha=alpha)
     logits, weights = logits.to(dtype), weights.float()  # what both computations are given
     truth_value = literal(logits.double(), y, weights.double(), loss)
     truth = literal_gradient(logits.double(), y, weights.double(), loss, balance)
@@ -81,8 +91,9 @@ def test_error_is_within_that_of_the_naive_computation(kind, balance, dtype, b, 
     value = function(logits, target, weights, balance=balance)
     grad, = gradient(lambda logits: function(logits, target, weights, balance=balance), logits)
     assert value.dtype == torch.float32 and grad.dtype == dtype
-    # Where the naive computation is exact by luck, a few roundings of our own remain.
-    rounding = 4 * torch.finfo(torch.float32).eps
+    # Where the naive computation is exact by luck, a few roundings of our own remain: for one those of the covariance
+    # of the rows, whose large elements are sums of n squares.
+    rounding = 8 * torch.finfo(torch.float32).eps
     assert (value.double() - truth_value).abs() <= 2 * (naive_value.double() - truth_value).abs() + (
         rounding * logits.double().abs().max())
     last_rounding = torch.finfo(dtype).eps if dtype != torch.float32 else rounding

@@ -27,8 +27,7 @@ def output():
 def test_drawn_weights_give_the_loss_of_the_same_weights(output):
     target = torch.randint(4, (6,))
     weights = sample_weights(50, 6, 9, generator=torch.Generator().manual_seed(0)).double()
-    loss, grads = drawn(
-        output, target, num_mixes=50, pooled_weight=0.0, clean_weight=0.0, logit_scale=1.0)
+    loss, grads = drawn(output, target, num_mixes=50, pooled_weight=0.0, logit_scale=1.0)
     attended = attend(weights, output.attention.double())
     torch.testing.assert_close(loss, multimix_cross_entropy(output.dense_logits, target, attended))
     expected, = gradient(lambda x: multimix_cross_entropy(x, target, attended), output.dense_logits)
@@ -57,8 +56,7 @@ def test_attention_gradient_is_that_of_all_blocks():
     attention = torch.rand(300, 3, dtype=torch.float64).add_(0.1).requires_grad_()
     def loss(attention):
         criterion = MultiMixLoss(
-            1500, pooled_weight=0.0, clean_weight=0.0, attention_grad=True, logit_scale=1.0,
-            generator=torch.Generator().manual_seed(0))
+            1500, pooled_weight=0.0, attention_grad=True, logit_scale=1.0, generator=torch.Generator().manual_seed(0))
         return criterion(MultiMixOutput(dense[:, 0], dense, attention), target)
     direction = torch.randn(300, 3, dtype=torch.float64)
     grad, = torch.autograd.grad(loss(attention), attention)
@@ -103,15 +101,14 @@ def test_terms_are_combined_by_their_weights(output):
     torch.testing.assert_close(terms['loss'], expected)
     torch.testing.assert_close(terms['clean'], F.cross_entropy(output.logits, target))
     assert list(loss.terms(output.logits, target)) == ['loss', 'pooled', 'clean']
-    assert list(MultiMixLoss(pooled_weight=0.0).terms(output, target)) == ['loss', 'dense', 'clean']
-    assert list(MultiMixLoss(clean_weight=0.0).terms(output, target)) == ['loss', 'dense', 'pooled']
+    assert list(MultiMixLoss(pooled_weight=0.0).terms(output, target)) == ['loss', 'dense']
     assert list(MultiMixLoss(clean_weight=1.0).terms(output, target)) == ['loss', 'clean']
 
 
 def test_plain_logits_give_pooled_multimix():
     logits, target = torch.randn(6, 4, dtype=torch.float64), torch.randint(4, (6,))
     weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
-    loss = MultiMixLoss(20, clean_weight=0.0, logit_scale=1.0, generator=torch.Generator().manual_seed(0))
+    loss = MultiMixLoss(20, logit_scale=1.0, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loss(logits, target), multimix_cross_entropy(logits, target, weights))
 
 
@@ -137,7 +134,7 @@ def test_attention_gradient(output):
     attention = output.attention.double().requires_grad_()
     def run(attention_grad):
         loss = MultiMixLoss(
-            50, pooled_weight=0.0, clean_weight=0.0, attention_grad=attention_grad, logit_scale=1.0,
+            50, pooled_weight=0.0, attention_grad=attention_grad, logit_scale=1.0,
             generator=torch.Generator().manual_seed(0))
         return loss(output._replace(attention=attention), target)
     assert not run(False).requires_grad
@@ -151,7 +148,7 @@ def test_attention_gradient(output):
 def test_multi_label_targets(output):
     target = torch.randint(2, (6, 4)).double()
     weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
-    loss = MultiMixLoss(20, loss_type='bce', clean_weight=0.0, generator=torch.Generator().manual_seed(0))
+    loss = MultiMixLoss(20, loss_type='bce', generator=torch.Generator().manual_seed(0))
     expected = multimix_binary_cross_entropy(output.logits, target, weights)
     torch.testing.assert_close(loss(output.logits, target), expected)
 

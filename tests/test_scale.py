@@ -66,16 +66,18 @@ def test_nothing_to_scale(num_classes, length):
 
 
 @pytest.mark.parametrize(
-    ('options', 'is_scaled'), [({}, True), (dict(balance=False), False), (dict(loss_type='bce'), False)])
-def test_auto_is_the_fitting_scale(options, is_scaled):
+    ('options', 'alpha', 'is_scaled'), [
+        ({}, (1 / 12, 1 / 12), True), (dict(alpha=ALPHA), ALPHA, True), (dict(balance=False), None, False),
+        (dict(loss_type='bce'), None, False)])
+def test_auto_is_the_fitting_scale(options, alpha, is_scaled):
     """Of the value; the gradient keeps its size."""
     logits, target = torch.randn(12, 30), torch.randint(30, (12,))
-    scale = fitting_scale(30, 12, ALPHA) if is_scaled else 1.0
+    scale = fitting_scale(30, 12, alpha) if is_scaled else 1.0
     values, gradients = [], []
     for logit_scale in ('auto', scale):
         torch.manual_seed(0)
         leaf = logits.clone().requires_grad_()
-        loss = MultiMixLoss(50, clean_weight=0.0, logit_scale=logit_scale, **options)(leaf, target)
+        loss = MultiMixLoss(50, logit_scale=logit_scale, **options)(leaf, target)
         loss.backward()
         values.append(loss.detach())
         gradients.append(leaf.grad)

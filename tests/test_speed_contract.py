@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from loss_helpers import LOSSES, gradient, literal_gradient, problem, relative_error
+from loss_helpers import LOSSES, PAPERS_ALPHA, gradient, literal_gradient, problem, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,8 +142,10 @@ PROBLEMS = [
 
 @pytest.mark.parametrize('bits, truncate, limit', [(10, False, 1e-3), (10, True, 1.5e-3), (7, False, 2e-2)])
 @pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
-def test_the_balanced_gradient_survives_products_that_round(b, r, c, n, scale, bits, truncate, limit, fast_products):
-    logits, target, y, weights = problem(b, r, c, n, scale=scale)
+@pytest.mark.parametrize('alpha', [PAPERS_ALPHA, None])
+def test_the_balanced_gradient_survives_products_that_round(
+        b, r, c, n, scale, alpha, bits, truncate, limit, fast_products):
+    logits, target, y, weights = problem(b, r, c, n, scale=scale, alpha=alpha)
     logits, weights = logits.float(), weights.float()
     truth = literal_gradient(logits.double(), y, weights.double(), balance=True)
     given = logits.clone().requires_grad_()
@@ -154,8 +156,9 @@ def test_the_balanced_gradient_survives_products_that_round(b, r, c, n, scale, b
 
 @pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
-def test_the_balanced_gradient_is_precise(b, r, c, n, scale, dtype, limit):
-    logits, target, y, weights = problem(b, r, c, n, scale=scale)
+@pytest.mark.parametrize('alpha', [PAPERS_ALPHA, None])
+def test_the_balanced_gradient_is_precise(b, r, c, n, scale, alpha, dtype, limit):
+    logits, target, y, weights = problem(b, r, c, n, scale=scale, alpha=alpha)
     logits, weights = logits.to(dtype), weights.float()
     truth = literal_gradient(logits.double(), y, weights.double(), balance=True)
     given = logits.clone().requires_grad_()

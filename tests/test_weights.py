@@ -47,6 +47,13 @@ def test_weights_follow_the_beta_distribution(alpha):
     assert stats.kstest(marginal, stats.beta(alpha, (b - 1) * alpha).cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize('length', [6, 3])
+def test_concentrations_sum_to_one_by_default(length):
+    weights = sample_weights(20_000, 6, tuple_length=length)
+    drawn = weights[weights[:, 0] > 0, 0].numpy()  # of mixes that have the first example
+    assert stats.kstest(drawn, stats.beta(1 / length, 1 - 1 / length).cdf).pvalue > 1e-3
+
+
 @pytest.mark.parametrize('a', [0.1, 0.5, 1.0, 2.0, 30.0])
 @pytest.mark.parametrize('sample', [_sample_log_gamma, _draw_log_gamma])
 def test_gamma_variables_follow_their_distribution(sample, a):

@@ -476,10 +476,9 @@ class MultiMixLoss(nn.Module):
         scale = self.logit_scale
         if scale == 'auto':
             fits = self.balance and self.loss_type == 'ce'
-            length = check_tuple_length(self.tuple_length, batch_size)
             # Sizes that a compiler leaves open are settled here: the scale is a constant of the compiled code.
-            sizes = map(operator.index, (num_classes, length))
-            scale = fitting_scale(*sizes, alpha_range(self.alpha, length)) if fits else 1.0
+            sizes = operator.index(num_classes), operator.index(check_tuple_length(self.tuple_length, batch_size))
+            scale = fitting_scale(*sizes, alpha_range(self.alpha, sizes[1])) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,
             attention,
