@@ -45,17 +45,21 @@ def main() -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
     results = load_results(args.results)
+    stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the runs' processes would outlive this one
     if not args.report_only:
         try:
             run_missing(study, results, args.results, args.workers, args.nice)
         except KeyboardInterrupt:
             print('Stopped; start again to go on.', file=sys.stderr)
+            stopped = True
     table = study.table(results)
     print(report(study, table))
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(study, table, args.plot)
+    if stopped:
+        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -12,9 +12,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
-from study_run import DATASET_DEFAULTS, DATASETS, TRAINING_DEFAULTS, resolve_method, run
+from study_run import DATASET_DEFAULTS, DATASETS, TRAINING_DEFAULTS, make_task, resolve_method, run
 from tqdm import tqdm
 
 
@@ -121,10 +122,16 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
         ValueError: if it is not a study, or names something that does not exist.
     """
     content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} is not a study: it has no datasets, models and methods.')
     try:
         study = Study(name=path.stem, **{key: value for key, value in content.items() if key != 'about'})
     except TypeError as error:
         raise ValueError(f'{path} is not a study: {error}') from error
+    for kind, known in (('training', TRAINING_DEFAULTS), ('baselines', study.methods)):
+        unknown = set(content.get(kind, ())) - set(known)
+        if unknown:
+            raise ValueError(f'{path}, {kind}: no {", ".join(sorted(unknown))}, there is {", ".join(known)}.')
     for kind, names in (only or {}).items():
         have = getattr(study, kind)
         if names is not None:
@@ -143,6 +150,10 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
             raise ValueError(
                 f'{path}, {group.dataset}: datasets are {", ".join(DATASETS)}, with '
                 f'{", ".join([*DATASET_DEFAULTS, *TRAINING_DEFAULTS])}.')
+        try:
+            make_task(timm.create_model(**settings['model'], num_classes=2, in_chans=1), settings['method'])
+        except (RuntimeError, TypeError, ValueError) as error:  # what timm and our own options raise
+            raise ValueError(f'{path}, {group.model} with {group.method}: {error}') from error
     return study
 
 

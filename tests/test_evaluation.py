@@ -47,7 +47,7 @@ class Evaluate:
 
     def __call__(self, *argv) -> int:
         self.capsys.readouterr()
-        status = cli.main([*map(str, argv), '--output', str(self.folder / 'out')])
+        status = cli.main(['--output', str(self.folder / 'out'), *map(str, argv)])
         self.out, self.err = self.capsys.readouterr()
         return status
 
@@ -262,6 +262,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder, nor such a dataset'),
     (['{runs}/plain', '--ood', 'demo/nope'], 'Datasets are demo/digits'),
     (['{runs}/plain', '--dataset', 'nope'], 'nor such a dataset'),
+    (['{runs}/plain', '--output', '{tmp}/broken.pth.tar/out'], 'is not a folder that can be written to'),
     (['{tmp}/missing'], 'missing: no such folder or file'),
     ([], 'MODEL'),
 ])

@@ -101,10 +101,22 @@ def test_validation_chooses_the_learning_rate(tmp_path):
     (dict(methods={'dense': dict(multmix='dense')}), 'multmix'),
     (dict(datasets={'figures': dict(train=3)}), 'datasets are digits, glyphs'),
     (dict(datasets={'digits': dict(train=3, size=3)}), 'datasets are digits, glyphs'),
+    (dict(training=dict(epocs=1)), 'training: no epocs'),
+    (dict(baselines=['cross-entropie']), 'baselines: no cross-entropie'),
+    (dict(models={'resnet': dict(model_name='test_resnetx')}), 'test_resnetx'),
+    (dict(models={'resnet': dict(model_name='test_resnet', output_strid=8)}), 'output_strid'),
+    (dict(methods={'dense': dict(multimix='dens')}), 'dens'),
+    (dict(methods={'dense': dict(multimix='dense', alpha=-1)}), 'alpha must be'),
 ])
 def test_bad_studies_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         studies.load_study(write(tmp_path, **change))
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path):
+    (tmp_path / 'small.yaml').write_text('hello')
+    with pytest.raises(ValueError, match='is not a study'):
+        studies.load_study(tmp_path / 'small.yaml')
 
 
 def command(*args) -> subprocess.CompletedProcess:
@@ -217,4 +229,4 @@ def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
             break
     study.terminate()
     output, errors = study.communicate(timeout=120)  # ends when nobody holds the other end
-    assert study.returncode == 0 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output
+    assert study.returncode == 130 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output

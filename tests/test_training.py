@@ -117,6 +117,15 @@ def test_a_complete_run_says_so(script, image_folder):
     assert 'For more raise --stop-epoch' in script.text
 
 
+def test_another_objective_is_told_when_a_run_continues(script, image_folder):
+    options = dict(multimix='dense', multimix_n=20, epochs=2)
+    assert script.train(image_folder, '--multimix-alpha', '0.5', '2', stop_epoch=1, **options) == 0
+    assert script.train(image_folder, resume='auto', **options | dict(multimix_n=30)) == 0
+    assert '--multimix-n was 20 and is 30, --multimix-alpha was [0.5, 2.0] and is None' in script.text
+    assert script.train(image_folder, resume='auto', **options | dict(multimix_n=30, epochs=3)) == 0
+    assert 'another objective' not in script.text
+
+
 def test_a_run_without_its_checkpoints_begins_again(script, image_folder):
     assert script.train(image_folder, resume='auto') == 0
     assert 'begins again' not in script.text

@@ -77,10 +77,11 @@ opt_kwargs: {eps: 1.0e-7}
 experiment: 7
 stop_epoch:
 input_size: [3, 32, 32]
+multimix_alpha: 0.3   # one of possibly more
 """)
     assert (args.lr, args.epochs, args.decay_milestones, args.multimix) == (3e-4, 10, [1, 2], 'off')
     assert (args.amp, args.opt_kwargs, args.experiment, args.stop_epoch) == (True, {'eps': 1e-7}, '7', None)
-    assert args.input_size == [3, 32, 32]
+    assert (args.input_size, args.multimix_alpha) == ([3, 32, 32], [0.3])
 
 
 def test_unknown_keys_of_a_file_are_told(parse, caplog):

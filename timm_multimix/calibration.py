@@ -63,6 +63,9 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
     if not logits.isfinite().all():
         raise ValueError('Logits that are not finite have no temperature.')
     num_images, num_classes = logits.shape
+    if target.ndim == 1 and not 0 <= target.min() <= target.max() < num_classes:
+        raise ValueError(
+            f'Targets are class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
     target = target.double() if target.ndim == 2 else F.one_hot(target.long(), num_classes).double()
     logits = logits - logits.mean(1, keepdim=True)  # changes nothing, and keeps the numbers small
     spread = logits.std().item()
@@ -318,8 +321,8 @@ def calibrate(model: nn.Module, loader: Iterable) -> float:
     """
     model = unwrap_model(model)
     logits, target, images = collect_logits(model, loader, 'Calibrating')
-    names = scalable_classifier(model, images)
     temperature = fit_temperature(logits, target)
+    names = scalable_classifier(model, images)
     _multiply([model.get_submodule(name) for name in names], 1 / temperature)
     _logger.debug(f'Temperature {temperature:.6g} folded into {", ".join(names)}.')
     return temperature

@@ -367,7 +367,8 @@ class MultiMixLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'num_mixes={self.num_mixes}, alpha={self.alpha}, tuple_length={self.tuple_length}, '
-            f'balance={self.balance}, pooled_weight={self.pooled_weight}, clean_weight={self.clean_weight}')
+            f'balance={self.balance}, pooled_weight={self.pooled_weight}, clean_weight={self.clean_weight}, '
+            f'logit_scale={self.logit_scale}')
 
     def forward(self, output: MultiMixOutput | torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.terms(output, target)['loss']

@@ -72,8 +72,8 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add('--multimix-alpha', type=float, nargs='+', default=_default('alpha'),
         metavar=('LO', 'HI'),
         help='Dirichlet concentration of a mix: small means nearly one image, large means all alike. Of two numbers, '
-             'each mix draws its own in between; 0.5 2.0 in the papers. (default: 1 / images in a mix, about the '
-             'variety of pairs)')
+             'each mix draws its own in between; 0.5 2.0 in the papers. (default: 1 / images in a mix, for mixes that '
+             'are about as varied as pairs)')
     add('--multimix-tuple-length', type=int, default=_default('tuple_length'), metavar='M',
         help='images in a mix; 2 is mixup of features. (default: the whole mini-batch)')
     add('--multimix-attention', default=_default('attention'), choices=ATTENTION_QUERIES,
@@ -84,16 +84,17 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add('--multimix-attention-grad', action='store_true', default=_default('attention_grad'),
         help='let gradient through the attention. Trained worse where we tried it.')
     add('--no-multimix-balance', action='store_true', default=not _default('balance'),
-        help='use the literal gradient of the papers. It hardly trains on a normal schedule, the balanced gradient '
-             'does (see docs/method.md).')
+        help='use the literal gradient of the papers. With their alpha it hardly trains on a normal schedule, the '
+             'balanced gradient does (see docs/method.md).')
     add('--multimix-pooled-weight', type=float, default=_default('pooled_weight'), metavar='W',
         help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
              'that path through it: leave it above 0 there. (default: %(default)s)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
         help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
     add('--multimix-logit-scale', type=_number_or_auto, default=_default('logit_scale'), metavar='S',
-        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model; auto is '
-             'what the number of classes and the length of mixes ask for. (default: %(default)s)')
+        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model, below it '
+             'raises it; auto is what the number of classes, alpha and the length of mixes ask for. '
+             '(default: %(default)s)')
     add('--multimix-gather', action='store_true', default=_default('gather'),
         help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
              'Raise --multimix-n with it.')

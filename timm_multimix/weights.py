@@ -14,8 +14,8 @@ Alpha = float | Sequence[float]
 def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
     """Return the range `(low, high)` that concentrations are drawn from; a single number is a range of one value.
 
-    None is 1 / tuple_length: the weights of a mix then sum to a Dirichlet process of concentration 1, whatever their
-    number. The largest is 0.62 on average, and a mix as varied as one of two examples.
+    None is 1 / tuple_length: for long tuples the weights of a mix are then those of a Dirichlet process of
+    concentration 1, whatever the length. The largest is 0.62 on average, the sum of squares 1/2, as of an even pair.
 
     Raises:
         ValueError: if alpha is neither None, a positive number nor an ascending pair of positive numbers.

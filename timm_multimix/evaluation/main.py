@@ -172,6 +172,15 @@ def _write(folder: str, name: str, text: str) -> str:
     return path
 
 
+def _check_writable(folder: str) -> None:
+    """Refuse a folder that cannot be made or written to, before the work and without making it."""
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise UsageError(f'--output {folder}: {there} is not a folder that can be written to.')
+
+
 def _device(name: str | None) -> torch.device:
     with blame(f'--device {name}'):
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -182,13 +191,12 @@ def _device(name: str | None) -> torch.device:
 def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     device = _device(args.device)
-    if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
-        raise UsageError(f'--output {args.output}: not a folder.')
+    folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
+    _check_writable(folder)
     candidates = load_candidates(args.models)
     settings = _settings(args, candidates, device)
     results = [evaluate_model(candidate, settings, device) for candidate in candidates]
     print(render_table(results))
-    folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
     document = dict(
         source=str(settings.source), sample=settings.sample, seed=settings.seed,
         models={result.name: result.values for result in results})

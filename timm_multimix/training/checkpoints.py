@@ -286,6 +286,17 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
         raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
 
 
+def _warn_of_another_objective(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Say which MultiMix options a run continues with others than the checkpoint was trained with, if it says."""
+    before = checkpoint.get('args') or {}
+    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    changed = [
+        f'--{name.replace("_", "-")} was {before[name]} and is {value}' for name, value in vars(args).items()
+        if name.startswith('multimix') and name in before and before[name] != value]
+    if changed:
+        _logger.warning(f'This run continues with another objective: {", ".join(changed)}.')
+
+
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
     """Bring a task and its optimizer to the state in a checkpoint.
 
@@ -298,6 +309,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     """
     checkpoint = read_checkpoint(path)
     check_architecture(args, checkpoint, path)
+    _warn_of_another_objective(args, checkpoint)
     keep = not args.no_resume_opt
     try:
         epoch = resume_task_checkpoint(

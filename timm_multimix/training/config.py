@@ -55,6 +55,8 @@ def _config_value(action: argparse.Action, value: Any) -> Any:
                 raise ValueError
             return value
         if isinstance(action.nargs, int) or action.nargs in ('+', '*'):
+            if isinstance(action.nargs, str) and not isinstance(value, list):
+                value = [value]  # one, as on the command line
             if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
                 raise ValueError
             return [_scalar(action, item) for item in value]
