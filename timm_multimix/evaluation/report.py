@@ -91,7 +91,7 @@ def comparison(results: Sequence[Result]) -> list[Line]:
         if row.better and len(results) > 1:
             known = [row.better * value for value in values if value is not None and not math.isnan(value)]
             shown = format(row.better * max(known), row.spec) if known else None
-            best = [cell == shown for cell in cells]
+            best = [cell == shown and len(set(cells)) > 1 for cell in cells]  # nobody is best where all are alike
         arrow = {1: ' \N{UPWARDS ARROW}', -1: ' \N{DOWNWARDS ARROW}', 0: ''}[row.better]
         lines.append(Line(row.label + arrow, cells, best))
     return lines
