@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 from study_plan import load_results, load_study, run_missing
-from study_report import plot, report
+from study_report import COLUMNS, plot, report
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -33,6 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='runs at a time (default: %(default)s)')
     parser.add_argument('--nice', type=int, default=0, help='lower the priority of the runs by this')
     parser.add_argument('--report-only', action='store_true', help='report what has been run, and run nothing')
+    parser.add_argument('--baseline', metavar='METHOD', help='compare with this method (default: the best baseline)')
+    parser.add_argument('--compare', default='accuracy', choices=[name for name, *_ in COLUMNS],
+                        help='metric to compare (default: %(default)s)')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='(default: %(default)s)')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the result, as SVG or PNG')
     return parser.parse_args()
@@ -44,6 +47,10 @@ def main() -> None:
         study = load_study(args.study, {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')})
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
+    if args.baseline:
+        if args.baseline not in study.methods:
+            sys.exit(f'--baseline {args.baseline}: methods are {", ".join(study.methods)}.')
+        study.baselines = [args.baseline]
     results = load_results(args.results)
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the runs' processes would outlive this one
@@ -54,7 +61,7 @@ def main() -> None:
             print('Stopped; start again to go on.', file=sys.stderr)
             stopped = True
     table = study.table(results)
-    print(report(study, table))
+    print(report(study, table, args.compare))
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(study, table, args.plot)

@@ -150,6 +150,8 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
             raise ValueError(
                 f'{path}, {group.dataset}: datasets are {", ".join(DATASETS)}, with '
                 f'{", ".join([*DATASET_DEFAULTS, *TRAINING_DEFAULTS])}.')
+    for group in {(group.model, group.method): group for group in study.groups()}.values():
+        settings = study.settings(group, 0.1, 0)
         try:
             make_task(timm.create_model(**settings['model'], num_classes=2, in_chans=1), settings['method'])
         except (RuntimeError, TypeError, ValueError) as error:  # what timm and our own options raise

@@ -51,18 +51,19 @@ def rows_of(study, table, dataset: str, model: str) -> dict[str, dict[str, Any]]
     return {g.method: row for g, row in table.items() if (g.dataset, g.model) == (dataset, model) and row['runs']}
 
 
-def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[str, Mapping]) -> str:
+def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[str, Mapping], metric: str) -> str:
     runs = row['runs']
     edge = '*' if len(row['lrs']) > 1 and row['lr'] in (min(row['lrs']), max(row['lrs'])) else ''
     cells = [name, f'{row["lr"]:g}{edge}', str(len(runs))]
-    cells += [mean_and_spread([run[metric] for run in runs.values()], digits) for metric, _, digits, _ in COLUMNS]
+    cells += [mean_and_spread([run[column] for run in runs.values()], digits) for column, _, digits, _ in COLUMNS]
     difference = relative = ''
     if baseline is None:
         return f'| {" | ".join(cells)} |'
     if name != baseline:
-        compared = paired_difference(runs, rows[baseline]['runs'], 'accuracy')
+        compared = paired_difference(runs, rows[baseline]['runs'], metric)
         if compared:
-            difference = '{:+.2f} [{:+.2f}, {:+.2f}]'.format(*compared)
+            digits = next(digits for column, _, digits, _ in COLUMNS if column == metric)
+            difference = f'{{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]'.format(*compared)
         common = sorted(runs.keys() & rows[baseline]['runs'].keys())
         error, reference = (
             statistics.mean(100 - r[seed]['accuracy'] for seed in common) for r in (runs, rows[baseline]['runs']))
@@ -70,8 +71,8 @@ def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[
     return f'| {" | ".join([*cells, difference, relative])} |'
 
 
-def report(study, table) -> str:
-    """Markdown: a table for each dataset and model."""
+def report(study, table, metric: str = 'accuracy') -> str:
+    """Markdown: a table for each dataset and model; `metric` is compared with the best baseline's."""
     parts = []
     for dataset in study.datasets:
         for model in study.models:
@@ -81,9 +82,9 @@ def report(study, table) -> str:
             baseline = best_baseline(rows, study.baselines)
             headings = ['method', 'lr', 'n', *(heading for _, heading, _, _ in COLUMNS)]
             if baseline is not None:
-                headings += [f'accuracy over {baseline} [95 %]', 'error']
+                headings += [f'{metric} over {baseline} [95 %]', 'error']
             parts.append(f'**{dataset}, {model}**\n\n| {" | ".join(headings)} |\n|{"---|" * len(headings)}\n'
-                         + '\n'.join(_row(name, row, baseline, rows) for name, row in rows.items()))
+                         + '\n'.join(_row(name, row, baseline, rows, metric) for name, row in rows.items()))
     return '\n\n'.join(parts) or 'No method has a learning rate yet.'
 
 

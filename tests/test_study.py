@@ -217,6 +217,12 @@ def test_a_study_from_end_to_end(tmp_path):
     assert results[json.loads(lines[1])['key']] == json.loads(lines[1])['metrics']
     text = study_report.report(study, study.table(results))
     assert '| cross-entropy | 0.1 | 2 |' in text and '[95 %]' in text
+    compared = command(path, '--results', folder, '--report-only', '--baseline', 'dense', '--compare', 'nll').stdout
+    assert 'nll over dense [95 %]' in compared
+    rows = {group.method: row['runs'] for group, row in study.table(results).items()}
+    mean, *_ = study_report.paired_difference(rows['cross-entropy'], rows['dense'], 'nll')
+    assert f'| {mean:+.3f} [' in compared
+    assert 'methods are' in command(path, '--results', folder, '--report-only', '--baseline', 'sparse').stderr
 
 
 def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
