@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 _EXTENSION = '.pth.tar'
 _NO_CHECKPOINT = 'it is no PyTorch checkpoint'
 _OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # that timm reads, too
+# Options that a checkpoint's optimizer keeps in its parameter groups, from where timm's schedulers take them.
+_OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
 # What a run can continue from. Other checkpoints may lie beside them, of weights changed after training.
 _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
@@ -286,15 +288,23 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
         raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
 
 
-def _warn_of_another_objective(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
-    """Say which MultiMix options a run continues with others than the checkpoint was trained with, if it says."""
+def _warn_of_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Say which options a run continues with others than the checkpoint was trained with, if it says: those of the
+    loss, which count from here on, and those of the optimizer, which do not."""
     before = checkpoint.get('args') or {}
     before = vars(before) if isinstance(before, argparse.Namespace) else before
-    changed = [
-        f'--{name.replace("_", "-")} was {before[name]} and is {value}' for name, value in vars(args).items()
-        if name.startswith('multimix') and name in before and before[name] != value]
-    if changed:
-        _logger.warning(f'This run continues with another objective: {", ".join(changed)}.')
+
+    def changes(names: Iterable[str]) -> str:
+        return ', '.join(
+            f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names
+            if name in before and before[name] != getattr(args, name))
+
+    if objective := changes(name for name in vars(args) if name.startswith('multimix')):
+        _logger.warning(f'This run continues with another objective: {objective}.')
+    if not args.no_resume_opt and (kept := changes(_OPTIMIZER_OPTIONS)):
+        _logger.warning(
+            f'The optimizer continues with the options it began with: {kept}. For the new ones give --no-resume-opt, '
+            'which starts it anew.')
 
 
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
@@ -309,7 +319,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     """
     checkpoint = read_checkpoint(path)
     check_architecture(args, checkpoint, path)
-    _warn_of_another_objective(args, checkpoint)
+    _warn_of_changes(args, checkpoint)
     keep = not args.no_resume_opt
     try:
         epoch = resume_task_checkpoint(
