@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from html.parser import HTMLParser
 
 import pytest
@@ -96,6 +97,9 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
         assert values['between']['num_mixes'] == 9 * values['between']['num_pairs'] == 108
     assert 'model_best' in results['models']['plain']['weights']
     assert results['models']['dense']['weights'] == 'model_best.pth.tar, state_dict_ema'
+    assert table['weights'][1].strip() == 'model_best.pth.tar, state_dict_ema'
+    assert results['models']['plain']['origin'] == str(runs / 'plain' / 'model_best.pth.tar')
+    assert results['versions']['timm'] == timm.__version__ and datetime.fromisoformat(results['date']).tzinfo
 
 
 class _Page(HTMLParser):
@@ -261,6 +265,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--ood', '{tmp}/missing', '--parts', 'ood'], 'missing'),
     (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder, nor such a dataset'),
     (['{runs}/plain', '--ood', 'demo/nope'], 'Datasets are demo/digits'),
+    (['{runs}/plain', '--ood', 'unifrom'], 'Did you mean uniform'),
     (['{runs}/plain', '--dataset', 'nope'], 'nor such a dataset'),
     (['{runs}/plain', '--output', '{tmp}/broken.pth.tar/out'], 'is not a folder that can be written to'),
     (['{tmp}/missing'], 'missing: no such folder or file'),

@@ -69,6 +69,7 @@ def test_writes_the_best_weights_at_a_temperature(script, image_folder, watched)
     assert script.train(image_folder, '--calibrate', '0.25', epochs=3, multimix='dense') == 0, script.text
     folder = script.run_folder()
     assert '6 of 24 training images are held out' in script.text
+    assert '6 images are few to fit a temperature on' in script.text
     assert len(watched['calibration']) == 6 and len(watched['train']) == 18
     assert not watched['calibration'] & watched['train']
     checkpoint, best = script.checkpoint('model_calibrated.pth.tar'), script.checkpoint('model_best.pth.tar')

@@ -8,6 +8,7 @@ from .options import add_multimix_args, multimix_kwargs
 from .positions import dense_logits
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss
+from .version import __version__
 from .views import TwoViews, add_second_view, split_views
 from .weights import attend, manifold_mixup_weights, sample_weights
 
@@ -20,6 +21,7 @@ __all__ = [
     'PretrainedTeacher',
     'SelfDistillationLoss',
     'TwoViews',
+    '__version__',
     'add_multimix_args',
     'add_second_view',
     'attach',

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..data import DEMO_PREFIX, DEMOS, create_dataset
 from ..training.checks import DATASET_TYPES
-from ..training.errors import UsageError, blame
+from ..training.errors import UsageError, blame, near_names
 from .models import Candidate
+from .ood import NOISES
 
 _HIGHEST_LEVEL = 255
 
@@ -46,8 +47,9 @@ class Source:
         else:
             exists = _has_type(self.dataset) or (self.root is not None and os.path.exists(self.root))
         if not exists:
+            hint = near_names(self.dataset or self.root, (*DEMOS, *NOISES))
             raise UsageError(
-                f'Data {self}: no such folder, nor such a dataset. Datasets are {", ".join(DEMOS)} and '
+                f'Data {self}: no such folder, nor such a dataset.{hint} Datasets are {", ".join(DEMOS)} and '
                 f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
 
     def open(self, in_chans: int) -> Dataset:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import timm
 import torch
 
 from ..data import DEMO_PREFIX
 from ..training.errors import UsageError, blame
 from ..training.files import replacing
 from ..training.logs import setup_logging
+from ..version import __version__
 from .batches import batch_size_for
 from .images import Source, parse_source
 from .models import Candidate, load_candidates
@@ -50,7 +52,7 @@ def _positive(text: str) -> int:
 def _epsilon(text: str) -> float:
     try:
         return parse_epsilon(text)
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
@@ -198,7 +200,9 @@ def _run(argv: Sequence[str] | None) -> None:
     results = [evaluate_model(candidate, settings, device) for candidate in candidates]
     print(render_table(results))
     document = dict(
-        source=str(settings.source), sample=settings.sample, seed=settings.seed,
+        date=datetime.now().astimezone().isoformat(timespec='seconds'),
+        versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__),
+        source=str(settings.source), max_images=settings.max_images, sample=settings.sample, seed=settings.seed,
         models={result.name: result.values for result in results})
     _write(folder, 'results.json', json.dumps(_finite(document), indent=2, allow_nan=False) + '\n')
     report = _write(folder, 'report.html', render_html(results, settings))

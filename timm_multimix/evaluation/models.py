@@ -54,7 +54,8 @@ class Candidate:
     """A model to evaluate.
 
     Attributes:
-        name: What the user called it, made short and unique.
+        name: What it is called in tables: what the user called it, made short and unique.
+        origin: Path of its checkpoint, or the name that timm or the Hub knows it by.
         weights: Where its weights come from, in words.
         pixel_model: The model, in evaluation mode.
         data_config: Input size, pixel statistics, crop and interpolation that it was trained for.
@@ -62,6 +63,7 @@ class Candidate:
         args: Options of the run that it comes from, None if it comes from no run.
     """
     name: str
+    origin: str
     weights: str
     pixel_model: PixelModel
     data_config: dict[str, Any]
@@ -93,7 +95,7 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
     return args
 
 
-def _from_checkpoint(name: str, path: str) -> Candidate:
+def _from_checkpoint(path: str) -> Candidate:
     checkpoint = read_checkpoint(path)
     args = _run_args(checkpoint, path)
     if args.task != 'classification':
@@ -108,7 +110,7 @@ def _from_checkpoint(name: str, path: str) -> Candidate:
         model.load_state_dict(state)
         config = resolve_data_config(vars(args), model=model, verbose=False)
     weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
-    return _candidate(name, weights, model, config, args)
+    return _candidate(path, weights, model, config, args)
 
 
 def _from_name(name: str) -> Candidate:
@@ -126,13 +128,13 @@ def _from_name(name: str) -> Candidate:
     return _candidate(name, 'pretrained', model, config, None)
 
 
-def _candidate(name: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:
+def _candidate(origin: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:
     num_classes = getattr(model, 'num_classes', 0)
     if not num_classes:
-        raise UsageError(f'{name}: the model has no classifier.')
+        raise UsageError(f'{origin}: the model has no classifier.')
     model.requires_grad_(False)  # gradients are for images here
     pixel_model = PixelModel(model, tuple(config['mean']), tuple(config['std'])).eval()
-    return Candidate(name, weights, pixel_model, config, num_classes, args)
+    return Candidate(origin, origin, weights, pixel_model, config, num_classes, args)
 
 
 def load_candidate(spec: str) -> Candidate:
@@ -152,9 +154,9 @@ def load_candidate(spec: str) -> Candidate:
         path = next(filter(os.path.isfile, paths), None)
         if path is None:
             raise UsageError(f'{spec} is no folder of a run: it has none of {", ".join(RUN_CHECKPOINTS)}.')
-        return _from_checkpoint(os.path.normpath(spec), path)
+        return _from_checkpoint(path)
     if os.path.isfile(spec):
-        return _from_checkpoint(spec, spec)
+        return _from_checkpoint(spec)
     return _from_name(spec)
 
 

@@ -29,6 +29,7 @@ def _temperature(values: dict[str, Any]) -> str:
 
 def _rows(results: Sequence[Result]) -> list[Row]:
     rows = [
+        Row('weights', lambda v: v['weights'], 's', 0),
         Row('images', lambda v: v['num_images'], 'd', 0),
         Row('top-1 %', lambda v: v['metrics']['top1'], '.2f', 1),
         Row('top-5 %', lambda v: v['metrics']['top5'], '.2f', 1),
@@ -171,8 +172,8 @@ def render_html(results: Sequence[Result], settings: Settings) -> str:
         settings: How.
     """
     names = [html.escape(result.name) for result in results]
-    weights = [html.escape(result.values['weights']) for result in results]
-    head = ''.join(f'<th title="{title}">{name}</th>' for title, name in zip(weights, names, strict=True))
+    origins = [html.escape(result.values['origin']) for result in results]
+    head = ''.join(f'<th title="{origin}">{name}</th>' for origin, name in zip(origins, names, strict=True))
     body = ''.join(
         f'<tr><td>{html.escape(line.label)}</td>' + ''.join(
             f'<td class="best">{html.escape(cell)}</td>' if best else f'<td>{html.escape(cell)}</td>'

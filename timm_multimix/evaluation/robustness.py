@@ -22,7 +22,11 @@ def parse_epsilon(text: str) -> float:
             is sooner meant as a fraction than as a tenth of a level.
     """
     numerator, slash, denominator = str(text).partition('/')
-    value = float(numerator) / (float(denominator) if slash else PIXEL_LEVELS)
+    try:
+        value = float(numerator) / (float(denominator) if slash else PIXEL_LEVELS)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f'{text!r} is no size: give levels of a pixel, such as 8, or a fraction, such as 8/255.') from None
     if not slash and 0 < float(numerator) < 0.1:
         raise ValueError(f'{text} of {PIXEL_LEVELS} levels changes nothing: write it as a fraction, such as 8/255.')
     if not 0 <= value <= 1:

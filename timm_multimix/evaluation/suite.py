@@ -91,7 +91,7 @@ class _Evaluation:
     def run(self) -> Result:
         candidate = self.candidate
         result = Result(candidate.name, dict(
-            weights=candidate.weights, input_size=list(candidate.data_config['input_size'])))
+            origin=candidate.origin, weights=candidate.weights, input_size=list(candidate.data_config['input_size'])))
         logits, target = predict(candidate, self.images, self.in_parts, 'images')
         if not len(target):
             raise UsageError(f'Data {self.settings.source}: no images.')

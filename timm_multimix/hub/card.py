@@ -1,11 +1,14 @@
 """The card of a model on the Hub: README.md with metadata, written from what a run did."""
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+import timm
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..version import __version__
 
 CARD_NAME = 'README.md'
 CURVE_NAME = 'training_curve.png'
@@ -121,13 +124,6 @@ def _results(evaluation: Evaluation) -> list[EvalResult]:
             dataset_name=evaluation.dataset_name, dataset_split=evaluation.split, metric_type=kind, metric_name=shown,
             metric_value=round(value / percent, 6)))
     return results
-
-
-def _version(package: str) -> str:
-    try:
-        return f'{package} {version(package)}'
-    except PackageNotFoundError:
-        return package
 
 
 def _use(name: str) -> str:
@@ -252,7 +248,7 @@ def model_card(
         _table('## MultiMix', ('setting', 'value'), ((f'`{key}`', f'`{value}`') for key, value in multimix.items()))
         if multimix else '',
         _recipe(recipe, left_out) if recipe else '',
-        f'Made with {_version("timm-multimix")}, {_version("timm")} and {_version("torch")}.',
+        f'Made with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
         f'## Citation\n\n{_CITATION}' if multimix is not None else '',
     ]
     text = '\n\n'.join(part.strip() for part in parts if part.strip())
