@@ -14,10 +14,12 @@ import timm
 import torch
 from torch import nn
 
-from timm_multimix.evaluation import between
+from timm_multimix.calibration import fit_temperature
+from timm_multimix.evaluation import between, robustness
 from timm_multimix.evaluation import main as cli
-from timm_multimix.evaluation.batches import Embedder, InParts
+from timm_multimix.evaluation.batches import Embedder, InParts, predict
 from timm_multimix.evaluation.images import Images, Source, parse_source
+from timm_multimix.evaluation.metrics import classification_metrics
 from timm_multimix.evaluation.models import load_candidate, load_candidates
 from timm_multimix.training.errors import UsageError
 
@@ -197,11 +199,40 @@ def test_results_do_not_depend_on_the_batch_size(evaluate, runs):
     assert results[0]['ood']['uniform']['energy'] == pytest.approx(results[1]['ood']['uniform']['energy'], abs=1)
 
 
-def test_temperature_from_a_named_split(evaluate, runs):
+def test_temperature_from_a_named_split(evaluate, runs, image_folder):
     assert evaluate(runs / 'plain', '--parts', '--calibration-split', 'train') == 0
     tempered = evaluate.results()['models']['plain']['tempered']
-    assert len(tempered['temperatures']) == 1 and tempered['fitted_on'].endswith('(train)')
-    assert '(train)' in evaluate.html()
+    assert tempered['fitted_on'].endswith('(train)') and '(train)' in evaluate.html()
+    [temperature] = tempered['temperatures']
+    candidate = load_candidate(str(runs / 'plain'))
+    logits, target = {}, {}
+    for split in ('train', 'validation'):
+        images = Images(Source('', str(image_folder), split), candidate, 8)
+        logits[split], target[split] = predict(candidate, images, InParts(), split)
+    assert temperature == pytest.approx(fit_temperature(logits['train'], target['train']), rel=1e-3)
+    expected = classification_metrics(logits['validation'] / temperature, target['validation'])
+    assert tempered['nll'] == pytest.approx(expected['nll'], rel=1e-4)
+    assert tempered['nll'] != pytest.approx(classification_metrics(logits['validation'], target['validation'])['nll'])
+
+
+def test_sample_limits_what_takes_many_passes(evaluate, runs):
+    assert evaluate(runs / 'plain', '--parts', 'embeddings', 'between', '--sample', '5') == 0
+    values = evaluate.results()['models']['plain']
+    assert values['num_images'] == 12
+    assert values['embeddings']['num_images'] == values['between']['num_pairs'] == 5
+
+
+@pytest.mark.parametrize('given, expected', [([], 2.5 * 4 / 2), (['--pgd-step', '3'], 3)])
+def test_step_of_pgd(evaluate, runs, monkeypatch, given, expected):
+    seen = []
+
+    def pgd(model, images, target, epsilon, step_size, num_steps):
+        seen.append((epsilon * 255, step_size * 255, num_steps))
+        return images
+
+    monkeypatch.setattr(robustness, 'pgd', pgd)
+    assert evaluate(runs / 'plain', '--parts', 'attacks', '--eps', '4', '--pgd-steps', '2', *given) == 0
+    assert seen == [pytest.approx((4, expected, 2))] * len(seen) != []
 
 
 def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):

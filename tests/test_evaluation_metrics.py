@@ -69,6 +69,7 @@ def test_reliability_of_a_hand_made_case():
     logits = torch.log(torch.tensor([[0.6, 0.4]] * 4 + [[1.0, 1e-30]], dtype=torch.float64))
     bins = reliability(logits, torch.tensor([0, 0, 0, 1, 1]), num_bins=4)
     assert bins.count == [0, 0, 4, 1]
+    assert reliability(torch.zeros(3, 2), torch.tensor([0, 1, 1]), num_bins=4).count == [0, 0, 3, 0]  # 0.5 is an edge
     assert bins.confidence[2:] == pytest.approx([0.6, 1]) and bins.accuracy[2:] == pytest.approx([0.75, 0])
 
 
