@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from html.parser import HTMLParser
 
@@ -21,6 +23,8 @@ from timm_multimix.evaluation.batches import Embedder, InParts, predict
 from timm_multimix.evaluation.images import Images, Source, parse_source
 from timm_multimix.evaluation.metrics import classification_metrics
 from timm_multimix.evaluation.models import load_candidate, load_candidates
+from timm_multimix.evaluation.report import render_table
+from timm_multimix.evaluation.suite import Result
 from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers']
@@ -96,7 +100,10 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
         assert values['ood']['uniform']['num_images'] == 12
         assert values['ood']['demo/letters (validation)']['num_images'] == 200
         assert values['ood'][f'{image_folder}/train (train)']['num_images'] == 24
-        assert values['between']['num_mixes'] == 9 * values['between']['num_pairs'] == 108
+        mixes = values['between']
+        assert mixes['num_mixes'] == 9 * mixes['num_pairs'] == 108
+        for quantity in ('confidence', 'entropy'):  # the images at the ends are no mixes
+            assert mixes[f'mean_{quantity}'] == pytest.approx(statistics.mean(mixes[quantity][1:-1]))
     assert 'model_best' in results['models']['plain']['weights']
     assert results['models']['dense']['weights'] == 'model_best.pth.tar, state_dict_ema'
     assert table['weights'][1].strip() == 'model_best.pth.tar, state_dict_ema'
@@ -215,6 +222,32 @@ def test_temperature_from_a_named_split(evaluate, runs, image_folder):
     assert tempered['nll'] != pytest.approx(classification_metrics(logits['validation'], target['validation'])['nll'])
 
 
+def test_the_best_of_each_row_is_starred():
+    first, second = (
+        Result(name, dict(num_images=7, metrics=dict(top1=top1, top5=99.0, nll=nll, ece=3.0, brier=nll)))
+        for name, top1, nll in (('a', 90.0, 0.4), ('b', 95.0, 0.5)))
+    assert [line.split() for line in render_table([first, second]).splitlines()] == [
+        ['a', 'b'], ['images', '7', '7'], ['top-1', '%', '↑', '90.00', '95.00*'], ['top-5', '%', '↑', '99.00', '99.00'],
+        ['NLL', '↓', '0.4000*', '0.5000'], ['ECE', '%', '↓', '3.00', '3.00'], ['Brier', '↓', '0.4000*', '0.5000']]
+    assert '*' not in render_table([first])
+
+
+def test_images_are_resized_as_the_model_was_trained_with(runs, image_folder):
+    candidate = load_candidate(str(runs / 'plain'))
+    first, second = (
+        next(iter(Images(Source('', str(image_folder), 'validation'), replace(candidate, data_config={
+            **candidate.data_config, 'input_size': (3, 48, 48), 'interpolation': interpolation}), 2)))[0]
+        for interpolation in ('bicubic', 'nearest'))
+    assert first.shape == second.shape == (2, 3, 48, 48) and not torch.equal(first, second)
+
+
+def test_dataset_of_fewer_classes_is_refused(evaluate, runs, image_folder, tmp_path):
+    for folder in sorted((image_folder / 'validation').iterdir())[:2]:
+        shutil.copytree(folder, tmp_path / 'two' / 'validation' / folder.name)
+    assert evaluate(runs / 'plain', '--data-dir', tmp_path / 'two') == 2
+    assert 'has 3 classes and' in evaluate.err
+
+
 def test_sample_limits_what_takes_many_passes(evaluate, runs):
     assert evaluate(runs / 'plain', '--parts', 'embeddings', 'between', '--sample', '5') == 0
     values = evaluate.results()['models']['plain']
@@ -248,9 +281,10 @@ def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
     assert torch.equal(weights['state_dict'], checkpoint['state_dict']['head.weight'])
     assert torch.equal(weights['state_dict_ema'], checkpoint['state_dict_ema']['head.weight'])
     assert torch.equal(weights[None], weights['state_dict_ema'])
+    began = dict(pretrained=True, initial_checkpoint='gone.pth')  # what the weights of the run have left behind
     calibrated = {**checkpoint['state_dict'], 'head.weight': checkpoint['state_dict']['head.weight'] * 3}
     torch.save(
-        dict(arch='test_vit', args=checkpoint['args'], state_dict=calibrated),
+        dict(arch='test_vit', args={**checkpoint['args'], **began}, state_dict=calibrated),
         path.with_name('model_calibrated.pth.tar'))
     candidate = load_candidate(str(tmp_path / 'dense'))
     assert candidate.weights == 'model_calibrated.pth.tar'
