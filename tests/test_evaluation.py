@@ -15,9 +15,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from timm_multimix.calibration import fit_temperature
-from timm_multimix.evaluation import between, robustness
+from timm_multimix.evaluation import between, robustness, suite
 from timm_multimix.evaluation import main as cli
 from timm_multimix.evaluation.batches import Embedder, InParts, predict
 from timm_multimix.evaluation.images import Images, Source, parse_source
@@ -324,8 +325,14 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--data-dir', '{tmp}/missing'], 'missing'),
     (['{runs}/plain', '--eps', '0.03'], 'write it as a fraction'),
     (['{runs}/plain', '--parts', 'everything'], 'invalid choice'),
-    (['{runs}/plain', '--calibration-split', 'validation'], 'is what is evaluated on'),
-    (['{runs}/plain', '--batch-size', '0'], '1 or more'),
+    (['{runs}/plain', '--calibration-split', 'validation'], 'the images that are evaluated'),
+    (['{runs}/plain', '--batch-size', '0'], 'must be a whole number, 1 or more'),
+    (['{runs}/plain', '--batch-size', 'abc'], "1 or more, got 'abc'"),
+    (['{runs}/plain', '-j', '-1'], "0 or more, got '-1'"),
+    (['{runs}/plain', '--seed', '-1'], "0 or more, got '-1'"),
+    (['{runs}/plain', '--calibration-split', 'val'], 'the images that are evaluated'),
+    (['{runs}/plain', '--data-dir', '{flat}', '--calibration-split', 'train'], 'the images that are evaluated'),
+    (['{runs}/plain', '--parts', 'attacks', 'ood', '--ood', 'torch/image_folder'], 'Data torch/image_folder'),
     (['{runs}/plain', '--device', 'abacus'], '--device abacus'),
     (['{runs}/plain', '--ood', '{tmp}/missing', '--parts', 'ood'], 'missing'),
     (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder, nor such a dataset'),
@@ -336,17 +343,97 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{tmp}/missing'], 'missing: no such folder or file'),
     ([], 'MODEL'),
 ])
-def test_mistakes_are_told_in_a_line(evaluate, runs, tmp_path, argv, message):
+def test_mistakes_are_told_in_a_line(evaluate, runs, image_folder, tmp_path, argv, message):
     (tmp_path / 'broken.pth.tar').write_bytes(b'PK nonsense')
-    assert evaluate(*(part.format(tmp=tmp_path, runs=runs) for part in argv)) == 2
+    paths = dict(tmp=tmp_path, runs=runs, flat=image_folder / 'validation')
+    assert evaluate(*(part.format(**paths) for part in argv)) == 2
     assert message in evaluate.err.splitlines()[-1] and 'Traceback' not in evaluate.err
     assert not (tmp_path / 'out').exists()
 
 
-def test_without_the_package_for_attacks(evaluate, runs, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'captum', None)
-    assert evaluate(runs / 'plain', '--parts', 'attacks') == 2
-    assert "pip install 'timm-multimix[eval]'" in evaluate.err
+@pytest.mark.parametrize('package, parts', [('captum', ['attacks']), ('torchmetrics', [])])
+def test_without_a_package(evaluate, runs, monkeypatch, package, parts):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert evaluate(runs / 'plain', '--parts', *parts) == 2
+    assert package in evaluate.err and "pip install 'timm-multimix[eval]'" in evaluate.err
+
+
+def change_weights(folder, change):
+    """Apply a function to every weight of the best checkpoint of a run."""
+    path = folder / 'model_best.pth.tar'
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, weights_only=True)
+    checkpoint['state_dict'] = {name: change(weight) for name, weight in checkpoint['state_dict'].items()}
+    torch.save(checkpoint, path)
+
+
+def test_a_model_that_diverged_is_told_and_others_are_kept(evaluate, runs, tmp_path):
+    shutil.copytree(runs / 'plain', tmp_path / 'diverged')
+    change_weights(tmp_path / 'diverged', lambda w: w * torch.nan if w.is_floating_point() else w)
+    assert evaluate(runs / 'plain', tmp_path / 'diverged', '--parts') == 2
+    assert 'diverged: images: the outputs for 12 of 12 images are not finite' in evaluate.err
+    assert list(evaluate.results()['models']) == ['plain']
+
+
+def test_a_model_that_collapsed_has_all_embeddings_in_one_point(evaluate, runs, tmp_path):
+    shutil.copytree(runs / 'plain', tmp_path / 'collapsed')
+    change_weights(tmp_path / 'collapsed', torch.zeros_like)
+    assert evaluate(tmp_path / 'collapsed', '--parts', 'embeddings') == 0
+    assert evaluate.results()['models']['collapsed']['embeddings']['alignment'] == 0
+
+
+def test_picture_shows_images_of_all_classes(evaluate, runs, monkeypatch):
+    """Images come in the order of their classes."""
+    monkeypatch.setattr(suite, '_NUM_PICTURED', 6)
+    monkeypatch.setattr(suite.geometry, 'project', lambda points, seed: drawn.append(len(points)))
+    seen, drawn = [], []
+    monkeypatch.setattr(cli, 'render_html', lambda results, settings: seen.extend(results) or '')
+    assert evaluate(runs / 'plain', '--parts', 'embeddings') == 0
+    assert drawn == [6] and len(seen[0].pictures['classes'].unique()) == 3
+
+
+def test_one_image(evaluate, runs):
+    assert evaluate(runs / 'plain', '--parts', 'embeddings', 'between', '--max-images', '1') == 0
+    values = evaluate.results()['models']['plain']
+    assert values['num_images'] == 1 and values['embeddings']['uniformity'] is None
+    assert 'two images or more' in values['tempered']['reason']
+
+
+@pytest.mark.parametrize('options', [['--in-chans', '1'], ['--in-chans', '4', '--input-img-mode', 'RGBA']])
+def test_other_channels_than_three(evaluate, image_folder, tmp_path, options):
+    """With the statistics that timm's loader makes of those of three channels, and the run's kind of images."""
+    import csv
+
+    from timm_multimix.training import main
+    assert main([
+        '--data-dir', str(image_folder), '--img-size', '32', '-b', '8', '--workers', '0', '--output', str(tmp_path),
+        '--model', 'test_resnet', '--experiment', 'run', '--epochs', '1', '--crop-pct', '1.0', *options]) == 0
+    assert evaluate(tmp_path / 'run', '--parts', '--ood', '-b', '8') == 0, evaluate.err
+    with open(tmp_path / 'run' / 'summary.csv', newline='') as file:
+        [row] = csv.DictReader(file)
+    assert evaluate.results()['models']['run']['metrics']['nll'] == pytest.approx(float(row['eval_loss']), rel=1e-4)
+
+
+class Unlabelled(Dataset):
+    transform = None
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return torch.full((3, 32, 32), index, dtype=torch.uint8), 'a name'
+
+
+def test_images_of_other_kinds_need_no_classes(runs, monkeypatch):
+    monkeypatch.setattr(Source, 'open', lambda self, img_mode: Unlabelled())
+    source, candidate = Source('', 'folder', 'test'), load_candidate(str(runs / 'plain'))
+    logits, target = predict(candidate, Images(source, candidate, 2, labelled=False), InParts(), 'others')
+    assert logits.shape == (5, 3) and target.tolist() == [0] * 5
+    with pytest.raises(UsageError, match='one class for each image is needed'):
+        predict(candidate, Images(source, candidate, 2), InParts(), 'images')
+    monkeypatch.setattr(Unlabelled, '__len__', lambda self: 0)
+    with pytest.raises(UsageError, match='others: there are none'):
+        predict(candidate, Images(source, candidate, 2, labelled=False), InParts(), 'others')
 
 
 def test_halves_batches_that_memory_does_not_hold():
@@ -412,8 +499,13 @@ def test_images_are_those_of_the_dataset_in_0_to_1(runs, image_folder):
     ('torch/svhn@test', ('torch/svhn', None, 'test')),
     ('path/to/images', ('', 'path/to/images', 'validation')),
     ('images@val', ('', 'images', 'val')),
+    ('torch/cifar10=data', ('torch/cifar10', 'data', 'validation')),
+    ('torch/cifar10=data@train', ('torch/cifar10', 'data', 'train')),
+    ('there@is=one', ('', 'there@is=one', 'validation')),
 ])
-def test_sources_from_text(text, expected):
+def test_sources_from_text(tmp_path, monkeypatch, text, expected):
+    (tmp_path / 'there@is=one').mkdir()
+    monkeypatch.chdir(tmp_path)
     source = parse_source(text, 'validation')
     assert (source.dataset, source.root, source.split) == expected
 

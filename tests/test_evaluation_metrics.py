@@ -73,6 +73,14 @@ def test_reliability_of_a_hand_made_case():
     assert bins.confidence[2:] == pytest.approx([0.6, 1]) and bins.accuracy[2:] == pytest.approx([0.75, 0])
 
 
+def test_confidence_that_rounds_to_one_is_in_the_last_bin():
+    """Confidence 0.95 a hundred times, always right; 1 a hundred times, ten of them wrong: together 2.5 % apart."""
+    logits = torch.log(torch.tensor([[0.95, 0.05]] * 100 + [[1.0, 1e-30]] * 100, dtype=torch.float64))
+    target = torch.tensor([0] * 190 + [1] * 10)
+    assert classification_metrics(logits, target)['ece'] == pytest.approx(2.5, abs=1e-4)
+    assert reliability(logits, target).count[-1] == 200
+
+
 def test_cross_fit_gives_each_half_the_temperature_of_the_other():
     target = torch.randint(4, (40,))
     logits = torch.randn(40, 4) + 2 * F.one_hot(target, 4)
@@ -193,7 +201,7 @@ def test_epsilon_in_levels_or_as_a_fraction(text, value):
 
 @pytest.mark.parametrize('text', ['0.03', '256', '-1', 'x', '3/2', '1/0', '8/', ''])
 def test_epsilon_that_is_no_size(text):
-    with pytest.raises(ValueError, match='8/255|255 levels'):
+    with pytest.raises(ValueError, match=r'8/255|255 levels'):
         parse_epsilon(text)
 
 

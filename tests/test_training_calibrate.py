@@ -1,6 +1,7 @@
 """--calibrate: what is held out, and the checkpoint that is written at the end of a run."""
 import argparse
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import create_dataset as create_timm_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import IterableDataset
 
 from timm_multimix.calibration import fit_temperature
 from timm_multimix.data import DigitsDataset, Part
@@ -88,9 +91,30 @@ def test_writes_the_best_weights_at_a_temperature(script, image_folder, watched)
     assert not list(folder.glob('*.tmp'))
 
 
+@pytest.mark.parametrize('reader, split, is_refused', [
+    (ReaderImageFolder, 'held', True),  # the same folder under another name
+    (object, 'train[90%:]', False), (object, 'train[:90%]', True), (object, 'train', True), (object, 'test', False)])
+def test_splits_that_share_images_are_refused(monkeypatch, reader, split, is_refused):
+    """Readers of files have a root for each split; others keep all splits in one, and tell them by names and slices."""
+    class Reader(reader):
+        def __init__(self):
+            self.root = '/data'
+
+    class Stream(IterableDataset):
+        reader = Reader()
+
+        def __iter__(self):
+            return iter(())
+
+    args = argparse.Namespace(calibrate=split, train_split='train[:90%]', val_split='validation', seed=0)
+    monkeypatch.setattr('timm_multimix.training.calibration.build_split', lambda *_: Stream())
+    with pytest.raises(UsageError, match='these are the images of') if is_refused else nullcontext():
+        assert isinstance(hold_out(args, Stream(), None, 3)[1], Stream)
+
+
 def test_temperature_is_that_of_the_held_out_images(script, image_folder):
     """Computed anew from the files that were held out, with the transforms of validation."""
-    script.train(image_folder, '--calibrate', '0.5', epochs=2)
+    script.train(image_folder, '--calibrate', '0.5', epochs=4, lr=0.1)  # it shall learn something
     dataset = create_timm_dataset('', root=str(image_folder), split='train')
     order = torch.randperm(24, generator=torch.Generator().manual_seed(42)).tolist()[12:]
     order = sorted(set(range(24)) - set(order))
@@ -244,7 +268,7 @@ def test_a_run_without_a_temperature_ends_well(script, image_folder, monkeypatch
 
 def test_calibration_helps_an_overconfident_run(script, image_folder):
     """Half of the labels are wrong: the model must not be sure."""
-    script.train(image_folder, '--calibrate', '0.5', epochs=2)
+    script.train(image_folder, '--calibrate', '0.5', epochs=4, lr=0.1)  # it shall learn something
     best = script.checkpoint('model_best.pth.tar')
     best['state_dict']['fc.weight'] *= 50
     best['state_dict']['fc.bias'] *= 50

@@ -231,6 +231,11 @@ DEMOS = {
 }
 
 
+def default_img_mode(in_chans: int) -> str:
+    """The mode of PIL that images of so many channels are read in, as in timm's script."""
+    return 'RGB' if in_chans == 3 else 'L'
+
+
 def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs):
     """timm's create_dataset, which also knows the embedded datasets under `demo/`.
 

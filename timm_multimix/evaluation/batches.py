@@ -108,10 +108,22 @@ def batch_size_for(device: torch.device) -> int:
 
 @torch.no_grad()
 def predict(candidate: Candidate, batches: Iterable, in_parts: InParts, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (n, c) and targets (n,) of batches of images, on the CPU."""
+    """Logits (n, c) and targets (n,) of batches of images, on the CPU.
+
+    Raises:
+        UsageError: if there are no images, or logits are not finite.
+    """
     device = candidate.pixel_model.mean.device
+    name = f'{candidate.name}: {what}'
     logits, targets = [], []
-    for images, target in progress(batches, f'{candidate.name}: {what}'):
+    for images, target in progress(batches, name):
         logits.append(in_parts(candidate.pixel_model, images.to(device)).float().cpu())
         targets.append(target)
-    return torch.cat(logits), torch.cat(targets)
+    if not logits:
+        raise UsageError(f'{name}: there are none.')
+    logits = torch.cat(logits)
+    if bad := int((~logits.isfinite().all(1)).sum()):
+        raise UsageError(
+            f'{name}: the outputs for {bad} of {len(logits)} images are not finite. The model diverged, or its weights '
+            'are damaged.')
+    return logits, torch.cat(targets)

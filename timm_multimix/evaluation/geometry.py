@@ -1,4 +1,6 @@
 """The shape of the embedding space: what the classifier's last layer reads, on the unit sphere."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -39,9 +41,14 @@ def uniformity(embeddings: torch.Tensor) -> float:
     Every pair of different images counts once. Lower is more uniform.
 
     Args:
-        embeddings: Embeddings (n, d) of two images or more.
+        embeddings: Embeddings (n, d).
+
+    Returns:
+        The logarithm, nan for a single image.
     """
     points = F.normalize(embeddings.double())
+    if len(points) < 2:
+        return math.nan
     total = -float(len(points))  # each image with itself
     for rows in points.split(_TILE):
         for columns in points.split(_TILE):
@@ -80,6 +87,8 @@ def project(embeddings: torch.Tensor, seed: int = 0) -> torch.Tensor:
     from sklearn.manifold import TSNE  # slow to import
 
     points = F.normalize(embeddings.double()).numpy()
+    if (points == points[0]).all():
+        return torch.zeros(len(points), 2, dtype=torch.float64)  # scikit-learn would divide by their spread
     perplexity = min(_MAX_PERPLEXITY, (len(points) - 1) / 3)
     start = 'pca' if min(points.shape) >= 2 else 'random'
     return torch.from_numpy(TSNE(init=start, perplexity=perplexity, random_state=seed).fit_transform(points)).double()

@@ -52,29 +52,30 @@ class Source:
                 f'Data {self}: no such folder, nor such a dataset.{hint} Datasets are {", ".join(DEMOS)} and '
                 f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
 
-    def open(self, in_chans: int) -> Dataset:
-        """Make the dataset.
+    def open(self, img_mode: str) -> Dataset:
+        """Make the dataset, of images in a mode of PIL.
 
         Raises:
             UsageError: if it cannot be made.
         """
         with blame(f'Data {self}'):
             return create_dataset(
-                self.dataset, root=self.root, split=self.split, input_img_mode='RGB' if in_chans == 3 else 'L',
-                **self.options)
+                self.dataset, root=self.root, split=self.split, input_img_mode=img_mode, **self.options)
 
 
 def _has_type(name: str) -> bool:
     return '/' in name and name.partition('/')[0].lower() in (DEMO_PREFIX.rstrip('/'), *DATASET_TYPES)
 
 
-def parse_source(text: str, split: str) -> Source:
-    """A source from text: a folder or the name of a dataset, and after @ another split than the given one."""
+def parse_source(text: str, split: str, download: bool = False) -> Source:
+    """A source from text: FOLDER, NAME of a dataset or NAME=FOLDER, and after @ another split than the given one."""
+    if os.path.exists(text):  # @ and = may be part of its name
+        return Source('', text, split)
     name, _, own = text.partition('@')
-    split = own or split
-    if _has_type(name):
-        return Source(name, None, split)
-    return Source('', name, split)
+    dataset, _, root = name.partition('=')
+    if _has_type(dataset):
+        return Source(dataset, root or None, own or split, dict(download=True) if download else {})
+    return Source('', name, own or split)
 
 
 def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
@@ -95,6 +96,10 @@ class Images:
         workers: Processes that decode.
         limit: How many images at most, drawn at random.
         seed: Of that draw.
+        labelled: Whether the classes matter; else there need be none.
+
+    Raises:
+        UsageError: if there are no such images, or the model has another number of classes than they.
     """
     source: Source
     candidate: Candidate
@@ -102,11 +107,12 @@ class Images:
     workers: int = 0
     limit: int | None = None
     seed: int = 0
+    labelled: bool = True
 
     def __post_init__(self):
         config = self.candidate.data_config
-        self.dataset = self.source.open(config['input_size'][0])
-        self.classes = getattr(getattr(self.dataset, 'reader', self.dataset), 'class_to_idx', None)
+        self.dataset = self.source.open(self.candidate.img_mode)
+        self._check_classes()
         self.dataset.transform = create_transform(
             config['input_size'],
             is_training=False,
@@ -116,6 +122,13 @@ class Images:
             normalize=False,
         )
         self.indices = choose(self.dataset, self.limit, self.seed)
+
+    def _check_classes(self) -> None:
+        classes = getattr(getattr(self.dataset, 'reader', self.dataset), 'class_to_idx', None)
+        if self.labelled and classes and max(classes.values()) + 1 != self.candidate.num_classes:
+            raise UsageError(
+                f'{self.candidate.name} has {self.candidate.num_classes} classes and {self.source} '
+                f'{max(classes.values()) + 1}: labels would not match.')
 
     def part(self, limit: int) -> 'Images':
         """The same with fewer images: a part of these."""
@@ -133,27 +146,26 @@ class Images:
         return -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images in [0, 1] and class indices."""
+        """Images in [0, 1] and class indices, all 0 of images that are not labelled."""
         dataset = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         seen = 0
-        for images, target in DataLoader(dataset, self.batch_size, num_workers=self.workers):
+        for images, target in self._batches(DataLoader(dataset, self.batch_size, num_workers=self.workers)):
+            if not self.labelled:
+                target = torch.zeros(len(images), dtype=torch.long)
+            if not torch.is_tensor(target) or target.ndim != 1 or target.is_floating_point():
+                raise UsageError(f'Data {self.source}: one class for each image is needed.')
             if self.limit is not None:  # a stream has no indices
                 images, target = images[:self.limit - seen], target[:self.limit - seen]
-            if target.ndim != 1 or target.is_floating_point():
-                raise UsageError(f'Data {self.source}: one class for each image is needed.')
             seen += len(images)
             yield images.float() / _HIGHEST_LEVEL, target
             if seen == self.limit:
                 return
 
-
-def check_classes(images: Images) -> None:
-    """Check that a model and a dataset have as many classes.
-
-    Raises:
-        UsageError: if not.
-    """
-    if images.classes and max(images.classes.values()) + 1 != images.candidate.num_classes:
-        raise UsageError(
-            f'{images.candidate.name} has {images.candidate.num_classes} classes and {images.source} '
-            f'{max(images.classes.values()) + 1}: labels would not match.')
+    def _batches(self, loader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
+        batches = iter(loader)
+        while True:
+            with blame(f'Data {self.source}'):  # files that are no images, labels of no common kind
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch

@@ -5,8 +5,9 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any
 
 import timm
@@ -23,7 +24,7 @@ from .models import Candidate, load_candidates
 from .ood import NOISES
 from .report import render_html, render_table
 from .robustness import PIXEL_LEVELS, parse_epsilon
-from .suite import PARTS, Settings, evaluate_model
+from .suite import PARTS, Result, Settings, evaluate_models
 
 _logger = logging.getLogger(__name__)
 
@@ -43,10 +44,12 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f'{message}. See --help.')
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be 1 or more, got {text}')
-    return int(text)
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isascii() or not text.lstrip('-').isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f'must be a whole number, {low} or more, got {text!r}')
+        return int(text)
+    return number
 
 
 def _epsilon(text: str) -> float:
@@ -75,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     data('--input-key', metavar='KEY', help='field of a sample that holds the image')
     data('--target-key', metavar='KEY', help='field of a sample that holds the target')
     data('--dataset-download', action='store_true', help='download the dataset if it is missing and its reader can')
-    data('--max-images', type=_positive, metavar='N', help='evaluate on so many images at most, drawn at random')
-    data('--sample', type=_positive, default=2000, metavar='N',
+    data('--max-images', type=_at_least(1), metavar='N', help='evaluate on so many images at most, drawn at random')
+    data('--sample', type=_at_least(1), default=2000, metavar='N',
          help='images for what takes many passes: attacks, embeddings, pairs (default: 2000)')
     data('--calibration-split', metavar='NAME',
          help='split to fit a temperature on; without it each half of the evaluated images gets the temperature of the '
@@ -87,17 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     what('--eps', nargs='+', type=_epsilon, default=[parse_epsilon(f'{n}/{PIXEL_LEVELS}') for n in (1, 2, 4, 8)],
          metavar='EPS',
          help='sizes of the attacks: levels of a pixel, of 255, or fractions such as 8/255 (default: 1 2 4 8)')
-    what('--pgd-steps', type=_positive, default=10, metavar='N', help='steps of PGD (default: 10)')
+    what('--pgd-steps', type=_at_least(1), default=10, metavar='N', help='steps of PGD (default: 10)')
     what('--pgd-step', type=_epsilon, metavar='SIZE', help='their size, in the same units (default: 2.5 EPS / N)')
     what('--ood', nargs='*', default=list(NOISES), metavar='DATA',
-         help="images of other kinds: folders, datasets, 'uniform' and 'gaussian' noise; NAME@SPLIT for another split "
-              'than validation (default: the two noises)')
+         help="images of other kinds: folders, datasets (NAME=FOLDER where they lie in one), 'uniform' and 'gaussian' "
+              'noise; ...@SPLIT for another split than validation (default: the two noises)')
     how = parser.add_argument_group('how').add_argument
-    how('-b', '--batch-size', type=_positive, metavar='N',
+    how('-b', '--batch-size', type=_at_least(1), metavar='N',
         help='images in a batch (default: 256 on a GPU, 32 on the CPU); halved where memory does not hold it')
-    how('-j', '--workers', type=int, metavar='N', help='processes that decode (default: as in the first run, or 4)')
+    how('-j', '--workers', type=_at_least(0), metavar='N',
+        help='processes that decode (default: as in the first run, or 4)')
     how('--device', metavar='DEVICE', help='default: cuda where there is one, else cpu')
-    how('--seed', type=int, default=0, metavar='N', help='of samples, random starts and noise (default: 0)')
+    how('--seed', type=_at_least(0), default=0, metavar='N', help='of samples, random starts and noise (default: 0)')
     how('--output', metavar='DIR', help='folder for results.json and report.html (default: output/evaluate/TIME)')
     return parser
 
@@ -126,12 +130,9 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
     source = _source(args, candidates)
     calibration = None
     if args.calibration_split:
-        if args.calibration_split == source.split:
-            raise UsageError(
-                f'--calibration-split {args.calibration_split} is what is evaluated on: leave it out, and each half of '
-                'the images gets the temperature of the other.')
         calibration = Source(source.dataset, source.root, args.calibration_split, source.options)
-    outside = tuple(name if name in NOISES else parse_source(name, 'validation') for name in args.ood)
+    outside = tuple(
+        name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood)
     for data in (source, *outside):
         if isinstance(data, Source):
             data.check()
@@ -143,7 +144,7 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
         source=source,
         calibration=calibration,
         parts=tuple(args.parts),
-        epsilons=tuple(sorted(args.eps)),
+        epsilons=tuple(sorted(set(args.eps))),
         pgd_steps=args.pgd_steps,
         pgd_step_size=args.pgd_step,
         outside=outside,
@@ -190,21 +191,35 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _run(argv: Sequence[str] | None) -> None:
-    args = build_parser().parse_args(argv)
-    device = _device(args.device)
-    folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
-    _check_writable(folder)
-    candidates = load_candidates(args.models)
-    settings = _settings(args, candidates, device)
-    results = [evaluate_model(candidate, settings, device) for candidate in candidates]
-    print(render_table(results))
+def _check_installed(parts: Sequence[str]) -> None:
+    needed = ['torchmetrics', *(['captum'] if 'attacks' in parts else [])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"This needs the package {' and '.join(missing)}: pip install 'timm-multimix[eval]'.")
+
+
+def _document(results: Sequence[Result], settings: Settings) -> str:
     document = dict(
         date=datetime.now().astimezone().isoformat(timespec='seconds'),
         versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__),
         source=str(settings.source), max_images=settings.max_images, sample=settings.sample, seed=settings.seed,
         models={result.name: result.values for result in results})
-    _write(folder, 'results.json', json.dumps(_finite(document), indent=2, allow_nan=False) + '\n')
+    return json.dumps(_finite(document), indent=2, allow_nan=False) + '\n'
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    _check_installed(args.parts)
+    device = _device(args.device)
+    folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
+    _check_writable(folder)
+    candidates = load_candidates(args.models)
+    settings = _settings(args, candidates, device)
+    results = []
+    for result in evaluate_models(candidates, settings, device):
+        results.append(result)
+        _write(folder, 'results.json', _document(results, settings))  # what comes next may fail
+    print(render_table(results))
     report = _write(folder, 'report.html', render_html(results, settings))
     _logger.info(f'Report: {report}')
 

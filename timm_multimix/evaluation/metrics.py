@@ -36,7 +36,9 @@ def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[s
         accuracy,
         nll=F.cross_entropy(logits, target).item(),
         brier=(probs - F.one_hot(target, num_classes)).square().sum(1).mean().item(),
-        ece=100 * multiclass_calibration_error(probs, target, num_classes, n_bins=NUM_BINS, norm='l1').item(),
+        # torchmetrics works in float32, where what rounds to 1 would get a bin of its own
+        ece=100 * multiclass_calibration_error(
+            probs.clamp(max=1 - 2 ** -24), target, num_classes, n_bins=NUM_BINS, norm='l1').item(),
     )
 
 
@@ -98,6 +100,8 @@ def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Temp
     Raises:
         ValueError: if no temperature fits a half.
     """
+    if len(logits) < 2:
+        raise ValueError('A temperature from other images needs two images or more.')
     halves = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)).chunk(2)
     divided, temperatures = logits.double(), []
     for own, other in (halves, halves[::-1]):

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import yaml
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict, create_model, is_model, list_models, parse_model_name, split_model_name_tag
 from torch import nn
 
+from ..data import default_img_mode
 from ..heads import mean_of_heads
 from ..training.arguments import build_parser
 from ..training.calibration import CALIBRATED
@@ -60,6 +62,7 @@ class Candidate:
         pixel_model: The model, in evaluation mode.
         data_config: Input size, pixel statistics, crop and interpolation that it was trained for.
         num_classes: Its classes.
+        img_mode: Mode of PIL of the images that it takes.
         args: Options of the run that it comes from, None if it comes from no run.
     """
     name: str
@@ -68,6 +71,7 @@ class Candidate:
     pixel_model: PixelModel
     data_config: dict[str, Any]
     num_classes: int
+    img_mode: str
     args: argparse.Namespace | None = None
 
     @property
@@ -130,11 +134,14 @@ def _from_name(name: str) -> Candidate:
 
 def _candidate(origin: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:
     num_classes = getattr(model, 'num_classes', 0)
-    if not num_classes:
-        raise UsageError(f'{origin}: the model has no classifier.')
+    if num_classes < 2:
+        raise UsageError(f'{origin}: the model has {num_classes} classes, and no choice between them to evaluate.')
     model.requires_grad_(False)  # gradients are for images here
-    pixel_model = PixelModel(model, tuple(config['mean']), tuple(config['std'])).eval()
-    return Candidate(origin, origin, weights, pixel_model, config, num_classes, args)
+    in_chans = config['input_size'][0]
+    statistics = (adapt_to_chs(config[name], in_chans) for name in ('mean', 'std'))  # as timm's loader does
+    pixel_model = PixelModel(model, *statistics).eval()
+    img_mode = getattr(args, 'input_img_mode', None) or default_img_mode(in_chans)
+    return Candidate(origin, origin, weights, pixel_model, config, num_classes, img_mode, args)
 
 
 def load_candidate(spec: str) -> Candidate:

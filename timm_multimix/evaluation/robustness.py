@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..training.errors import UsageError
-
 PIXEL_LEVELS = 255
 
 
@@ -43,14 +41,6 @@ def _loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return logits.scatter(1, target, -torch.inf).logsumexp(1) - logits.gather(1, target)[:, 0]
 
 
-def _captum(name: str) -> Any:
-    try:
-        from captum import robust
-    except ImportError as error:
-        raise UsageError(f"Attacks need the package captum ({error}): pip install 'timm-multimix[eval]'.") from error
-    return getattr(robust, name)
-
-
 def _perturb(perturb: Callable[..., torch.Tensor], images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Input Tensor .* did not already require gradients')
@@ -69,7 +59,9 @@ def fgsm(model: nn.Module, images: torch.Tensor, target: torch.Tensor, epsilon: 
     Returns:
         Images in [0, 1] that differ by epsilon at most.
     """
-    attack = _captum('FGSM')(model, _loss, 0.0, 1.0)
+    from captum.robust import FGSM  # slow to import
+
+    attack = FGSM(model, _loss, 0.0, 1.0)
     attack.zero_thresh = 0.0  # it would leave pixels of small gradient alone, and with them whole confident images
     return _perturb(attack.perturb, images, epsilon, target)
 
@@ -97,6 +89,8 @@ def pgd(
     Returns:
         Images in [0, 1] that differ by epsilon at most.
     """
-    attack = _captum('PGD')(model, _loss, 0.0, 1.0)
+    from captum.robust import PGD  # slow to import
+
+    attack = PGD(model, _loss, 0.0, 1.0)
     attack.fgsm.zero_thresh = 0.0
     return _perturb(attack.perturb, images, epsilon, step_size, num_steps, target, random_start=random_start)

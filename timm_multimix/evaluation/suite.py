@@ -1,6 +1,6 @@
 """Everything that is measured of one model."""
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,10 +11,11 @@ from ..calibration import fit_temperature
 from ..heads import find_head
 from ..layouts import grid_size
 from ..positions import position_features
+from ..training.calibration import share_images
 from ..training.errors import UsageError
 from . import between, geometry, ood, robustness
 from .batches import Embedder, InParts, predict, progress
-from .images import Images, Source, check_classes
+from .images import Images, Source, choose
 from .metrics import Tempered, classification_metrics, cross_fit, reliability
 from .models import Candidate
 
@@ -73,7 +74,11 @@ class Result:
 
 
 class _Evaluation:
-    """Evaluates one model."""
+    """Evaluates one model.
+
+    Raises:
+        UsageError: if its images do not suit it, or are those that the temperature is fitted on.
+    """
 
     def __init__(self, candidate: Candidate, settings: Settings, device: torch.device):
         self.candidate = candidate
@@ -81,24 +86,31 @@ class _Evaluation:
         self.device = device
         self.in_parts = InParts()
         self.images = self._images(settings.source, settings.max_images)
-        check_classes(self.images)
         self.sample = self.images.part(settings.sample)
+        self.calibration = None
+        if settings.calibration is not None:
+            self.calibration = self._images(settings.calibration, None)
+            if share_images(self.calibration.dataset, self.images.dataset):
+                raise UsageError(
+                    f'--calibration-split {settings.calibration.split}: these are the images that are evaluated. Leave '
+                    'it out, and each half of them gets the temperature of the other.')
+        self.outside: dict[str, Images | str] = {
+            str(source): source if isinstance(source, str) else self._images(source, settings.max_images, False)
+            for source in settings.outside if 'ood' in settings.parts}
 
-    def _images(self, source: Source, limit: int | None) -> Images:
+    def _images(self, source: Source, limit: int | None, labelled: bool = True) -> Images:
         settings = self.settings
-        return Images(source, self.candidate, settings.batch_size, settings.workers, limit, settings.seed)
+        return Images(source, self.candidate, settings.batch_size, settings.workers, limit, settings.seed, labelled)
 
     def run(self) -> Result:
         candidate = self.candidate
         result = Result(candidate.name, dict(
             origin=candidate.origin, weights=candidate.weights, input_size=list(candidate.data_config['input_size'])))
         logits, target = predict(candidate, self.images, self.in_parts, 'images')
-        if not len(target):
-            raise UsageError(f'Data {self.settings.source}: no images.')
-        if target.max() >= candidate.num_classes or target.min() < 0:
+        if len(bad := target[(target < 0) | (target >= candidate.num_classes)]):
             raise UsageError(
-                f'Data {self.settings.source}: label {int(target.max())}, and {candidate.name} has '
-                f'{candidate.num_classes} classes.')
+                f'Data {self.settings.source}: label {int(bad[0])}, and the classes of {candidate.name} are 0 to '
+                f'{candidate.num_classes - 1}.')
         result.values.update(
             num_images=len(target),
             metrics=classification_metrics(logits, target),
@@ -117,15 +129,12 @@ class _Evaluation:
         return result
 
     def _tempered(self, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-        source = self.settings.calibration
         try:
-            if source is None:
+            if self.calibration is None:
                 tempered = cross_fit(logits, target, self.settings.seed)
             else:
-                others = self._images(source, None)
-                check_classes(others)
-                temperature = fit_temperature(*predict(self.candidate, others, self.in_parts, 'calibration'))
-                tempered = Tempered(logits.double() / temperature, [temperature], str(source))
+                temperature = fit_temperature(*predict(self.candidate, self.calibration, self.in_parts, 'calibration'))
+                tempered = Tempered(logits.double() / temperature, [temperature], str(self.calibration.source))
         except ValueError as error:
             _logger.warning(f'{self.candidate.name}: {error}')
             return dict(reason=str(error))
@@ -171,15 +180,13 @@ class _Evaluation:
     def _ood(self, result: Result, logits: torch.Tensor) -> None:
         result.values['ood'], scores = {}, {}
         inside = {name: score(logits) for name, score in ood.SCORES.items()}
-        for source in self.settings.outside:
-            batches = self._noise(source, len(logits)) if isinstance(source, str) else self._images(
-                source, self.settings.max_images)
-            outside_logits, _ = predict(self.candidate, batches, self.in_parts, str(source))
-            outside = {name: score(outside_logits) for name, score in ood.SCORES.items()}
-            result.values['ood'][str(source)] = dict(
+        for name, images in self.outside.items():
+            batches = self._noise(images, len(logits)) if isinstance(images, str) else images
+            outside_logits, _ = predict(self.candidate, batches, self.in_parts, name)
+            scores[name] = {kind: score(outside_logits) for kind, score in ood.SCORES.items()}
+            result.values['ood'][name] = dict(
                 num_images=len(outside_logits),
-                **{name: ood.detection_metrics(inside[name], outside[name]) for name in ood.SCORES})
-            scores[str(source)] = outside
+                **{kind: ood.detection_metrics(inside[kind], scores[name][kind]) for kind in ood.SCORES})
         result.pictures['scores'] = dict(inside=inside, outside=scores)
 
     def _embeddings_and_pairs(self, result: Result) -> None:
@@ -203,8 +210,9 @@ class _Evaluation:
             compactness=ratio,
             compactness_of_classes=by_class)
         if len(target) > 3:
+            shown = choose(range(len(target)), _NUM_PICTURED, self.settings.seed) or slice(None)
             result.pictures.update(
-                points=geometry.project(embeddings[:_NUM_PICTURED], self.settings.seed), classes=target[:_NUM_PICTURED])
+                points=geometry.project(embeddings[shown], self.settings.seed), classes=target[shown])
 
     def _between(
             self,
@@ -256,19 +264,20 @@ class _Evaluation:
         result.pictures.update(images=images[:_NUM_ATTENTION_IMAGES], maps=maps.cpu())
 
 
-def evaluate_model(candidate: Candidate, settings: Settings, device: torch.device) -> Result:
-    """Evaluate a model.
+def evaluate_models(candidates: Sequence[Candidate], settings: Settings, device: torch.device) -> Iterator[Result]:
+    """Evaluate models, one after the other, when the images of all have been looked at.
 
     Args:
-        candidate: The model; it is brought to the device, and back to the CPU.
+        candidates: The models; each is brought to the device, and back to the CPU.
         settings: What to measure.
         device: Where.
 
     Raises:
-        UsageError: if the data do not suit the model.
+        UsageError: if the data do not suit a model.
     """
-    candidate.pixel_model.to(device)
-    try:
-        return _Evaluation(candidate, settings, device).run()
-    finally:
-        candidate.pixel_model.to('cpu')
+    for evaluation in [_Evaluation(candidate, settings, device) for candidate in candidates]:
+        pixel_model = evaluation.candidate.pixel_model.to(device)
+        try:
+            yield evaluation.run()
+        finally:
+            pixel_model.to('cpu')

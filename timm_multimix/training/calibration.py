@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_image_tar import ReaderImageTar
 from timm.models import clean_state_dict
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -24,6 +27,7 @@ _logger = logging.getLogger(__name__)
 
 CALIBRATED = 'model_calibrated.pth.tar'
 _FEW = 100
+_FILE_READERS = (ReaderImageFolder, ReaderImageInTar, ReaderImageTar)
 
 
 def calibration_share(text: str) -> float | None:
@@ -42,11 +46,18 @@ def calibration_share(text: str) -> float | None:
 
 
 def _root(dataset: Dataset) -> str | None:
-    root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    return os.path.realpath(root) if isinstance(root, (str, os.PathLike)) else None
+    """The folder or archive of a dataset; None for readers that keep all splits in one."""
+    reader = getattr(dataset, 'reader', None)
+    return os.path.realpath(reader.root) if isinstance(reader, _FILE_READERS) else None
 
 
-def _share_images(first: Dataset, second: Dataset) -> bool:
+def _share_split(first: str, second: str) -> bool:
+    """Whether two names of splits, with a slice or without, plainly overlap, such as train and train[90%:]."""
+    (name, _, part), (other_name, _, other_part) = first.partition('['), second.partition('[')
+    return name == other_name and (part == other_part or not (part and other_part))
+
+
+def share_images(first: Dataset, second: Dataset) -> bool:
     """Whether two datasets plainly hold the same images: of one folder, or embedded ones of one split."""
     roots = [_root(first), _root(second)]
     if all(roots):
@@ -90,7 +101,7 @@ def hold_out(
     if share is None:
         held_out = build_split(args, in_chans, args.calibrate, 'Calibration')
         for other, split in ((train, args.train_split), (evaluation, args.val_split)):
-            if other is not None and (split == args.calibrate or _share_images(held_out, other)):
+            if other is not None and (_share_split(split, args.calibrate) or share_images(held_out, other)):
                 raise UsageError(
                     f'--calibrate {args.calibrate}: these are the images of --{"train" if other is train else "val"}-'
                     f'split {split}. Name another split, or give a share of the training images, such as 0.1, that is '
@@ -100,7 +111,7 @@ def hold_out(
     if isinstance(train, IterableDataset):
         raise UsageError(
             f'--calibrate {args.calibrate}: no share of a stream can be held out. Name a split instead, such as '
-            'train[90%:] where the dataset knows slices.')
+            'train[90%:], beside --train-split train[:90%], where the dataset knows slices.')
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
     count = round(share * len(train))
     if count < 2:

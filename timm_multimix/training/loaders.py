@@ -16,7 +16,7 @@ from timm.data import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import create_dataset
+from ..data import create_dataset, default_img_mode
 from ..views import add_second_view
 from .checks import mixup_active
 from .errors import UsageError, blame
@@ -80,7 +80,7 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
-        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+        input_img_mode=args.input_img_mode or default_img_mode(in_chans),
         input_key=args.input_key,
         target_key=args.target_key,
         target_transform=target_transform,
