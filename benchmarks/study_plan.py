@@ -18,6 +18,8 @@ import yaml
 from study_run import DATASET_DEFAULTS, DATASETS, TRAINING_DEFAULTS, make_task, resolve_method, run
 from tqdm import tqdm
 
+from timm_multimix import __version__
+
 
 @dataclass(frozen=True)
 class Group:
@@ -111,6 +113,25 @@ class Study:
         return rows
 
 
+def _check_sections(path: Path, content: dict[str, Any]) -> None:
+    for kind in ('datasets', 'models', 'methods', 'training'):
+        section = content.get(kind, {})
+        if not isinstance(section, dict) or (kind != 'training' and not all(
+                isinstance(options, dict) for options in section.values())):
+            raise ValueError(f'{path}, {kind}: names with options are needed, such as `cross-entropy: {{}}`.')
+
+
+def _check_numbers(path: Path, study: Study) -> None:
+    named = {**study.models, **study.methods}
+    lists = {'lrs': study.lrs} | {f'lrs of {name}': named[name]['lrs'] for name in named if 'lrs' in named[name]}
+    for what, lrs in lists.items():
+        if not isinstance(lrs, list) or not lrs or not all(isinstance(lr, int | float) and lr > 0 for lr in lrs):
+            raise ValueError(f'{path}: {what} must be a list of positive numbers, got {lrs!r}.')
+    counts = study.tuning_seeds, study.seeds
+    if not all(isinstance(count, int) for count in counts) or not 1 <= study.tuning_seeds <= study.seeds:
+        raise ValueError(f'{path}: 1 <= tuning_seeds <= seeds is needed, got {counts}.')
+
+
 def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> Study:
     """Read and check a study.
 
@@ -124,10 +145,12 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict):
         raise ValueError(f'{path} is not a study: it has no datasets, models and methods.')
+    _check_sections(path, content)
     try:
         study = Study(name=path.stem, **{key: value for key, value in content.items() if key != 'about'})
     except TypeError as error:
         raise ValueError(f'{path} is not a study: {error}') from error
+    _check_numbers(path, study)
     for kind, known in (('training', TRAINING_DEFAULTS), ('baselines', study.methods)):
         unknown = set(content.get(kind, ())) - set(known)
         if unknown:
@@ -218,7 +241,9 @@ def run_missing(study: Study, results: dict[str, dict], folder: Path, workers: i
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     settings = running.pop(future)
                     metrics, seconds = future.result()
-                    record = dict(key=key_of(settings), settings=settings, metrics=metrics, seconds=round(seconds, 1))
+                    record = dict(
+                        key=key_of(settings), settings=settings, metrics=metrics, seconds=round(seconds, 1),
+                        versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__))
                     print(json.dumps(record), file=file, flush=True)
                     results[record['key']] = metrics
                     bar.update()

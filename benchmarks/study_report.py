@@ -30,12 +30,12 @@ def paired_difference(ours: Mapping[int, Mapping], theirs: Mapping[int, Mapping]
     """Mean difference over the seeds that both have, and its 95 % confidence interval (Student's t, paired).
 
     Returns:
-        (mean, low, high), or None with fewer than two common seeds.
+        (mean, low, high), or None with fewer than two common seeds, or values that are not finite.
     """
     seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
-        return None
     a, b = ([runs[seed][metric] for seed in seeds] for runs in (ours, theirs))
+    if len(seeds) < 2 or not all(map(math.isfinite, a + b)):
+        return None
     interval = stats.ttest_rel(a, b).confidence_interval(0.95)
     return statistics.mean(a) - statistics.mean(b), float(interval.low), float(interval.high)
 
@@ -64,10 +64,11 @@ def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[
         if compared:
             digits = next(digits for column, _, digits, _ in COLUMNS if column == metric)
             difference = f'{{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]'.format(*compared)
-        common = sorted(runs.keys() & rows[baseline]['runs'].keys())
         error, reference = (
-            statistics.mean(100 - r[seed]['accuracy'] for seed in common) for r in (runs, rows[baseline]['runs']))
-        relative = f'{100 * (error / reference - 1):+.0f} %'
+            sum(100 - r[seed]['accuracy'] for seed in runs.keys() & rows[baseline]['runs'].keys())
+            for r in (runs, rows[baseline]['runs']))
+        if reference:
+            relative = f'{100 * (error / reference - 1):+.0f} %'
     return f'| {" | ".join([*cells, difference, relative])} |'
 
 

@@ -59,6 +59,21 @@ def test_methods_write_their_defaults_out():
         study_run.resolve_method(dict(multimix='dense', tuple_lenght=3))
 
 
+@pytest.mark.parametrize('changes, message', [
+    (dict(methods={'cross-entropy': None}), 'methods: names with options are needed'),
+    (dict(datasets=['digits']), 'datasets: names with options are needed'),
+    (dict(training=7), 'training: names with options are needed'),
+    (dict(lrs=0.1), 'lrs must be a list of positive numbers, got 0.1'),
+    (dict(lrs=[]), 'lrs must be a list of positive numbers'),
+    (dict(models={'resnet': dict(model_name='test_resnet', lrs=['1e-3'])}), 'lrs of resnet must be a list'),
+    (dict(tuning_seeds=4), '1 <= tuning_seeds <= seeds is needed'),
+    (dict(seeds='three'), '1 <= tuning_seeds <= seeds is needed'),
+])
+def test_mistakes_in_a_study_are_told(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        studies.load_study(write(tmp_path, **changes))
+
+
 def test_settings_prefer_the_special(tmp_path):
     study = studies.load_study(write(
         tmp_path, training=dict(epochs=7, batch_size=20),
@@ -199,6 +214,21 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
     assert study_report.mean_and_spread([1.0, math.inf], 2) == 'inf'
     study_report.plot(study, table, tmp_path / 'plot.svg')
     assert '<svg' in (tmp_path / 'plot.svg').read_text()
+
+
+@pytest.mark.parametrize('baseline, ours', [
+    ({0: 90.0}, {1: 95.0, 2: 96.0}),  # stopped before any seed was common
+    ({0: 100.0, 1: 100.0}, {0: 99.0, 1: 98.0}),  # no error to be relative to
+])
+def test_report_leaves_out_what_is_not_defined(tmp_path, baseline, ours):
+    study = studies.load_study(write(tmp_path))
+    table = {
+        group: dict(lr=0.1, lrs=[0.1], runs={seed: dict(
+            dict.fromkeys(study_run.METRICS, math.inf), accuracy=value, validation=value)
+            for seed, value in (ours if group.method == 'dense' else baseline).items()}) for group in study.groups()}
+    cells = study_report.report(study, table).splitlines()[-1].split('|')
+    assert cells[1] == ' dense ' and cells[-2].strip() == ''
+    assert study_report.report(study, table, 'temperature').splitlines()[-1].split('|')[-3].strip() == ''
 
 
 def test_a_study_from_end_to_end(tmp_path):
