@@ -50,13 +50,15 @@ def test_tile_size_bounds_memory():
     assert peak_memory(step(64)) < 0.5 * peak_memory(step(4096))
 
 
-def test_attention_gradient_is_that_of_all_blocks():
+@pytest.mark.parametrize('shared_weights', [False, True])
+def test_attention_gradient_is_that_of_all_blocks(shared_weights):
     # Large enough that weights are drawn in several blocks, of positions and of rows.
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
     attention = torch.rand(300, 3, dtype=torch.float64).add_(0.1).requires_grad_()
     def loss(attention):
         criterion = MultiMixLoss(
-            1500, pooled_weight=0.0, attention_grad=True, logit_scale=1.0, generator=torch.Generator().manual_seed(0))
+            1500, pooled_weight=0.0, attention_grad=True, logit_scale=1.0, shared_weights=shared_weights,
+            generator=torch.Generator().manual_seed(0))
         return criterion(MultiMixOutput(dense[:, 0], dense, attention), target)
     direction = torch.randn(300, 3, dtype=torch.float64)
     grad, = torch.autograd.grad(loss(attention), attention)
@@ -67,7 +69,7 @@ def test_attention_gradient_is_that_of_all_blocks():
 
 @pytest.mark.parametrize('options', [
     dict(), dict(attention='cam'), dict(attention_grad=True), dict(tuple_length=2), dict(clean_weight=0.5),
-    dict(loss_type='bce'),
+    dict(loss_type='bce'), dict(shared_weights=True),
 ])
 def test_compiles_without_a_graph_break(output, options, compiled_gammas):
     logits, dense, attention = (tensor.float() for tensor in output)
@@ -110,6 +112,24 @@ def test_plain_logits_give_pooled_multimix():
     weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
     loss = MultiMixLoss(20, logit_scale=1.0, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loss(logits, target), multimix_cross_entropy(logits, target, weights))
+
+
+@pytest.mark.parametrize('attended', [False, True])
+def test_shared_weights_are_one_draw_for_all_positions(output, attended):
+    target, attention = torch.randint(4, (6,)), output.attention if attended else None
+    weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
+    expected = attend(weights, attention) if attended else weights.expand(9, -1, -1)
+
+    def drawn_once(dense):
+        loss = MultiMixLoss(
+            20, pooled_weight=0.0, shared_weights=True, generator=torch.Generator().manual_seed(0))
+        return loss(MultiMixOutput(output.logits, dense, attention), target)
+
+    def given(dense):
+        return multimix_cross_entropy(dense, target, expected)
+
+    torch.testing.assert_close(drawn_once(output.dense_logits), given(output.dense_logits))
+    torch.testing.assert_close(gradient(drawn_once, output.dense_logits), gradient(given, output.dense_logits))
 
 
 def test_uniform_attention_is_no_attention(output):

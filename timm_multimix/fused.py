@@ -99,7 +99,10 @@ class GivenWeights:
 
 
 class DrawnWeights:
-    """Weights drawn a block at a time, when they are needed, and attended with attention (b, r) or not at all."""
+    """Weights drawn a block at a time, when they are needed, and attended with attention (b, r) or not at all.
+
+    With `num_shared` mixes they are drawn at once, for all positions.
+    """
 
     def __init__(
             self,
@@ -108,14 +111,20 @@ class DrawnWeights:
             needs_grad: bool,
             *,
             sample: Callable[..., torch.Tensor],
+            num_shared: int | None = None,
     ):
         self.sample = sample
+        self.shared = sample(num_shared).to(dtype) if num_shared is not None else None
         self.dtype = dtype
         self.attention = attention.to(dtype) if attention is not None else None
         self.grad = torch.zeros_like(self.attention) if needs_grad else None
 
     def block(self, positions: slice, rows: slice) -> torch.Tensor:
-        weights = self.sample(rows.stop - rows.start, num_positions=positions.stop - positions.start).to(self.dtype)
+        num_positions = positions.stop - positions.start
+        if self.shared is None:
+            weights = self.sample(rows.stop - rows.start, num_positions=num_positions).to(self.dtype)
+        else:
+            weights = self.shared[rows].repeat(num_positions, 1, 1)
         if self.attention is None:
             return weights
         attention = self.attention[:, positions]

@@ -275,6 +275,8 @@ class MultiMixLoss(nn.Module):
         alpha: Dirichlet concentration, a number or a (low, high) pair that each mix draws its own from, (0.5, 2.0) in
             the papers. None is 1 / (examples in a mix), so that mixes are as varied in any batch (docs/method.md).
         tuple_length: Number of examples m in a mix, None for the whole mini-batch.
+        shared_weights: Draw one set of weights for all positions, which saves time; the papers draw one for each
+            (P2, eq. 10). Attention tells positions apart all the same. It is kept while the loss is computed (n, b).
         attention: None takes the attention that comes with the output, uniform if none does. 'cam' computes it here,
             from the dense logits of the true class, which only the loss knows; 'uniform' ignores what comes.
         attention_norm: 'relu' or 'softmax', for attention computed here.
@@ -292,7 +294,8 @@ class MultiMixLoss(nn.Module):
         gather: Mix the joined batch of all processes of torch.distributed instead of every process its own. Loss and,
             after DistributedDataParallel or FSDP have averaged it, gradient are those of one process with all the
             examples, at the cost of sending the logits once to where they are mixed (docs/distributed.md). Every
-            process draws weights for its share of the positions, so their generators should differ.
+            process draws weights for its share of the positions, so their generators should differ, and weights are
+            shared by those positions only.
         generator: Source of randomness, by default PyTorch's own for the device of the logits.
         tile_size: Mixes worked on at a time. Does not change the result.
         backend: What computes it: 'auto', 'torch', 'compile' or 'triton', as in multimix_cross_entropy.
@@ -313,6 +316,7 @@ class MultiMixLoss(nn.Module):
             *,
             alpha: Alpha | None = None,
             tuple_length: int | None = None,
+            shared_weights: bool = False,
             attention: str | None = None,
             attention_norm: str = 'relu',
             attention_grad: bool = False,
@@ -350,6 +354,7 @@ class MultiMixLoss(nn.Module):
         alpha_range(alpha, 1)  # refuses what is none, before the first batch
         self.alpha = alpha
         self.tuple_length = tuple_length
+        self.shared_weights = shared_weights
         self.attention = attention
         self.attention_norm = attention_norm
         self.attention_grad = attention_grad
@@ -485,7 +490,7 @@ class MultiMixLoss(nn.Module):
             attention,
             class_rows(target, num_classes, self.smoothing),
             teacher,
-            partial(DrawnWeights, sample=sample),
+            partial(DrawnWeights, sample=sample, num_shared=self.num_mixes if self.shared_weights else None),
             FusedLoss(
                 SOFTMAX if self.loss_type == 'ce' else SIGMOID,
                 self.num_mixes,

@@ -18,6 +18,7 @@ _KEYWORDS = {
     'multimix_tuple_length': 'tuple_length',
     'multimix_attention': 'attention',
     'multimix_attention_norm': 'attention_norm',
+    'multimix_shared_weights': 'shared_weights',
     'multimix_attention_grad': 'attention_grad',
     'multimix_pooled_weight': 'pooled_weight',
     'multimix_clean_weight': 'clean_weight',
@@ -76,6 +77,9 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
              'are about as varied as pairs)')
     add('--multimix-tuple-length', type=int, default=_default('tuple_length'), metavar='M',
         help='images in a mix; 2 is mixup of features. (default: the whole mini-batch)')
+    add('--multimix-shared-weights', action='store_true', default=_default('shared_weights'),
+        help='draw one set of mixes for all positions of the feature map, which saves time; the papers draw one for '
+             'each.')
     add('--multimix-attention', default=_default('attention'), choices=ATTENTION_QUERIES,
         help='weight positions by how much they show of the object: likeness to the average of the map (gap), to the '
              'class token (token), logit of the true class (cam), or not at all (uniform). (default: %(default)s)')
