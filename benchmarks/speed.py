@@ -99,7 +99,8 @@ def loss_alone(rates: Rates, args: argparse.Namespace) -> list[Row]:
         b, r, c, n = sizes['b'], sizes['r'], sizes['c'], args.num_mixes
         problem = LossProblem(n=n, args=args, **sizes)
         actions = {
-            'literal': problem.literal, 'from embeddings': problem.fused_from_embeddings, 'from logits': problem.fused}
+            'literal': problem.literal, 'from embeddings': problem.fused_from_embeddings, 'from logits': problem.fused,
+            'from logits, shared weights': problem.fused_with_shared_weights}
         memory = {}
         for name, action in actions.items():
             problem.forget()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 import torch
@@ -165,10 +166,10 @@ def input_mixup(model: nn.Module, args: argparse.Namespace) -> Loss:
     return loss
 
 
-def multimix(mode: str) -> Callable[..., Loss]:
+def multimix(mode: str, **options: Any) -> Callable[..., Loss]:
     def method(model, args):
         attach(model, mode)
-        criterion = MultiMixLoss(args.num_mixes, backend=args.backend)
+        criterion = MultiMixLoss(args.num_mixes, backend=args.backend, **options)
         run = compiled(model, args)
         return lambda images, target: criterion(run(images), target)
 
@@ -208,6 +209,7 @@ METHODS = {
     'timm Mixup': input_mixup,
     'pooled MultiMix': multimix('pooled'),
     'dense MultiMix': multimix('dense'),
+    'dense MultiMix, shared weights': multimix('dense', shared_weights=True),
     'dense MultiMix, teacher': with_teacher,
     'literal dense MultiMix': literal,
 }
@@ -280,7 +282,8 @@ class LossProblem:
         self.n = n
         self.target = torch.randint(c, (b,), device=device)
         self.attention = torch.rand(b, r, device=device).softmax(1)
-        self.criterion = MultiMixLoss(n, pooled_weight=0.0, backend=args.backend)
+        self.criterion, self.criterion_of_shared = (
+            MultiMixLoss(n, pooled_weight=0.0, backend=args.backend, shared_weights=shared) for shared in (False, True))
         self.logits = torch.randn(b, r, c, device=device, requires_grad=True)
         if d is not None:
             self.z = torch.randn(b, r, d, device=device, requires_grad=True)
@@ -288,16 +291,19 @@ class LossProblem:
 
     def fused(self) -> None:
         """From logits, which the model has made."""
-        self._backward((self.logits[:, 0], self.logits, self.attention))
+        self._backward(self.criterion, self.logits)
+
+    def fused_with_shared_weights(self) -> None:
+        """From logits, with one draw for all positions."""
+        self._backward(self.criterion_of_shared, self.logits)
 
     def fused_from_embeddings(self) -> None:
         """With the classifier at every position."""
-        logits = linear(self.z, self.classifier)  # as an attached model
-        self._backward((logits[:, 0], logits, self.attention))
+        self._backward(self.criterion, linear(self.z, self.classifier))  # as an attached model
 
-    def _backward(self, output: tuple[torch.Tensor, ...]) -> None:
+    def _backward(self, criterion: MultiMixLoss, logits: torch.Tensor) -> None:
         self.forget()
-        self.criterion(output, self.target).backward()
+        criterion((logits[:, 0], logits, self.attention), self.target).backward()
 
     def literal(self) -> None:
         self.forget()
