@@ -211,7 +211,7 @@ def multimix_cross_entropy(
         distill_temperature: Divides both sides' logits in that term.
         tile_size: Mixes worked on at a time, by default what fits the cache. Does not change the result.
         backend: What computes it: 'torch', 'compile' (the same, compiled), 'triton' (a kernel for GPUs, in float32 and
-            without attention_grad; with those it is as 'torch'), or 'auto', at present 'torch' (docs/speed.md).
+            without attention_grad; else it is as 'torch'), or 'auto', at present 'torch' (docs/speed.md).
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits).
@@ -268,7 +268,8 @@ class MultiMixLoss(nn.Module):
         (1 - clean_weight) * ((1 - pooled_weight) * dense + pooled_weight * pooled) + clean_weight * plain loss
 
     where the dense term mixes the logits at every position and the pooled term the model's ordinary logits; without
-    dense logits the pooled term has all the weight. Nothing it allocates grows with the number of mixes.
+    dense logits the pooled term has all the weight. Nothing it allocates grows with the number of mixes, but
+    weights that are shared.
 
     Args:
         num_mixes: Number n of mixes, at every position. Keep it well above the batch size.

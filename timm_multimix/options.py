@@ -86,7 +86,7 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add('--multimix-attention-norm', default=_default('attention_norm'), choices=ATTENTION_NORMS,
         help='how likeness becomes a weight. (default: %(default)s)')
     add('--multimix-attention-grad', action='store_true', default=_default('attention_grad'),
-        help='let gradient through the attention. Trained worse where we tried it.')
+        help='let gradient through the attention. No better where we tried it.')
     add('--no-multimix-balance', action='store_true', default=not _default('balance'),
         help='use the literal gradient of the papers. With their alpha it hardly trains on a normal schedule, the '
              'balanced gradient does (see docs/method.md).')
@@ -114,7 +114,7 @@ def _add_teacher_args(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add('--multimix-teacher', default=_default('teacher'), metavar='{none,ema,NAME}',
         help='learn from a teacher as well as from the labels: the moving average of the model itself (ema), which is '
-             'validated, saved and often the better model, or a timm model with weights for these classes (NAME). '
+             'validated and saved too, or a timm model with weights for these classes (NAME). '
              '(default: %(default)s)')
     add('--multimix-teacher-decay', type=float, default=_default('teacher_decay'), metavar='D',
         help='share of the average that an update keeps; smaller at first. With that of --model-ema-decay, one average '

@@ -128,7 +128,7 @@ def sample_weights(
         batch_size: Number of examples b.
         num_positions: Number of positions r, each with rows of its own; None for pooled MultiMix.
         alpha: Dirichlet concentration, a number or a (low, high) pair, (0.5, 2.0) in the papers; None for
-            1 / tuple_length, with which models trained better (docs/results.md).
+            1 / tuple_length (docs/method.md says why).
         tuple_length: Number of examples m in a mix, None for all b.
         generator: Source of randomness; the same seed gives the same weights.
         device: Device of the weights, by default that of the generator, else PyTorch's default.

@@ -1,6 +1,6 @@
 """Faults tried on real runs, and what became of them.
 
-    python tests/faults/fault_study.py --faults 400            # prints the table of docs/reliability.md
+    python tests/faults/fault_study.py --faults 100 --seed 0     # prints a table as in docs/reliability.md
 
 Every fault hits a run of its own. The run is then continued with --resume auto, until it ends; it must end with the
 files that the same run has without any fault, bit for bit.
