@@ -1,0 +1,84 @@
+"""A Hub on loopback for this process, and models and runs to push to it."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from hub_server import HubServer, User, serve
+
+from timm_multimix.training import hub as training_hub
+
+TOKEN = 'hf_writewritewritewrite'
+READ_TOKEN = 'hf_readreadreadreadread'
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub where `user` has a token, and this process is sent to it."""
+    constants = huggingface_hub.constants
+    with serve() as running:
+        running.tokens = {TOKEN: User('user', orgs=('team',)), READ_TOKEN: User('user', 'read')}
+        monkeypatch.setattr(constants, 'ENDPOINT', running.url)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                            running.url + '/{repo_id}/resolve/{revision}/{filename}')
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
+        monkeypatch.setattr(constants, 'HF_STORED_TOKENS_PATH', str(tmp_path / 'stored_tokens'))
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setenv('HF_TOKEN', TOKEN)
+        monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+        monkeypatch.setattr(training_hub.HubPush, 'retry_waits', (0.01, 0.01))
+        yield running
+        huggingface_hub.close_session()
+
+
+def small_model(name: str = 'test_resnet', **kwargs) -> torch.nn.Module:
+    model = timm.create_model(name, num_classes=3, **kwargs).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing that an initialisation would make
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+    return model
+
+
+def logits(model: torch.nn.Module, size: int = 64, channels: int = 3) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+LOAD = """
+import json, sys
+import timm, torch
+sys.modules['timm_multimix'] = None  # not installed
+with torch.no_grad():
+    model = timm.create_model(sys.argv[1], pretrained=True).eval()
+    images = torch.randn(2, 3, int(sys.argv[2]), int(sys.argv[2]), generator=torch.Generator().manual_seed(0))
+    torch.save(model(images), sys.argv[3])
+json.dump([timm.data.resolve_model_data_config(model), model.pretrained_cfg['label_names']], sys.stdout)
+"""
+
+
+def load_elsewhere(server: HubServer, name: str, tmp_path: Path, size: int = 64, token: str = TOKEN):
+    """Logits, data configuration and class names of a model, loaded in a process without this package."""
+    done = subprocess.run(
+        [sys.executable, '-c', LOAD, name, str(size), str(tmp_path / 'logits.pt')], text=True, capture_output=True,
+        cwd=tmp_path, env={**{k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}, 'HF_ENDPOINT': server.url,
+                           'HF_TOKEN': token, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
+                           'HF_HUB_DISABLE_TELEMETRY': '1'})
+    assert done.returncode == 0, done.stderr
+    return torch.load(tmp_path / 'logits.pt'), *json.loads(done.stdout)
+
+
+@pytest.fixture
+def trained(script, image_folder):
+    """A run of two epochs that was not pushed."""
+    assert script.train(image_folder, '--model-ema', multimix='dense', epochs=2, mean='0.4', crop_pct=0.9) == 0
+    return script.run_folder()

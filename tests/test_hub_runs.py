@@ -1,0 +1,405 @@
+"""Runs that push to a Hub on loopback, the command, and loading from there."""
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_helpers import READ_TOKEN, TOKEN, load_elsewhere, logits, small_model
+from hub_server import File, metadata_errors
+from huggingface_hub import ModelCard
+
+from timm_multimix import push_to_hub
+from timm_multimix.evaluation.models import load_candidate
+from timm_multimix.training import hub as training_hub
+from timm_multimix.training.config import parse_args
+from timm_multimix.training.errors import UsageError
+
+pytest_plugins = ['training_helpers', 'hub_helpers']
+
+
+# Runs.
+
+def test_run_is_pushed_at_its_end(server, script, image_folder, tmp_path):
+    options = dict(multimix='dense', epochs=3, mean='0.4', crop_pct=0.9, interpolation='bilinear', seed=3)
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end', **options) == 0, \
+        script.text
+    assert server.repos['user/model'].titles[1:] == [server.repos['user/model'].head().title]
+    best = script.checkpoint('model_best.pth.tar')
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.load_state_dict(best['state_dict'])
+    there, data, names = load_elsewhere(server, 'hf-hub:user/model', tmp_path, size=32)
+    assert torch.equal(there, logits(model, 32)) and names == ['a', 'b', 'c']
+    assert data == dict(input_size=[3, 32, 32], interpolation='bilinear', mean=[0.4] * 3, std=[0.5] * 3,
+                        crop_pct=0.9, crop_mode='center')
+    assert f'epoch {best["epoch"]}, top1 {best["metric"]:.4g}' in server.repos['user/model'].head().title
+    assert 'training_curve.png' in server.repos['user/model'].head().files
+    assert not [name for name in script.written() if '.hub-' in name]
+
+
+@pytest.mark.parametrize('strategy', ['every_save', 'best'])
+def test_strategies(server, script, image_folder, strategy):
+    script.train(image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/model', hub_strategy=strategy,
+                 epochs=3)
+    rows = [float(row['eval_top1']) for row in script.summary()]
+    bests = [epoch for epoch in range(3) if all(rows[epoch] > earlier for earlier in rows[:epoch])]
+    epochs = [int(title.split('epoch ')[1].split(',')[0]) for title in server.repos['user/model'].titles[1:]]
+    during = [0, 1, 2] if strategy == 'every_save' else bests
+    assert epochs[:len(during)] == during
+    assert epochs[len(during):] in ([], [bests[-1]])  # the best one at the end, with the whole curve
+    assert epochs[-1] == bests[-1]
+    assert script.status == 0 and 'Finish the upload' not in script.text
+
+
+def test_a_push_under_way_is_not_waited_for(server, script, image_folder):
+    """Training ends while the first upload hangs; what was skipped is covered by the last push."""
+    server.gate = threading.Event()
+    released = []
+
+    def release(*args):
+        released.append(len(script.summary()))
+        server.gate.set()
+
+    original = training_hub.HubPush.finish
+    training_hub.HubPush.finish = lambda self: (release(), original(self))
+    try:
+        script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=4)
+    finally:
+        training_hub.HubPush.finish = original
+    assert released == [4] and script.status == 0
+    assert len(server.repos['user/model'].titles) <= 3
+    assert f'epoch {script.checkpoint("model_best.pth.tar")["epoch"]},' in server.repos['user/model'].head().title
+
+
+@pytest.mark.parametrize('status', [401, 403, 409, 429, 500, 'cut'])
+def test_failed_uploads_do_not_stop_training_and_are_finished_later(server, script, image_folder, status):
+    path = ('PUT', '/') if status == 'cut' else ('POST', '/commit/')
+    server.fail(*path, *[status] * 500)
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model') == 0
+    assert len(script.summary()) == 1 and script.checkpoint()['epoch'] == 0
+    assert server.repos['user/model'].titles == ['initial commit']
+    assert not [name for name in script.written() if '.hub-' in name]
+    assert 'The run itself is complete' in script.text and TOKEN not in script.text
+    command = script.lines[-1].split()
+    assert command[:4] == ['python', '-m', 'timm_multimix.hub', 'push']
+    server.faults.clear()
+    assert training_hub.command(command[3:]) == 0
+    loaded = timm.create_model('hf-hub:user/model', pretrained=True)
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict'])
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_stopped_run_is_left_alone(server, script, image_folder, monkeypatch):
+    from timm_multimix.training import loop
+    steps, step = [], loop._train_step
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(loop, '_train_step', interrupted)
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end', epochs=3) == 130
+    assert server.repos['user/model'].titles == ['initial commit']
+    assert script.lines[-1].endswith('--resume auto')
+
+
+def test_interrupt_while_the_last_upload_is_under_way(server, script, image_folder):
+    def interrupt():
+        import _thread
+        _thread.interrupt_main()
+
+    server.fail('PUT', '/', interrupt)
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end') == 130
+    assert 'Finish the upload with' in script.text and script.checkpoint('model_best.pth.tar')['epoch'] == 0
+    assert training_hub.command(script.lines[-1].split()[3:]) == 0
+    assert len(server.repos['user/model'].titles) == 2
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(token=None), 'hf auth login'),
+    (dict(token=READ_TOKEN), 'may only read'),
+    (dict(hub_model_id='somebody/model'), 'namespace of yours'),
+    (dict(hub_model_id='user/a--b'), 'repository name'),
+    (dict(taken=True), 'holds a test_convnext'),
+    (dict(down=True), '503'),
+    (dict(hub_revision='0' * 40), 'Invalid branch name'),
+])
+def test_stops_before_training(server, script, image_folder, monkeypatch, arguments, message):
+    arguments = dict(hub_model_id='user/model', **arguments) if 'hub_model_id' not in arguments else dict(arguments)
+    token = arguments.pop('token', TOKEN)
+    monkeypatch.setenv('HF_TOKEN', token or '')
+    if arguments.pop('taken', False):
+        push_to_hub(small_model('test_convnext'), 'user/model')
+    if arguments.pop('down', False):
+        server.fail('GET', 'whoami', *[503] * 9)
+    assert script.train(image_folder, '--push-to-hub', **arguments) == 2
+    assert message in script.lines[-1] and not any('Epoch 0' in line for line in script.lines)
+    assert not any(name.endswith('.pth.tar') for name in script.written())
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_only_the_first_process_talks_to_the_hub(server, script, image_folder, monkeypatch, rank):
+    args = parse_args(['--data-dir', str(image_folder), '--push-to-hub', '--hub-model-id', 'user/model'])
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setenv('LOCAL_RANK', str(rank))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert (training_hub.HubPush.start(args) is None) == bool(server.requests == []) == bool(rank)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_killed_while_uploading(server, script, image_folder):
+    """SIGKILL in the middle of an upload: the run continues from its files, and what the upload left is removed."""
+    server.gate = threading.Event()  # the first upload never ends
+    command = [
+        sys.executable, str(Path(__file__).parent.parent / 'train_timm.py'), '--data-dir', str(image_folder), '--model',
+        'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '300', '-j', '0', '--experiment', 'run', '--lr',
+        '0.01', '--push-to-hub', '--hub-model-id', 'user/model']
+    environment = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+                   'HF_HOME': str(script.folder / 'home')}
+    process = subprocess.Popen(command, cwd=script.folder, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if ': validation ' in line and server.count('PUT', '/'):
+            process.kill()
+            break
+    process.communicate()
+    assert any('.hub-' in name for name in script.written())
+    server.gate.set()
+    epochs = script.checkpoint()['epoch'] + 2
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=epochs, resume='auto') == 0, \
+        script.text
+    assert not any('.hub-' in name for name in script.written())
+    assert len(script.summary()) == epochs and len(server.repos['user/model'].titles) > 1
+
+
+def test_name_of_the_repository_defaults_to_that_of_the_run(server, script, image_folder):
+    assert script.train(image_folder, '--push-to-hub', experiment='nice-model', hub_strategy='end') == 0
+    assert 'user/nice-model' in server.repos
+
+
+def test_token_on_the_command_line_is_refused_and_not_repeated(script, server, image_folder):
+    assert script.train(image_folder, '--push-to-hub', hub_token=TOKEN) == 2
+    assert 'HF_TOKEN' in script.text and TOKEN not in script.text
+    assert training_hub.command(['push', str(image_folder), 'user/model', '--token', TOKEN]) == 2
+    assert TOKEN not in script.capsys.readouterr().err
+
+
+def test_no_token_is_written(server, script, image_folder):
+    script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=2)
+    for name in script.written():
+        path = script.folder / name
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), name
+    for file in server.repos['user/model'].head().files.values():
+        assert TOKEN.encode() not in file.content
+    assert TOKEN not in script.text and 'signature' not in script.text
+
+
+def test_training_is_the_same_with_uploads(server, script, image_folder):
+    script.train(image_folder, experiment='alone', multimix='dense', epochs=2)
+    script.train(image_folder, '--push-to-hub', experiment='pushed', hub_model_id='user/model', multimix='dense',
+                 epochs=2)
+    alone, pushed = (script.checkpoint(name=name)['state_dict'] for name in ('alone', 'pushed'))
+    assert all(torch.equal(alone[name], pushed[name]) for name in alone)
+
+
+# The command.
+
+def test_push_command(server, trained, script, tmp_path):
+    assert training_hub.command(['push', str(trained), 'user/model', '--private', '--revision', 'v1']) == 0
+    assert server.repos['user/model'].private and server.repos['user/model'].head('v1').title.startswith('test_resnet')
+    checkpoint = script.checkpoint('model_best.pth.tar')
+    for weights, key in dict(best='state_dict_ema', student='state_dict', ema='state_dict_ema').items():
+        assert training_hub.command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
+        model = timm.create_model('test_resnet', num_classes=3)
+        model.load_state_dict(checkpoint[key])
+        assert torch.equal(logits(timm.create_model(f'hf-hub:user/{weights}', pretrained=True)), logits(model))
+    assert training_hub.command(['push', str(trained), 'user/x', '--weights', 'teacher']) == 2
+    told = script.capsys.readouterr().err
+    assert 'does not hold the weights of the teacher. Choose others: best, or ema or student' in told
+    assert 'user/x' not in server.repos
+    assert training_hub.command(['push', str(trained), 'user/x', '--revision', 'bad branch~']) == 2
+    assert 'name of a branch' in script.capsys.readouterr().err and 'user/x' not in server.repos
+
+
+def test_metrics_are_those_of_the_weights_that_are_pushed(server, trained, script):
+    checkpoint = script.checkpoint('model_best.pth.tar')
+    assert checkpoint['metrics'].keys() == {'state_dict', 'state_dict_ema'}
+    checkpoint.update(metric=47.04, metrics=dict(state_dict=dict(top1=80.56), state_dict_ema=dict(top1=47.04)))
+    torch.save(checkpoint, trained / 'model_best.pth.tar')
+    for weights, shown, other in (('best', '47.04', '80.56'), ('student', '80.56', '47.04'), ('ema', '47.04', '80.56')):
+        assert training_hub.command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
+        card = server.file(f'user/{weights}', 'README.md').decode()
+        assert f'top1 {shown}' in server.repos[f'user/{weights}'].head().title and f'| {shown} %' in card
+        assert other not in server.repos[f'user/{weights}'].head().title + card
+        assert f'top1 {shown}' in script.capsys.readouterr().err
+    del checkpoint['metrics']['state_dict']
+    torch.save(checkpoint, trained / 'model_best.pth.tar')
+    assert training_hub.command(['push', str(trained), 'user/unknown', '--weights', 'student']) == 0
+    assert 'top1' not in server.repos['user/unknown'].head().title
+
+
+def test_what_is_there_already_is_not_committed_again(server, script, image_folder, trained, capsys):
+    for _ in range(2):
+        assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    assert server.count('POST', '/commit/') == 1 and 'No files have been modified' not in capsys.readouterr().err
+    assert script.train(  # one epoch: the end has nothing to add
+        image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/other', experiment='other') == 0
+    assert len([line for line in script.lines if line.startswith('Pushed ')]) == 1, script.text
+    assert server.count('POST', '/commit/') == 2 and 'No files have been modified' not in script.text
+
+
+def test_export_command(server, script, trained, tmp_path):
+    """Exactly the weights to ship, as a folder that plain timm loads; without a network."""
+    server.close()
+    checkpoint = script.checkpoint('model_best.pth.tar')
+    model = timm.create_model('test_resnet', num_classes=3)
+    for weights, key in dict(best='state_dict_ema', student='state_dict').items():
+        target = tmp_path / 'models' / weights
+        assert training_hub.command(['export', str(trained), str(target), '--weights', weights]) == 0
+        told = script.capsys.readouterr().err
+        model.load_state_dict(checkpoint[key])
+        there, data, names = load_elsewhere(server, f'local-dir:{target}', tmp_path)
+        assert torch.equal(there, logits(model)) and names == ['a', 'b', 'c'] and data['crop_pct'] == 0.9
+        assert f"timm.create_model('local-dir:{target}', pretrained=True)" in told and 'model_best.pth.tar' in told
+    assert {'model.safetensors', 'config.json', 'README.md'} <= {path.name for path in target.iterdir()}
+    assert sorted(path.name for path in target.parent.iterdir()) == ['best', 'student'] and not server.requests
+    assert training_hub.command(['export', str(trained), str(target)]) == 2
+    assert 'is there already' in script.capsys.readouterr().err
+    (tmp_path / 'empty').mkdir()
+    assert training_hub.command(['export', str(trained), str(tmp_path / 'empty'), '--weights', 'teacher']) == 2
+    assert not list((tmp_path / 'empty').iterdir())
+    assert training_hub.command(['export', str(trained), str(tmp_path / 'empty')]) == 0
+
+
+def test_command_that_the_end_of_a_run_names(server, script, image_folder, tmp_path):
+    assert script.train(image_folder, '--model-ema', model_ema_decay=0.5) == 0
+    command = next(line for line in script.lines if 'timm_multimix.hub export' in line).split()
+    assert training_hub.command(command[3:]) == 0
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict_ema'])
+    assert torch.equal(logits(timm.create_model(f'local-dir:{command[-1]}', pretrained=True)), logits(model))
+
+
+def test_weights_that_gave_the_metric_and_calibrated_ones_come_first(server, script, trained):
+    checkpoint = script.checkpoint('model_best.pth.tar')
+    checkpoint['metric_of'] = 'state_dict'
+    torch.save(checkpoint, trained / 'model_best.pth.tar')
+    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.load_state_dict(checkpoint['state_dict'])
+    assert torch.equal(logits(timm.create_model('hf-hub:user/model', pretrained=True)), logits(model))
+    checkpoint['state_dict']['fc.weight'] *= 0.5
+    torch.save(checkpoint, trained / 'model_calibrated.pth.tar')
+    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    model.load_state_dict(checkpoint['state_dict'])
+    assert torch.equal(logits(timm.create_model('hf-hub:user/model', pretrained=True)), logits(model))
+
+
+def test_folder_of_timms_own_script(server, script, trained):
+    """It has no config.json: the model is made again from the arguments in the checkpoint."""
+    (trained / 'config.json').unlink()
+    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    loaded = timm.create_model('hf-hub:user/model', pretrained=True)
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict_ema'])
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.pretrained_cfg['crop_pct'] == 0.9 and tuple(loaded.pretrained_cfg['mean']) == (0.4,) * 3
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['push', 'nowhere', 'user/model'], 'no such folder'),
+    (['push', '.', 'user/model'], 'no checkpoint of a run'),
+    (['push', '.'], 'Where to'),
+    (['pull', '.'], 'invalid choice'),
+    ([], 'required'),
+])
+def test_command_mistakes(server, script, argv, message):
+    assert training_hub.command(argv) == 2
+    assert message in script.capsys.readouterr().err
+
+
+def test_card_needs_no_network(trained, script, server, tmp_path):
+    server.close()
+    script.capsys.readouterr()
+    assert training_hub.command(['card', str(trained)]) == 0
+    card, told = script.capsys.readouterr()
+    assert 'The card of the average of the weights, from' in told and 'model_best.pth.tar' in told
+    assert metadata_errors(card) == [] and '# run' in card and not server.requests
+    assert training_hub.command(['card', str(trained), 'user/model', '--output', str(tmp_path / 'card')]) == 0
+    assert {path.name for path in (tmp_path / 'card').iterdir()} == {'README.md', 'training_curve.png'}
+
+
+# Loading.
+
+def test_initial_checkpoint_from_the_hub(server, script, image_folder):
+    model = small_model()
+    push_to_hub(model, 'user/model', revision='v1')
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/new', hub_strategy='end', lr=1e-12, epochs=1,
+                        weight_decay=0, initial_checkpoint='hf-hub:user/model@v1') == 0, script.text
+    state = script.checkpoint()['state_dict']
+    assert all(torch.equal(state[name], value) for name, value in model.named_parameters())
+    assert ModelCard(server.file('user/new', 'README.md').decode()).data.base_model == 'user/model'
+
+
+def test_resume_from_the_hub(server, script, image_folder, tmp_path):
+    """Weights alone start anew, and say so; a checkpoint in the repository is continued with all of its state."""
+    model = small_model()
+    push_to_hub(model, 'user/model')
+    assert script.train(image_folder, '--model-ema', lr=1e-12, weight_decay=0, resume='hf-hub:user/model') == 0, \
+        script.text
+    assert 'holds weights alone' in script.text
+    state = script.checkpoint()['state_dict']
+    assert all(torch.equal(state[name], value) for name, value in model.named_parameters())
+
+    repository = server.repos['user/model']
+    repository.commit('main', 'checkpoint', {
+        **repository.head().files, 'last.pth.tar': File((script.run_folder() / 'last.pth.tar').read_bytes(), True)})
+    assert script.train(image_folder, '--model-ema', experiment='more', epochs=2, weight_decay=0,
+                        resume='hf-hub:user/model') == 0, \
+        script.text
+    assert 'with epoch 1.' in script.text
+
+
+def test_evaluation_of_a_model_of_the_hub(server):
+    model = small_model()
+    push_to_hub(model, 'user/model', data_config=dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    candidate = load_candidate('hf-hub:user/model')
+    images = torch.rand(2, 3, 64, 64)
+    expected = model((images - torch.tensor([[[0.1]], [[0.2]], [[0.3]]])) / torch.tensor([[[0.4]], [[0.5]], [[0.6]]]))
+    torch.testing.assert_close(candidate.pixel_model(images), expected)
+    assert candidate.num_classes == 3
+    with pytest.raises(UsageError, match='hf-hub:user/nothing'):
+        load_candidate('hf-hub:user/nothing')
+
+
+@pytest.mark.parametrize('option', ['initial_checkpoint', 'resume'])
+@pytest.mark.parametrize('name, message', [
+    ('hf-hub:user/nothing', 'no such repository'), ('hf-hub:user/model@v9', 'no such repository or revision'),
+    ('hf-hub:user/empty', 'has none of the files'), ('hf-hub:user/other', 'layer1')])
+def test_loading_mistakes(server, script, image_folder, option, name, message):
+    push_to_hub(small_model(), 'user/model')
+    push_to_hub(small_model('test_convnext'), 'user/other')
+    server.create('user/empty')
+    assert script.train(image_folder, **{option: name}) == 2
+    assert message in script.lines[-1] and name.partition('@')[0] in script.lines[-1]
+    assert not script.written()
+
+
+def test_recipe_file_may_say_what_the_card_says(server, script, image_folder, tmp_path):
+    config = tmp_path / 'recipe.yaml'
+    config.write_text(yaml.safe_dump(dict(multimix='pooled', card=dict(
+        license='cc-by-4.0', datasets=['user/images'], dataset_name='Coloured noise', tags=['noise']))))
+    assert script.train(image_folder, '--push-to-hub', '--config', config, hub_model_id='user/model') == 0, script.text
+    data = ModelCard(server.file('user/model', 'README.md').decode()).data
+    assert data.license == 'cc-by-4.0' and data.datasets == ['user/images'] and 'noise' in data.tags
+    assert data.eval_results[0].dataset_name == 'Coloured noise'
+    config.write_text('card: {licence: mit}')
+    assert script.train(image_folder, '--config', config, experiment='other') == 2
+    assert "no field 'licence'" in script.lines[-1]
