@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite('training_helpers')  # some tests import it before it is a plugin
+pytest.register_assert_rewrite('training_helpers', 'hub_helpers')  # some tests import them before they are plugins
 
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # runs kernels on the CPU; Triton looks at it when it is imported
