@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_helpers import LOSSES, gradient, peak_memory, problem, relative_error
+from loss_helpers import LOSSES, gradient, mixes_of_several_blocks, peak_memory, problem, relative_error
 
 from timm_multimix import MultiMixLoss, MultiMixOutput, attend, multimix_cross_entropy, reference, sample_weights
 
@@ -191,12 +191,12 @@ def test_a_teacher_without_positions_teaches_all_of_them(output, teacher):
 
 @pytest.mark.parametrize('tile_size', [1, 7, 64, 10_000])
 def test_result_does_not_depend_on_the_tile_size(tile_size):
-    # Large enough that weights are drawn in several blocks, of positions and of rows.
+    num_mixes = mixes_of_several_blocks(300)
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
     teacher = MultiMixOutput(dense[:, 1], torch.randn_like(dense))
     def run(tile_size):
         def loss(dense):
-            return MultiMixLoss(1500, tile_size=tile_size, generator=torch.Generator().manual_seed(0)).terms(
+            return MultiMixLoss(num_mixes, tile_size=tile_size, generator=torch.Generator().manual_seed(0)).terms(
                 MultiMixOutput(dense[:, 0], dense), target, teacher, distill_temperature=2.0)['loss']
         return loss(dense), *gradient(loss, dense)
     torch.testing.assert_close(run(tile_size), run(None))

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_helpers import drawn, gradient, peak_memory
+from loss_helpers import drawn, gradient, mixes_of_several_blocks, peak_memory
 
 from timm_multimix import (
     MultiMixLoss,
@@ -36,11 +36,11 @@ def test_drawn_weights_give_the_loss_of_the_same_weights(output):
 
 @pytest.mark.parametrize('tile_size', [1, 7, 64, 10_000])
 def test_result_does_not_depend_on_the_tile_size(tile_size):
-    # Large enough that weights are drawn in several blocks, of positions and of rows.
+    num_mixes = mixes_of_several_blocks(300)
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
     output = MultiMixOutput(dense[:, 0], dense)
     torch.testing.assert_close(
-        drawn(output, target, num_mixes=1500), drawn(output, target, num_mixes=1500, tile_size=tile_size))
+        drawn(output, target, num_mixes=num_mixes), drawn(output, target, num_mixes=num_mixes, tile_size=tile_size))
 
 
 def test_tile_size_bounds_memory():
@@ -52,12 +52,12 @@ def test_tile_size_bounds_memory():
 
 @pytest.mark.parametrize('shared_weights', [False, True])
 def test_attention_gradient_is_that_of_all_blocks(shared_weights):
-    # Large enough that weights are drawn in several blocks, of positions and of rows.
+    num_mixes = mixes_of_several_blocks(300)
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
     attention = torch.rand(300, 3, dtype=torch.float64).add_(0.1).requires_grad_()
     def loss(attention):
         criterion = MultiMixLoss(
-            1500, pooled_weight=0.0, attention_grad=True, logit_scale=1.0, shared_weights=shared_weights,
+            num_mixes, pooled_weight=0.0, attention_grad=True, logit_scale=1.0, shared_weights=shared_weights,
             generator=torch.Generator().manual_seed(0))
         return criterion(MultiMixOutput(dense[:, 0], dense, attention), target)
     direction = torch.randn(300, 3, dtype=torch.float64)
@@ -115,21 +115,23 @@ def test_plain_logits_give_pooled_multimix():
 
 
 @pytest.mark.parametrize('attended', [False, True])
-def test_shared_weights_are_one_draw_for_all_positions(output, attended):
-    target, attention = torch.randint(4, (6,)), output.attention if attended else None
-    weights = sample_weights(20, 6, generator=torch.Generator().manual_seed(0)).double()
-    expected = attend(weights, attention) if attended else weights.expand(9, -1, -1)
+def test_shared_weights_are_one_draw_for_all_positions(attended):
+    num_mixes = mixes_of_several_blocks(300)
+    dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
+    attention = torch.rand(300, 3) if attended else None
+    weights = sample_weights(num_mixes, 300, generator=torch.Generator().manual_seed(0)).double()
+    expected = attend(weights, attention.double()) if attended else weights.expand(3, -1, -1)
 
     def drawn_once(dense):
         loss = MultiMixLoss(
-            20, pooled_weight=0.0, shared_weights=True, generator=torch.Generator().manual_seed(0))
-        return loss(MultiMixOutput(output.logits, dense, attention), target)
+            num_mixes, pooled_weight=0.0, shared_weights=True, generator=torch.Generator().manual_seed(0))
+        return loss(MultiMixOutput(dense[:, 0], dense, attention), target)
 
     def given(dense):
         return multimix_cross_entropy(dense, target, expected)
 
-    torch.testing.assert_close(drawn_once(output.dense_logits), given(output.dense_logits))
-    torch.testing.assert_close(gradient(drawn_once, output.dense_logits), gradient(given, output.dense_logits))
+    torch.testing.assert_close(drawn_once(dense), given(dense))
+    torch.testing.assert_close(gradient(drawn_once, dense), gradient(given, dense))
 
 
 def test_uniform_attention_is_no_attention(output):
