@@ -25,19 +25,26 @@ from study_report import COLUMNS, plot, report
 RESULTS = Path(__file__).parent / 'results'
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be 1 or more, got {text!r}')
+    return int(text)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('study', type=Path, help='YAML file of the study')
     for kind in ('datasets', 'models', 'methods'):
         parser.add_argument(f'--{kind}', nargs='+', metavar='NAME', help=f'only these {kind} (default: all)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='runs at a time (default: %(default)s)')
+    parser.add_argument('--workers', type=_at_least_one, default=os.cpu_count(),
+                        help='runs at a time (default: %(default)s)')
     parser.add_argument('--nice', type=int, default=0, help='lower the priority of the runs by this')
     parser.add_argument('--report-only', action='store_true', help='report what has been run, and run nothing')
     parser.add_argument('--baseline', metavar='METHOD', help='compare with this method (default: the best baseline)')
     parser.add_argument('--compare', default='accuracy', choices=[name for name, *_ in COLUMNS],
                         help='metric to compare (default: %(default)s)')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='(default: %(default)s)')
-    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the result, as SVG or PNG')
+    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the result, as SVG, PNG or PDF')
     return parser.parse_args()
 
 
@@ -47,6 +54,8 @@ def main() -> None:
         study = load_study(args.study, {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')})
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
+    if args.plot and args.plot.suffix not in ('.svg', '.png', '.pdf'):
+        sys.exit(f'--plot {args.plot}: give a file that ends with .svg, .png or .pdf.')
     if args.baseline:
         if args.baseline not in study.methods:
             sys.exit(f'--baseline {args.baseline}: methods are {", ".join(study.methods)}.')

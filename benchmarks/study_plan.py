@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,17 @@ class Study:
         return rows
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a name that is given twice: YAML would keep the last and be silent."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge']
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'{name} is there twice', node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _check_sections(path: Path, content: dict[str, Any]) -> None:
     for kind in ('datasets', 'models', 'methods', 'training'):
         section = content.get(kind, {})
@@ -142,14 +153,18 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
     Raises:
         ValueError: if it is not a study, or names something that does not exist.
     """
-    content = yaml.safe_load(path.read_text())
+    content = yaml.load(path.read_text(), _UniqueKeys)
     if not isinstance(content, dict):
         raise ValueError(f'{path} is not a study: it has no datasets, models and methods.')
+    content.pop('about', None)
+    known = {part.name: part for part in fields(Study) if part.name != 'name'}
+    needed = [name for name, part in known.items() if part.default is part.default_factory is MISSING]
+    if not set(needed) <= set(content) <= set(known):
+        raise ValueError(
+            f'{path} is not a study: it needs {", ".join(needed)}, and may have {", ".join(set(known) - set(needed))}; '
+            f'it has {", ".join(map(str, content))}.')
     _check_sections(path, content)
-    try:
-        study = Study(name=path.stem, **{key: value for key, value in content.items() if key != 'about'})
-    except TypeError as error:
-        raise ValueError(f'{path} is not a study: {error}') from error
+    study = Study(name=path.stem, **content)
     _check_numbers(path, study)
     for kind, known in (('training', TRAINING_DEFAULTS), ('baselines', study.methods)):
         unknown = set(content.get(kind, ())) - set(known)
@@ -168,6 +183,10 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
             settings = study.settings(group, 0.1, 0)
         except ValueError as error:
             raise ValueError(f'{path}, {group.method}: {error}') from error
+        for name in ('epochs', 'batch_size'):
+            value = settings['training'][name]
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f'{path}, {group.dataset}: {name} must be 1 or more, got {value!r}.')
         dataset = settings['dataset']
         if dataset['name'] not in DATASETS or set(dataset) != {'name', *DATASET_DEFAULTS}:
             raise ValueError(

@@ -211,6 +211,7 @@ def test_temperature_from_a_named_split(evaluate, runs, image_folder):
     assert evaluate(runs / 'plain', '--parts', '--calibration-split', 'train') == 0
     tempered = evaluate.results()['models']['plain']['tempered']
     assert tempered['fitted_on'].endswith('(train)') and '(train)' in evaluate.html()
+    assert 'plain may have been trained on these images' in evaluate.err
     [temperature] = tempered['temperatures']
     candidate = load_candidate(str(runs / 'plain'))
     logits, target = {}, {}
@@ -365,6 +366,15 @@ def change_weights(folder, change):
         checkpoint = torch.load(path, weights_only=True)
     checkpoint['state_dict'] = {name: change(weight) for name, weight in checkpoint['state_dict'].items()}
     torch.save(checkpoint, path)
+
+
+def test_calibrated_beside_others_is_told(evaluate, runs, tmp_path):
+    (tmp_path / 'calibrated').mkdir()
+    shutil.copy(runs / 'plain' / 'model_best.pth.tar', tmp_path / 'calibrated' / 'model_calibrated.pth.tar')
+    assert evaluate(runs / 'plain', tmp_path / 'calibrated', '--parts') == 0
+    assert 'calibrated: calibrated, and the others are not' in evaluate.err
+    assert evaluate(tmp_path / 'calibrated', '--parts') == 0
+    assert 'the others are not' not in evaluate.err
 
 
 def test_a_model_that_diverged_is_told_and_others_are_kept(evaluate, runs, tmp_path):

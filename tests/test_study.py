@@ -66,12 +66,21 @@ def test_methods_write_their_defaults_out():
     (dict(lrs=0.1), 'lrs must be a list of positive numbers, got 0.1'),
     (dict(lrs=[]), 'lrs must be a list of positive numbers'),
     (dict(models={'resnet': dict(model_name='test_resnet', lrs=['1e-3'])}), 'lrs of resnet must be a list'),
+    (dict(methds={}), 'it needs datasets, models, methods, lrs'),
+    (dict(datasets={'digits': dict(epochs=0)}), 'digits: epochs must be 1 or more, got 0'),
     (dict(tuning_seeds=4), '1 <= tuning_seeds <= seeds is needed'),
     (dict(seeds='three'), '1 <= tuning_seeds <= seeds is needed'),
 ])
 def test_mistakes_in_a_study_are_told(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         studies.load_study(write(tmp_path, **changes))
+
+
+def test_a_method_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / 'twice.yaml'
+    path.write_text('methods:\n  dense: {multimix: dense}\n  dense: {multimix: dense, alpha: 1.0}\n')
+    with pytest.raises(yaml.YAMLError, match='dense is there twice'):
+        studies.load_study(path)
 
 
 def test_settings_prefer_the_special(tmp_path):

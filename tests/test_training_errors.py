@@ -52,6 +52,8 @@ WRONG_OPTIONS = {
     'unknown metric': (['--eval-metric', 'top3'], 'top1'),
     'unknown augmentation': (['--model', 'test_resnet', '--aa', 'rnd-m9'], '--aa rnd-m9'),
     'unknown crop': (['--train-crop-mode', 'x'], 'rkrc'),
+    'late start of MultiMix': (
+        ['--model', 'test_resnet', '--epochs', '2', '--multimix', 'dense', '--multimix-start-epoch', '2'], '2 epochs'),
     'late stop': (['--model', 'test_resnet', '--epochs', '2', '--stop-epoch', '3'], 'stop-epoch'),
     'jsd without splits': (['--jsd-loss'], '--aug-splits'),
     'two losses': (['--bce-loss', '--loss', 'asl'], '--loss asl'),

@@ -14,6 +14,7 @@ import timm
 import torch
 
 from ..data import DEMO_PREFIX
+from ..training.calibration import CALIBRATED, share_split
 from ..training.errors import UsageError, blame
 from ..training.files import replacing
 from ..training.logs import setup_logging
@@ -41,7 +42,7 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UsageError(f'{message}. See --help.')
+        raise UsageError(f'{message.rstrip(".")}. See --help.')
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -131,6 +132,12 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
     calibration = None
     if args.calibration_split:
         calibration = Source(source.dataset, source.root, args.calibration_split, source.options)
+        trained = [c.name for c in candidates if c.args is not None and share_split(
+            c.args.train_split, args.calibration_split)]
+        if trained:
+            _logger.warning(
+                f'--calibration-split {args.calibration_split}: {", ".join(trained)} may have been trained on these '
+                'images, and be surer of them than of others. Another split, or none, tells more.')
     outside = tuple(
         name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood)
     for data in (source, *outside):
@@ -215,6 +222,10 @@ def _run(argv: Sequence[str] | None) -> None:
     _check_writable(folder)
     candidates = load_candidates(args.models)
     settings = _settings(args, candidates, device)
+    calibrated = [candidate.name for candidate in candidates if candidate.weights == CALIBRATED]
+    if 0 < len(calibrated) < len(candidates):
+        _logger.warning(
+            f'{", ".join(calibrated)}: calibrated, and the others are not. Compare the rows "at temperature".')
     results = []
     for result in evaluate_models(candidates, settings, device):
         results.append(result)

@@ -51,7 +51,7 @@ def _root(dataset: Dataset) -> str | None:
     return os.path.realpath(reader.root) if isinstance(reader, _FILE_READERS) else None
 
 
-def _share_split(first: str, second: str) -> bool:
+def share_split(first: str, second: str) -> bool:
     """Whether two names of splits, with a slice or without, plainly overlap, such as train and train[90%:]."""
     (name, _, part), (other_name, _, other_part) = first.partition('['), second.partition('[')
     return name == other_name and (part == other_part or not (part and other_part))
@@ -101,7 +101,7 @@ def hold_out(
     if share is None:
         held_out = build_split(args, in_chans, args.calibrate, 'Calibration')
         for other, split in ((train, args.train_split), (evaluation, args.val_split)):
-            if other is not None and (_share_split(split, args.calibrate) or share_images(held_out, other)):
+            if other is not None and (share_split(split, args.calibrate) or share_images(held_out, other)):
                 raise UsageError(
                     f'--calibrate {args.calibrate}: these are the images of --{"train" if other is train else "val"}-'
                     f'split {split}. Name another split, or give a share of the training images, such as 0.1, that is '

@@ -288,23 +288,33 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
         raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
 
 
-def _warn_of_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Say which options a run continues with others than the checkpoint was trained with, if it says: those of the
-    loss, which count from here on, and those of the optimizer, which do not."""
+    loss, which count from here on, and those of the optimizer, which do not and are set back to what is true.
+
+    Returns:
+        The options that were set back.
+    """
     before = checkpoint.get('args') or {}
     before = vars(before) if isinstance(before, argparse.Namespace) else before
 
-    def changes(names: Iterable[str]) -> str:
-        return ', '.join(
-            f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names
-            if name in before and before[name] != getattr(args, name))
+    def changed(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in before and before[name] != getattr(args, name)]
 
-    if objective := changes(name for name in vars(args) if name.startswith('multimix')):
-        _logger.warning(f'This run continues with another objective: {objective}.')
-    if not args.no_resume_opt and (kept := changes(_OPTIMIZER_OPTIONS)):
+    def told(names: Iterable[str]) -> str:
+        return ', '.join(
+            f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names)
+
+    if objective := changed(name for name in vars(args) if name.startswith('multimix')):
+        _logger.warning(f'This run continues with another objective: {told(objective)}.')
+    kept = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
+    if kept:
         _logger.warning(
-            f'The optimizer continues with the options it began with: {kept}. For the new ones give --no-resume-opt, '
-            'which starts it anew.')
+            f'The optimizer continues with the options it began with: {told(kept)}. For the new ones give '
+            '--no-resume-opt, which starts it anew.')
+    settled = {name: before[name] for name in kept}
+    vars(args).update(settled)
+    return settled
 
 
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
@@ -312,14 +322,15 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
 
     Returns:
         What the checkpoint says beside weights: 'epoch' to continue with, 'progress' and 'metric', each None if it does
-        not know; and 'weights', the entries of its weights by name.
+        not know; 'weights', the entries of its weights by name; and 'settled', options of the optimizer that were set
+        back to those it began with.
 
     Raises:
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
     """
     checkpoint = read_checkpoint(path)
     check_architecture(args, checkpoint, path)
-    _warn_of_changes(args, checkpoint)
+    settled = _settle_changes(args, checkpoint)
     keep = not args.no_resume_opt
     try:
         epoch = resume_task_checkpoint(
@@ -328,7 +339,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
         raise UsageError(f'{path} does not fit this run: {error}') from error
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
     return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
-                weights=saved_weights(checkpoint))
+                weights=saved_weights(checkpoint), settled=settled)
 
 
 def load_weights(task: TrainingTask, path: str, name: str) -> None:

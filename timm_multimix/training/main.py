@@ -316,7 +316,6 @@ def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     kept = {name: value for name, value in vars(args).items() if name not in COMMAND_LINE_ONLY}
-    args_text = yaml.safe_dump(kept, default_flow_style=False)
     hub = HubPush.start(args)
     try:
         run = build_run(args)
@@ -333,7 +332,7 @@ def _run(argv: Sequence[str]) -> None:
             _logger.error(error)
             raise
     else:
-        fit(run, args_text, hub)
+        fit(run, yaml.safe_dump(kept | run.settled, default_flow_style=False), hub)
 
 
 def _status(argv: Sequence[str]) -> int:

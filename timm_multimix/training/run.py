@@ -73,6 +73,7 @@ class Run:
         stop_epoch: Epoch not to train any more: num_epochs or earlier.
         folder: Where the run writes.
         resumed_from: Checkpoint that the run continues from, or None.
+        settled: Options that are not what was given, because the optimizer continues with those it began with.
         progress: The place in the run that a checkpoint of the present weights would name, None where there is none.
         interrupted: Averages of an epoch that goes on in its middle, None for one that begins.
         guard: What keeps losses that are not finite from the weights.
@@ -94,6 +95,7 @@ class Run:
     stop_epoch: int = 0
     folder: str = ''
     resumed_from: str | None = None
+    settled: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] | None = None
     interrupted: dict[str, Any] | None = None
     guard: LossGuard | None = None
@@ -172,6 +174,10 @@ def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
         )
     if args.stop_epoch is not None and args.stop_epoch > run.num_epochs:
         raise UsageError(f'--stop-epoch {args.stop_epoch} lies beyond the {run.num_epochs} epochs of the run.')
+    if args.multimix != 'off' and args.multimix_start_epoch >= run.num_epochs:
+        raise UsageError(
+            f'--multimix-start-epoch {args.multimix_start_epoch}: the run has {run.num_epochs} epochs, counted from 0, '
+            'and none of them would have MultiMix.')
     run.stop_epoch = args.stop_epoch or run.num_epochs
     resume_epoch = checkpoint.get('epoch') or 0
     run.start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
@@ -209,6 +215,7 @@ def _build_training(run: Run) -> None:
         check_continues(args, path)
     checkpoint = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else {}
     run.resumed_from = path
+    run.settled = checkpoint.get('settled', {})
     if args.distributed:
         # Processes start from seeds of their own, and the average below copies weights before DDP would share them.
         for tensor in task.get_trainable_module().state_dict().values():
