@@ -124,9 +124,9 @@ class DrawnWeights:
         if self.shared is None:
             weights = self.sample(rows.stop - rows.start, num_positions=num_positions).to(self.dtype)
         else:
-            weights = self.shared[rows].repeat(num_positions, 1, 1)
+            weights = self.shared[rows]  # attend knows weights that positions share
         if self.attention is None:
-            return weights
+            return weights.expand(num_positions, -1, -1).contiguous()
         attention = self.attention[:, positions]
         attended = attend(weights, attention)
         if self.grad is not None:

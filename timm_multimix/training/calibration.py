@@ -69,8 +69,8 @@ def share_images(first: Dataset, second: Dataset) -> bool:
 def _warn_of_few(args: argparse.Namespace, held_out: Dataset) -> None:
     if not isinstance(held_out, IterableDataset) and len(held_out) < _FEW:
         _logger.warning(
-            f'--calibrate {args.calibrate}: {len(held_out)} images are few to fit a temperature on; with {_FEW} it '
-            'still varies by 10 to 20 % from draw to draw.')
+            f'--calibrate {args.calibrate}: {len(held_out)} images are few to fit a temperature on. With other images '
+            'it might be quite another.')
 
 
 def hold_out(
