@@ -1,6 +1,7 @@
 """One run of a study: data, training and metrics, from a dictionary of settings to a dictionary of metrics."""
 import inspect
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_multimix import MultiMixLoss, MultiMixTask, manifold_mixup_weights, multimix_cross_entropy
+from timm_multimix.alternation import AlternatingMixup, BatchSchedule
 from timm_multimix.calibration import fit_temperature
 from timm_multimix.data import GlyphsDataset
 from timm_multimix.evaluation.metrics import classification_metrics
 from timm_multimix.evaluation.robustness import fgsm
+from timm_multimix.losses import PRESETS
 
 IMAGE_SIZE = 32
 FGSM_STEP = 8 / 255  # of a pixel's range
@@ -26,6 +28,11 @@ SPLITS = ('train', 'validation', 'test')
 DATASET_DEFAULTS = dict(train=None, validation=500, test=None, label_noise=0.0)
 TRAINING_DEFAULTS = dict(epochs=30, batch_size=50, opt='sgd', weight_decay=5e-4, reach=4)
 PLAIN_OPTIONS = dict(smoothing=0.0, mixup=0.0, cutmix=0.0, manifold_mixup=0.0, multimix='off')
+# What else a method may say. Settings have these only where they are given, so that the keys of older runs still hold.
+# `prob`: probability of a batch with MultiMix or manifold mixup; the other batches get the method's mixup and CutMix.
+# `regmixup`: alpha of RegMixup, the plain loss on the images plus the loss on mixed ones (Pinto et al., 2022).
+# `targeted`: Dirichlet concentrations of one example of a mix and of all others, for pooled MultiMix (PowMix, 2024).
+EXTRA_OPTIONS = ('prob', 'regmixup', 'targeted')
 # Written out in the settings of a run with MultiMix: a change of their defaults makes new runs.
 RESOLVED_OPTIONS = (
     'num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance', 'pooled_weight',
@@ -45,8 +52,14 @@ def task_option_names() -> set[str]:
     """What a method may hand to MultiMixTask: its own options and those of MultiMixLoss."""
     names = {name for owner in (MultiMixTask, MultiMixLoss) for name in inspect.signature(owner).parameters}
     return names - {
-        'model', 'criterion', 'criterion_kwargs', 'mode', 'device', 'dtype', 'verbose', 'options', 'smoothing',
-        'loss_type', 'generator', 'tile_size', 'gather', 'backend', 'teacher_path'}
+        'model', 'criterion', 'criterion_kwargs', 'mode', 'device', 'dtype', 'verbose', 'options', 'smoothing', 'seed',
+        'loss_type', 'generator', 'tile_size', 'gather', 'backend', 'teacher_path', 'preset'}
+
+
+def _default_options() -> dict[str, Any]:
+    """Defaults of MultiMixTask and MultiMixLoss. The task's own meaning of an option comes last."""
+    parameters = [inspect.signature(owner).parameters for owner in (MultiMixLoss, MultiMixTask)]
+    return {name: part.default for owner in parameters for name, part in owner.items()} | PRESETS['default']
 
 
 def resolve_method(options: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +68,7 @@ def resolve_method(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if an option is unknown.
     """
-    known = task_option_names()
+    known = task_option_names() | set(EXTRA_OPTIONS)
     unknown = set(options) - set(PLAIN_OPTIONS) - known
     if unknown:
         raise ValueError(
@@ -65,10 +78,8 @@ def resolve_method(options: dict[str, Any]) -> dict[str, Any]:
     resolved['multimix'] = resolved['multimix'] or 'off'
     wanted = RESOLVED_OPTIONS + (TEACHER_OPTIONS if 'teacher' in options else ())
     if resolved['multimix'] != 'off':
-        for owner in (MultiMixLoss, MultiMixTask):  # the task's own meaning of an option comes last
-            for name, parameter in inspect.signature(owner).parameters.items():
-                if name in wanted and name not in options:
-                    resolved[name] = parameter.default
+        defaults = _default_options()
+        resolved = {name: defaults[name] for name in wanted if name in defaults} | resolved
     return {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
 
 
@@ -91,11 +102,18 @@ DATASETS = {'digits': _digits, 'glyphs': _glyphs}
 
 
 @lru_cache(maxsize=4)
-def _load(name: str, train: int, validation: int, test: int | None, label_noise: float) -> dict[str, Split]:
+def _load(
+        image_size: int,
+        name: str,
+        train: int,
+        validation: int,
+        test: int | None,
+        label_noise: float,
+) -> dict[str, Split]:
     splits = {}
     for split, (images, labels) in DATASETS[name](train, validation, test).items():
         images = torch.tensor(images, dtype=torch.float32).unsqueeze(1)
-        images = F.interpolate(images, IMAGE_SIZE, mode='bicubic').clamp(0, 1)
+        images = F.interpolate(images, image_size, mode='bicubic').clamp(0, 1)
         splits[split] = Split(2 * images - 1, torch.tensor(labels))
     if label_noise:
         labels = splits['train'].labels.clone()
@@ -107,9 +125,9 @@ def _load(name: str, train: int, validation: int, test: int | None, label_noise:
     return splits
 
 
-def load_splits(dataset: dict[str, Any]) -> dict[str, Split]:
+def load_splits(dataset: dict[str, Any], image_size: int = IMAGE_SIZE) -> dict[str, Split]:
     """The splits of a dataset's settings. Label noise replaces a share of the training labels by other classes."""
-    return _load(**dataset)
+    return _load(image_size, **dataset)
 
 
 def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
@@ -121,24 +139,80 @@ def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def make_task(model: nn.Module, method: dict[str, Any]) -> MultiMixTask:
-    """The training task of a method."""
-    options = {name: value for name, value in method.items() if name not in PLAIN_OPTIONS}
-    criterion = nn.CrossEntropyLoss(label_smoothing=method['smoothing'])
+class _FeatureMixLoss:
+    """Cross-entropy on mixes of the last layer's logits with weights of another kind: a baseline's, or an ablation's."""
+
+    def __init__(self, sample_weights: Callable[[int], torch.Tensor], smoothing: float, balance: bool):
+        self.sample_weights = sample_weights
+        self.smoothing = smoothing
+        self.balance = balance
+
+    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return multimix_cross_entropy(
+            logits, target, self.sample_weights(len(target)), balance=self.balance, smoothing=self.smoothing)
+
+
+def targeted_weights(batch_size: int, high: float, low: float, num_mixes: int = 1000) -> torch.Tensor:
+    """Dirichlet weights with concentration `high` for one example, each in turn, and `low` for all others."""
+    concentration = torch.full((num_mixes, batch_size), float(low))
+    concentration[torch.arange(num_mixes), torch.arange(num_mixes) % batch_size] = high
+    return torch.distributions.Dirichlet(concentration).sample()
+
+
+def feature_mix_loss(method: dict[str, Any]) -> _FeatureMixLoss | None:
+    """The loss of manifold mixup, or of MultiMix with a targeted Dirichlet; None for other methods."""
     if method['manifold_mixup']:
-        def criterion(logits, target):
-            weights = manifold_mixup_weights(len(target), alpha=method['manifold_mixup'])
-            return multimix_cross_entropy(logits, target, weights, balance=False, smoothing=method['smoothing'])
-    return MultiMixTask(model, criterion, mode=method['multimix'], verbose=False, **options)
+        return _FeatureMixLoss(
+            partial(manifold_mixup_weights, alpha=method['manifold_mixup']), method['smoothing'], balance=False)
+    if method.get('targeted'):
+        high, low = method['targeted']
+        return _FeatureMixLoss(partial(targeted_weights, high=high, low=low), method['smoothing'], balance=True)
+    return None
 
 
-def make_mixup(method: dict[str, Any], num_classes: int) -> Mixup | None:
+def make_task(model: nn.Module, method: dict[str, Any], seed: int = 0) -> MultiMixTask:
+    """The training task of a method."""
+    options = {name: value for name, value in method.items()
+               if name not in PLAIN_OPTIONS and name not in EXTRA_OPTIONS}
+    criterion = nn.CrossEntropyLoss(label_smoothing=method['smoothing'])
+    return MultiMixTask(
+        model, criterion, mode=method['multimix'], prob=method.get('prob'), seed=seed, verbose=False, **options)
+
+
+def make_mixup(method: dict[str, Any], num_classes: int) -> AlternatingMixup | None:
     """timm's mixing of images, if the method has it."""
-    if not method['mixup'] and not method['cutmix']:
+    alpha = method.get('regmixup') or method['mixup']
+    if not alpha and not method['cutmix']:
         return None
-    return Mixup(
-        mixup_alpha=method['mixup'], cutmix_alpha=method['cutmix'], label_smoothing=method['smoothing'],
+    return AlternatingMixup(
+        mixup_alpha=alpha, cutmix_alpha=method['cutmix'], label_smoothing=method['smoothing'],
         num_classes=num_classes)
+
+
+def batch_loss(
+        task: MultiMixTask,
+        method: dict[str, Any],
+        mixup: AlternatingMixup | None,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        second_view: torch.Tensor | None,
+        special: bool,
+) -> torch.Tensor:
+    """The loss of one batch. A special batch gets MultiMix or manifold mixup, by the method's probability."""
+    if method.get('regmixup'):
+        mixed, mixed_target = mixup(images.clone(), target)
+        both = torch.cat([images, mixed]).contiguous(memory_format=torch.channels_last)
+        plain, on_mixed = task.trainable_module(both).chunk(2)
+        return F.cross_entropy(plain, target) + F.cross_entropy(on_mixed, mixed_target)
+    if mixup is not None:
+        images, target = mixup(images, target)
+    if second_view is not None:  # side by side, as the script's loader has them
+        images = torch.cat([images, second_view], dim=1)
+    images = images.contiguous(memory_format=torch.channels_last)
+    feature_loss = feature_mix_loss(method) if special else None
+    if feature_loss is not None:
+        return feature_loss(task.trainable_module(images), target)
+    return task(images, target, multimix=special and method['multimix'] != 'off')['loss']
 
 
 def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
@@ -149,7 +223,9 @@ def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
     num_classes = int(data.labels.max()) + 1
     model = timm.create_model(**settings['model'], num_classes=num_classes, in_chans=1)
     model = model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
-    task = make_task(model, method)
+    task = make_task(model, method, settings['seed'])
+    batch_schedule = BatchSchedule(
+        method.get('prob', 1.0), settings['seed'], method.get('start_epoch', 0), method.get('off_epoch', 0))
     mixup = make_mixup(method, num_classes)
     optimizer = create_optimizer_v2(
         model, opt=options['opt'], lr=settings['lr'], weight_decay=options['weight_decay'])
@@ -159,15 +235,14 @@ def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
     task.train()
     for epoch in range(options['epochs']):
         task.set_epoch(epoch)
-        for batch in torch.randperm(len(data.labels))[:steps * batch_size].split(batch_size):
+        for index, batch in enumerate(torch.randperm(len(data.labels))[:steps * batch_size].split(batch_size)):
             images, target = shift(data.images[batch], options['reach']), data.labels[batch]
+            second_view = shift(data.images[batch], options['reach']) if task.views == 2 else None
             if mixup is not None:
-                images, target = mixup(images, target)
-            if task.views == 2:  # side by side, as the script's loader has them
-                images = torch.cat([images, shift(data.images[batch], options['reach'])], dim=1)
+                mixup.mixes_images = batch_schedule.mixes_images(epoch, index)
             optimizer.zero_grad()
-            images = images.contiguous(memory_format=torch.channels_last)
-            task(images, target)['loss'].backward()
+            special = batch_schedule.is_multimix(epoch, index)
+            batch_loss(task, method, mixup, images, target, second_view, special).backward()
             optimizer.step()
             schedule.step()
             task.update_ema()
@@ -210,7 +285,7 @@ def evaluate(model: nn.Module, validation: Split, test: Split) -> dict[str, floa
 
 def run(settings: dict[str, Any]) -> dict[str, float]:
     """Train and evaluate as the settings say: 'dataset', 'model', 'training', 'method', 'lr', 'seed'."""
-    splits = load_splits(settings['dataset'])
+    splits = load_splits(settings['dataset'], settings['model'].get('img_size', IMAGE_SIZE))
     task = train(settings, splits['train'])
     # What the method would ship: the teacher's average where it is the better one on the validation split.
     models = [model for model in (task.trainable_module, task.get_eval_teacher()) if model is not None]

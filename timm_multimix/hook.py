@@ -24,6 +24,7 @@ class _Settings:
         self.attention = attention
         self.attention_norm = attention_norm
         self.head = head
+        self.enabled = True
         self.in_evaluation = False
 
 
@@ -41,7 +42,7 @@ class _MultiMixModel:
 
     def forward(self, *args, **kwargs):
         settings = self._multimix
-        if not (self.training or settings.in_evaluation):
+        if not (self.training and settings.enabled or settings.in_evaluation):
             return super().forward(*args, **kwargs)
         if settings.mode == 'pooled':
             return MultiMixOutput(_checked_logits(self, super().forward(*args, **kwargs)))
@@ -141,6 +142,19 @@ class MultiMixHandle:
     def attention(self) -> str:
         """The query of the attention."""
         return self._settings.attention
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model returns a MultiMixOutput while training. Set it to False for batches without MultiMix.
+
+        The model then does what it does without attach, at the same cost. A compiled model keeps one graph for each of
+        the two settings.
+        """
+        return self._settings.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._settings.enabled = bool(enabled)
 
     @property
     def reads_positions(self) -> bool:

@@ -25,6 +25,11 @@ from .scale import fitting_scale
 from .weights import Alpha, alpha_range, check_tuple_length, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
+# Arguments of MultiMixLoss that a preset sets.
+PRESETS = {
+    'default': dict(alpha=None, balance=True, pooled_weight=0.5),
+    'paper': dict(alpha=(0.5, 2.0), balance=False, pooled_weight=0.0),
+}
 CHECKED_ELEMENTS = 2 ** 18  # of weights, at a time
 
 
@@ -273,8 +278,12 @@ class MultiMixLoss(nn.Module):
 
     Args:
         num_mixes: Number n of mixes, at every position. Keep it well above the batch size.
-        alpha: Dirichlet concentration, a number or a (low, high) pair that each mix draws its own from, (0.5, 2.0) in
-            the papers. None is 1 / (examples in a mix), so that mixes are as varied in any batch (docs/method.md).
+        preset: Values for alpha, balance and pooled_weight where they are None. 'default' is alpha = 1 / (examples in a
+            mix), so that mixes are as varied in any batch (docs/method.md), balance=True and pooled_weight=0.5. 'paper'
+            is what the papers' experiments use: alpha=(0.5, 2.0), balance=False and pooled_weight=0. They apply that
+            loss to half of the batches only: see the prob argument of MultiMixTask.
+        alpha: Dirichlet concentration: a number, or a (low, high) pair from which each mix draws its own. None takes
+            the preset's.
         tuple_length: Number of examples m in a mix, None for the whole mini-batch.
         shared_weights: Draw one set of weights for all positions, which saves time; the papers draw one for each
             (P2, eq. 10). Attention tells positions apart all the same. It is kept while the loss is computed (n, b).
@@ -282,9 +291,10 @@ class MultiMixLoss(nn.Module):
             from the dense logits of the true class, which only the loss knows; 'uniform' ignores what comes.
         attention_norm: 'relu' or 'softmax', for attention computed here.
         attention_grad: Let gradient through the attention.
-        balance: Balanced gradient; False gives the literal gradient of the papers.
-        pooled_weight: Share of the pooled term beside the dense one, in [0, 1]. A model that predicts from a class
-            token trains that path through the pooled term only: do not set 0 there.
+        balance: Balanced gradient; False gives the literal gradient of the papers. None takes the preset's.
+        pooled_weight: Share of the pooled term beside the dense one, in [0, 1]; None takes the preset's. A model that
+            predicts from a class token trains that path through the pooled term only: do not set 0 there, unless other
+            batches train it.
         clean_weight: Share of the plain loss on unmixed examples, in [0, 1].
         logit_scale: Factor on mixed logits inside the loss. 'auto' is the one with which a model that fits mixes of
             certain examples is confident, and not overconfident, on the examples themselves (fitting_scale); the
@@ -315,14 +325,15 @@ class MultiMixLoss(nn.Module):
             self,
             num_mixes: int = 1000,
             *,
+            preset: str = 'default',
             alpha: Alpha | None = None,
             tuple_length: int | None = None,
             shared_weights: bool = False,
             attention: str | None = None,
             attention_norm: str = 'relu',
             attention_grad: bool = False,
-            balance: bool = True,
-            pooled_weight: float = 0.5,
+            balance: bool | None = None,
+            pooled_weight: float | None = None,
             clean_weight: float = 0.0,
             logit_scale: float | str = 1.0,
             smoothing: float = 0.0,
@@ -333,6 +344,11 @@ class MultiMixLoss(nn.Module):
             backend: str = 'auto',
     ):
         super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {preset!r}.')
+        given = dict(alpha=alpha, balance=balance, pooled_weight=pooled_weight)
+        alpha, balance, pooled_weight = (
+            PRESETS[preset][name] if value is None else value for name, value in given.items())
         if num_mixes < 1:
             raise ValueError(f'num_mixes must be at least 1, got {num_mixes}.')
         if tuple_length is not None and tuple_length < 1:

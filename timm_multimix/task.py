@@ -9,6 +9,7 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from .alternation import BatchSchedule
 from .hook import attach
 from .losses import MultiMixLoss, MultiMixOutput, class_rows
 from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
@@ -17,6 +18,8 @@ from .views import split_views
 _logger = logging.getLogger(__name__)
 
 TASK_MODES = ('off', 'pooled', 'dense')
+# The probability of a MultiMix batch that goes with each preset of MultiMixLoss.
+PRESET_PROB = {'default': 1.0, 'paper': 0.5}
 
 
 def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
@@ -54,15 +57,23 @@ def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
 class MultiMixTask(ClassificationTask):
     """Trains a timm model with MultiMix.
 
-    A drop-in for timm's ClassificationTask. The model returns its ordinary logits and those at every position (see
-    attach), and MultiMixLoss mixes them in the epochs that MultiMix is on; in the others this is ClassificationTask, at
-    its cost. Checkpoints hold the model's plain state_dict. Validation, EMA, compilation and distribution are timm's.
+    A drop-in for timm's ClassificationTask. On a MultiMix batch the model returns its ordinary logits and those at every
+    position (see attach), and MultiMixLoss mixes them. On other batches this is ClassificationTask, at its cost.
+    Checkpoints hold the model's plain state_dict. Validation, EMA, compilation and distribution are timm's.
+
+    With prob < 1 every batch is assigned at random: with that probability it is a MultiMix batch, otherwise the plain
+    criterion trains it, usually on mixed images. Whoever mixes the images must not mix those of MultiMix batches, so a
+    loader that mixes decides first (see BatchSchedule) and passes its decision to forward(). Without one the task
+    decides, from the seed and the number of training batches so far, which is part of its state.
 
     Args:
         model: The timm model to train. It is attached here: do not attach it before.
         criterion: The plain loss. Its kind (softmax or binary) and its label smoothing are MultiMix's too.
         criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
         mode: 'dense' (mixes at every position), 'pooled' (mixes ordinary logits), or 'off'.
+        preset: 'default', or 'paper' for what the papers' experiments use: see MultiMixLoss, and prob=0.5.
+        prob: Probability of a MultiMix batch; None takes the preset's, which is 1 by default.
+        seed: Seed of the task's own decisions for prob < 1.
         attention: Weights of positions: 'uniform', 'gap', 'token' or 'cam' (dense mode only).
         attention_norm: 'relu' or 'softmax'.
         start_epoch: First epoch with MultiMix, counted from 0.
@@ -105,6 +116,9 @@ class MultiMixTask(ClassificationTask):
             criterion_kwargs: dict[str, Any] | None = None,
             *,
             mode: str = 'dense',
+            preset: str = 'default',
+            prob: float | None = None,
+            seed: int = 0,
             attention: str = 'gap',
             attention_norm: str = 'relu',
             start_epoch: int = 0,
@@ -123,15 +137,15 @@ class MultiMixTask(ClassificationTask):
     ):
         if mode not in TASK_MODES:
             raise ValueError(f'mode must be one of {", ".join(TASK_MODES)}, got {mode!r}.')
-        if start_epoch < 0 or off_epoch < 0 or 0 < off_epoch <= start_epoch:
-            raise ValueError(
-                'MultiMix is on from start_epoch until off_epoch (0 for never): '
-                f'start_epoch={start_epoch} and off_epoch={off_epoch} leave no epoch to it.')
+        if prob is None:
+            prob = PRESET_PROB.get(preset, 1.0)
+        schedule = BatchSchedule(prob, seed, start_epoch, off_epoch)
         check_teacher(teacher, teacher_decay, teacher_path, views)
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
-        self.start_epoch = start_epoch
-        self.off_epoch = off_epoch
+        self.schedule = schedule if mode != 'off' else BatchSchedule(prob=0)
+        self.epoch = 0
+        self.num_batches = 0  # decided by the task itself
         # The logits of the true class are known to the loss only, all other queries to the model only.
         in_loss = mode == 'dense' and attention == 'cam'
         self._attach_options = dict(
@@ -143,28 +157,33 @@ class MultiMixTask(ClassificationTask):
         self.views = views
         if mode != 'off':
             self.loss = MultiMixLoss(
+                preset=preset,
                 attention='cam' if in_loss else None,
                 attention_norm=attention_norm,
                 **loss_options(self.criterion),
                 **options,
             )
+            self._handle = attach(unwrap_model(self.trainable_module), **self._attach_options)
             self._check_objective()
             if teacher != 'none':
                 self.distillation = SelfDistillationLoss(
                     self.loss, distill_weight, distill_temperature, distill_ramp_epochs)
                 self.teacher = self._make_teacher(teacher, teacher_decay, teacher_path)
-        self._switch(self._is_on(0))
         if verbose and mode != 'off':
-            _logger.info(f'{type(self).__name__}: mode={mode}, attention={attention}, {self.loss.extra_repr()}')
+            _logger.info(
+                f'{type(self).__name__}: mode={mode}, prob={prob}, attention={attention}, {self.loss.extra_repr()}')
+
+    @property
+    def _leaves_class_token(self) -> bool:
+        """Whether MultiMix batches do not train the class token that the model predicts from."""
+        positions_only = self.mode == 'dense' and self.loss.pooled_weight == 0 == self.loss.clean_weight
+        return positions_only and not self._handle.reads_positions
 
     def _check_objective(self) -> None:
-        """Attach once, whatever the first epoch: a model that cannot be served is refused here, not hours later."""
-        self._switch(True)
-        trained_by_positions_only = self.mode == 'dense' and self.loss.pooled_weight == 0 == self.loss.clean_weight
-        if trained_by_positions_only and not self._handle.reads_positions:
+        if self.schedule.prob == 1 and self._leaves_class_token:
             raise ValueError(
-                "This model predicts from its class token, which the dense term does not train: set pooled_weight or "
-                'clean_weight above 0.')
+                'This model predicts from its class token, which the dense term does not train: set pooled_weight or '
+                'clean_weight above 0, or prob below 1.')
 
     def _make_teacher(self, teacher: str | nn.Module, decay: float, path: str | None) -> nn.Module:
         if teacher == 'ema':
@@ -175,66 +194,82 @@ class MultiMixTask(ClassificationTask):
 
     @property
     def active(self) -> bool:
-        """Whether MultiMix is on in the current epoch."""
-        return self._handle is not None
+        """Whether the current epoch can have MultiMix batches."""
+        return self.schedule.is_active(self.epoch)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Parts of the loss that forward returns while MultiMix is on."""
-        if self.loss is None:
+        """Parts of the loss that forward returns: 'dense', 'pooled', 'clean' on MultiMix batches, 'plain' on others."""
+        if self.schedule.prob == 0:
             return ()
         dense = self.mode == 'dense' and self.loss.pooled_weight < 1
         pooled = self.mode == 'pooled' or self.loss.pooled_weight > 0
         clean_weight = self.loss.clean_weight
-        shown = dict(dense=dense and clean_weight < 1, pooled=pooled and clean_weight < 1, clean=clean_weight > 0)
+        shown = dict(
+            dense=dense and clean_weight < 1, pooled=pooled and clean_weight < 1, clean=clean_weight > 0,
+            plain=self.schedule.alternates)
         return tuple(name for name, is_shown in shown.items() if is_shown)
 
     def set_epoch(self, epoch: int) -> None:
-        """Switch MultiMix on or off, as start_epoch and off_epoch say. Call it before every epoch."""
-        self._switch(self._is_on(epoch))
+        """Set the epoch, which start_epoch, off_epoch and the distillation ramp refer to. Call it before every epoch."""
+        self.epoch = epoch
         if self.distillation is not None:
             self.distillation.set_epoch(epoch)
 
-    def _is_on(self, epoch: int) -> bool:
-        ended = self.off_epoch and epoch >= self.off_epoch
-        return self.mode != 'off' and epoch >= self.start_epoch and not ended
+    def _decide(self, multimix: bool | None) -> bool:
+        """Whether this batch is a MultiMix batch."""
+        if multimix is not None:
+            return multimix
+        if not self.schedule.alternates:
+            return self.active
+        if not self._is_training:
+            return False
+        self.num_batches += 1
+        return self.schedule.is_multimix(self.epoch, self.num_batches - 1)
 
-    def _switch(self, on: bool) -> None:
-        # A detached model is the plain one: an epoch without MultiMix does no work for it, compiled or not.
-        if on and self._handle is None:
-            self._handle = attach(unwrap_model(self.trainable_module), **self._attach_options)
-        elif not on and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    @property
+    def _is_training(self) -> bool:
+        return unwrap_model(self.trainable_module).training
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            multimix: bool | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Forward pass and loss.
 
         Args:
             input: Images (b, c, h, w); of two views (b, 2c, h, w).
             target: Class indices (b,), or soft or multi-hot targets (b, c).
+            multimix: Whether this is a MultiMix batch, decided by the loader that mixes images. None lets the task
+                decide.
 
         Returns:
-            'loss'; 'output', the ordinary logits; and the parts of the MultiMix loss that have weight ('dense',
-            'pooled', 'clean'), detached, for logging.
+            'loss'; 'output', the ordinary logits; and the parts of the loss in loss_names that this batch has,
+            detached, for logging.
         """
         input, taught = split_views(input) if self.views == 2 else (input, input)
+        is_multimix = self._decide(multimix)
+        if self._handle is not None:
+            self._handle.enabled = is_multimix
+        teaches = is_multimix and self._is_training and self.teacher is not None and self.distillation.weight > 0
         # The teacher goes first: it keeps nothing, and the student's activations are not there yet.
-        lesson = self.teacher(taught) if self._teaches else None
+        lesson = self.teacher(taught) if teaches else None
         output = self.trainable_module(input)
-        if not isinstance(output, MultiMixOutput):  # MultiMix is off, or the task is in evaluation mode
-            return {'loss': self.criterion(output, target), 'output': output}
+        if not isinstance(output, MultiMixOutput):  # a batch without MultiMix, or the task is in evaluation mode
+            loss = self.criterion(output, target)
+            parts = {'plain': loss.detach()} if self.schedule.alternates else {}
+            return {'loss': loss, 'output': output, **parts}
         loss = self.distillation or self.loss
         terms = loss.terms(output, self._mixable(target, output.logits), lesson)
         if getattr(self.criterion, 'sum_classes', False):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}
         parts = {name: term.detach() for name, term in terms.items() if name != 'loss'}
+        if self._leaves_class_token:
+            # Every parameter takes part in every batch, as DistributedDataParallel requires.
+            terms['loss'] = terms['loss'] + 0 * output.logits.sum()
         return {'loss': terms['loss'], 'output': output.logits, **parts}
-
-    @property
-    def _teaches(self) -> bool:
-        trains = self.active and unwrap_model(self.trainable_module).training
-        return trains and self.teacher is not None and self.distillation.weight > 0
 
     @property
     def _owns_average(self) -> bool:
@@ -282,8 +317,14 @@ class MultiMixTask(ClassificationTask):
         return state
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What resuming needs of the teacher. Its weights are those of the checkpoint, which torch.save writes once."""
-        return {'teacher': self.teacher.state_dict()} if self._owns_average and not ema else {}
+        """State for resuming: the teacher, and the number of batches that the task has assigned itself.
+
+        The teacher's weights are those of the checkpoint, which torch.save writes once.
+        """
+        if ema:
+            return {}
+        state = {'num_batches': self.num_batches} if self.schedule.alternates else {}
+        return {**state, 'teacher': self.teacher.state_dict()} if self._owns_average else state
 
     def load_task_state(
             self,
@@ -292,8 +333,11 @@ class MultiMixTask(ClassificationTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Restore get_task_state. Without one, the weights just loaded are where the teacher begins."""
-        if not self._owns_average or ema:
+        """Restore get_task_state. Without one, the teacher begins at the weights just loaded."""
+        if ema:
+            return
+        self.num_batches = int((state or {}).get('num_batches', 0))
+        if not self._owns_average:
             return
         if state and 'teacher' in state:
             self.teacher.load_state_dict(state['teacher'], strict=strict)
@@ -329,10 +373,15 @@ class MultiLabelMultiMixTask(MultiMixTask, MultiLabelClassificationTask):
         super().__init__(model, *args, **options)
         self.threshold = threshold
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            multimix: bool | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Forward pass and loss, as MultiMixTask; targets are floating point (b, c)."""
         if target.ndim != 2 or not target.is_floating_point():
             raise ValueError(
                 f'Multi-label targets must be floating point (b, c), got {target.dtype} with shape '
                 f'{tuple(target.shape)}.')
-        return super().forward(input, target)
+        return super().forward(input, target, multimix)
