@@ -140,7 +140,7 @@ def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
 
 
 class _FeatureMixLoss:
-    """Cross-entropy on mixes of the last layer's logits with weights of another kind: a baseline's, or an ablation's."""
+    """Cross-entropy on mixes of the last layer's logits with other weights: those of a baseline or an ablation."""
 
     def __init__(self, sample_weights: Callable[[int], torch.Tensor], smoothing: float, balance: bool):
         self.sample_weights = sample_weights

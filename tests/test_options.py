@@ -17,7 +17,7 @@ OPTIONS = {
     '--multimix-clean-weight', '--multimix-logit-scale', '--multimix-start-epoch', '--multimix-off-epoch',
     '--multimix-gather', '--multimix-teacher', '--multimix-teacher-decay', '--multimix-teacher-path',
     '--multimix-distill-weight', '--multimix-distill-temperature', '--multimix-distill-ramp-epochs', '--multimix-views',
-    '--multimix-shared-weights',
+    '--multimix-shared-weights', '--multimix-preset', '--multimix-prob', '--multimix-balance',
 }
 
 
@@ -56,14 +56,15 @@ def test_every_option_reaches_its_argument():
         '--multimix-logit-scale', '2', '--multimix-start-epoch', '4', '--multimix-off-epoch', '9', '--multimix-gather',
         '--multimix-teacher', 'ema', '--multimix-teacher-decay', '0.9', '--multimix-distill-weight', '0.75',
         '--multimix-distill-temperature', '3', '--multimix-distill-ramp-epochs', '6', '--multimix-views', '2',
-        '--multimix-shared-weights')
+        '--multimix-shared-weights', '--multimix-preset', 'paper', '--multimix-prob', '0.25')
     assert kwargs == dict(
         mode='dense', num_mixes=7, alpha=(0.1, 3.0), tuple_length=2, attention='cam', attention_norm='softmax',
         attention_grad=True, balance=False, pooled_weight=0.25, clean_weight=0.125, logit_scale=2.0, start_epoch=4,
         off_epoch=9, gather=True, teacher='ema', teacher_decay=0.9, teacher_path=None, distill_weight=0.75,
-        distill_temperature=3.0, distill_ramp_epochs=6, views=2, shared_weights=True)
+        distill_temperature=3.0, distill_ramp_epochs=6, views=2, shared_weights=True, preset='paper', prob=0.25,
+        seed=0)
     task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
-    assert (task.mode, task.start_epoch, task.off_epoch, task.active) == ('dense', 4, 9, False)
+    assert (task.mode, task.schedule.start_epoch, task.schedule.off_epoch, task.active) == ('dense', 4, 9, False)
     for name in ('num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance',
                  'pooled_weight', 'clean_weight', 'logit_scale', 'gather', 'shared_weights'):
         assert getattr(task.loss, name) == kwargs[name], name

@@ -1,11 +1,12 @@
 """Alternation of MultiMix batches with batches of mixed images, as in the papers' experiments (P2, appendix A.1)."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from timm.data import FastCollateMixup, Mixup
-from torch.utils.data import Dataset
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,16 @@ class BatchSchedule:
         return self.prob == 1 or not self.is_multimix(epoch, index)
 
 
-class IndexBatch(list):
+class _Batch(list):
     """Dataset indices, or samples, of a batch, with the decision whether its images are mixed."""
 
-    def __init__(self, items: Sequence, mixes_images: bool = True):
+    def __init__(self, items: Iterable, mixes_images: bool):
         super().__init__(items)
         self.mixes_images = mixes_images
 
 
-class BatchDataset(Dataset):
-    """A dataset that loads a whole batch and keeps the decision that came with its indices."""
+class _BatchDataset(Dataset):
+    """A dataset that loads a batch as a whole, so that the decision stays with it."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -78,11 +79,67 @@ class BatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset[index]
+    def __getitems__(self, indices: Sequence) -> list:
+        samples = [self.dataset[index] for index in indices]
+        return _Batch(samples, indices.mixes_images) if isinstance(indices, _Batch) else samples
 
-    def __getitems__(self, indices: Sequence) -> IndexBatch:
-        return IndexBatch([self.dataset[index] for index in indices], getattr(indices, 'mixes_images', True))
+    def set_epoch(self, epoch: int) -> None:
+        _set_epoch(self.dataset, epoch)
+
+
+class _DecidingBatchSampler:
+    """A batch sampler that attaches the decision of a BatchSchedule to every batch of indices."""
+
+    def __init__(self, batch_sampler: Any, schedule: BatchSchedule):
+        self.batch_sampler = batch_sampler
+        self.schedule = schedule
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[_Batch]:
+        for index, indices in enumerate(self.batch_sampler):
+            yield _Batch(indices, self.schedule.mixes_images(self.epoch, index))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        _set_epoch(self.batch_sampler, epoch)
+        _set_epoch(getattr(self.batch_sampler, 'sampler', None), epoch)
+
+
+def _set_epoch(part: Any, epoch: int) -> None:
+    if hasattr(part, 'set_epoch'):
+        part.set_epoch(epoch)
+
+
+def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
+    """Let a loader that mixes images in its collate function leave out those of MultiMix batches.
+
+    Call it before the first batch. The loader's batch sampler then needs set_epoch() before every epoch.
+
+    Args:
+        loader: Training loader of timm's create_loader with collate_fn=AlternatingCollateMixup(...).
+        schedule: Decides which batches are MultiMix batches.
+
+    Raises:
+        TypeError: if the loader does not know the index of a batch, as with a streamed dataset.
+    """
+    inner = loader.loader
+    if type(inner) is not DataLoader or isinstance(inner.dataset, IterableDataset):
+        kind = type(inner.dataset if type(inner) is DataLoader else inner).__name__
+        raise TypeError(
+            f'With a probability between 0 and 1 the index of a batch must be known where its images are mixed, and '
+            f'{kind} does not know it.')
+    loader.loader = DataLoader(
+        _BatchDataset(inner.dataset),
+        batch_sampler=_DecidingBatchSampler(inner.batch_sampler, schedule),
+        num_workers=inner.num_workers,
+        collate_fn=inner.collate_fn,
+        pin_memory=inner.pin_memory,
+        worker_init_fn=inner.worker_init_fn,
+        persistent_workers=inner.persistent_workers,
+    )
 
 
 class AlternatingCollateMixup(FastCollateMixup):
@@ -113,14 +170,3 @@ class AlternatingMixup(Mixup):
             return super().__call__(x, target)
         finally:
             self.mixup_enabled = enabled
-
-
-def tag_batches(
-        batches: Sequence[Sequence],
-        schedule: BatchSchedule,
-        epoch: int,
-        first: int = 0,
-) -> Iterator[IndexBatch]:
-    """Attach the decision to the index lists of an epoch, from batch `first` on."""
-    for index in range(first, len(batches)):
-        yield IndexBatch(batches[index], schedule.mixes_images(epoch, index))

@@ -42,7 +42,7 @@ class _MultiMixModel:
 
     def forward(self, *args, **kwargs):
         settings = self._multimix
-        if not (self.training and settings.enabled or settings.in_evaluation):
+        if not ((self.training and settings.enabled) or settings.in_evaluation):
             return super().forward(*args, **kwargs)
         if settings.mode == 'pooled':
             return MultiMixOutput(_checked_logits(self, super().forward(*args, **kwargs)))

@@ -3,17 +3,22 @@ import argparse
 import inspect
 from typing import Any
 
+from .alternation import BatchSchedule
 from .attention import ATTENTION_NORMS, ATTENTION_QUERIES
-from .losses import MultiMixLoss
-from .task import TASK_MODES, MultiMixTask
+from .losses import PRESETS, MultiMixLoss
+from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
 
 _DESCRIPTION = (
     'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; keep '
     'the rest of your recipe.')
 
-# Option, keyword argument of MultiMixTask. The other three are not one value for one argument.
+# Options of timm's scripts that a preset sets, beside those of MultiMix.
+_PRESET_RECIPES = {'default': {}, 'paper': dict(mixup=1.0, smoothing=0.0)}
+# Option, keyword argument of MultiMixTask. The others are not one value for one argument.
 _KEYWORDS = {
+    'multimix_preset': 'preset',
+    'multimix_prob': 'prob',
     'multimix_n': 'num_mixes',
     'multimix_tuple_length': 'tuple_length',
     'multimix_attention': 'attention',
@@ -67,6 +72,14 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     add('--multimix', default='off', choices=TASK_MODES,
         help='mix the logits at every position of the feature map (dense), the ordinary logits only (pooled: for any '
              'model, at no cost), or nothing (off). (default: off)')
+    add('--multimix-preset', default=_default('preset'), choices=tuple(PRESETS),
+        help='paper sets what the papers\' experiments use: --multimix-prob 0.5, --multimix-alpha 0.5 2, the literal '
+             'gradient, --multimix-pooled-weight 0, --mixup 1 and --smoothing 0. Explicit options take precedence. '
+             '(default: %(default)s)')
+    add('--multimix-prob', type=float, default=_default('prob'), metavar='P',
+        help='probability of a MultiMix batch. Below 1 its images are not mixed, and all other batches are trained as '
+             'without MultiMix: with --mixup and --cutmix, if you give them. With 1 every batch is a MultiMix batch, '
+             'after mixup and CutMix. (default: 1)')
     add('--multimix-n', type=int, default=_default('num_mixes'), metavar='N',
         help='mixes per mini-batch, at every position. More cost little; keep it well above the batch size. '
              '(default: %(default)s)')
@@ -87,12 +100,17 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help='how likeness becomes a weight. (default: %(default)s)')
     add('--multimix-attention-grad', action='store_true', default=_default('attention_grad'),
         help='let gradient through the attention. No better where we tried it.')
-    add('--no-multimix-balance', action='store_true', default=not _default('balance'),
+    balance = group.add_mutually_exclusive_group()
+    balance.add_argument(
+        '--multimix-balance', action='store_false', dest='no_multimix_balance', default=None,
+        help='use the balanced gradient (docs/method.md); the default without --multimix-preset paper.')
+    balance.add_argument(
+        '--no-multimix-balance', action='store_true', dest='no_multimix_balance', default=None,
         help='use the literal gradient of the papers. With their alpha it hardly trains on a normal schedule, the '
              'balanced gradient does (see docs/method.md).')
     add('--multimix-pooled-weight', type=float, default=_default('pooled_weight'), metavar='W',
         help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
-             'that path through it: leave it above 0 there. (default: %(default)s)')
+             'that path through it: leave it above 0 there. (default: 0.5)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
         help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
     add('--multimix-logit-scale', type=_number_or_auto, default=_default('logit_scale'), metavar='S',
@@ -147,12 +165,46 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     options = dict(
         mode=args.multimix,
         alpha=tuple(args.multimix_alpha) if args.multimix_alpha else None,
-        balance=not args.no_multimix_balance,
+        balance=None if args.no_multimix_balance is None else not args.no_multimix_balance,
+        seed=getattr(args, 'seed', None) or 0,
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
-    # Told here, before a model is built. The rest of the options is the task's own.
+    # Checked here, before a model is built. The other options are the task's own.
+    BatchSchedule(1.0 if options['prob'] is None else options['prob'])
     loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _OF_THE_LOSS})
     SelfDistillationLoss(
         loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
     check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
     return options
+
+
+def preset_options(preset: str) -> dict[str, Any]:
+    """The options that `--multimix-preset` sets, by their names in a namespace. Explicit options take precedence.
+
+    Args:
+        preset: 'default' or 'paper'.
+
+    Returns:
+        Values of MultiMix options, and of timm's options `mixup` and `smoothing` for 'paper'.
+    """
+    values = PRESETS[preset]
+    return dict(
+        multimix_prob=PRESET_PROB[preset],
+        multimix_alpha=list(values['alpha']) if values['alpha'] else None,
+        no_multimix_balance=not values['balance'],
+        multimix_pooled_weight=values['pooled_weight'],
+        **_PRESET_RECIPES[preset],
+    )
+
+
+def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
+    """The schedule of MultiMix batches that the parsed options describe, for a loader that mixes images.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+    if args.multimix == 'off':
+        return BatchSchedule(prob=0)
+    prob = PRESET_PROB[args.multimix_preset] if args.multimix_prob is None else args.multimix_prob
+    return BatchSchedule(
+        prob, getattr(args, 'seed', None) or 0, args.multimix_start_epoch, args.multimix_off_epoch)

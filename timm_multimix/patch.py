@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from .options import add_multimix_args, multimix_kwargs
+from .alternation import AlternatingCollateMixup, AlternatingMixup, alternate
+from .options import add_multimix_args, batch_schedule, multimix_kwargs, preset_options
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
 from .training.errors import UsageError
@@ -77,20 +78,21 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
-def _with_second_view(create_loader: Callable) -> Callable:
-    def create(*args, is_training: bool = False, **kwargs):
-        loader = create_loader(*args, is_training=is_training, **kwargs)
-        return add_second_view(loader) if is_training else loader
-
-    return create
-
-
 class _Patch:
-    """The MultiMix side of a loaded script; keeps the task that the script makes, to tell it the epoch."""
+    """The MultiMix side of a loaded script.
+
+    Attributes:
+        task: The task that the script makes, which has to know the epoch.
+        epoch: The present epoch.
+        index: Index of the next training batch in the epoch.
+        mixup: What mixes images on the device, if the script does so.
+    """
 
     def __init__(self, module: ModuleType):
         self.module = module
         self.task: MultiMixTask | None = None
+        self.epoch = self.index = 0
+        self.mixup: AlternatingMixup | None = None
         try:
             add_multimix_args(module.parser)
         except argparse.ArgumentError as error:
@@ -101,6 +103,12 @@ class _Patch:
     def parse_args(self) -> tuple[argparse.Namespace, str]:
         """Parse as the script does; with MultiMix on, put its task in place."""
         args, text = self._parse_args()
+        if (args.multimix or 'off') != 'off' and args.multimix_preset != 'default':
+            # Once more, with the preset's values as defaults: what the user gives takes precedence.
+            known = vars(args)
+            preset = preset_options(args.multimix_preset)
+            self.module.parser.set_defaults(**{name: value for name, value in preset.items() if name in known})
+            args, text = self._parse_args()
         args.multimix = args.multimix or 'off'  # YAML reads a bare off as false
         if args.multimix != 'off':
             check_multimix(args)
@@ -112,12 +120,45 @@ class _Patch:
         return args, text
 
     def _install(self, args: argparse.Namespace) -> None:
+        self.schedule = batch_schedule(args)
         for name, task_cls in _TASKS.items():
             if hasattr(self.module, name):
                 setattr(self.module, name, self._bound(task_cls, args))
         self.module.train_one_epoch = self._with_epoch(self.module.train_one_epoch)
-        if args.multimix_views == 2:
-            self.module.create_loader = _with_second_view(self.module.create_loader)
+        self.module.create_loader = self._with_changes(self.module.create_loader, args)
+        self.module.FastCollateMixup = AlternatingCollateMixup
+        self.module.Mixup = self._make_mixup
+
+    def _make_mixup(self, *args, **kwargs) -> AlternatingMixup:
+        self.mixup = AlternatingMixup(*args, **kwargs)
+        return self.mixup
+
+    def _with_changes(self, create_loader: Callable, args: argparse.Namespace) -> Callable:
+        """create_loader with the second view, and with decisions attached to batches."""
+        def create(*positional, is_training: bool = False, collate_fn: Callable | None = None, **keywords):
+            loader = create_loader(*positional, is_training=is_training, collate_fn=collate_fn, **keywords)
+            if is_training and args.multimix_views == 2:
+                add_second_view(loader)
+            if is_training and self.schedule.alternates and isinstance(collate_fn, AlternatingCollateMixup):
+                try:
+                    alternate(loader, self.schedule)
+                except TypeError as error:
+                    raise UsageError(f'--multimix-prob {self.schedule.prob}: {error} Add --no-prefetcher.') from error
+            return loader
+
+        return create
+
+    def _decide(self) -> bool | None:
+        """Whether the next batch of the epoch is a MultiMix batch. Its images have been mixed, or not, by now."""
+        if not self.schedule.alternates:
+            return None
+        self.index += 1
+        self._set_mixup()
+        return self.schedule.is_multimix(self.epoch, self.index - 1)
+
+    def _set_mixup(self) -> None:
+        if self.mixup is not None:
+            self.mixup.mixes_images = self.schedule.mixes_images(self.epoch, self.index)
 
     def _bound(self, task_cls: type[MultiMixTask], args: argparse.Namespace) -> type[MultiMixTask]:
         """The task class, with the options of this run: still a subclass of timm's, whatever the script asks of it."""
@@ -131,6 +172,9 @@ class _Patch:
                     raise UsageError(f'--multimix {args.multimix}: {error}') from error
                 patch.task = self
 
+            def forward(self, input, target):
+                return super().forward(input, target, patch._decide())
+
         BoundTask.__name__ = BoundTask.__qualname__ = task_cls.__name__
         return BoundTask
 
@@ -139,6 +183,8 @@ class _Patch:
             if self.task is None:
                 raise UsageError('--multimix: the script trains with a task of another kind, such as distillation.')
             self.task.set_epoch(epoch)
+            self.epoch, self.index = epoch, 0
+            self._set_mixup()
             return train_one_epoch(epoch, *args, **kwargs)
 
         return train

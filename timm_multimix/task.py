@@ -57,9 +57,9 @@ def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
 class MultiMixTask(ClassificationTask):
     """Trains a timm model with MultiMix.
 
-    A drop-in for timm's ClassificationTask. On a MultiMix batch the model returns its ordinary logits and those at every
-    position (see attach), and MultiMixLoss mixes them. On other batches this is ClassificationTask, at its cost.
-    Checkpoints hold the model's plain state_dict. Validation, EMA, compilation and distribution are timm's.
+    A drop-in for timm's ClassificationTask. On a MultiMix batch the model returns its ordinary logits and the logits at
+    every position (see attach), and MultiMixLoss mixes them. Other batches are trained as by ClassificationTask, at the
+    same cost. Checkpoints hold the model's plain state_dict. Validation, EMA, compilation and distribution are timm's.
 
     With prob < 1 every batch is assigned at random: with that probability it is a MultiMix batch, otherwise the plain
     criterion trains it, usually on mixed images. Whoever mixes the images must not mix those of MultiMix batches, so a
@@ -211,7 +211,7 @@ class MultiMixTask(ClassificationTask):
         return tuple(name for name, is_shown in shown.items() if is_shown)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which start_epoch, off_epoch and the distillation ramp refer to. Call it before every epoch."""
+        """Set the epoch that start_epoch, off_epoch and the distillation ramp refer to. Call it before every epoch."""
         self.epoch = epoch
         if self.distillation is not None:
             self.distillation.set_epoch(epoch)

@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 
 from ..data import DEMOS
 from ..hub import check_fields
+from ..options import preset_options
 from .arguments import build_parser
 from .checks import check_args
 from .errors import UsageError, blame, near_names
@@ -141,6 +142,13 @@ def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return dict(unset, dataset=dataset), note
 
 
+def _preset_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that --multimix-preset sets. Nothing without MultiMix."""
+    if values.get('multimix', 'off') == 'off':
+        return {}
+    return preset_options(values.get('multimix_preset', 'default'))
+
+
 def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
     """Settle defaults that depend on other options, where the user gave none."""
     def unless_given(name: str, value: Any) -> None:
@@ -197,7 +205,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         values.setdefault('data_dir', values['data'])
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _NOT_OF_A_RUN}
     demo, demo_note = _demo_defaults(values)
-    args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **values})
+    preset = _preset_defaults(values)
+    args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **preset, **values})
     _settle(args, values)
     device_note = _settle_device(args, 'device' in values)
     check_args(args)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from timm.data import (
     AugMixDataset,
-    FastCollateMixup,
     Mixup,
     MultiLabelTarget,
     NaFlexMixup,
@@ -16,7 +15,9 @@ from timm.data import (
 )
 from torch.utils.data import DataLoader, Dataset
 
+from ..alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
 from ..data import create_dataset, default_img_mode
+from ..options import batch_schedule
 from ..views import add_second_view
 from .checks import mixup_active
 from .errors import UsageError, blame
@@ -37,6 +38,7 @@ class Loaders:
         evaluation: Validation batches, None without a validation split.
         mixup_fn: Mixes batches on the device; None where the loader does it, or where nothing is mixed.
         batch_size: Average size of a training batch on one device.
+        schedule: Decides which batches are MultiMix batches.
         resumable: The part of train that knows its place in an epoch, None if there is none.
         validated: Whether a validation took place, in this process or before the run continued in it.
         calibration: Batches to fit a temperature on, all of them in every process; None without --calibrate.
@@ -45,6 +47,7 @@ class Loaders:
     evaluation: Any
     mixup_fn: Mixup | None
     batch_size: float
+    schedule: BatchSchedule
     resumable: ResumableLoader | None = None
     validated: bool = False
     calibration: Any = None
@@ -177,9 +180,9 @@ def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_siz
     mixup_fn = collate_fn = None
     if mixup_active(args):
         if args.no_prefetcher:
-            mixup_fn = Mixup(**_mixup_options(args))
+            mixup_fn = AlternatingMixup(**_mixup_options(args))
         else:
-            collate_fn = FastCollateMixup(**_mixup_options(args))
+            collate_fn = AlternatingCollateMixup(**_mixup_options(args))
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     progressive = args.train_size_schedule == 'progressive'
@@ -202,6 +205,14 @@ def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_siz
     )
     if args.multimix != 'off' and args.multimix_views == 2:
         add_second_view(loader)
+    schedule = batch_schedule(args)
+    if schedule.alternates and collate_fn is not None:
+        try:
+            alternate(loader, schedule)
+        except TypeError as error:
+            raise UsageError(
+                f'--multimix-prob {args.multimix_prob}: {error} Add --no-prefetcher, which mixes images on the device.'
+            ) from error
     return loader, mixup_fn
 
 
@@ -316,4 +327,4 @@ def build_loaders(
         if isinstance(inner, DataLoader):
             inner.worker_init_fn = SteadyWorker(inner.worker_init_fn)
     loader, resumable = _make_resumable(loader, device)
-    return Loaders(loader, loader_eval, mixup_fn, batch_size, resumable)
+    return Loaders(loader, loader_eval, mixup_fn, batch_size, batch_schedule(args), resumable)

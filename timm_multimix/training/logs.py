@@ -3,7 +3,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -53,13 +53,20 @@ def setup_logging() -> None:
 
 
 class Averages:
-    """Averages of scalars over examples. They are summed on the device, and read without a wait in every step."""
+    """Averages of scalars, each over the examples of the batches that have it.
 
-    def __init__(self, device: torch.device):
+    They are summed on the device, and read without a wait in every step.
+
+    Args:
+        device: The device of the scalars.
+        names: Names that come first, in this order, whichever a batch has.
+    """
+
+    def __init__(self, device: torch.device, names: Iterable[str] = ()):
         self.device = device
         self.dtype = torch.float32 if device.type == 'mps' else torch.float64
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums = {name: torch.zeros((), dtype=self.dtype, device=device) for name in names}
+        self.counts = dict.fromkeys(self.sums, 0)
         self.latest: dict[str, torch.Tensor] = {}
 
     def update(self, values: Mapping[str, torch.Tensor], count: int) -> None:

@@ -117,10 +117,21 @@ def _update(run: Run) -> None:
     run.optimizer.step()
 
 
+def _decide(run: Run, epoch: int, index: int) -> dict[str, bool]:
+    """Whether batch index of the epoch is a MultiMix batch, as an argument of the task; before its images are mixed."""
+    schedule = run.loaders.schedule
+    if not schedule.alternates:
+        return {}
+    if run.loaders.mixup_fn is not None:
+        run.loaders.mixup_fn.mixes_images = schedule.mixes_images(epoch, index)
+    return dict(multimix=schedule.is_multimix(epoch, index))
+
+
 def _train_step(
         run: Run,
         input: Any,
         target: torch.Tensor,
+        decision: dict[str, bool],
         accum_steps: int,
         is_update: bool,
 ) -> tuple[dict, bool, bool]:
@@ -133,7 +144,7 @@ def _train_step(
     waits = is_update or not run.args.distributed
     with nullcontext() if waits else run.task.no_sync():
         with run.precision.autocast():
-            result = run.task(input, target)
+            result = run.task(input, target, **decision)
         run.guard.watch(result['loss'], is_update)
         _backward(run, result['loss'] * (_gradient_scale(run, input) / accum_steps), is_update)
     batch_passed, update_passed = run.guard.passed()
@@ -221,7 +232,8 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     _begin_epoch(run, epoch)
     module = run.task.get_trainable_module()
     module.train()
-    averages = Averages(run.device)
+    names = ('loss', *run.task.loss_names) if run.loaders.schedule.alternates else ()
+    averages = Averages(run.device, names)
     first = 0
     if run.interrupted is not None:
         averages.load_state_dict(run.interrupted)
@@ -236,10 +248,12 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
             accum_steps, is_update = _accumulation(index, len(loader), args.grad_accum_steps)
             run.whereabouts.move(f'epoch {epoch}, update {index // args.grad_accum_steps}')
             input, target = _to_device(run, input, target)
+            decision = _decide(run, epoch, index)
             if run.loaders.mixup_fn is not None:
                 input, target = run.loaders.mixup_fn(input, target)
             reporter.add(_num_images(input), time.perf_counter() - waiting_since)
-            result, batch_passed, update_passed = _train_step(run, input, target, accum_steps, is_update)
+            result, batch_passed, update_passed = _train_step(
+                run, input, target, decision, accum_steps, is_update)
             averages.update(_step_metrics(result, target), _num_images(input) if batch_passed else 0)
             if resumable is not None:
                 resumable.advance()
