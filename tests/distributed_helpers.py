@@ -35,7 +35,7 @@ def _enter(function: Callable, rank: int, world_size: int, folder: Path, argumen
 
 def start(function: Callable, arguments: list[tuple]) -> list[multiprocessing.Process]:
     """Start a process for each of the arguments."""
-    processes = [_context.Process(target=function, args=each, daemon=True) for each in arguments]
+    processes = [_context.Process(target=function, args=each) for each in arguments]
     for process in processes:
         process.start()
     return processes

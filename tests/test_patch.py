@@ -172,6 +172,9 @@ def test_usage(capsys):
 @pytest.mark.parametrize('flags', [
     [], ['--multimix', 'dense', '--multimix-n', '20', '--multimix-off-epoch', '1'],
     ['--multimix', 'dense', '--multimix-n', '20', '--multimix-teacher', 'ema', '--multimix-views', '2'],
+    ['--multimix', 'dense', '--multimix-n', '20', '--multimix-prob', '0.5', '--mixup', '1.0', '--smoothing', '0.1'],
+    ['--multimix', 'dense', '--multimix-n', '20', '--multimix-preset', 'paper', '--no-prefetcher'],
+    ['--multimix', 'dense', '--multimix-prob', '0', '--mixup', '1.0', '--cutmix', '1.0'],
 ])
 def test_timms_script_and_ours_agree(tmp_path, image_folder, flags):
     """The same losses, to the last bit, with MultiMix and without."""

@@ -55,7 +55,7 @@ class BatchSchedule:
         if not self.alternates:
             return True
         entropy = (self.seed % 2 ** 64, epoch, index)
-        return np.random.SeedSequence(entropy).generate_state(1)[0] < self.prob * 2 ** 32
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0]) < self.prob * 2 ** 32
 
     def mixes_images(self, epoch: int, index: int) -> bool:
         """Whether mixup and CutMix apply to batch `index` of an epoch."""
