@@ -3,6 +3,8 @@ import importlib
 
 import pytest
 import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 
 from timm_multimix.training import loaders, loop, model, run
 
@@ -154,3 +156,10 @@ def test_views_of_a_validation_image_are_averaged(script, image_folder, monkeypa
     script.train(image_folder, seed=3, tta=2)
     for name in ('eval_loss', 'eval_top1'):
         assert float(script.summary()[0][name]) == pytest.approx(float(expected[name]), rel=1e-4)
+
+
+def test_auto_augment_policies_work_at_every_magnitude():
+    """timm's posterize keeps 0 bits at full magnitude, which some versions of Pillow refuse."""
+    augment = rand_augment_transform('rand-m10-n8-inc1', {})
+    for _ in range(30):
+        augment(Image.new('RGB', (8, 8), (200, 100, 50)))
