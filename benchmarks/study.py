@@ -11,6 +11,7 @@ Runs are kept in benchmarks/results/, one JSON line each, and are never repeated
     python benchmarks/study.py benchmarks/studies/methods.yaml                          # run what is missing, report
     python benchmarks/study.py benchmarks/studies/methods.yaml --report-only --plot docs/images/methods.svg
     python benchmarks/study.py benchmarks/studies/methods.yaml --datasets digits --methods 'cross-entropy' dense
+    python benchmarks/study.py benchmarks/studies/*.yaml --report-only --tables docs/results_tables.md
 """
 import argparse
 import os
@@ -19,8 +20,8 @@ import sys
 from pathlib import Path
 
 import yaml
-from study_plan import load_results, load_study, run_missing
-from study_report import COLUMNS, plot, report
+from study_plan import Study, load_results, load_study, run_missing
+from study_report import COLUMNS, page_header, plot, section
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -33,7 +34,7 @@ def _at_least_one(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('study', type=Path, help='YAML file of the study')
+    parser.add_argument('study', type=Path, nargs='+', help='YAML file of a study')
     for kind in ('datasets', 'models', 'methods'):
         parser.add_argument(f'--{kind}', nargs='+', metavar='NAME', help=f'only these {kind} (default: all)')
     parser.add_argument('--workers', type=_at_least_one, default=os.cpu_count(),
@@ -44,36 +45,50 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--compare', default='accuracy', choices=[name for name, *_ in COLUMNS],
                         help='metric to compare (default: %(default)s)')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='(default: %(default)s)')
-    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the result, as SVG, PNG or PDF')
+    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the result of one study, as SVG, PNG or PDF')
+    parser.add_argument('--tables', type=Path, metavar='FILE', help='write the tables of the studies as a Markdown page')
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def load(args: argparse.Namespace) -> list[Study]:
+    """The studies, reduced to what the command line selects. Ends the program if there is a mistake."""
+    only = {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')}
     try:
-        study = load_study(args.study, {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')})
+        studies = [load_study(path, only) for path in args.study]
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
     if args.plot and args.plot.suffix not in ('.svg', '.png', '.pdf'):
         sys.exit(f'--plot {args.plot}: give a file that ends with .svg, .png or .pdf.')
+    if args.plot and len(studies) > 1:
+        sys.exit('--plot draws one study: name one.')
     if args.baseline:
-        if args.baseline not in study.methods:
-            sys.exit(f'--baseline {args.baseline}: methods are {", ".join(study.methods)}.')
-        study.baselines = [args.baseline]
+        for study in studies:
+            if args.baseline not in study.methods:
+                sys.exit(f'--baseline {args.baseline}: methods are {", ".join(study.methods)}.')
+            study.baselines = [args.baseline]
+    return studies
+
+
+def main() -> None:
+    args = parse_args()
+    studies = load(args)
     results = load_results(args.results)
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the runs' processes would outlive this one
-    if not args.report_only:
-        try:
+    try:
+        for study in studies if not args.report_only else ():
             run_missing(study, results, args.results, args.workers, args.nice)
-        except KeyboardInterrupt:
-            print('Stopped; start again to go on.', file=sys.stderr)
-            stopped = True
-    table = study.table(results)
-    print(report(study, table, args.compare))
+    except KeyboardInterrupt:
+        print('Stopped; start again to go on.', file=sys.stderr)
+        stopped = True
+    sections = [section(study, study.table(results), args.compare) for study in studies]
+    if args.tables:
+        args.tables.write_text('\n'.join([page_header(args.study), *sections]))
+    else:
+        print('\n'.join(sections))
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot(study, table, args.plot)
+        plot(studies[0], studies[0].table(results), args.plot)
     if stopped:
         sys.exit(130)
 

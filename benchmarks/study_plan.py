@@ -35,6 +35,7 @@ class Study:
 
     Attributes:
         name: Name of the study.
+        about: What it compares, in one sentence.
         datasets: Settings of each dataset: 'name', 'train', 'validation' and 'test' (numbers of images) and
             'label_noise'; and of the training on it, which come before the study's own.
         models: Arguments of timm.create_model, and 'lrs' or training settings that suit the model.
@@ -55,6 +56,7 @@ class Study:
     seeds: int = 5
     tuning_seeds: int = 2
     training: dict[str, Any] = field(default_factory=dict)
+    about: str = ''
 
     def groups(self) -> Iterator[Group]:
         return (Group(*names) for names in (
@@ -156,15 +158,15 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
     content = yaml.load(path.read_text(), _UniqueKeys)
     if not isinstance(content, dict):
         raise ValueError(f'{path} is not a study: it has no datasets, models and methods.')
-    content.pop('about', None)
-    known = {part.name: part for part in fields(Study) if part.name != 'name'}
+    about = content.pop('about', '')
+    known = {part.name: part for part in fields(Study) if part.name not in ('name', 'about')}
     needed = [name for name, part in known.items() if part.default is part.default_factory is MISSING]
     if not set(needed) <= set(content) <= set(known):
         raise ValueError(
             f'{path} is not a study: it needs {", ".join(needed)}, and may have {", ".join(set(known) - set(needed))}; '
             f'it has {", ".join(map(str, content))}.')
     _check_sections(path, content)
-    study = Study(name=path.stem, **content)
+    study = Study(name=path.stem, about=about, **content)
     _check_numbers(path, study)
     for kind, known in (('training', TRAINING_DEFAULTS), ('baselines', study.methods)):
         unknown = set(content.get(kind, ())) - set(known)

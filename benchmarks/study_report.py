@@ -89,6 +89,25 @@ def report(study, table, metric: str = 'accuracy') -> str:
     return '\n\n'.join(parts) or 'No method has a learning rate yet.'
 
 
+def section(study, table, metric: str = 'accuracy') -> str:
+    """The report of a study under a heading."""
+    return f'## {study.name}\n\n{study.about}\n\n{report(study, table, metric)}\n'
+
+
+def page_header(paths: list[Path]) -> str:
+    """The head of a page with the tables of several studies."""
+    names = ' '.join(f'benchmarks/studies/{path.name}' for path in paths)
+    return f"""# Tables of the studies
+
+This page is generated from the runs in `benchmarks/results/`:
+
+    python benchmarks/study.py {names} --report-only --tables docs/results_tables.md
+
+[results.md](results.md) explains the data, the models and the columns, and says what follows from the numbers. n is the
+number of seeds, ± the standard deviation over them, * a learning rate at the edge of those tried.
+"""
+
+
 def plot(study, table, path: Path) -> None:
     """Dots for seeds and a bar for their mean: a row for each dataset and model, a column for each metric."""
     import matplotlib
