@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
                         help='metric to compare (default: %(default)s)')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='(default: %(default)s)')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the result of one study, as SVG, PNG or PDF')
-    parser.add_argument('--tables', type=Path, metavar='FILE', help='write the tables of the studies as a Markdown page')
+    parser.add_argument('--tables', type=Path, metavar='FILE', help='write the tables of the studies as Markdown')
     return parser.parse_args()
 
 
