@@ -1,7 +1,7 @@
 """MultiMix for timm: train image classifiers on a thousand interpolations of every mini-batch, for almost no time."""
 from .attention import attention_map
 from .calibration import calibrate
-from .hook import attach
+from .hook import attach, detach
 from .hub import push_to_hub
 from .losses import MultiMixLoss, MultiMixOutput, multimix_binary_cross_entropy, multimix_cross_entropy
 from .options import add_multimix_args, multimix_kwargs
@@ -29,6 +29,7 @@ __all__ = [
     'attention_map',
     'calibrate',
     'dense_logits',
+    'detach',
     'manifold_mixup_weights',
     'multimix_binary_cross_entropy',
     'multimix_cross_entropy',

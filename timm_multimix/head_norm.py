@@ -53,18 +53,19 @@ class _PooledBatchNorm:
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
 
-def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Make a head's BatchNorms able to hold on to the pooled batch's statistics.
+def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that the statistics of a head's BatchNorms can be recorded.
 
     Args:
-        model: The model that has them.
-        names: Their module names.
+        model: The model.
+        names: Module names of the BatchNorms.
 
     Raises:
-        ValueError: if one is a SyncBatchNorm, a class with a forward of its own, or keeps no running statistics.
+        ValueError: if one is a SyncBatchNorm, overrides forward, or keeps no running statistics.
     """
     for module in map(model.get_submodule, names):
-        if type(module).forward not in (_PooledBatchNorm.forward, _BatchNorm.forward, BatchNormAct2d.forward):
+        is_plain = type(module).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
+        if not is_plain and not isinstance(module, _PooledBatchNorm):
             raise ValueError(
                 f'Dense MultiMix cannot read the batch statistics of a {type(module).__name__} in the head: '
                 "use an ordinary BatchNorm there, or attach with mode='pooled'.")
@@ -72,6 +73,19 @@ def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
             raise ValueError(
                 'Dense MultiMix needs the running statistics of a BatchNorm in the head: '
                 "create it with track_running_stats=True, or attach with mode='pooled'.")
+
+
+def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
+    """Let a head's BatchNorms record the statistics of the pooled batch.
+
+    Args:
+        model: The model.
+        names: Module names of the BatchNorms.
+
+    Raises:
+        ValueError: if one is a SyncBatchNorm, overrides forward, or keeps no running statistics.
+    """
+    check_batch_norms(model, names)
     for module in map(model.get_submodule, names):
         if not isinstance(module, _PooledBatchNorm):
             swap_class(module, _PooledBatchNorm)
@@ -89,9 +103,7 @@ def restore_batch_norms(model: nn.Module) -> None:
 def set_phase(model: nn.Module, names: Sequence[str], phase: str | None) -> None:
     """Bring the head's BatchNorms into a phase; None forgets the statistics and makes them ordinary again."""
     for name in names:
-        statistics = getattr(model.get_submodule(name), '_multimix_statistics', None)
-        if statistics is None:
-            raise RuntimeError(f'The BatchNorm {name!r} was replaced after attach(): attach again.')
+        statistics = model.get_submodule(name)._multimix_statistics
         statistics.phase = phase
         if phase is None:
             statistics.mean = statistics.var = None

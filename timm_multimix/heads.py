@@ -1,6 +1,6 @@
 """What a model's head is, found by running it on small feature maps, never by its name."""
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ class Head:
         has_class_token: Whether the first entry of each stream is a class token.
         map_norm: Module name of the norm behind the last feature map, if forward_features returns tokens only.
         resizes_images: Whether the model brings images to one size itself, so that all have the same grid of positions.
+        names: Names of the outermost modules of the head.
+        modules: These modules and all modules inside them, when the head was inspected.
     """
     layouts: tuple[Layout, ...]
     as_list: bool
@@ -46,10 +48,28 @@ class Head:
     has_class_token: bool = False
     map_norm: str | None = None
     resizes_images: bool = False
+    names: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether the model's head still consists of the modules that were inspected."""
+        if getattr(model, '_is_replica', False):  # nn.DataParallel copies modules in every forward pass
+            return True
+        try:
+            modules = _modules_below(model, self.names)
+        except AttributeError:  # one of the names does not exist any more
+            return False
+        return len(modules) == len(self.modules) and all(
+            module is inspected for module, inspected in zip(modules, self.modules, strict=True))
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """The streams in the form that forward_head takes."""
         return list(streams) if self.as_list else streams[0]
+
+
+def _modules_below(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
+    """The named modules and all modules inside them."""
+    return tuple(module for name in names for module in model.get_submodule(name).modules())
 
 
 def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -77,6 +97,12 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
             f'{type(model).__name__}.forward_head must give logits (b, c) for what forward_features returns, and gave '
             f"{found}. Create the model with a classifier and with pooling (not with global_pool='').")
     return called
+
+
+def _outermost(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of modules that are in no other of the named modules, without the model itself."""
+    names = [name for name in names if name]
+    return tuple(name for name in names if not any(name.startswith(f'{other}.') for other in names))
 
 
 def _random_values(model: nn.Module, called: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -261,8 +287,11 @@ def inspect_head(model: nn.Module, features: Features, twin: nn.Module | None = 
     empty = [torch.zeros(2, *shape[1:], device=parameter.device, dtype=parameter.dtype) for shape in shapes]
     head = Head(layouts=(), as_list=not isinstance(features, torch.Tensor), method='single')
     called = _called_modules(twin, head.pack(empty))
+    names = _outermost(called)
     head = replace(
         head,
+        names=names,
+        modules=_modules_below(model, names),
         layouts=_find_layouts(twin, empty, head.as_list),
         batch_norms=tuple(name for name, module in called.items() if isinstance(module, _BatchNorm)),
         dropouts=tuple(name for name, module in called.items() if isinstance(module, _DropoutNd)))

@@ -1,12 +1,14 @@
 """attach(): makes a timm model return a MultiMixOutput while it trains."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import nn
 
 from .attention import attention_map, check_attention
-from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
+from .head_norm import check_batch_norms, restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, find_head, mean_of_heads
 from .layouts import Features, as_streams
 from .losses import MultiMixOutput
@@ -17,7 +19,11 @@ ATTACH_MODES = ('pooled', 'dense')
 
 
 class _Settings:
-    """What attach was asked for and what it found; one plain attribute of the model."""
+    """Options of attach and the description of the head; one plain attribute of the model.
+
+    Attributes:
+        forward: The model's forward if it was an attribute of the instance, as wrappers set it, and not a method.
+    """
 
     def __init__(self, mode: str, attention: str, attention_norm: str, head: Head | None):
         self.mode = mode
@@ -26,65 +32,87 @@ class _Settings:
         self.head = head
         self.enabled = True
         self.in_evaluation = False
+        self.forward: Callable | None = None
 
 
-class _Captured:
-    """What one forward pass of an attached model went through."""
+class _ForwardPass:
+    """State of one forward pass of an attached model; an attribute of the model while the pass lasts.
 
-    def __init__(self):
-        self.features: Features | None = None
+    Attributes:
+        is_dense: Whether logits and attention at every position are computed.
+        image_size: Height and width of the images.
+        last_map: Last feature map, for models whose forward_features returns tokens only.
+        prediction: Output of forward_head.
+        output: The MultiMixOutput computed from it.
+    """
+
+    def __init__(self, is_dense: bool, image_size: Sequence[int] | None):
+        self.is_dense = is_dense
+        self.image_size = image_size
         self.last_map: torch.Tensor | None = None
-        self.output: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+        self.output: MultiMixOutput | None = None
 
 
 class _MultiMixModel:
     """Mixin for an attached model."""
 
     def forward(self, *args, **kwargs):
+        if not isinstance(self, _MultiMixModel):  # called by a wrapper of this method, after the model was detached
+            return type(self).forward(self, *args, **kwargs)
         settings = self._multimix
-        if not ((self.training and settings.enabled) or settings.in_evaluation):
+        is_mixed = (self.training and settings.enabled) or settings.in_evaluation
+        if '_multimix_pass' in self.__dict__ or not (is_mixed or settings.forward):
             return super().forward(*args, **kwargs)
-        if settings.mode == 'pooled':
-            return MultiMixOutput(_checked_logits(self, super().forward(*args, **kwargs)))
-        head = settings.head
-        captured = self._multimix_captured = _Captured()
+        forward = settings.forward or super().forward
+        is_dense = is_mixed and settings.mode == 'dense'
+        if is_dense and not settings.head.belongs_to(self):
+            _inspect_again(self, settings)
+        batch_norms = settings.head.batch_norms if is_dense else ()
+        self._multimix_pass = _ForwardPass(is_dense, _image_size(*args))
         try:
-            set_phase(self, head.batch_norms, 'record')
-            output = super().forward(*args, **kwargs)
-            if captured.output is None or captured.output is not output:
-                raise TypeError(
-                    f'{type(self).__name__}.forward does not return what its forward_head returns, so what its '
-                    "prediction comes from is unknown: attach with mode='pooled'.")
-            set_phase(self, head.batch_norms, 'apply')
-            return _dense_output(self, settings, captured, _image_size(*args))
+            set_phase(self, batch_norms, 'record')
+            prediction = forward(*args, **kwargs)
+            if is_dense:
+                return _with_prediction(self, prediction)
+            return MultiMixOutput(_checked_logits(self, prediction)) if is_mixed else prediction
         finally:
-            set_phase(self, head.batch_norms, None)
-            del self._multimix_captured
+            set_phase(self, batch_norms, None)
+            del self._multimix_pass
 
     def forward_features(self, *args, **kwargs):
-        if '_multimix_captured' not in self.__dict__ or self._multimix.head.map_norm is None:
+        current = self.__dict__.get('_multimix_pass')
+        if current is None or not current.is_dense or self._multimix.head.map_norm is None:
             return super().forward_features(*args, **kwargs)
         features, maps = self.forward_intermediates(*args, indices=1, **kwargs)
-        self._multimix_captured.last_map = maps[-1]
+        current.last_map = maps[-1]
         return features
 
     def forward_head(self, *args, **kwargs):
-        output = super().forward_head(*args, **kwargs)
-        captured = self.__dict__.get('_multimix_captured')
-        if captured is not None and captured.output is None:
+        prediction = super().forward_head(*args, **kwargs)
+        current = self.__dict__.get('_multimix_pass')
+        if current is not None and current.is_dense and current.prediction is None:
             features, *others = [value for value in (*args, *kwargs.values()) if value is not None]
             if any(isinstance(value, torch.Tensor) for value in others):
                 raise ValueError(
                     'Dense MultiMix needs features whose positions are all valid, and got a mask: '
                     "train on images of one size, or attach with mode='pooled'.")
-            captured.features, captured.output = features, output
-        return output
+            current.prediction = prediction
+            # Computed here, and not after forward, so that the autocast context of a wrapped forward applies.
+            current.output = _dense_output(self, self._multimix, current, features)
+        return prediction
 
     def reset_classifier(self, *args, **kwargs):
-        super().reset_classifier(*args, **kwargs)
         settings = self._multimix
-        _detach(self)
-        _install(self, settings)
+        before = _attributes(self)
+        super().reset_classifier(*args, **kwargs)
+        try:
+            _inspect_again(self, settings)
+        except (TypeError, ValueError) as error:
+            _restore_attributes(before)
+            raise ValueError(
+                f'{error} The model is attached, so its classifier was left as it was: to reset it in this way, call '
+                'detach(model) first.') from error
 
 
 def _image_size(*args) -> Sequence[int] | None:
@@ -101,29 +129,49 @@ def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor,
     return logits
 
 
+def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
+    """The output of a dense pass, with the prediction that forward returned.
+
+    Raises:
+        TypeError: if that is not the output of forward_head. A wrapped forward may have converted its dtype.
+    """
+    current = model._multimix_pass
+    is_output = current.output is not None and current.prediction is prediction
+    if current.output is not None and not is_output and model._multimix.forward is not None:
+        is_output = isinstance(prediction, type(current.prediction)) and all(
+            after is before or (after.shape == before.shape and after.dtype != before.dtype)
+            for after, before in zip(as_streams(prediction), as_streams(current.prediction), strict=True))
+    if not is_output:
+        raise TypeError(
+            f'{type(model).__name__}.forward does not return the output of its forward_head, so it is unknown how its '
+            "prediction depends on the positions: attach with mode='pooled'.")
+    return current.output._replace(logits=_checked_logits(model, prediction))
+
+
 def _dense_output(
         model: nn.Module,
         settings: _Settings,
-        captured: _Captured,
-        image_size: Sequence[int] | None,
+        current: _ForwardPass,
+        features: Features,
 ) -> MultiMixOutput:
     head = settings.head
+    set_phase(model, head.batch_norms, 'apply')
     if head.map_norm is None:
-        positions = position_features(head, captured.features, image_size)
+        positions = position_features(head, features, current.image_size)
     else:
-        positions = [model.get_submodule(head.map_norm)(captured.last_map.flatten(2).transpose(1, 2))]
-    dense = position_logits(model, head, captured.features, positions)
+        positions = [model.get_submodule(head.map_norm)(current.last_map.flatten(2).transpose(1, 2))]
+    dense = position_logits(model, head, features, positions)
     token = None
     if settings.attention == 'token':
-        token = torch.cat([stream[:, 0] for stream in as_streams(captured.features)], dim=-1)
+        token = torch.cat([stream[:, 0] for stream in as_streams(features)], dim=-1)
     placed = [stream for stream, layout in zip(positions, head.layouts, strict=True) if layout.has_positions]
     keys = placed[0] if len(placed) == 1 else torch.cat(placed, dim=-1)
     attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token)
-    return MultiMixOutput(_checked_logits(model, captured.output), dense, attention)
+    return MultiMixOutput(_checked_logits(model, current.prediction), dense, attention)
 
 
 class MultiMixHandle:
-    """What attach returns.
+    """Handle of an attached model, returned by attach. As a context manager it calls remove() at the end.
 
     Attributes:
         model: The attached model.
@@ -132,6 +180,17 @@ class MultiMixHandle:
     def __init__(self, model: nn.Module, settings: _Settings):
         self.model = model
         self._settings = settings
+
+    def __repr__(self) -> str:
+        state = '' if self._is_attached else ', removed'
+        return f'{type(self).__name__}({type(self.model).__name__}, mode={self.mode!r}, ' \
+               f'attention={self.attention!r}{state})'
+
+    def __enter__(self) -> 'MultiMixHandle':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
 
     @property
     def mode(self) -> str:
@@ -158,39 +217,91 @@ class MultiMixHandle:
 
     @property
     def reads_positions(self) -> bool:
-        """Whether the ordinary prediction comes from the positions: False if class tokens have a part in it.
+        """Whether the ordinary prediction depends on the positions only, and on no class token.
 
-        Then the dense loss does not train the whole path that the model predicts with, and the pooled loss on the
-        ordinary logits has to be part of the objective. True in pooled mode, where nothing else is trained.
+        Otherwise the dense loss does not train every layer of the prediction, and the pooled loss on the ordinary
+        logits has to be part of the objective. True in pooled mode, which trains the prediction itself.
         """
         return self._settings.head is None or self._settings.head.reads_positions
 
+    @property
+    def _is_attached(self) -> bool:
+        return self.model.__dict__.get('_multimix') is self._settings
+
     def remove(self) -> None:
-        """Restore the model. Nothing happens if it has been restored, or attached anew, since.
+        """Restore the model. Does nothing if the model was detached, or attached again, since.
 
         Raises:
-            RuntimeError: if it has been sharded with fully_shard since.
+            RuntimeError: if the model was sharded with fully_shard since.
         """
-        if self.model.__dict__.get('_multimix') is self._settings:
-            _detach(self.model)
+        if self._is_attached:
+            detach(self.model)
 
 
-def _detach(model: nn.Module) -> None:
-    restore_class(model)  # first, since it may refuse
+def detach(model: nn.Module) -> None:
+    """Undo attach: the model is the plain timm model again, with the weights that it has now.
+
+    Args:
+        model: A model. Wrappers for compilation and distribution are removed first. Nothing happens if it is not
+            attached.
+
+    Raises:
+        RuntimeError: if the model was sharded with fully_shard after it was attached.
+    """
+    model = unwrap_model(model)
+    settings = getattr(model, '__dict__', {}).get('_multimix')
+    if settings is None:
+        return
+    restore_class(model)  # first, since it may raise
     restore_batch_norms(model)
+    if settings.forward is not None and 'forward' not in vars(model):
+        model.forward = settings.forward
     del model._multimix
 
 
-def _install(model: nn.Module, settings: _Settings) -> None:
+def _inspect(model: nn.Module, mode: str, attention: str) -> Head | None:
+    """Check that the model can be attached, and describe its head for the dense mode. The model is not changed."""
     check_protocol(model)
-    if settings.mode == 'dense':
-        settings.head = find_head(model)
-        if settings.attention == 'token' and not settings.head.has_class_token:
-            raise ValueError(
-                f"attention='token' needs a class token, and {type(model).__name__} has none: use 'gap' or 'uniform'.")
-        swap_batch_norms(model, settings.head.batch_norms)
-    swap_class(model, _MultiMixModel)
-    model._multimix = settings
+    replaced = [name for name in ('forward_features', 'forward_head') if name in vars(model)]
+    if replaced:
+        raise TypeError(
+            f'{" and ".join(replaced)} of this {type(model).__name__} was replaced on the instance, so attach cannot '
+            'override it: attach before you replace or compile it, or replace it in a subclass.')
+    if mode == 'pooled':
+        return None
+    head = find_head(model)
+    if attention == 'token' and not head.has_class_token:
+        raise ValueError(
+            f"attention='token' needs a class token, and {type(model).__name__} has none: use 'gap' or 'uniform'.")
+    check_batch_norms(model, head.batch_norms)
+    return head
+
+
+@torch.compiler.disable
+def _inspect_again(model: nn.Module, settings: _Settings) -> None:
+    """Describe the head anew, after it was replaced."""
+    head = _inspect(model, settings.mode, settings.attention)
+    restore_batch_norms(model)
+    settings.head = head
+    if head is not None:
+        swap_batch_norms(model, head.batch_norms)
+
+
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
+    """All attributes, parameters, buffers and submodules of every module, for _restore_attributes."""
+    registries = ('_parameters', '_buffers', '_modules')
+    return [
+        (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
+        for module in model.modules()]
+
+
+def _restore_attributes(saved: list[tuple[nn.Module, dict, dict]]) -> None:
+    for module, attributes, registries in saved:
+        vars(module).clear()
+        vars(module).update(attributes)
+        for name, entries in registries.items():
+            attributes[name].clear()
+            attributes[name].update(entries)
 
 
 def attach(
@@ -228,10 +339,13 @@ def attach(
         raise ValueError(
             "attention='cam' needs the target, which the model does not see: attach with attention='uniform' and pass "
             "attention='cam' to MultiMixLoss or MultiMixTask.")
-    if '_multimix' in getattr(model, '__dict__', ()):
-        _detach(model)
-    settings = _Settings(mode, attention, attention_norm, None)
-    _install(model, settings)
+    settings = _Settings(mode, attention, attention_norm, _inspect(model, mode, attention))
+    detach(model)
+    if settings.head is not None:
+        swap_batch_norms(model, settings.head.batch_norms)
+    settings.forward = vars(model).pop('forward', None)
+    swap_class(model, _MultiMixModel)
+    model._multimix = settings
     return MultiMixHandle(model, settings)
 
 

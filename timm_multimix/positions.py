@@ -178,7 +178,8 @@ def dense_logits(
 
 
 def _known_head(model: nn.Module) -> Head | None:
-    return getattr(getattr(model, '_multimix', None), 'head', None)
+    head = getattr(getattr(model, '_multimix', None), 'head', None)
+    return head if head is not None and head.belongs_to(model) else None
 
 
 def check_protocol(model: nn.Module) -> None:

@@ -1,13 +1,26 @@
 """Give one module a subclass of its own class, as FSDP and parametrizations do, and take it back."""
 import copyreg
 import functools
+import types
+from collections.abc import Callable
 
 from torch import nn
+
+
+def _with_signature(method: Callable, replaced: Callable) -> Callable:
+    """A copy of a mixin's method with the name, the signature and the docstring of the method that it replaces."""
+    copy = types.FunctionType(
+        method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
+    return functools.update_wrapper(copy, replaced)
 
 
 @functools.cache
 def _subclass(mixin: type, base: type) -> type:
     names = {'__module__': base.__module__, '__qualname__': base.__qualname__, '__doc__': base.__doc__}
+    for name, method in vars(mixin).items():
+        replaced = getattr(base, name, None)
+        if isinstance(method, types.FunctionType) and isinstance(replaced, types.FunctionType):
+            names[name] = _with_signature(method, replaced)
     return type(base.__name__, (mixin, SwappedModule, base), names)
 
 
@@ -17,7 +30,7 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 
 
 class SwappedModule:
-    """What all swapped classes share: they are made at run time, so pickling goes by the classes they come from."""
+    """Base of all swapped classes. Pickling stores the mixin and the original class, since it is made at run time."""
 
     def __reduce_ex__(self, protocol):
         function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))

@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .alternation import BatchSchedule
-from .hook import attach
+from .hook import attach, detach
 from .losses import MultiMixLoss, MultiMixOutput, class_rows
 from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
 from .views import split_views
@@ -150,8 +150,7 @@ class MultiMixTask(ClassificationTask):
         in_loss = mode == 'dense' and attention == 'cam'
         self._attach_options = dict(
             mode=mode, attention='uniform' if in_loss else attention, attention_norm=attention_norm)
-        if '_multimix' in vars(model):  # attached before: take that back
-            attach(model, 'pooled').remove()
+        detach(model)
         self._handle = None
         self.loss = self.distillation = self.teacher = None
         self.views = views
