@@ -121,7 +121,8 @@ def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:
         return
     own = torch.tensor(sizes, device=device)
     table = own.new_empty(num_processes() * len(own))
-    dist.all_gather_into_tensor(table, own)
+    all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before PyTorch 2.14
+    all_gather(table, own)
     table = table.view(num_processes(), len(own))
     if device.type != 'cpu' or torch.compiler.is_compiling():
         torch._assert_async((table == own).all())

@@ -22,7 +22,7 @@ from .fused import (
     Partition,
 )
 from .scale import fitting_scale
-from .weights import Alpha, alpha_range, check_tuple_length, sample_weights
+from .weights import Alpha, alpha_range, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
 # Arguments of MultiMixLoss that a preset sets.
@@ -46,8 +46,26 @@ class MultiMixOutput(NamedTuple):
     attention: torch.Tensor | None = None
 
 
-def _as_output(output: MultiMixOutput | torch.Tensor | None) -> MultiMixOutput:
-    return output if isinstance(output, tuple) else MultiMixOutput(output)
+def _as_output(output: MultiMixOutput | torch.Tensor, name: str = 'MultiMixLoss') -> MultiMixOutput:
+    if isinstance(output, torch.Tensor):
+        return MultiMixOutput(output)
+    if not isinstance(output, MultiMixOutput):
+        raise TypeError(
+            f'{name} takes logits (b, c) or the MultiMixOutput of an attached model, got {type(output).__name__}: if '
+            'the model returns several values, pass its logits.')
+    return output
+
+
+def _multi_hot(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Integer or boolean multi-hot targets (b, c) in the dtype of the loss; others as they are."""
+    return target if target.is_floating_point() or target.ndim != 2 else target.to(dtype)
+
+
+def _check_num_classes(num_classes: int, is_softmax: bool) -> None:
+    if is_softmax and num_classes == 1:
+        raise ValueError(
+            'The softmax cross-entropy of a single logit is always 0 and trains nothing: use binary cross-entropy '
+            "(loss_type='bce', multimix_binary_cross_entropy) with targets (b, 1), or two classes.")
 
 
 def class_rows(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
@@ -159,6 +177,9 @@ def _mixed_loss(
         **options,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
+    _check_num_classes(logits.shape[-1], partition is SOFTMAX)
+    if partition is SIGMOID:
+        target = _multi_hot(target, _loss_dtype(logits))
     _check_target(logits, target)
     _check_smoothing(smoothing)
     check_backend(options['backend'])
@@ -284,7 +305,8 @@ class MultiMixLoss(nn.Module):
             loss to half of the batches only: see the prob argument of MultiMixTask.
         alpha: Dirichlet concentration: a number, or a (low, high) pair from which each mix draws its own. None takes
             the preset's.
-        tuple_length: Number of examples m in a mix, None for the whole mini-batch.
+        tuple_length: Number of examples m in a mix, None for the whole mini-batch. In a batch of fewer examples, such
+            as the last one of an epoch, it is the size of the batch.
         shared_weights: Draw one set of weights for all positions, which saves time; the papers draw one for each
             (P2, eq. 10). Attention tells positions apart all the same. It is kept while the loss is computed (n, b).
         attention: None takes the attention that comes with the output, uniform if none does. 'cam' computes it here,
@@ -313,7 +335,7 @@ class MultiMixLoss(nn.Module):
 
     Shapes:
         output: a MultiMixOutput, or logits (b, c).
-        target: class indices (b,), or soft or multi-hot targets (b, c).
+        target: class indices (b,), or soft or multi-hot targets (b, c). With 'bce', multi-hot targets may be integers.
         Returns a scalar in float32 (float64 for float64 logits).
 
     Raises:
@@ -423,9 +445,14 @@ class MultiMixLoss(nn.Module):
         """
         distillation = check_distillation(distill_weight, distill_temperature)
         logits, dense_logits, attention = _as_output(output)
-        teacher = _as_output(teacher)
+        teacher = MultiMixOutput(None) if teacher is None else _as_output(teacher, 'The teacher of MultiMixLoss')
         if logits.ndim != 2:
-            raise ValueError(f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got shape {tuple(logits.shape)}.')
+            raise ValueError(
+                f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got logits of shape {tuple(logits.shape)}. For '
+                'logits at every position (b, r, c), without a model that is attached, use multimix_cross_entropy.')
+        _check_num_classes(logits.shape[1], self.loss_type == 'ce')
+        if self.loss_type == 'bce':
+            target = _multi_hot(target, _loss_dtype(logits))
         _check_target(logits, target)
         mixed_target = target
         if self.gather:
@@ -467,6 +494,10 @@ class MultiMixLoss(nn.Module):
         _check_attention_map(dense_logits, attention)
         return attention if self.attention_grad else attention.detach()
 
+    def _tuple_length(self, batch_size: int) -> int:
+        """Examples in a mix: not more than there are in this batch, which may be the last and smaller one."""
+        return batch_size if self.tuple_length is None else min(self.tuple_length, batch_size)
+
     def _mixed(
             self,
             logits: torch.Tensor,
@@ -492,7 +523,7 @@ class MultiMixLoss(nn.Module):
             sample_weights,
             batch_size=batch_size,
             alpha=self.alpha,
-            tuple_length=check_tuple_length(self.tuple_length, batch_size),
+            tuple_length=self._tuple_length(batch_size),
             generator=self.generator,
             device=logits.device,
         )
@@ -500,7 +531,7 @@ class MultiMixLoss(nn.Module):
         if scale == 'auto':
             fits = self.balance and self.loss_type == 'ce'
             # Sizes that a compiler leaves open are settled here: the scale is a constant of the compiled code.
-            sizes = operator.index(num_classes), operator.index(check_tuple_length(self.tuple_length, batch_size))
+            sizes = operator.index(num_classes), operator.index(self._tuple_length(batch_size))
             scale = fitting_scale(*sizes, alpha_range(self.alpha, sizes[1])) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,

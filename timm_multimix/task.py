@@ -4,15 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
 from .alternation import BatchSchedule
+from .attention import check_attention
 from .hook import attach, detach
 from .losses import MultiMixLoss, MultiMixOutput, class_rows
-from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
+from .teacher import EMATeacher, FrozenTeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
 from .views import split_views
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +55,19 @@ def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
         'without MultiMix.')
 
 
+def check_num_classes(criterion: nn.Module | Callable, num_classes: int | None) -> None:
+    """Check that the loss depends on the logits.
+
+    Raises:
+        ValueError: for softmax cross-entropy of a single class, which is 0 whatever the logit.
+    """
+    kinds = (nn.CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy, JsdCrossEntropy)
+    if num_classes == 1 and isinstance(criterion, kinds):
+        raise ValueError(
+            'The softmax cross-entropy of a single class is always 0 and trains nothing: use binary cross-entropy '
+            "(loss 'bce') with targets (b, 1), or two classes.")
+
+
 class MultiMixTask(ClassificationTask):
     """Trains a timm model with MultiMix.
 
@@ -79,7 +93,8 @@ class MultiMixTask(ClassificationTask):
         start_epoch: First epoch with MultiMix, counted from 0.
         off_epoch: First epoch without it again; 0 means never, as in timm's mixup_off_epoch.
         teacher: 'none', 'ema' (the average of the model, see EMATeacher), the name of a timm model with pretrained
-            weights, or a module that maps images to logits or to a MultiMixOutput.
+            weights, or a module that maps images to logits or to a MultiMixOutput. A module is frozen, and is in
+            evaluation mode from then on.
         teacher_decay: Decay of the 'ema' teacher.
         teacher_path: Checkpoint of a teacher that is named.
         distill_weight: Share of the distillation term with a teacher, in [0, 1].
@@ -140,7 +155,10 @@ class MultiMixTask(ClassificationTask):
         if prob is None:
             prob = PRESET_PROB.get(preset, 1.0)
         schedule = BatchSchedule(prob, seed, start_epoch, off_epoch)
+        check_attention(attention, attention_norm)
         check_teacher(teacher, teacher_decay, teacher_path, views)
+        if mode == 'off' and teacher != 'none':
+            raise ValueError("A teacher is part of the MultiMix loss: with mode='off' pass teacher='none'.")
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
         self.schedule = schedule if mode != 'off' else BatchSchedule(prob=0)
@@ -154,19 +172,22 @@ class MultiMixTask(ClassificationTask):
         self._handle = None
         self.loss = self.distillation = self.teacher = None
         self.views = views
+        check_num_classes(self.criterion, getattr(unwrap_model(model), 'num_classes', None))
+        # Created with mode='off' too, so that wrong options are errors in every mode.
+        loss = MultiMixLoss(
+            preset=preset,
+            attention='cam' if in_loss else None,
+            attention_norm=attention_norm,
+            **(dict(loss_type='ce', smoothing=0.0) if mode == 'off' else loss_options(self.criterion)),
+            **options,
+        )
+        distillation = SelfDistillationLoss(loss, distill_weight, distill_temperature, distill_ramp_epochs)
         if mode != 'off':
-            self.loss = MultiMixLoss(
-                preset=preset,
-                attention='cam' if in_loss else None,
-                attention_norm=attention_norm,
-                **loss_options(self.criterion),
-                **options,
-            )
+            self.loss = loss
             self._handle = attach(unwrap_model(self.trainable_module), **self._attach_options)
             self._check_objective()
             if teacher != 'none':
-                self.distillation = SelfDistillationLoss(
-                    self.loss, distill_weight, distill_temperature, distill_ramp_epochs)
+                self.distillation = distillation
                 self.teacher = self._make_teacher(teacher, teacher_decay, teacher_path)
         if verbose and mode != 'off':
             _logger.info(
@@ -189,7 +210,10 @@ class MultiMixTask(ClassificationTask):
             return EMATeacher(self.trainable_module, decay)  # a copy of the model, attached as it is now
         if isinstance(teacher, str):
             return PretrainedTeacher(teacher, self.trainable_module, path=path, device=self.device, dtype=self.dtype)
-        return teacher
+        own = {id(parameter) for parameter in self.trainable_module.parameters()}
+        if any(id(parameter) in own for parameter in teacher.parameters()):
+            raise ValueError("The teacher shares parameters with the model: pass a copy of the model, or 'ema'.")
+        return teacher if isinstance(teacher, (EMATeacher, PretrainedTeacher)) else FrozenTeacher(teacher)
 
     @property
     def active(self) -> bool:

@@ -11,11 +11,15 @@ from .losses import MultiMixLoss, MultiMixOutput, check_distillation
 
 
 def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:
-    """Check what a task is told of its teacher.
+    """Check a task's options for its teacher.
 
     Raises:
+        TypeError: if the teacher is neither a name nor a module.
         ValueError: for an option that is out of range or would have no effect.
     """
+    if not isinstance(teacher, (str, nn.Module)):
+        raise TypeError(
+            f"teacher must be 'none', 'ema', the name of a timm model or a torch.nn.Module, got {teacher!r}.")
     if not 0 <= decay < 1:
         raise ValueError(f'The decay of a teacher is a share below 1, got {decay}.')
     if views not in (1, 2):
@@ -114,21 +118,57 @@ class EMATeacher(nn.Module):
         self.average._sr_generator.set_state(state['rounding'].cpu())
 
 
-class PretrainedTeacher(nn.Module):
-    """Another model as a teacher: any that timm can load. It teaches with its ordinary logits.
+class FrozenTeacher(nn.Module):
+    """A module as a teacher: in evaluation mode, with frozen parameters, and without gradient.
 
     Args:
-        model: Name of a timm model, made with its pretrained weights; or a model.
-        student: The student, which says how many classes and channels there are.
+        module: Maps images to logits or to a MultiMixOutput. Its parameters are frozen here.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'FrozenTeacher':
+        """A teacher stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
+        """The output of the module: a MultiMixOutput if it is an attached model."""
+        if any(module.training for module in self.module.modules()):
+            self.module.eval()
+        with outputs_in_evaluation(self.module):
+            return self.module(images)
+
+    def compile(self, *args, **kwargs) -> None:
+        """Compile the module, with arguments of torch.compile."""
+        self.module.compile(*args, **kwargs)
+
+
+def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
+    """Pixel statistics as (1, channels, 1, 1); if their number differs, their average, as timm's adapt_to_chs."""
+    values = values.flatten()
+    values = values if len(values) == channels else values.mean().expand(channels)
+    return values.view(1, -1, 1, 1)
+
+
+class PretrainedTeacher(nn.Module):
+    """Another timm model as a teacher. It returns ordinary logits (b, c).
+
+    Args:
+        model: Name of a timm model, created with its pretrained weights; or a model.
+        student: The student, whose number of classes and of input channels the teacher gets.
         path: Checkpoint with the weights of a named model.
-        mean: Mean of the pixels that images are normalised with, for the student; by default what its pretrained_cfg
-            says. The teacher sees them normalised as it is used to.
-        std: Their standard deviation.
+        mean: Mean that the images are normalised with for the student, by default that of its pretrained_cfg. Images
+            are normalised again for the teacher. As in timm, a mean for another number of channels is replaced by its
+            average.
+        std: Standard deviation, likewise.
         device: Device of the teacher.
         dtype: Dtype of the teacher, None for float32.
 
     Raises:
-        ValueError: if the teacher has other classes than the student.
+        ValueError: if the teacher is a model with another number of classes or of input channels than the student.
     """
 
     def __init__(
@@ -149,13 +189,21 @@ class PretrainedTeacher(nn.Module):
         classes = getattr(self.teacher.model, 'num_classes', student.num_classes)
         if classes != student.num_classes:
             raise ValueError(f'The teacher tells {classes} classes apart, and the student {student.num_classes}.')
+        channels = getattr(self.teacher.model, 'in_chans', student.in_chans)
+        if channels != student.in_chans:
+            raise ValueError(
+                f'The teacher takes images with {channels} channels, and the student with {student.in_chans}: create '
+                f'the teacher with in_chans={student.in_chans}.')
         self.teacher.requires_grad_(False)
-        cfg = getattr(student, 'pretrained_cfg', {})
+        cfg = getattr(student, 'pretrained_cfg', None) or {}
+        options = dict(device=device, dtype=dtype)
+        own_mean, own_std = (
+            _per_channel(value, channels) for value in (self.teacher.mean_kd, self.teacher.std_kd))
         mean, std = (
-            torch.tensor(given or cfg.get(name) or own.flatten().tolist(), device=device, dtype=dtype).view(1, -1, 1, 1)
-            for name, given, own in (('mean', mean, self.teacher.mean_kd), ('std', std, self.teacher.std_kd)))
-        self.register_buffer('scale', std / self.teacher.std_kd, persistent=False)
-        self.register_buffer('shift', (mean - self.teacher.mean_kd) / self.teacher.std_kd, persistent=False)
+            own if given is None else _per_channel(torch.tensor(given, **options), channels)
+            for given, own in ((mean or cfg.get('mean'), own_mean), (std or cfg.get('std'), own_std)))
+        self.register_buffer('scale', std / own_std, persistent=False)
+        self.register_buffer('shift', (mean - own_mean) / own_std, persistent=False)
 
     def train(self, mode: bool = True) -> 'PretrainedTeacher':
         """A teacher stays in evaluation mode."""

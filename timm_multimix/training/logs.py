@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 _logger = logging.getLogger(__name__)
 
+MAX_PENDING_VALUES = 4096
+
 
 class _LineFormatter(logging.Formatter):
     """Information as it is, everything else with its level, and errors with the process if there are several."""
@@ -53,9 +55,10 @@ def setup_logging() -> None:
 
 
 class Averages:
-    """Averages of scalars, each over the examples of the batches that have it.
+    """Averages of scalars in float64, each over the examples of the batches that have it.
 
-    They are summed on the device, and read without a wait in every step.
+    Values stay on their device, and are copied to the CPU and added up there when the sums are read, so that a training
+    step does not wait for the device. The device does not need to support float64, which MPS does not.
 
     Args:
         device: The device of the scalars.
@@ -64,44 +67,49 @@ class Averages:
 
     def __init__(self, device: torch.device, names: Iterable[str] = ()):
         self.device = device
-        self.dtype = torch.float32 if device.type == 'mps' else torch.float64
-        self.sums = {name: torch.zeros((), dtype=self.dtype, device=device) for name in names}
+        self.sums: dict[str, float] = dict.fromkeys(names, 0.0)
         self.counts = dict.fromkeys(self.sums, 0)
         self.latest: dict[str, torch.Tensor] = {}
+        self._pending: list[tuple[str, torch.Tensor, int]] = []
 
     def update(self, values: Mapping[str, torch.Tensor], count: int) -> None:
-        """Add the values of a batch of count examples. Without examples they count for nothing, whatever they are."""
+        """Add the means of a batch of count examples. With a count of 0 the values are ignored."""
         for name, value in values.items():
-            value = value.detach().to(self.dtype)
-            if count:
-                self.latest[name] = value
-            else:  # all processes have to have the same names
-                value = torch.zeros_like(value)
-            self.sums[name] = self.sums[name] + value * count if name in self.sums else value * count
+            self.sums.setdefault(name, 0.0)  # also without examples: all processes need the same names
             self.counts[name] = self.counts.get(name, 0) + count
+            if count:
+                self.latest[name] = value.detach()
+                self._pending.append((name, value.detach(), count))
+        if len(self._pending) >= MAX_PENDING_VALUES:
+            self._add_pending()
+
+    def _add_pending(self) -> None:
+        if self._pending:
+            numbers = torch.stack([value.float() for _, value, _ in self._pending]).tolist()
+            for (name, _, count), number in zip(self._pending, numbers, strict=True):
+                self.sums[name] += number * count
+            self._pending.clear()
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The sums as numbers."""
-        values = torch.stack(list(self.sums.values())).tolist() if self.sums else []
-        return dict(sums=dict(zip(self.sums, values, strict=True)), counts=dict(self.counts))
+        """The sums and counts as numbers."""
+        self._add_pending()
+        return dict(sums=dict(self.sums), counts=dict(self.counts))
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Go on from sums of an earlier process."""
-        self.sums = {
-            name: torch.tensor(value, dtype=self.dtype, device=self.device) for name, value in state['sums'].items()}
+        """Continue from the sums of an earlier process."""
+        self._pending.clear()
+        self.sums = dict(state['sums'])
         self.counts = dict(state['counts'])
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """The averages so far, over all processes if distributed; the one place that waits for the device."""
-        if not self.sums:
-            return {}
-        table = torch.stack([
-            torch.stack(list(self.sums.values())),
-            torch.tensor(list(self.counts.values()), dtype=self.dtype, device=self.device),
-        ])
-        if distributed:
+        """The averages so far, over all processes if distributed."""
+        self._add_pending()
+        totals, counts = list(self.sums.values()), list(self.counts.values())
+        if distributed and totals:
+            dtype = torch.float32 if self.device.type == 'mps' else torch.float64
+            table = torch.tensor([totals, counts], dtype=dtype, device=self.device)
             dist.all_reduce(table)
-        totals, counts = table.tolist()
+            totals, counts = table.tolist()
         return {name: total / count for name, total, count in zip(self.sums, totals, counts, strict=True) if count}
 
 

@@ -158,7 +158,7 @@ def _step_metrics(result: dict, target: torch.Tensor) -> dict[str, torch.Tensor]
     values = {name: value for name, value in result.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
     output = result.get('output')
     if isinstance(output, torch.Tensor) and output.ndim == 2 and target.ndim == 1:
-        values['top1'] = 100.0 * (output.detach().argmax(dim=1) == target).double().mean()
+        values['top1'] = 100.0 * (output.detach().argmax(dim=1) == target).float().mean()
     return values
 
 

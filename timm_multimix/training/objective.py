@@ -18,7 +18,7 @@ from timm.task import (
 from torch import nn
 
 from ..options import multimix_kwargs
-from ..task import MultiLabelMultiMixTask, MultiMixTask
+from ..task import MultiLabelMultiMixTask, MultiMixTask, check_num_classes
 from ..teacher import PretrainedTeacher
 from .checks import mixup_active
 from .errors import UsageError, blame
@@ -103,16 +103,18 @@ def build_task(
     shared = dict(criterion_kwargs=criterion_options(args), device=device, dtype=dtype, verbose=False)
     if args.kd_model_name:
         with blame(f'--kd-model-name {args.kd_model_name}'):
-            return _distillation_task(args, model, **shared)
+            task = _distillation_task(args, model, **shared)
+            check_num_classes(task.criterion, args.num_classes)
+            return task
     multi_label = args.task == 'multilabel'
     if multi_label:
         shared['threshold'] = args.multilabel_threshold
-    if args.multimix == 'off':
-        with blame(f'--loss {args.loss or "(default)"}'):
-            return (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
-    # Two steps, so that each error names its cause.
+    # With MultiMix in two steps, so that each error names its cause.
     with blame(f'--loss {args.loss or "(default)"}'):
-        (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
+        task = (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
+        check_num_classes(task.criterion, args.num_classes)
+    if args.multimix == 'off':
+        return task
     with blame(f'--multimix {args.multimix}'):
         return _multimix_task(MultiLabelMultiMixTask if multi_label else MultiMixTask, model, shared, args)
 
