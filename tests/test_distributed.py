@@ -1,4 +1,5 @@
 """Several processes: the joined batch mixed exactly, with real processes and real collectives."""
+import warnings
 from functools import partial
 
 import pytest
@@ -174,6 +175,18 @@ def test_batches_of_different_sizes_are_refused_everywhere(tmp_path):
     for message in on_ranks(tmp_path, 2, _uneven):
         assert '(3, 0, 5) on rank 0, (4, 0, 5) on rank 1' in message
         assert 'drop_last' in message
+
+
+def _gather_with_warnings_as_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        logits = torch.randn(3, 5, requires_grad=True)
+        MultiMixLoss(9, gather=True)(logits, torch.arange(3)).backward()
+    return True
+
+
+def test_gathering_gives_no_warnings(tmp_path):
+    assert on_ranks(tmp_path, 2, _gather_with_warnings_as_errors) == [True, True]
 
 
 def _train(model_name, how, accumulation=1, **options):

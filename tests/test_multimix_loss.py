@@ -224,7 +224,51 @@ def test_bad_attention_and_logits_are_refused(output):
         loss(output._replace(attention=torch.full((6, 9), torch.nan)), target)
     with pytest.raises(ValueError, match=r'attention must have shape \(b, r\) = \(6, 9\), got \(6, 8\)'):
         loss(output._replace(attention=torch.ones(6, 8)), target)
-    with pytest.raises(ValueError, match='takes logits'):
+    with pytest.raises(ValueError, match=r'takes logits .* got logits of shape \(6, 9, 4\).* multimix_cross_entropy'):
         loss(output.dense_logits, target)
-    with pytest.raises(ValueError, match='between 1 and the batch size 6, got 7'):
-        MultiMixLoss(10, tuple_length=7)(output, target)
+
+
+@pytest.mark.parametrize('tuple_length', [4, 7, 100])
+def test_tuples_are_not_longer_than_the_batch(output, tuple_length):
+    """The last batch of an epoch can have fewer examples than a mix."""
+    target = torch.randint(4, (6,))
+    limited, _ = drawn(output, target, num_mixes=20, tuple_length=tuple_length)
+    expected, _ = drawn(output, target, num_mixes=20, tuple_length=min(tuple_length, 6))
+    assert torch.equal(limited, expected)
+    assert MultiMixLoss(20, tuple_length=tuple_length)(output.logits[:1], target[:1]).isfinite()
+
+
+@pytest.mark.parametrize('wrong', [
+    lambda output: tuple(output), lambda output: output[:2], lambda output: [output.logits],
+    lambda output: {'logits': output.logits}, lambda output: None, lambda output: output.logits.numpy()])
+def test_outputs_of_other_types_are_refused(output, wrong):
+    target = torch.randint(4, (6,))
+    with pytest.raises(TypeError, match=r'takes logits \(b, c\) or the MultiMixOutput .* pass its logits'):
+        MultiMixLoss(10)(wrong(output), target)
+    if wrong(output) is not None:
+        with pytest.raises(TypeError, match='The teacher of MultiMixLoss takes logits'):
+            MultiMixLoss(10).terms(output, target, wrong(output))
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int32, torch.int64])
+def test_integer_multi_hot_targets(output, dtype):
+    target = torch.rand(6, 4).round()
+    options = dict(num_mixes=20, loss_type='bce', clean_weight=0.3, attention='cam')
+    expected, _ = drawn(output, target, **options)
+    assert torch.equal(drawn(output, target.to(dtype), **options)[0], expected)
+    weights = sample_weights(20, 6).double()
+    assert torch.equal(
+        multimix_binary_cross_entropy(output.logits, target.to(dtype), weights),
+        multimix_binary_cross_entropy(output.logits, target, weights))
+    with pytest.raises(ValueError, match='Class indices must be int64'):
+        MultiMixLoss(10)(output, target.to(dtype))
+
+
+@pytest.mark.parametrize('target', [torch.zeros(6, dtype=torch.int64), torch.ones(6, 1)])
+def test_cross_entropy_of_a_single_logit_is_refused(target):
+    logits, weights = torch.randn(6, 1), sample_weights(20, 6)
+    for loss in (lambda: MultiMixLoss(20)(logits, target), lambda: multimix_cross_entropy(logits, target, weights),
+                 lambda: MultiMixLoss(20, clean_weight=1.0)(MultiMixOutput(logits), target)):
+        with pytest.raises(ValueError, match='bce'):
+            loss()
+    assert MultiMixLoss(20, loss_type='bce')(logits, target).isfinite()

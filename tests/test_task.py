@@ -129,6 +129,40 @@ def test_refuses_impossible_settings(options):
         _task(**options)
 
 
+@pytest.mark.parametrize('mode', ['off', 'pooled', 'dense'])
+@pytest.mark.parametrize(('options', 'error', 'message'), [
+    (dict(num_mixes=-4), ValueError, 'num_mixes must be at least 1, got -4'),
+    (dict(nonsense=3), TypeError, "unexpected keyword argument 'nonsense'"),
+    (dict(attention='gaze'), ValueError, 'attention query must be one of'),
+    (dict(attention_norm='l2'), ValueError, 'attention norm must be one of'),
+    (dict(alpha=-1.0), ValueError, 'alpha must be a positive number'),
+    (dict(preset='best'), ValueError, 'preset must be one of'),
+    (dict(prob=2.0), ValueError, 'probability'),
+    (dict(distill_weight=-1.0), ValueError, 'distill_weight'),
+    (dict(distill_temperature=0.0), ValueError, 'distill_temperature'),
+    (dict(distill_ramp_epochs=-1), ValueError, 'ramp_epochs'),
+    (dict(teacher_decay=1.0), ValueError, 'decay'),
+    (dict(off_epoch=-1), ValueError, 'off_epoch=-1'),
+])
+def test_wrong_options_are_errors_in_every_mode(mode, options, error, message):
+    with pytest.raises(error, match=message):
+        _task(mode=mode, **options)
+
+
+@pytest.mark.parametrize('teacher', ['ema', 'test_resnet', nn.Identity()])
+def test_teacher_without_multimix_is_refused(teacher):
+    with pytest.raises(ValueError, match="mode='off'"):
+        _task(mode='off', teacher=teacher)
+
+
+@pytest.mark.parametrize('mode', ['off', 'pooled', 'dense'])
+@pytest.mark.parametrize('criterion', [
+    nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(), SoftTargetCrossEntropy()])
+def test_softmax_of_a_single_class_is_refused(mode, criterion):
+    with pytest.raises(ValueError, match='bce'):
+        MultiMixTask(timm.create_model('test_resnet', num_classes=1), criterion, mode=mode, verbose=False)
+
+
 def test_unserved_model_is_refused_before_its_first_multimix_epoch():
     with pytest.raises(ValueError, match='class token'):
         _task(attention='token', start_epoch=10)

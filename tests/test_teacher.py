@@ -261,6 +261,27 @@ def test_pretrained_teacher_of_a_checkpoint(tmp_path):
     torch.testing.assert_close(teacher(images), model.eval()(images))
 
 
+@pytest.mark.parametrize('given', [
+    dict(), dict(mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3)), dict(mean=(0.3,), std=(0.2,))])
+def test_pretrained_teacher_of_grayscale_images(given, tmp_path):
+    """timm's pixel statistics stay those of three channels: their average counts, as in timm's loader."""
+    student, model = resnet(in_chans=1), resnet(in_chans=1)
+    assert len(model.pretrained_cfg['mean']) == 3
+    pixels = torch.rand(2, 1, 32, 32)
+    mean, std = (torch.tensor(given.get(name, student.pretrained_cfg[name])).mean() for name in ('mean', 'std'))
+    own_mean, own_std = (torch.tensor(model.pretrained_cfg[name]).mean() for name in ('mean', 'std'))
+    expected = model.eval()((pixels - own_mean) / own_std)
+    torch.testing.assert_close(PretrainedTeacher(model, student, **given)((pixels - mean) / std), expected)
+    torch.save(model.state_dict(), tmp_path / 'teacher.pth')
+    named = PretrainedTeacher('test_resnet', student, path=str(tmp_path / 'teacher.pth'), **given)
+    torch.testing.assert_close(named((pixels - mean) / std), expected)
+
+
+def test_pretrained_teacher_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match='3 channels, and the student with 1'):
+        PretrainedTeacher(resnet(), resnet(in_chans=1))
+
+
 def test_pretrained_teacher_of_other_classes_is_refused():
     with pytest.raises(ValueError, match='tells 7 classes apart, and the student 4'):
         PretrainedTeacher(timm.create_model('test_resnet', num_classes=7), resnet())

@@ -12,7 +12,7 @@ from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from timm_multimix import MultiLabelMultiMixTask, MultiMixTask, PretrainedTeacher
+from timm_multimix import MultiLabelMultiMixTask, MultiMixTask, PretrainedTeacher, attach
 
 CLASSES = 5
 
@@ -270,6 +270,44 @@ def test_another_model_teaches():
     task.update_ema(step=1)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert task.get_eval_teacher() is None and set(task.get_checkpoint_state()) == {'state_dict'}
+
+
+def test_module_that_teaches_is_frozen_and_in_evaluation_mode():
+    """BatchNorm statistics, modes and gradients of a module of the user's own stay as they are."""
+    teacher = nn.Sequential(timm.create_model('test_resnet', num_classes=CLASSES), nn.BatchNorm1d(CLASSES)).train()
+    before = copy.deepcopy(teacher.state_dict())
+    task = make_task(teacher=teacher)
+    for _ in range(2):
+        task.train()
+        assert not any(module.training for module in teacher.modules())
+        run(task, *make_batch())
+        teacher.train()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+    assert all(parameter.requires_grad for parameter in task.get_trainable_module().parameters())
+
+
+def test_attached_module_teaches_at_every_position():
+    teacher = timm.create_model('test_resnet', num_classes=CLASSES)
+    attach(teacher)
+    task = make_task(teacher=teacher)
+    batch = make_batch()
+    assert run(task, *batch)[0] > 0
+    assert task.teacher(batch[0]).dense_logits.shape == (4, 4, CLASSES)
+    assert not task.teacher(batch[0]).dense_logits.requires_grad
+
+
+def test_teacher_that_shares_parameters_with_the_model_is_refused():
+    model = timm.create_model('test_resnet', num_classes=CLASSES)
+    with pytest.raises(ValueError, match='shares parameters'):
+        MultiMixTask(model, teacher=nn.Sequential(model), verbose=False)
+    assert model.conv1[0].weight.requires_grad
+
+
+@pytest.mark.parametrize('teacher', [None, 3, lambda images: images])
+def test_teacher_of_another_type_is_refused(teacher):
+    with pytest.raises(TypeError, match='teacher must be'):
+        make_task(teacher=teacher)
 
 
 @pytest.mark.parametrize('options, message', [

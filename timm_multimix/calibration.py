@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.utils import parametrize
@@ -29,9 +29,17 @@ _TOLERANCE = 1e-4
 _ROUNDINGS = 8
 
 
-def _slope(inverse: float, logits: torch.Tensor, target: torch.Tensor) -> float:
+def _slope(inverse: float, logits: np.ndarray, target: np.ndarray) -> float:
     """Derivative of the mean cross-entropy of inverse * logits with respect to inverse; it never falls."""
-    return ((logits * inverse).softmax(1) - target).mul(logits).sum(1).mean().item()
+    scaled = logits * inverse
+    probabilities = np.exp(scaled - scaled.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    return float(((probabilities - target) * logits).sum(1).mean())
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in at least float32. Not in float64, which not every device has."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
@@ -58,17 +66,18 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
         raise ValueError(
             f'A temperature is fitted to logits (n, c) of two classes or more and target (n,) or (n, c), got shapes '
             f'{tuple(logits.shape)} and {tuple(target.shape)}.')
-    logits = logits.detach().double().cpu()
-    target = target.detach().cpu()
+    logits, target = logits.detach().cpu(), target.detach().cpu()
     if not logits.isfinite().all():
         raise ValueError('Logits that are not finite have no temperature.')
     num_images, num_classes = logits.shape
     if target.ndim == 1 and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
             f'Targets are class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
-    target = target.double() if target.ndim == 2 else F.one_hot(target.long(), num_classes).double()
-    logits = logits - logits.mean(1, keepdim=True)  # changes nothing, and keeps the numbers small
-    spread = logits.std().item()
+    # In NumPy, since not every device has float64.
+    logits = _wide(logits).numpy().astype(np.float64)
+    target = _wide(target).numpy().astype(np.float64) if target.ndim == 2 else np.eye(num_classes)[target.numpy()]
+    logits -= logits.mean(1, keepdims=True)  # changes nothing, and keeps the numbers small
+    spread = logits.std(ddof=1).item()
     if _slope(0.0, logits, target) >= 0:
         raise ValueError(
             f'No temperature fits: the logits say nothing about the targets of these {num_images} images. Are the '
@@ -176,24 +185,24 @@ def _keeping(modules: list[nn.Module]) -> Iterator[None]:
 
 def _follow(model: nn.Module, modules: list[nn.Module], images: torch.Tensor) -> bool:
     """Whether the logits are multiplied when the modules are, with other values in them than the present ones too."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
     with _keeping(modules):
         for module in modules:  # a classifier that starts at zero would follow anything
             for name in _affine_names(module):
                 value = getattr(module, name)
-                noise = torch.randn(value.shape, generator=generator).to(value)
+                noise = torch.randn(value.shape, generator=generator, device='cpu').to(value)
                 noise = noise * value.std(correction=0).clamp_min(value[0].numel() ** -0.5)
                 if parametrize.is_parametrized(module, name):
                     setattr(module, name, value + noise)
                 else:
                     value.add_(noise)
-        expected = _logits(model, images).double()
+        expected = _wide(_logits(model, images))
         tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
         factors_so_far = 1.0
         for factor in _TRIED_FACTORS:
             _multiply(modules, factor / factors_so_far)
             factors_so_far = factor
-            error = (_logits(model, images).double() / factor - expected).abs().max()
+            error = (_wide(_logits(model, images)) / factor - expected).abs().max()
             if not error <= tolerance * expected.abs().max():
                 return False
     return True
@@ -293,8 +302,8 @@ def collect_logits(
             images = images.to(device)
             example = images[:2].clone() if example is None else example
             logits = _logits(model, images)
-            outputs.append((logits if logits.dtype == torch.float64 else logits.float()).cpu())
-            targets.append(torch.as_tensor(target).cpu())
+            outputs.append(_wide(logits).cpu())
+            targets.append(torch.as_tensor(target, device='cpu'))
     if example is None:
         raise ValueError('There are no images to calibrate on.')
     return torch.cat(outputs), torch.cat(targets), example

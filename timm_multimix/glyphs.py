@@ -128,11 +128,12 @@ def render_glyphs(
     blocks = []
     for block in range(math.ceil(count / _BLOCK)):
         state = np.random.SeedSequence([seed, list(FONTS).index(split), block]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(state))
-        fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
-        classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
-        strokes = _distort(templates[fonts, classes], generator)
-        blocks.append(_coarsen(strokes) if coarse else _paint(strokes, generator))
+        generator = torch.Generator('cpu').manual_seed(int(state))
+        with torch.device('cpu'):
+            fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
+            classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
+            strokes = _distort(templates[fonts, classes], generator)
+            blocks.append(_coarsen(strokes) if coarse else _paint(strokes, generator))
     images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
     images.setflags(write=False)  # they are shared by all who ask
     targets.setflags(write=False)

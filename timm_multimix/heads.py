@@ -107,7 +107,7 @@ def _outermost(names: Iterable[str]) -> tuple[str, ...]:
 
 def _random_values(model: nn.Module, called: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Random values for what the called modules hold, so that initial zeros and ones hide nothing; on the CPU."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
     values = {}
     for prefix, module in called.items():
         for name, parameter in module.named_parameters(recurse=False):
@@ -241,7 +241,7 @@ def _find_method(
         streams: Sequence[torch.Tensor],
 ) -> Head:
     """The cheapest method that gives a constant map, at every position, what the head gives for the whole of it."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator('cpu').manual_seed(1)
     pairs = list(zip(streams, head.layouts, strict=True))
     vectors = [_random((3, s.shape[1 if lay.channels_first else -1]), generator) for s, lay in pairs]
     whole = run.run(head.pack([
@@ -299,7 +299,7 @@ def inspect_head(model: nn.Module, features: Features, twin: nn.Module | None = 
     if window is not None:
         return replace(head, method='window', window=window)
     run = _RandomHead(twin, _random_values(model, called))
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator('cpu').manual_seed(2)
     with torch.autocast('cpu', enabled=False):
         streams = [_random((2, *shape[1:]), generator) for shape in shapes]
         masks = _read_mask(run, head, streams)

@@ -184,6 +184,8 @@ class PretrainedTeacher(nn.Module):
     ):
         super().__init__()
         student = unwrap_model(student)
+        if device is None and isinstance(model, nn.Module):
+            device = next(model.parameters()).device
         self.teacher = DistillationTeacher(
             model, student.num_classes, student.in_chans, pretrained_path=path, device=device, dtype=dtype)
         classes = getattr(self.teacher.model, 'num_classes', student.num_classes)

@@ -15,10 +15,10 @@ def sample_pairs(target: torch.Tensor, num_pairs: int, seed: int = 0) -> torch.T
         num_pairs: Number of pairs, p.
         seed: Of the draw.
     """
-    generator = torch.Generator().manual_seed(seed)
-    found = torch.empty(0, 2, dtype=torch.long)
+    generator = torch.Generator('cpu').manual_seed(seed)
+    found = torch.empty(0, 2, dtype=torch.long, device='cpu')
     while len(found) < num_pairs and len(target.unique()) > 1:
-        pairs = torch.randint(len(target), (2 * num_pairs, 2), generator=generator)
+        pairs = torch.randint(len(target), (2 * num_pairs, 2), generator=generator, device='cpu')
         found = torch.cat([found, pairs[target[pairs[:, 0]] != target[pairs[:, 1]]]])
     return found[:num_pairs]
 

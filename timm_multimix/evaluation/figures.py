@@ -69,7 +69,7 @@ def ood_figure(results: Sequence[Result], score: str) -> str:
         for axis, source in zip(axes[row * len(sources):], sources, strict=False):
             inside, outside = scores['inside'][score], scores['outside'][source][score]
             both = torch.cat([inside, outside])
-            bins = torch.linspace(both.min(), both.max() + 1e-9, 41).tolist()
+            bins = torch.linspace(both.min(), both.max() + 1e-9, 41, device='cpu').tolist()
             for values, label in ((inside, 'inside'), (outside, 'outside')):
                 axis.hist(values.tolist(), bins, density=True, alpha=0.5, label=label)
             axis.set_title(f'{result.name}: {source}', fontsize=8)

@@ -12,7 +12,8 @@ def _class_moments(points: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     """Number of points (k,), mean (k, d) and mean squared distance to it (k,) of each class that occurs."""
     classes, index = target.unique(return_inverse=True)
     count = torch.bincount(index, minlength=len(classes)).double()
-    mean = torch.zeros(len(classes), points.shape[1], dtype=points.dtype).index_add_(0, index, points) / count[:, None]
+    total = points.new_zeros(len(classes), points.shape[1]).index_add_(0, index, points)
+    mean = total / count[:, None]
     scatter = torch.bincount(index, weights=(points - mean[index]).square().sum(1), minlength=len(classes)) / count
     return count, mean, scatter
 
@@ -53,7 +54,8 @@ def uniformity(embeddings: torch.Tensor) -> float:
     for rows in points.split(_TILE):
         for columns in points.split(_TILE):
             total += (4 * (rows @ columns.T - 1)).exp().sum().item()
-    return float(torch.tensor(total / (len(points) * (len(points) - 1)), dtype=torch.float64).log())
+    mean = torch.tensor(total / (len(points) * (len(points) - 1)), dtype=torch.float64, device='cpu')
+    return float(mean.log())
 
 
 def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, dict[int, float]]:
@@ -88,7 +90,8 @@ def project(embeddings: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
     points = F.normalize(embeddings.double()).numpy()
     if (points == points[0]).all():
-        return torch.zeros(len(points), 2, dtype=torch.float64)  # scikit-learn would divide by their spread
+        # scikit-learn would divide by their spread
+        return torch.zeros(len(points), 2, dtype=torch.float64, device='cpu')
     perplexity = min(_MAX_PERPLEXITY, (len(points) - 1) / 3)
     start = 'pca' if min(points.shape) >= 2 else 'random'
     return torch.from_numpy(TSNE(init=start, perplexity=perplexity, random_state=seed).fit_transform(points)).double()

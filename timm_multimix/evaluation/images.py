@@ -82,7 +82,8 @@ def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
     """Indices of a random part of a dataset, in order; None for all of it, or for a stream, whose first ones count."""
     if limit is None or isinstance(dataset, IterableDataset) or limit >= len(dataset):
         return None
-    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit].sort().values.tolist()
+    generator = torch.Generator('cpu').manual_seed(seed)
+    return torch.randperm(len(dataset), generator=generator, device='cpu')[:limit].sort().values.tolist()
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Images:
         seen = 0
         for images, target in self._batches(DataLoader(dataset, self.batch_size, num_workers=self.workers)):
             if not self.labelled:
-                target = torch.zeros(len(images), dtype=torch.long)
+                target = torch.zeros(len(images), dtype=torch.long, device='cpu')
             if not torch.is_tensor(target) or target.ndim != 1 or target.is_floating_point():
                 raise UsageError(f'Data {self.source}: one class for each image is needed.')
             if self.limit is not None:  # a stream has no indices

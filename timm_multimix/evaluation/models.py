@@ -40,8 +40,9 @@ class PixelModel(nn.Module):
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.model = model
-        self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer('std', torch.tensor(std).view(-1, 1, 1))
+        device = next(model.parameters()).device
+        self.register_buffer('mean', torch.tensor(mean, device=device).view(-1, 1, 1))
+        self.register_buffer('std', torch.tensor(std, device=device).view(-1, 1, 1))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Images as the model takes them."""

@@ -70,10 +70,10 @@ def noise_batches(
         batch_size: Images in a batch.
         seed: The same noise for the same seed, however it is batched.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator('cpu').manual_seed(seed)
     for start in range(0, num_images, batch_size):
         count = min(batch_size, num_images - start)
         # one by one: other numbers come out of a generator for other shapes
         draw = torch.rand if kind == 'uniform' else torch.randn
-        images = torch.stack([draw(input_size, generator=generator) for _ in range(count)])
+        images = torch.stack([draw(input_size, generator=generator, device='cpu') for _ in range(count)])
         yield images if kind == 'uniform' else (images + 0.5).clamp(0, 1)

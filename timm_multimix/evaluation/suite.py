@@ -175,7 +175,7 @@ class _Evaluation:
     def _noise(self, kind: str, count: int):
         size = tuple(self.candidate.data_config['input_size'])
         for images in ood.noise_batches(kind, count, size, self.settings.batch_size, self.settings.seed):
-            yield images, torch.zeros(len(images), dtype=torch.long)
+            yield images, torch.zeros(len(images), dtype=torch.long, device='cpu')
 
     def _ood(self, result: Result, logits: torch.Tensor) -> None:
         result.values['ood'], scores = {}, {}

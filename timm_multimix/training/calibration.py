@@ -112,7 +112,8 @@ def hold_out(
         raise UsageError(
             f'--calibrate {args.calibrate}: no share of a stream can be held out. Name a split instead, such as '
             'train[90%:], beside --train-split train[:90%], where the dataset knows slices.')
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    generator = torch.Generator('cpu').manual_seed(args.seed)
+    order = torch.randperm(len(train), generator=generator, device='cpu').tolist()
     count = round(share * len(train))
     if count < 2:
         raise UsageError(f'--calibrate {args.calibrate}: that share of {len(train)} training images is too small.')
@@ -146,7 +147,7 @@ def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tup
     """
     if args.calibrate is None:
         return
-    images = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, *input_size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
     parameter = next(model.parameters())
     with blame(f'--calibrate {args.calibrate}'):
         scalable_classifier(model, images.to(parameter))
