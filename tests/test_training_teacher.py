@@ -221,3 +221,12 @@ def test_two_processes(tmp_path, image_folder):
     outcomes = run_script(folder, 2, *argv, *TEACHER, '--multimix-gather')
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
     assert 'teacher_top1' in outcomes[0].text
+
+
+def test_grayscale_images_and_a_pretrained_teacher(script, image_folder, tmp_path):
+    """timm's statistics of three channels are averaged once, so that its loaders do not warn of it."""
+    model = timm.create_model('test_resnet', num_classes=3, in_chans=1)
+    torch.save(model.state_dict(), tmp_path / 'teacher.pth')
+    options = dict(in_chans=1, multimix_teacher='test_resnet', multimix_teacher_path=tmp_path / 'teacher.pth')
+    assert script.train(image_folder, '--multimix', 'pooled', **options) == 0
+    assert 'mean (0.5,), std (0.5,)' in script.text and 'mean/std' not in script.text

@@ -312,11 +312,13 @@ def attach(
 ) -> MultiMixHandle:
     """Make a timm model return a MultiMixOutput while it trains; in evaluation mode nothing changes.
 
-    The model keeps its class name, its parameters and the keys of its state_dict; it can be copied, pickled, compiled,
-    wrapped for distribution and sharded, after attaching. Attaching again replaces the settings. The ordinary logits
-    are what the model computes untouched; models with two distilled heads give their mean, also with
-    distilled_training. In dense mode a copy of the model without data runs on one image, to find out what its features
-    and its head are.
+    The model keeps its class name, its signatures, its parameters and the keys of its state_dict. It can be copied,
+    pickled, compiled, exported, wrapped for distribution and sharded after attaching. Attaching again replaces the
+    settings. The field logits of the output is the model's ordinary prediction; for models with two distilled heads it
+    is their mean, also with distilled_training. In dense mode a copy of the model without data runs on one image, to
+    inspect its features and its head. A head that is replaced later is inspected again in the next forward pass.
+
+    A forward that was set on the instance, as Accelerate's prepare() does, is called in the place of the class's.
 
     Args:
         model: A timm model, or one with timm's forward_features and forward_head.
@@ -326,11 +328,23 @@ def attach(
         attention_norm: 'relu' (followed by l1 normalisation) or 'softmax'.
 
     Returns:
-        A handle: handle.remove() restores the model.
+        A handle: handle.remove() restores the model. It is a context manager that does so at the end.
 
     Raises:
-        TypeError: if the model does not follow timm's protocol.
+        TypeError: if the model does not follow timm's protocol, or forward_features or forward_head was replaced on the
+            instance.
         ValueError: if an option is unknown, or the head cannot be applied at a position, with the reason.
+
+    Examples:
+
+        ```python
+        with attach(model):
+            for images, target in loader:
+                output = model(images)
+                loss = criterion(output, target)
+                correct = output.logits.argmax(1) == target
+                ...
+        ```
     """
     if mode not in ATTACH_MODES:
         raise ValueError(f'mode must be one of {", ".join(ATTACH_MODES)}, got {mode!r}.')

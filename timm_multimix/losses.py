@@ -34,10 +34,10 @@ CHECKED_ELEMENTS = 2 ** 18  # of weights, at a time
 
 
 class MultiMixOutput(NamedTuple):
-    """What an attached model returns while training.
+    """The output of an attached model while it trains.
 
     Attributes:
-        logits: The model's ordinary prediction (b, c).
+        logits: The model's ordinary prediction (b, c), for `output.logits.argmax(1)`.
         dense_logits: Logits at every position (b, r, c), positions in row-major order; None in pooled mode.
         attention: Attention of each example over its positions (b, r); None stands for uniform.
     """

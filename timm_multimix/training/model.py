@@ -100,6 +100,10 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """
     with blame('--mean and --std take one value, or one for each channel'):
         config = resolve_data_config(vars(args), model=model)
+    channels = config['input_size'][0]
+    for name in ('mean', 'std'):
+        if len(config[name]) != channels:  # as timm's loaders do, which warn each time
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
     _logger.info(f'Input {" x ".join(map(str, config["input_size"]))}, crop {config["crop_pct"]}, '
                  f'{config["interpolation"]}, mean {config["mean"]}, std {config["std"]}.')
     return config

@@ -17,8 +17,9 @@ from timm.task import (
 )
 from torch import nn
 
+from ..criteria import check_num_classes
 from ..options import multimix_kwargs
-from ..task import MultiLabelMultiMixTask, MultiMixTask, check_num_classes
+from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
 from .checks import mixup_active
 from .errors import UsageError, blame
