@@ -61,11 +61,11 @@ def _multi_hot(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return target if target.is_floating_point() or target.ndim != 2 else target.to(dtype)
 
 
-def _check_num_classes(num_classes: int, is_softmax: bool) -> None:
-    if is_softmax and num_classes == 1:
+def _check_num_classes(num_classes: int, loss_type: str) -> None:
+    if loss_type == 'ce' and num_classes == 1:
         raise ValueError(
             'The softmax cross-entropy of a single logit is always 0 and trains nothing: use binary cross-entropy '
-            "(loss_type='bce', multimix_binary_cross_entropy) with targets (b, 1), or two classes.")
+            "(loss_type='bce') with targets (b, 1), or two classes.")
 
 
 def class_rows(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
@@ -177,7 +177,6 @@ def _mixed_loss(
         **options,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
-    _check_num_classes(logits.shape[-1], partition is SOFTMAX)
     if partition is SIGMOID:
         target = _multi_hot(target, _loss_dtype(logits))
     _check_target(logits, target)
@@ -450,7 +449,7 @@ class MultiMixLoss(nn.Module):
             raise ValueError(
                 f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got logits of shape {tuple(logits.shape)}. For '
                 'logits at every position (b, r, c), without a model that is attached, use multimix_cross_entropy.')
-        _check_num_classes(logits.shape[1], self.loss_type == 'ce')
+        _check_num_classes(logits.shape[1], self.loss_type)
         if self.loss_type == 'bce':
             target = _multi_hot(target, _loss_dtype(logits))
         _check_target(logits, target)
