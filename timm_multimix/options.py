@@ -150,6 +150,13 @@ def _add_teacher_args(group: argparse._ArgumentGroup) -> None:
              'same, which saves that work. (default: %(default)s)')
 
 
+def multimix_option_names() -> list[str]:
+    """Names of the options that add_multimix_args adds, as attributes of the parsed arguments."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_multimix_args(parser)
+    return list(vars(parser.parse_args([])))
+
+
 def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """What the parsed options mean, as keyword arguments of MultiMixTask.
 

@@ -16,6 +16,7 @@ from ..heads import mean_of_heads
 from ..training.arguments import build_parser
 from ..training.calibration import CALIBRATED
 from ..training.checkpoints import read_checkpoint
+from ..training.config import check_recorded
 from ..training.errors import UsageError, blame, near_names
 from ..training.model import create_run_model, model_options
 from ..training.saved_weights import weights_of_metric
@@ -94,7 +95,9 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
         raise UsageError(
             f'{path} does not say what model it holds, nor does an args.yaml beside it. Give the folder of its run, or '
             'a name that timm or the Hub knows.')
-    args = build_parser().parse_args([])
+    parser = build_parser()
+    check_recorded(values, parser, path)
+    args = parser.parse_args([])
     for name, value in {**values, **_BEGINNING}.items():
         setattr(args, name, value)
     return args

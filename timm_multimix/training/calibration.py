@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..calibration import calibrate, scalable_classifier
 from ..data import Part
 from .checkpoints import read_checkpoint
-from .errors import RunError, UsageError, blame
+from .errors import RunError, UsageError, blame, raise_if_interrupted
 from .files import replacing
 from .loaders import build_split
 from .saved_weights import arguments_of, described, metrics_of, split_metric, weights_of_metric
@@ -196,6 +196,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
         with replacing(path) as temporary:
             torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:
+        raise_if_interrupted(error)
         raise RunError(f'{path} could not be written: {error}') from error
     _logger.info(
         f'Calibrated {described(best, entry)}: temperature {temperature:.4g}, folded into the classifier, {path}')

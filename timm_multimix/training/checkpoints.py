@@ -2,11 +2,12 @@
 import argparse
 import glob
 import logging
+import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,9 +18,13 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 from torch.optim import Optimizer
 
-from .errors import RunError, UsageError, blame, is_dead_worker
+from ..options import multimix_option_names
+from .checkpoint_format import wrong_entry
+from .errors import RunError, UsageError, blame, causes, raise_if_interrupted
 from .files import duplicate, replace
-from .saved_weights import saved_weights
+from .loss_guard import normalisation_statistics
+from .optimizer_state import check_optimizer, load_optimizer
+from .saved_weights import arguments_of, saved_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -28,20 +33,43 @@ _NO_CHECKPOINT = 'it is no PyTorch checkpoint'
 _OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # that timm reads, too
 # Options that a checkpoint's optimizer keeps in its parameter groups, from where timm's schedulers take them.
 _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
-# What a run can continue from. Other checkpoints may lie beside them, of weights changed after training.
+# Checkpoints that a run can continue from. Others in the folder hold weights that were changed after training.
 _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
 
+def holds_checkpoints(folder: str) -> bool:
+    """Whether there are checkpoints in a folder, readable or not, except those that were not completed."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return any(name.endswith(_EXTENSION) and not name.endswith('tmp' + _EXTENSION) for name in names)
+
+
+def find_checkpoints(folder: str) -> list[str]:
+    """The checkpoints in a run folder that a run can continue from, readable or not."""
+    stem = glob.escape(folder)
+    return [path for name in _PATTERNS for path in glob.glob(os.path.join(stem, name + _EXTENSION))]
+
+
 def _why_not_written(error: BaseException) -> str:
-    """PyTorch's writer hides what the system said."""
-    if is_dead_worker(error):
-        return str(error).strip()
-    cause: BaseException | None = error
-    while cause is not None:
+    """The operating system's error, which PyTorch's writer replaces by one of its own."""
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
-        cause = cause.__cause__ or cause.__context__
     return 'the disk is full or cannot be written to'
+
+
+def _number(metric: float | None) -> float | None:
+    """A metric, or None for NaN, which cannot be compared."""
+    return None if metric is None or math.isnan(metric) else metric
+
+
+def _not_finite(weights: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that hold infinity or NaN."""
+    names = [name for name, value in weights.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not names:
+        return []
+    device = weights[names[0]].device  # one transfer to the host for all of them
+    flags = torch.stack([weights[name].detach().isfinite().all().to(device) for name in names]).tolist()
+    return [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
 
 
 class RunSaver(CheckpointSaver):
@@ -58,6 +86,7 @@ class RunSaver(CheckpointSaver):
         progress: What the next checkpoint says of the place in the run.
         metric_of: Which entry of the checkpoint gave its metric; set by whoever validates several sets of weights.
         metrics: All metrics of each of them, by the entry.
+        outdated: Moves checkpoints away that the next one replaces; called once it is written.
     """
 
     def __init__(self, *args, **kwargs):
@@ -65,6 +94,10 @@ class RunSaver(CheckpointSaver):
         self.progress: dict[str, Any] | None = None
         self.metric_of: str | None = None
         self.metrics: dict[str, dict[str, float]] | None = None
+        self.outdated: Callable[[], None] | None = None
+        # Buffers that are not finite by design, such as an attention mask with -inf.
+        module = self.unwrap_fn(self.model)
+        self._masks = {*_not_finite(dict(module.named_buffers()))} - normalisation_statistics(module).keys()
 
     def _recoveries(self) -> list[str]:
         return glob.glob(os.path.join(
@@ -89,22 +122,23 @@ class RunSaver(CheckpointSaver):
         state.update((name, value) for name, value in entries.items() if value is not None)
         return state
 
-    def _check_weights(self) -> None:
-        """Weights that are lost must not replace good ones."""
+
+    def _check_weights(self, state: Mapping[str, Any]) -> None:
+        """Raise RunError instead of replacing good weights by weights that are not finite."""
         if not self.args.max_nonfinite:
             return
-        module = self.task.get_trainable_module()
-        fine = [parameter.detach().isfinite().all() for parameter in module.parameters()]
-        fine += [~buffer.isnan().any() for buffer in module.buffers() if buffer.is_floating_point()]
-        if fine and not torch.stack([flag.to(fine[0].device) for flag in fine]).all():
-            raise RunError(
-                'The weights are not finite any more, so they are not saved. Lower the learning rate, or clip '
-                'gradients (--clip-grad).')
+        for entry, weights in state.items():
+            lost = _not_finite(weights) if entry.startswith('state_dict') else []
+            lost = [name for name in lost if name not in self._masks]
+            if lost:
+                raise RunError(
+                    f'The weights are not finite any more ({lost[0]} in {entry}), so they are not saved. Lower the '
+                    'learning rate, or clip gradients (--clip-grad).')
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
         is_recovery = os.path.basename(save_path).startswith(self.recovery_prefix)
-        self._check_weights()
         state = self._state(epoch - is_recovery, metric)
+        self._check_weights(state)
         try:
             with open(save_path, 'wb') as file:
                 torch.save(state, file)
@@ -113,25 +147,33 @@ class RunSaver(CheckpointSaver):
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 os.unlink(save_path)
+            raise_if_interrupted(error)
             raise RunError(f'{save_path} could not be written: {_why_not_written(error)}.') from error
 
     def save_recovery(self, epoch: int, batch_idx: int = 0, progress: dict[str, Any] | None = None) -> None:
-        """As timm's, at a place in the epoch. Only now, with a new one written, those of an earlier process go."""
+        """Save as timm does, at a place in the epoch. Afterwards, remove recovery checkpoints of earlier processes."""
         self.progress = progress
         super().save_recovery(epoch, batch_idx)
+        self._remove_outdated()
         for path in {*self._recoveries()} - {self.curr_recovery_file, self.prev_recovery_file}:
             with suppress(OSError):
                 os.remove(path)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None):
-        """As timm's, at the end of an epoch."""
+        """Save as timm does, at the end of an epoch. A metric of NaN is no metric: it wins over no other."""
         self.progress = progress
-        return super().save_checkpoint(epoch, metric)
+        saved = super().save_checkpoint(epoch, _number(metric))
+        self._remove_outdated()
+        return saved
+
+    def _remove_outdated(self) -> None:
+        if self.outdated is not None:
+            self.outdated()
+        self.outdated = None
 
     def latest(self) -> str | None:
-        """The checkpoint written last, to tell the user."""
-        paths = [*self._recoveries(), os.path.join(self.checkpoint_dir, 'last' + self.extension)]
-        return max(filter(os.path.isfile, paths), key=os.path.getmtime, default=None)
+        """The checkpoint that --resume auto would continue from, unless its weights are damaged."""
+        return next(_by_progress(find_checkpoints(self.checkpoint_dir)), None)
 
     def _replace(self, src: str, dst: str) -> None:
         replace(src, dst)
@@ -140,30 +182,43 @@ class RunSaver(CheckpointSaver):
         duplicate(src, dst)
 
     def load_state_dict_from_checkpoint(self, checkpoint_path: str) -> bool:
-        """As timm's, and the best checkpoint is there again if it was lost or damaged."""
+        """Load as timm does, and write model_best again if it is missing, damaged, or of another epoch."""
         if not super().load_state_dict_from_checkpoint(checkpoint_path):
             return False
         epoch, metric = load_checkpoint_metadata(checkpoint_path)['saver']['pending']
+        metric = _number(metric)
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
         if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
             self.best_metric, self.best_epoch = metric, epoch
-        if self.best_metric is not None and _epoch_of(best) != self.best_epoch:
-            copies = [checkpoint_path] if epoch == self.best_epoch and metric is not None else []
-            copies.append(self._checkpoint_path(self.best_epoch))
-            good = next((path for path in copies if _epoch_of(path) == self.best_epoch), None)
-            if good is not None:
-                self._duplicate(good, best)
-            else:
-                _logger.warning(
-                    f'The best checkpoint, of epoch {self.best_epoch}, is lost. The best from here on takes its place.')
-                self.best_metric = self.best_epoch = None
+        if self.best_metric is not None and _epoch_of(best) == self.best_epoch:
+            return True
+        lost, candidates = self.best_epoch, [entry for entry in self.checkpoint_files if entry[1] is not None]
+        if lost is not None:
+            candidates.insert(0, (self._checkpoint_path(lost), self.best_metric))
+        own = {self._checkpoint_path(epoch): checkpoint_path} if metric is not None else {}  # another copy of it
+        self.best_metric = self.best_epoch = None
+        for path, value in candidates:
+            path = own.get(path, path)
+            if (found := _epoch_of(path)) is not None:
+                self._duplicate(path, best)
+                self.best_metric, self.best_epoch = value, found
+                break
+        if self.best_epoch != lost and lost is not None:
+            after = 'The best from here on' if self.best_epoch is None else f'That of epoch {self.best_epoch}'
+            _logger.warning(f'The best checkpoint, of epoch {lost}, is lost. {after} takes its place.')
         return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As timm's, but the names it keeps, and may remove one day, are those of checkpoints in this folder."""
+        """Load as timm does, but only names of checkpoints in this folder, which may be removed later, and no NaN."""
         name = re.compile(re.escape(self.save_prefix) + r'-\d+' + re.escape(self.extension))
-        files = [(file, metric) for file, metric in state_dict.get('checkpoint_files', ()) if name.fullmatch(file)]
-        super().load_state_dict({**state_dict, 'checkpoint_files': files})
+        files = [(file, _number(metric)) for file, metric in state_dict['checkpoint_files'] if name.fullmatch(file)]
+        ranked = sorted((file for file in files if file[1] is not None), key=lambda file: file[1])
+        files = [*(ranked if self.decreasing else ranked[::-1]), *(file for file in files if file[1] is None)]
+        epoch, metric = state_dict['pending']
+        state = dict(state_dict, checkpoint_files=files, pending=(epoch, _number(metric)))
+        if _number(state['best_metric']) is None:
+            state.update(best_metric=None, best_epoch=None)
+        super().load_state_dict(state)
 
 
 def _why_damaged(path: str) -> str | None:
@@ -223,6 +278,8 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
     if reason is None and (
             not isinstance(checkpoint, dict) or not any(key in checkpoint for key in ('state_dict', 'model'))):
         reason = 'it has no state_dict'
+    if reason is None:
+        reason = wrong_entry(checkpoint)
     if reason is not None:
         raise UsageError(f'{path} is not a training checkpoint: {reason}.')
     return checkpoint
@@ -236,24 +293,33 @@ def _epoch_of(path: str) -> int | None:
         return None
 
 
+def position(path: str) -> tuple[int, bool, int, float]:
+    """Position of a checkpoint in its run, for comparison: finished epochs, whether in the next epoch, its batches.
+
+    Of two in the middle of an epoch whose batches were not counted, the one that was written later is further.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    checkpoint = read_checkpoint(path, verify=False)
+    epoch, progress = checkpoint.get('epoch'), checkpoint.get('progress') or {}
+    written = 0 if progress.get('in_epoch') is False else os.path.getmtime(path)  # copies have times of their own
+    return -1 if epoch is None else epoch, bool(progress.get('in_epoch')), progress.get('consumed', 0), written
+
+
 def _by_progress(paths: Iterable[str]) -> Iterator[str]:
-    """Those that look like checkpoints, the furthest first; of copies the first of the paths."""
+    """The readable checkpoints, the furthest first; of copies the first of the paths."""
     found = []
     for path in paths:
         try:
-            checkpoint = read_checkpoint(path, verify=False)
-            epoch, progress = checkpoint.get('epoch', -1), checkpoint.get('progress') or {}
-            is_copy = progress.get('in_epoch') is False  # of the same moment as others of its epoch
-            found.append((
-                epoch, bool(progress.get('in_epoch')), progress.get('consumed', 0),
-                0 if is_copy else os.path.getmtime(path), path))
-        except (UsageError, AttributeError, TypeError) as error:
+            found.append((position(path), path))
+        except UsageError as error:
             _logger.warning(f'{error} It is left out.')
-    return (path for *_, path in sorted(found, key=lambda entry: entry[:-1], reverse=True))
+    return (path for _, path in sorted(found, key=lambda entry: entry[0], reverse=True))
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """The checkpoint of a run to continue from: the one that is furthest, of those that are as they were written.
+    """The checkpoint of a run to continue from: the furthest of those that are as they were written.
 
     Returns:
         Its path, None if there are no checkpoints at all.
@@ -261,8 +327,7 @@ def newest_checkpoint(folder: str) -> str | None:
     Raises:
         UsageError: if there are some, and none is good.
     """
-    stem = glob.escape(folder)
-    paths = [path for name in _PATTERNS for path in glob.glob(os.path.join(stem, name + _EXTENSION))]
+    paths = find_checkpoints(folder)
     if not paths:
         return None
     for path in _by_progress(paths):
@@ -272,9 +337,13 @@ def newest_checkpoint(folder: str) -> str | None:
             _logger.warning(f'{error} Falling back to an earlier one.')
         else:
             return path
-    raise UsageError(
-        f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
-        'another --experiment to begin again.')
+    try:
+        read_checkpoint(paths[0])
+    except UsageError as error:
+        raise UsageError(
+            f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
+            f'another --experiment to begin again. {error}') from error
+    return paths[0]  # repaired in the meantime
 
 
 def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], path: str) -> None:
@@ -289,14 +358,15 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
 
 
 def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Say which options a run continues with others than the checkpoint was trained with, if it says: those of the
-    loss, which count from here on, and those of the optimizer, which do not and are set back to what is true.
+    """Warn of options that differ from those in a checkpoint.
+
+    Options of the loss take effect from here on. Options of the optimizer have no effect, as its state holds them:
+    they are set back to the values in the checkpoint.
 
     Returns:
         The options that were set back.
     """
-    before = checkpoint.get('args') or {}
-    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    before = arguments_of(checkpoint)
 
     def changed(names: Iterable[str]) -> list[str]:
         return [name for name in names if name in before and before[name] != getattr(args, name)]
@@ -305,7 +375,7 @@ def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dic
         return ', '.join(
             f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names)
 
-    if objective := changed(name for name in vars(args) if name.startswith('multimix')):
+    if objective := changed(multimix_option_names()):
         _logger.warning(f'This run continues with another objective: {told(objective)}.')
     kept = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
     if kept:
@@ -330,13 +400,16 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     """
     checkpoint = read_checkpoint(path)
     check_architecture(args, checkpoint, path)
-    settled = _settle_changes(args, checkpoint)
     keep = not args.no_resume_opt
+    if keep:
+        check_optimizer(args, checkpoint, optimizer, path)
+    settled = _settle_changes(args, checkpoint)
     try:
-        epoch = resume_task_checkpoint(
-            task, path, optimizer if keep else None, loss_scaler if keep else None, log_info=False)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        epoch = resume_task_checkpoint(task, path, None, loss_scaler if keep else None, log_info=False)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f'{path} does not fit this run: {error}') from error
+    if keep:
+        load_optimizer(optimizer, checkpoint, path)
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
     return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
                 weights=saved_weights(checkpoint), settled=settled)
@@ -366,4 +439,7 @@ def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) ->
         device='cpu' if args.model_ema_force_cpu else None,
     )
     if path:
-        load_task_ema_checkpoint(task, path)
+        try:
+            load_task_ema_checkpoint(task, path)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f'{path} does not fit this run: {error}') from error

@@ -12,6 +12,7 @@ from timm.utils.distributed import world_info_from_env
 from ..data import DEMOS
 from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs
+from .checkpoints import holds_checkpoints
 from .errors import UsageError, blame, near_names
 from .saved_weights import AVERAGE, STUDENT, TEACHER
 
@@ -135,7 +136,7 @@ def check_run_folder(args: argparse.Namespace) -> None:
         return
     folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
     continues = args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
-    if os.path.exists(os.path.join(folder, 'last.pth.tar')) and not continues:
+    if not continues and holds_checkpoints(folder):
         raise UsageError(
             f'--experiment {args.experiment}: {folder} holds a run. Continue it with --resume auto, or choose another '
             'name.')
@@ -219,7 +220,7 @@ def check_multimix(args: argparse.Namespace) -> None:
 
 
 def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...], remedy: str) -> None:
-    defaults = argparse.ArgumentParser()
+    defaults = argparse.ArgumentParser(add_help=False)
     add_multimix_args(defaults)
     idle = [_option(name) for name, value in vars(defaults.parse_args([])).items()
             if name.startswith(prefix) and getattr(args, name) != value]

@@ -1,7 +1,7 @@
 """From the command line and a YAML file to the arguments of a run."""
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,29 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
             except UsageError as error:
                 raise UsageError(f'--config {path}: {error}') from error
     return values
+
+
+def check_recorded(values: Mapping[str, Any], parser: argparse.ArgumentParser, path: str) -> None:
+    """Check the arguments that a checkpoint holds, as read_config does those of a YAML file. Unknown ones are skipped.
+
+    Args:
+        values: The arguments, by name.
+        parser: The parser of the script.
+        path: The checkpoint or run, for the error.
+
+    Raises:
+        UsageError: for a value that its option does not take.
+    """
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise UsageError(f'{path} has no arguments by name.')
+    with blame(f'{path} has wrong arguments'):
+        check_fields(values.get('card') or {})
+    for action in parser._actions:
+        if values.get(action.dest) is not None:
+            try:
+                _config_value(action, values[action.dest])
+            except UsageError as error:
+                raise UsageError(f'{path} has wrong arguments: {error}') from error
 
 
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:

@@ -1,31 +1,83 @@
 """What the summary of a run says, and its picture."""
 import csv
+import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from .errors import UsageError
 from .saved_weights import split_metric
 
+SUMMARY_NAME = 'summary.csv'
 _PANELS = {'loss': 'loss', 'top-1 accuracy (%)': 'top1', 'mean average precision (%)': 'map'}
+
+
+def _read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a summary, none if there is no file.
+
+    Raises:
+        UsageError: if it is not a CSV file in UTF-8.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if row.get('epoch') != 'epoch']
+            return list(reader.fieldnames or ()), rows
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise UsageError(f'{path}: {error.strerror or error}.') from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(
+            f'{path} is not a CSV file in UTF-8 ({error}). Convert it, or rename it to begin a new one.') from error
+
+
+def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
+        if columns:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_summary(folder: str) -> list[dict[str, float]]:
     """Read summary.csv.
 
     Returns:
-        A row for each validated epoch, in order, with the values that it has; none if there is no summary.
+        A row for each validated epoch, in order, with its finite values; none if there is no summary.
+
+    Raises:
+        UsageError: if it is not a CSV file in UTF-8.
     """
     rows = []
-    try:
-        with open(os.path.join(folder, 'summary.csv'), newline='', encoding='utf-8') as file:
-            for row in csv.DictReader(file):
-                try:
-                    values = {name: float(value) for name, value in row.items() if name and value}
-                    rows.append({**values, 'epoch': int(row['epoch'])})
-                except (KeyError, TypeError, ValueError):
-                    continue  # a line that is only half written
-    except OSError:
-        pass
+    for row in _read_table(os.path.join(folder, SUMMARY_NAME))[1]:
+        try:
+            values = {name: float(value) for name, value in row.items() if name and value}
+            rows.append({
+                **{name: value for name, value in values.items() if math.isfinite(value)}, 'epoch': int(row['epoch'])})
+        except (KeyError, TypeError, ValueError):
+            continue  # a line that is only half written
     return rows
+
+
+def trim_summary(path: str, start_epoch: int) -> None:
+    """Remove the rows of a summary from an epoch on; as timm's, but half-written rows do no harm.
+
+    Args:
+        path: The summary, written again only if it has such rows.
+        start_epoch: First epoch to remove.
+
+    Raises:
+        UsageError: if it is not a CSV file in UTF-8.
+    """
+    columns, rows = _read_table(path)
+    kept = []
+    for row in rows:
+        with suppress(KeyError, TypeError, ValueError):
+            if int(float(row['epoch'])) < start_epoch and None not in row:
+                kept.append(row)
+    if len(kept) < len(rows):
+        _write_table(path, columns if kept else [], kept)
 
 
 def fit_columns(path: str, names: Sequence[str]) -> list[str]:
@@ -37,20 +89,18 @@ def fit_columns(path: str, names: Sequence[str]) -> list[str]:
 
     Returns:
         All columns, with those that earlier rows have.
+
+    Raises:
+        UsageError: if it is not a CSV file in UTF-8.
     """
-    if not os.path.isfile(path) or not os.path.getsize(path):
+    before, rows = _read_table(path)
+    if not before:
         return list(names)
-    with open(path, newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file)
-        before, rows = list(reader.fieldnames or ()), list(reader)
     kinds = ('epoch', 'train_', 'eval_', '')
     every = dict.fromkeys([*before, *names])
     columns = sorted(every, key=lambda name: next(i for i, kind in enumerate(kinds) if name.startswith(kind)))
     if columns != before:
-        with open(path, 'w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(rows)
+        _write_table(path, columns, rows)
     return columns
 
 

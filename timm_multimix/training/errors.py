@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from safetensors import SafetensorError
+
 _logger = logging.getLogger(__name__)
 
 _LONGEST = 600
 _handlers: list = []  # PyTorch's, where it is put aside
 
 # What libraries raise for bad arguments and files.
-_LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError)
+_LIBRARY_ERRORS = (
+    ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError, SafetensorError)
 
 
 class _OneLine(Exception):
@@ -40,9 +43,28 @@ class RunError(_OneLine):
 
 
 def is_dead_worker(error: BaseException) -> bool:
-    """Whether an error says that a process that loads images died. PyTorch raises it wherever this process happens to
-    be, from a signal handler."""
+    """Whether an error says that a DataLoader worker died.
+
+    PyTorch raises this error in a signal handler, and therefore at any point of the main process.
+    """
     return isinstance(error, RuntimeError) and 'DataLoader worker' in str(error)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and the errors during whose handling it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def raise_if_interrupted(error: BaseException) -> None:
+    """Raise the exception of a signal handler that an error was raised from, if there is one.
+
+    A library that is interrupted while it writes may raise an error of its own from its cleanup.
+    """
+    for cause in causes(error):
+        if isinstance(cause, KeyboardInterrupt) or is_dead_worker(cause):
+            raise cause
 
 
 def ignore_dead_workers() -> None:

@@ -31,8 +31,10 @@ from ..hub import (
     save_config,
     save_weights,
 )
+from ..options import multimix_option_names
 from .arguments import build_parser
 from .checkpoints import read_checkpoint
+from .config import check_recorded
 from .curve import draw_curve, read_summary
 from .errors import UsageError, blame
 from .files import replacing
@@ -233,8 +235,9 @@ def _summary(
 def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
     if args.get('multimix', 'off') == 'off':
         return None
+    names = multimix_option_names()
     return {name: value for name, value in args.items()
-            if name.startswith(('multimix', 'no_multimix')) and value is not None and not _is_private(value)}
+            if name in names and value is not None and not _is_private(value)}
 
 
 def _check_public(text: str, folder: str) -> None:
@@ -249,14 +252,15 @@ def _check_public(text: str, folder: str) -> None:
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the run in a folder, settled ones where they are known."""
-    args = arguments_of(checkpoint)
+    args, parser = arguments_of(checkpoint), build_parser()
     if not args:
         try:
             with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
                 args = yaml.safe_load(file)
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f'{folder} has no readable args.yaml: it is not the folder of a run.') from error
-    return {**vars(build_parser().parse_args([])), 'card': {}, **args}
+    check_recorded(args, parser, f'The run in {folder}')
+    return {**vars(parser.parse_args([])), 'card': {}, **args}
 
 
 def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:

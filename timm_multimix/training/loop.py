@@ -95,26 +95,30 @@ def _clip_parameters(run: Run):
     return run.task.get_clip_parameters(exclude_head='agc' in run.args.clip_mode)
 
 
-def _backward(run: Run, loss: torch.Tensor, is_update: bool) -> None:
-    """Backward pass; where the loss is scaled also the optimizer's step, which the scaler leaves out on overflow."""
-    args, optimizer, scaler = run.args, run.optimizer, run.precision.loss_scaler
+def _backward(run: Run, loss: torch.Tensor) -> None:
+    """Backward pass, without the optimizer's step: whether the loss is finite is not known yet."""
+    optimizer, scaler = run.optimizer, run.precision.loss_scaler
     second_order = getattr(optimizer, 'is_second_order', False)
     if scaler is None:
         loss.backward(create_graph=second_order)
     else:
-        scaler(
-            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode,
-            parameters=None if args.clip_grad is None else _clip_parameters(run), create_graph=second_order,
-            need_update=is_update)
+        scaler(loss, optimizer, create_graph=second_order, need_update=False)
 
 
 def _update(run: Run) -> None:
-    """The optimizer's step, where the loss is not scaled."""
-    if run.precision.loss_scaler is not None:
-        return
-    if run.args.clip_grad is not None:
-        utils.dispatch_clip_grad(_clip_parameters(run), value=run.args.clip_grad, mode=run.args.clip_mode)
-    run.optimizer.step()
+    """The optimizer's step. With float16's loss scaler it is left out if gradients overflowed."""
+    args, optimizer, scaler = run.args, run.optimizer, run.precision.loss_scaler
+    if scaler is not None:
+        scaler = scaler._scaler  # timm's NativeScaler does not step without a backward pass
+    if args.clip_grad is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        utils.dispatch_clip_grad(_clip_parameters(run), value=args.clip_grad, mode=args.clip_mode)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def _decide(run: Run, epoch: int, index: int) -> dict[str, bool]:
@@ -146,7 +150,7 @@ def _train_step(
         with run.precision.autocast():
             result = run.task(input, target, **decision)
         run.guard.watch(result['loss'], is_update)
-        _backward(run, result['loss'] * (_gradient_scale(run, input) / accum_steps), is_update)
+        _backward(run, result['loss'] * (_gradient_scale(run, input) / accum_steps))
     batch_passed, update_passed = run.guard.passed()
     if is_update and update_passed:
         _update(run)
@@ -277,7 +281,13 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
     run.progress = take_progress(run, averages)  # from which validation would have to be repeated
-    return {**averages.compute(args.distributed), 'unreadable': _num_unreadable(run)}, images_per_second
+    metrics = averages.compute(args.distributed)
+    if 'loss' not in metrics:
+        raise RunError(
+            f'No loss of epoch {epoch} was finite, so that nothing was learned in it. Lower the learning rate, clip '
+            'gradients (--clip-grad), or look for broken inputs.',
+            is_shared=True)
+    return {**metrics, 'unreadable': _num_unreadable(run)}, images_per_second
 
 
 @torch.inference_mode()

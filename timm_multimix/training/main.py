@@ -11,13 +11,13 @@ import torch
 import yaml
 from timm import utils
 from timm.models import clean_state_dict
-from timm.utils.summary import trim_summary
 
+from .branches import set_aside
 from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, check_architecture, read_checkpoint
 from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, parse_args
-from .curve import fit_columns
+from .curve import SUMMARY_NAME, fit_columns, read_summary, trim_summary
 from .errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
 from .export import write_config
 from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
@@ -83,6 +83,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
             run.folder = make_folder(run.folder)  # named by the time: another may have begun in the same second
         lock_folder(run.folder)
         check_run_folder(run.args)  # once more, now that no other run can make one there
+        read_summary(run.folder)  # raises if it cannot be continued
         remove_temporary(run.folder)
         _save_args(run, args_text)
         write_config(run)
@@ -98,8 +99,9 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
         task=run.task,
     )
     if run.resumed_from and os.path.samefile(os.path.dirname(run.resumed_from) or '.', run.folder):
+        saver.outdated = set_aside(run)
         saver.load_state_dict_from_checkpoint(run.resumed_from)
-    with replacing(os.path.join(run.folder, 'summary.csv')) as path:
+    with replacing(os.path.join(run.folder, SUMMARY_NAME)) as path:
         trim_summary(path, run.start_epoch)
     return saver
 
@@ -114,7 +116,7 @@ def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict
     parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name not in others])
     top1 = ['top1'] if run.args.task == 'classification' else []
     columns = dict.fromkeys(['loss', *parts, *top1, 'unreadable'])
-    path = os.path.join(run.folder, 'summary.csv')
+    path = os.path.join(run.folder, SUMMARY_NAME)
     try:
         with replacing(path) as temporary:
             names = [f'train_{name}' for name in columns] + [f'eval_{name}' for name in eval_metrics or ()]
@@ -129,6 +131,8 @@ def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict
             )
     except OSError as error:
         raise RunError(f'{path} could not be written: {error.strerror or error}.') from error
+    except UsageError as error:  # somebody else has written it during the run
+        raise RunError(str(error)) from error
 
 
 def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | None, log_wandb: bool) -> None:

@@ -6,6 +6,7 @@ loader and the averages of the epoch so far; and what it takes to tell whether a
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,9 @@ def _average_generator(run: Run) -> torch.Generator | None:
 def _own_statistics(run: Run) -> dict[str, torch.Tensor]:
     """Normalisation statistics of this process, of the model and of averages of it.
 
-    Processes see other images. The statistics of the first are with its weights, those of the others count too: they
-    are averaged after the epoch (--dist-bn reduce), and a teacher predicts with them.
+    They differ between processes, which see different images. Averaging them after the epoch (--dist-bn reduce) needs
+    all of them, and a teacher predicts with them. The first process keeps its own here too: the weights of a checkpoint
+    that is written when validation is interrupted hold the averaged ones already.
     """
     return {name.replace('_orig_mod.', ''): buffer for name, buffer in normalisation_statistics(run.task).items()}
 
@@ -75,8 +77,7 @@ def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] 
         random=random_state(run.device),
         loader=None if loader is None else loader.state_dict(),
         averages=None if averages is None else averages.state_dict(),
-        statistics={} if utils.is_primary(run.args) else {
-            name: buffer.cpu() for name, buffer in _own_statistics(run).items()},
+        statistics={name: buffer.cpu() for name, buffer in _own_statistics(run).items()} if distributed else {},
     )
     processes = [own]
     if distributed:
@@ -118,6 +119,9 @@ def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any]
     if not progress:
         _logger.info('The checkpoint holds no random state: the run goes on, but not as if it had never stopped.')
         return None
+    missing = {'in_epoch', 'consumed', 'processes', 'shape', 'scheduler', 'average', 'validated'} - progress.keys()
+    if missing:
+        raise KeyError(*missing)
     then, now = progress['shape'], _shape(run)
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
     told = ', '.join(f'{name.replace("_", " ")} {old} before and {new} now' for name, (old, new) in changed.items())
@@ -149,13 +153,17 @@ def step_scheduler(run: Run, checkpoint: dict[str, Any]) -> None:
         return
     written, metric = checkpoint.get('progress'), checkpoint.get('metric')
     if written and written['scheduler'] and hasattr(scheduler, 'lr_scheduler'):
-        state = written['scheduler']
+        state, fresh = written['scheduler'], scheduler.lr_scheduler.state_dict()
+        for name, value in fresh.items():
+            expected = (int, float) if isinstance(value, (int, float)) else type(value)
+            if not isinstance(state['inner'][name], expected):
+                raise TypeError(f'{name} of the schedule is of type {type(state["inner"][name]).__name__}')
         scheduler.lr_scheduler.load_state_dict(state['inner'])
         scheduler.restore_lr = state['restore_lr']
         for group, rate in zip(run.optimizer.param_groups, state['lr'], strict=True):
             group['lr'] = rate
         if not written['in_epoch']:  # checkpoints are written before this step
-            scheduler.step(epoch, metric)
+            scheduler.step(epoch, math.nan if metric is None else metric)  # NaN is not stored
     elif run.args.sched_on_updates:
         updates = run.progress['consumed'] // run.args.grad_accum_steps if run.progress else 0
         if epoch or updates:
@@ -197,4 +205,6 @@ def restore_progress(run: Run) -> dict[str, Any] | None:
             if name in own['statistics']:
                 buffer.copy_(own['statistics'][name])
         set_random_state(own['random'], run.device)
-        return own['averages'] if progress['in_epoch'] else None
+        if not progress['in_epoch']:
+            return None
+        return {name: dict(own['averages'][name]) for name in ('sums', 'counts')}

@@ -58,6 +58,18 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
         module.set_rng_state(_as_tensor(state[device.type]))
 
 
+def check_random_state(state: dict[str, Any]) -> None:
+    """Check a random state without changing that of the process.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: if it is no random state.
+    """
+    random.Random().setstate(state['python'])
+    kind, keys, *rest = state['numpy']
+    np.random.RandomState().set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))
+    generator_at(state)
+
+
 def generator_at(state: dict[str, Any]) -> torch.Generator:
     """A generator of its own that draws what PyTorch's would draw from a state on."""
     return torch.Generator().set_state(_as_tensor(state['torch']))

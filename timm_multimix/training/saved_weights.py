@@ -5,6 +5,7 @@ There are the trained weights ('student'), with --model-ema their average ('ema'
 ema, --eval-metric teacher_top1.
 """
 import argparse
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def described(checkpoint: Mapping[str, Any], entry: str) -> str:
 
 
 def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '') -> dict[str, float]:
-    """Metrics of the very weights in an entry, by timm's names, as far as a checkpoint knows them.
+    """Finite metrics of the very weights in an entry, by timm's names, as far as a checkpoint knows them.
 
     Args:
         checkpoint: The checkpoint.
@@ -76,7 +77,7 @@ def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '')
         metrics = {split_metric(eval_metric)[1]: float(checkpoint['metric'])}
     if 'temperature' in checkpoint:
         metrics.pop('loss', None)  # calibration changes it, and no accuracy
-    return metrics
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

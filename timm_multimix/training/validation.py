@@ -1,5 +1,6 @@
 """Validation of all the weights that a run keeps, and which of them are the ones to ship."""
 import logging
+import math
 from typing import NamedTuple
 
 from timm import utils
@@ -80,6 +81,7 @@ def _choose(run: Run, found: dict[str, dict[str, float]]) -> tuple[str, float]:
     if who == AVERAGE and AVERAGE not in found:  # the teacher is the average
         who = TEACHER
     candidates = [who] if who else [AVERAGE] if AVERAGE in found and TEACHER not in found else list(found)
+    candidates = [who for who in candidates if not math.isnan(found[who][name])] or candidates
     best = (min if run.decreasing else max)(candidates, key=lambda who: found[who][name])  # the first of equal ones
     return best, found[best][name]
 

@@ -1,0 +1,70 @@
+"""Checkpoints of a run that training from an earlier checkpoint replaces."""
+import itertools
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+from .calibration import CALIBRATED
+from .checkpoints import find_checkpoints, position
+from .curve import SUMMARY_NAME
+from .errors import UsageError
+from .run import Run
+
+_logger = logging.getLogger(__name__)
+
+
+def _replaced(run: Run) -> list[str]:
+    """The checkpoints beyond the place where the run continues, the furthest first."""
+    start, found = position(run.resumed_from), []
+    if run.args.start_epoch is not None:
+        start = run.start_epoch - 1, False, 0, math.inf
+    for path in [*find_checkpoints(run.folder), os.path.join(run.folder, CALIBRATED)]:
+        try:
+            place = position(path)
+        except (UsageError, OSError):
+            continue  # it cannot be selected either
+        length = 3 if path.endswith(CALIBRATED) else 4  # it is written later than the checkpoint that it was made of
+        if place[:length] > start[:length]:
+            found.append((place, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _move(path: str, stat: os.stat_result, folder: str) -> None:
+    """Move a file into a folder, unless another file has its name by now."""
+    if os.path.exists(path) and os.path.samestat(stat, os.stat(path)):
+        os.makedirs(folder, exist_ok=True)
+        os.replace(path, os.path.join(folder, os.path.basename(path)))
+
+
+def set_aside(run: Run) -> Callable[[], None] | None:
+    """Move the checkpoints that the run is going to replace into a subfolder, so that nothing selects them any more.
+
+    Training from an earlier checkpoint begins a new branch. The checkpoints of the old branch beyond that place are
+    moved to the folder superseded-1 (-2, ...) in the run folder, with a copy of summary.csv.
+
+    Args:
+        run: The run, which continues from a checkpoint in its own folder.
+
+    Returns:
+        A function that moves the checkpoint that the run continues from, to call after the next one is written; None if
+        it stays. It does not with an earlier --start-epoch.
+    """
+    names = (f'superseded-{number}' for number in itertools.count(1))
+    folder = next(path for path in (os.path.join(run.folder, name) for name in names) if not os.path.exists(path))
+    paths = _replaced(run)
+    source = next((path for path in paths if os.path.realpath(path) == os.path.realpath(run.resumed_from)), None)
+    others = [path for path in paths if path != source]
+    if others:
+        os.mkdir(folder)
+        summary = os.path.join(run.folder, SUMMARY_NAME)
+        if os.path.exists(summary):
+            shutil.copyfile(summary, os.path.join(folder, SUMMARY_NAME))
+        for path in others:
+            _move(path, os.stat(path), folder)
+        _logger.warning(
+            f'The run continues from an earlier place than that of {len(others)} checkpoints in {run.folder}. They are '
+            f'moved to {folder}.')
+    return None if source is None else partial(_move, source, os.stat(source), folder)
