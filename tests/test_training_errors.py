@@ -68,6 +68,11 @@ WRONG_OPTIONS = {
     'learning rate that is no number': (['--lr', 'nan'], '--lr must be a number'),
     'negative learning rate': (['--lr', '-1'], '--lr must be 0 or more, got -1'),
     'infinite learning rate': (['--lr-base', 'inf'], '--lr-base must be 0 or more'),
+    'infinite mixup': (['--mixup', 'inf'], '--mixup must be 0 or more, got inf'),
+    'negative mixup': (['--mixup', '-1'], '--mixup must be 0 or more'),
+    'infinite momentum': (['--momentum', '-inf'], '--momentum must be finite'),
+    'infinite number among others': (['--cutmix-minmax', '0.1', 'inf'], '--cutmix-minmax must be finite'),
+    'number among others that is none': (['--opt-betas', '0.9', 'nan'], '--opt-betas must be a number'),
     'weight decay that is no number': (['--weight-decay', 'nan'], '--weight-decay must be a number'),
     'weights in a folder': (['--initial-checkpoint', '.'], '. is a folder'),
 }

@@ -24,6 +24,17 @@ TASK_MODES = ('off', 'pooled', 'dense')
 PRESET_PROB = {'default': 1.0, 'paper': 0.5}
 
 
+def _without_overflow(output: MultiMixOutput) -> MultiMixOutput:
+    """Make the logits NaN where the attention of the model overflowed, so that the loss is not finite either.
+
+    Weights that diverge are no wrong argument, which the loss would raise an error for. It does so on the CPU only.
+    """
+    attention = output.attention
+    if attention is None or attention.device.type != 'cpu' or attention.isfinite().all():
+        return output
+    return output._replace(dense_logits=output.dense_logits * torch.nan)
+
+
 class MultiMixTask(ClassificationTask):
     """Trains a timm model with MultiMix.
 
@@ -240,6 +251,7 @@ class MultiMixTask(ClassificationTask):
             loss = self.criterion(output, target)
             parts = {'plain': loss.detach()} if self.schedule.alternates else {}
             return {'loss': loss, 'output': output, **parts}
+        output = _without_overflow(output)
         loss = self.distillation or self.loss
         terms = loss.terms(output, self._mixable(target, output.logits), lesson)
         if getattr(self.criterion, 'sum_classes', False):

@@ -32,6 +32,7 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
+_MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # no limit
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
@@ -53,12 +54,17 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.workers < 0:
         raise UsageError(f'--workers must be 0 or more, got {args.workers}.')
     for name, value in vars(args).items():
-        if isinstance(value, float) and math.isnan(value):
-            raise UsageError(f'{_option(name)} must be a number, got {value}.')
-    for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base'):
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and math.isnan(number):
+                raise UsageError(f'{_option(name)} must be a number, got {number}.')
+    for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix'):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise UsageError(f'{_option(name)} must be 0 or more, got {value}.')
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if name not in _MAY_BE_INFINITE and (math.inf in numbers or -math.inf in numbers):
+            raise UsageError(f'{_option(name)} must be finite, got {value}.')
     if min(args.save_epochs, default=1) < 1:
         raise UsageError('--save-epochs counts finished epochs, from 1.')
 

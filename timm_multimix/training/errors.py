@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
@@ -15,7 +16,8 @@ _handlers: list = []  # PyTorch's, where it is put aside
 
 # What libraries raise for bad arguments and files.
 _LIBRARY_ERRORS = (
-    ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError, SafetensorError)
+    ValueError, TypeError, LookupError, RuntimeError, AssertionError, OSError, ImportError, EOFError, UnpicklingError,
+    SafetensorError)
 
 
 class _OneLine(Exception):

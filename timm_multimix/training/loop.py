@@ -148,7 +148,11 @@ def _train_step(
     waits = is_update or not run.args.distributed
     with nullcontext() if waits else run.task.no_sync():
         with run.precision.autocast():
-            result = run.task(input, target, **decision)
+            try:
+                result = run.task(input, target, **decision)
+            except ValueError as error:  # such as targets that mixup has made NaN
+                _logger.debug('', exc_info=True)
+                raise RunError(f'The loss cannot be computed in {run.whereabouts.place}: {error}') from error
         run.guard.watch(result['loss'], is_update)
         _backward(run, result['loss'] * (_gradient_scale(run, input) / accum_steps))
     batch_passed, update_passed = run.guard.passed()
