@@ -47,6 +47,7 @@ _ENTRIES = {
     'metrics': ({ANY: {ANY: _NUMBER}}, None),
     'temperature': _NUMBER,
     'weights_of': (str, None),
+    'class_to_idx': ({ANY: int}, None),
 }
 _NAMES_OF_WEIGHTS = ('state_dict', 'state_dict_ema', 'state_dict_teacher', 'model', 'model_ema')
 

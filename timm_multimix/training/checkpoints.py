@@ -1,5 +1,4 @@
 """Checkpoints of a run: timm's, written and found so that an interrupted run loses nothing."""
-import argparse
 import glob
 import logging
 import math
@@ -12,27 +11,19 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from timm.models import load_state_dict
-from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
-from torch.optim import Optimizer
 
-from ..options import multimix_option_names
 from .checkpoint_format import wrong_entry
-from .errors import RunError, UsageError, blame, causes, raise_if_interrupted
+from .errors import RunError, UsageError, causes, raise_if_interrupted
 from .files import duplicate, replace
 from .loss_guard import normalisation_statistics
-from .optimizer_state import check_optimizer, load_optimizer
-from .saved_weights import arguments_of, saved_weights
 
 _logger = logging.getLogger(__name__)
 
 _EXTENSION = '.pth.tar'
 _NO_CHECKPOINT = 'it is no PyTorch checkpoint'
 _OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # that timm reads, too
-# Options that a checkpoint's optimizer keeps in its parameter groups, from where timm's schedulers take them.
-_OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
 # Checkpoints that a run can continue from. Others in the folder hold weights that were changed after training.
 _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
@@ -181,44 +172,67 @@ class RunSaver(CheckpointSaver):
     def _duplicate(self, src: str, dst: str) -> None:
         duplicate(src, dst)
 
-    def load_state_dict_from_checkpoint(self, checkpoint_path: str) -> bool:
-        """Load as timm does, and write model_best again if it is missing, damaged, or of another epoch."""
-        if not super().load_state_dict_from_checkpoint(checkpoint_path):
-            return False
-        epoch, metric = load_checkpoint_metadata(checkpoint_path)['saver']['pending']
-        metric = _number(metric)
+    def load_state_dict_from_checkpoint(self, checkpoint_path: str, start_epoch: int | None = None) -> bool:
+        """Load the history in a checkpoint, and write model_best again if it is missing, damaged, or of another epoch.
+
+        Args:
+            checkpoint_path: The checkpoint, in the folder of this run.
+            start_epoch: The epoch that the run continues with. Later ones do not belong to it.
+
+        Returns:
+            Whether the checkpoint has a history.
+        """
+        state = read_checkpoint(checkpoint_path, verify=False).get('saver')
+        if state is None:
+            return super().load_state_dict_from_checkpoint(checkpoint_path)
+        self.load_state_dict(self._own_history(state, math.inf if start_epoch is None else start_epoch))
+        epoch, metric = state['pending']
+        own = {}
+        if _number(metric) is not None and (start_epoch is None or epoch < start_epoch):
+            own[self._checkpoint_path(epoch)] = checkpoint_path  # another copy of it, which may be the only one
+            if self.best_metric is None or self.cmp(metric, self.best_metric):
+                self.best_metric, self.best_epoch = metric, epoch
+        self._restore_best(own)
+        return True
+
+    def _own_history(self, state: dict[str, Any], start_epoch: float) -> dict[str, Any]:
+        """The part of a history before an epoch, with checkpoints in this folder only, ranked, and without NaN."""
+        name = re.compile(re.escape(self.save_prefix) + r'-(\d+)' + re.escape(self.extension))
+        files = [(file, _number(metric)) for file, metric in state['checkpoint_files']
+                 if (match := name.fullmatch(file)) and int(match[1]) < start_epoch]
+        ranked = sorted((file for file in files if file[1] is not None), key=lambda file: file[1])
+        files = [*(ranked if self.decreasing else ranked[::-1]), *(file for file in files if file[1] is None)]
+        own = dict(checkpoint_files=files, best_epoch=None, best_metric=None, pending=(None, None))
+        if state['best_epoch'] is not None and state['best_epoch'] < start_epoch and (
+                _number(state['best_metric']) is not None):
+            own.update(best_epoch=state['best_epoch'], best_metric=state['best_metric'])
+        epoch, metric = state['pending']
+        if epoch is not None and epoch < start_epoch:
+            own['pending'] = epoch, _number(metric)
+        return own
+
+    def _restore_best(self, own: Mapping[str, str]) -> None:
+        """Make model_best the checkpoint of the best epoch again, or of the best epoch whose checkpoint is left.
+
+        Args:
+            own: Files to take instead of others of the same content.
+        """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
-        if metric is not None and (self.best_metric is None or self.cmp(metric, self.best_metric)):
-            self.best_metric, self.best_epoch = metric, epoch
-        if self.best_metric is not None and _epoch_of(best) == self.best_epoch:
-            return True
+        if self.best_epoch is not None and _epoch_of(best) == self.best_epoch:
+            return
         lost, candidates = self.best_epoch, [entry for entry in self.checkpoint_files if entry[1] is not None]
         if lost is not None:
             candidates.insert(0, (self._checkpoint_path(lost), self.best_metric))
-        own = {self._checkpoint_path(epoch): checkpoint_path} if metric is not None else {}  # another copy of it
         self.best_metric = self.best_epoch = None
-        for path, value in candidates:
+        for path, metric in candidates:
             path = own.get(path, path)
-            if (found := _epoch_of(path)) is not None:
+            if (epoch := _epoch_of(path)) is not None:
                 self._duplicate(path, best)
-                self.best_metric, self.best_epoch = value, found
+                self.best_metric, self.best_epoch = metric, epoch
                 break
         if self.best_epoch != lost and lost is not None:
             after = 'The best from here on' if self.best_epoch is None else f'That of epoch {self.best_epoch}'
             _logger.warning(f'The best checkpoint, of epoch {lost}, is lost. {after} takes its place.')
-        return True
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as timm does, but only names of checkpoints in this folder, which may be removed later, and no NaN."""
-        name = re.compile(re.escape(self.save_prefix) + r'-\d+' + re.escape(self.extension))
-        files = [(file, _number(metric)) for file, metric in state_dict['checkpoint_files'] if name.fullmatch(file)]
-        ranked = sorted((file for file in files if file[1] is not None), key=lambda file: file[1])
-        files = [*(ranked if self.decreasing else ranked[::-1]), *(file for file in files if file[1] is None)]
-        epoch, metric = state_dict['pending']
-        state = dict(state_dict, checkpoint_files=files, pending=(epoch, _number(metric)))
-        if _number(state['best_metric']) is None:
-            state.update(best_metric=None, best_epoch=None)
-        super().load_state_dict(state)
 
 
 def _why_damaged(path: str) -> str | None:
@@ -344,102 +358,3 @@ def newest_checkpoint(folder: str) -> str | None:
             f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
             f'another --experiment to begin again. {error}') from error
     return paths[0]  # repaired in the meantime
-
-
-def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], path: str) -> None:
-    """Check that a checkpoint is of the run's model, if it says.
-
-    Raises:
-        UsageError: if not.
-    """
-    architecture = checkpoint.get('arch')
-    if architecture not in (None, args.model):
-        raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
-
-
-def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Warn of options that differ from those in a checkpoint.
-
-    Options of the loss take effect from here on. Options of the optimizer have no effect, as its state holds them:
-    they are set back to the values in the checkpoint.
-
-    Returns:
-        The options that were set back.
-    """
-    before = arguments_of(checkpoint)
-
-    def changed(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in before and before[name] != getattr(args, name)]
-
-    def told(names: Iterable[str]) -> str:
-        return ', '.join(
-            f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names)
-
-    if objective := changed(multimix_option_names()):
-        _logger.warning(f'This run continues with another objective: {told(objective)}.')
-    kept = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
-    if kept:
-        _logger.warning(
-            f'The optimizer continues with the options it began with: {told(kept)}. For the new ones give '
-            '--no-resume-opt, which starts it anew.')
-    settled = {name: before[name] for name in kept}
-    vars(args).update(settled)
-    return settled
-
-
-def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
-    """Bring a task and its optimizer to the state in a checkpoint.
-
-    Returns:
-        What the checkpoint says beside weights: 'epoch' to continue with, 'progress' and 'metric', each None if it does
-        not know; 'weights', the entries of its weights by name; and 'settled', options of the optimizer that were set
-        back to those it began with.
-
-    Raises:
-        UsageError: if the checkpoint is damaged, or of another model or optimizer.
-    """
-    checkpoint = read_checkpoint(path)
-    check_architecture(args, checkpoint, path)
-    keep = not args.no_resume_opt
-    if keep:
-        check_optimizer(args, checkpoint, optimizer, path)
-    settled = _settle_changes(args, checkpoint)
-    try:
-        epoch = resume_task_checkpoint(task, path, None, loss_scaler if keep else None, log_info=False)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f'{path} does not fit this run: {error}') from error
-    if keep:
-        load_optimizer(optimizer, checkpoint, path)
-    _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
-    return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
-                weights=saved_weights(checkpoint), settled=settled)
-
-
-def load_weights(task: TrainingTask, path: str, name: str) -> None:
-    """Load a file that holds nothing but weights, as the Hub has them: nothing else of the run can be continued.
-
-    Args:
-        task: Gets the weights.
-        path: The safetensors file.
-        name: What the user calls it.
-
-    Raises:
-        UsageError: if they are of another model.
-    """
-    with blame(f'--resume {name} does not fit this model'):
-        task.load_checkpoint_state(load_file(path))
-    _logger.warning(f'--resume {name} holds weights alone: optimizer, schedule and epochs start anew.')
-
-
-def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:
-    """Start the average of the weights, from a checkpoint if one is given."""
-    task.setup_ema(
-        decay=args.model_ema_decay,
-        use_warmup=args.model_ema_warmup,
-        device='cpu' if args.model_ema_force_cpu else None,
-    )
-    if path:
-        try:
-            load_task_ema_checkpoint(task, path)
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UsageError(f'{path} does not fit this run: {error}') from error

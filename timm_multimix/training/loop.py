@@ -220,6 +220,16 @@ def _save_images(run: Run, input: Any, batch: int) -> None:
     torchvision.utils.save_image(images, path, padding=0, normalize=True)
 
 
+def _epoch_metrics(run: Run, epoch: int, averages: Averages) -> dict[str, float]:
+    metrics = averages.compute(run.args.distributed)
+    if 'loss' not in metrics:
+        raise RunError(
+            f'No loss of epoch {epoch} was finite, so that nothing was learned in it. Lower the learning rate, clip '
+            'gradients (--clip-grad), or look for broken inputs.',
+            is_shared=True)
+    return {**metrics, 'unreadable': _num_unreadable(run)}
+
+
 def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[dict[str, float], float]:
     """Train for one epoch.
 
@@ -285,13 +295,7 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
     run.progress = take_progress(run, averages)  # from which validation would have to be repeated
-    metrics = averages.compute(args.distributed)
-    if 'loss' not in metrics:
-        raise RunError(
-            f'No loss of epoch {epoch} was finite, so that nothing was learned in it. Lower the learning rate, clip '
-            'gradients (--clip-grad), or look for broken inputs.',
-            is_shared=True)
-    return {**metrics, 'unreadable': _num_unreadable(run)}, images_per_second
+    return _epoch_metrics(run, epoch, averages), images_per_second
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from timm.models import clean_state_dict
 
 from .branches import set_aside
 from .calibration import forget_calibrated, write_calibrated
-from .checkpoints import RunSaver, check_architecture, read_checkpoint
+from .checkpoints import RunSaver, read_checkpoint
 from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, parse_args
 from .curve import SUMMARY_NAME, fit_columns, read_summary, trim_summary
@@ -26,6 +26,7 @@ from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress
+from .resuming import check_architecture
 from .run import Run, build_run, compile_task
 from .saved_weights import described, saved_weights
 from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
@@ -100,7 +101,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
     )
     if run.resumed_from and os.path.samefile(os.path.dirname(run.resumed_from) or '.', run.folder):
         saver.outdated = set_aside(run)
-        saver.load_state_dict_from_checkpoint(run.resumed_from)
+        saver.load_state_dict_from_checkpoint(run.resumed_from, run.start_epoch)
     with replacing(os.path.join(run.folder, SUMMARY_NAME)) as path:
         trim_summary(path, run.start_epoch)
     return saver

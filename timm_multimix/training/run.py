@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .calibration import check_classifier, check_continues, hold_out
-from .checkpoints import load_weights, newest_checkpoint, resume, setup_ema
+from .checkpoints import newest_checkpoint
 from .checks import DEFAULT_OUTPUT, check_classes
 from .errors import UsageError, blame
 from .files import lock_folder
@@ -34,6 +34,7 @@ from .model import check_input_sizes, create_run_model, input_channels, model_op
 from .objective import build_task
 from .processes import Whereabouts, choose_device, join_processes, of_the_first
 from .progress import reading_progress, step_scheduler, usable_progress
+from .resuming import load_weights, resume, setup_ema
 from .saved_weights import changes, entries
 
 _logger = logging.getLogger(__name__)
