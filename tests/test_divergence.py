@@ -1,0 +1,168 @@
+"""Weights, statistics and losses that are not finite: what is saved, what is skipped, and how a run ends."""
+import argparse
+import math
+
+import pytest
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.task import ClassificationTask
+from timm.utils import NativeScaler
+from torch import nn
+from training_helpers import same
+
+from timm_multimix import MultiMixOutput, MultiMixTask
+from timm_multimix.training import run
+from timm_multimix.training.checkpoints import RunSaver
+from timm_multimix.training.errors import RunError
+
+pytest_plugins = ['training_helpers']
+
+
+def one_error(script):
+    errors = [line for line in script.lines if line.startswith('ERROR')]
+    assert len(errors) == 1 and 'Traceback' not in script.text, script.text
+    return errors[0]
+
+
+@pytest.mark.parametrize('flags, options', [
+    ([], dict(lr=1e30, val_split='', epochs=3)),
+    ([], dict(lr=1e30, epochs=3)),
+    ([], dict(lr=1e30, val_split='', epochs=3, multimix='dense')),
+    (['--model-ema'], dict(lr=1e10, epochs=3, multimix='dense', opt='lookahead_adamw')),
+    ([], dict(lr=1e10, epochs=3, multimix='dense', opt='lookahead_adamw', val_split='', multimix_teacher='ema')),
+    ([], dict(lr=1000.0, epochs=4)),
+])
+def test_divergence_ends_in_one_line(script, image_folder, flags, options):
+    status = script.train(image_folder, *flags, **options)
+    if status:
+        assert status == 1 and '--clip-grad' in one_error(script)
+    else:
+        assert 'ERROR' not in script.text
+    for path in script.run_folder().glob('*.pth.tar'):
+        state = script.checkpoint(path.name)
+        for name, value in state['state_dict'].items():
+            assert value.isfinite().all(), (path.name, name)
+
+
+def test_epoch_without_a_finite_loss_ends_the_run(script, image_folder):
+    """Though fewer in a row than --max-nonfinite."""
+    assert script.train(image_folder, lr=1e30, val_split='', epochs=3) == 1
+    assert 'No loss of epoch 1 was finite' in one_error(script)
+    assert '--resume auto' in script.lines[-1]
+
+
+@pytest.mark.parametrize('entry, name', [
+    ('parameters', 'conv1.0.weight'), ('buffers', 'bn1.running_var'), ('buffers', 'bn1.running_mean')])
+@pytest.mark.parametrize('value', [math.inf, math.nan])
+def test_what_is_not_finite_is_not_saved(script, image_folder, monkeypatch, entry, name, value):
+    assert script.train(image_folder, epochs=3, stop_epoch=1) == 0
+    before = script.checkpoint()
+    finish = torch.optim.SGD.step
+
+    def step(self, *args):
+        finish(self, *args)
+        model = next(referrer for referrer in models if referrer.training)
+        dict(getattr(model, f'named_{entry}')())[name].data.view(-1)[0] = value
+    models = []
+    prepare = nn.Module.train
+
+    def train(self, mode=True):
+        if hasattr(self, 'bn1') and hasattr(self, 'fc'):
+            models.append(self)
+        return prepare(self, mode)
+    monkeypatch.setattr(nn.Module, 'train', train)
+    monkeypatch.setattr(torch.optim.SGD, 'step', step)
+    assert script.train(image_folder, epochs=3, resume='auto', max_nonfinite=1000) == 1, script.text
+    error = one_error(script)
+    assert 'not finite' in error
+    same(before, script.checkpoint())
+    assert not list(script.run_folder().glob('*tmp*'))
+
+
+def test_constants_that_are_not_finite_are_saved(tmp_path):
+    """Such as an attention mask; but not what normalisation layers have measured."""
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.register_buffer('mask', torch.tensor([0.0, -math.inf]))
+    saver = RunSaver(
+        model=model, task=ClassificationTask(model), optimizer=torch.optim.SGD(model.parameters()),
+        args=argparse.Namespace(model='test_resnet', max_nonfinite=10), checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, 1.0)
+    assert torch.load(tmp_path / 'last.pth.tar', weights_only=True)['state_dict']['mask'][1] == -math.inf
+    model.bn1.running_var[0] = math.inf
+    with pytest.raises(RunError, match=r'bn1\.running_var'):
+        saver.save_checkpoint(1, 1.0)
+
+
+def test_infinite_statistics_of_an_earlier_version_are_not_saved_again(script, image_folder):
+    assert script.train(image_folder, epochs=2, stop_epoch=1) == 0
+    state = script.checkpoint()
+    state['state_dict']['bn1.running_var'][0] = math.inf
+    path = script.folder / 'infinite.pth.tar'
+    torch.save(state, path)
+    assert script.train(image_folder, epochs=2, resume=path, experiment='other') == 1
+    assert 'bn1.running_var' in one_error(script)
+    assert not list(script.run_folder('other').glob('*.pth.tar'))
+
+
+@pytest.mark.parametrize('flags', [[], ['--clip-grad', '1.0'], ['--grad-accum-steps', '3']])
+def test_loss_scaler_steps_only_with_finite_losses(script, image_folder, monkeypatch, flags):
+    """An infinite loss whose gradients are finite."""
+    precision = run.Precision
+
+    def scaled(dtype, autocast, loss_scaler):
+        scaler = NativeScaler(device='cpu')
+        scaler._scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
+        return precision(dtype, autocast, scaler)
+    monkeypatch.setattr(run, 'Precision', scaled)
+    flags = [*flags, '--amp', '--amp-dtype', 'bfloat16', '--model-ema']
+    assert script.train(image_folder, *flags, epochs=3, stop_epoch=1, batch_size=4) == 0
+    before = script.checkpoint()
+    assert before['amp_scaler']['scale'] == 8.0 and before['amp_scaler']['_growth_tracker'] > 0
+    forward = LabelSmoothingCrossEntropy.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelSmoothingCrossEntropy, 'forward', lambda *args: forward(*args) + math.inf)
+        argv = dict(epochs=3, resume='auto', batch_size=4, val_split='', eval_metric='loss', max_nonfinite=2)
+        assert script.train(image_folder, *flags, '--recovery-interval', 1, **argv) == 1
+    assert '2 updates in a row' in script.text
+    recovery = script.checkpoint('recovery-1-0.pth.tar')
+    for entry in ('state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler'):
+        if entry == 'state_dict' and '--grad-accum-steps' in flags:
+            continue
+        same(before[entry] if entry != 'optimizer' else before[entry]['state'],
+             recovery[entry] if entry != 'optimizer' else recovery[entry]['state'], entry)
+
+
+def test_loss_scaler_trains_as_without(script, image_folder, monkeypatch):
+    """With a power of two as the scale it changes no bit."""
+    argv = dict(epochs=2, batch_size=4, opt='adamw', grad_accum_steps=2, clip_grad=0.5)
+    assert script.train(image_folder, '--amp', '--amp-dtype', 'bfloat16', **argv) == 0
+    precision = run.Precision
+    monkeypatch.setattr(
+        run, 'Precision', lambda dtype, autocast, _: precision(dtype, autocast, NativeScaler(device='cpu')))
+    assert script.train(image_folder, '--amp', '--amp-dtype', 'bfloat16', experiment='scaled', **argv) == 0
+    same(script.checkpoint()['state_dict'], script.checkpoint(name='scaled')['state_dict'])
+
+
+@pytest.mark.parametrize('value', [math.inf, math.nan])
+def test_attention_that_overflowed_makes_the_loss_nan(value):
+    task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), num_mixes=10, verbose=False)
+    images, target = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+
+    def overflow(module, input, output):
+        attention = output.attention.clone()
+        attention[0, 0] = value
+        return MultiMixOutput(output.logits, output.dense_logits, attention)
+    task.trainable_module.register_forward_hook(overflow)
+    task.train()
+    result = task(images, target)
+    assert result['loss'].isnan() and result['output'].isfinite().all()
+
+
+def test_losses_that_cannot_be_computed_end_in_one_line(script, image_folder, monkeypatch):
+    def broken(*_):
+        raise ValueError('Soft targets must not be negative, got nan.')
+    monkeypatch.setattr(LabelSmoothingCrossEntropy, 'forward', broken)
+    assert script.train(image_folder) == 1
+    assert 'cannot be computed in epoch 0, update 0: Soft targets' in one_error(script)
