@@ -49,6 +49,19 @@ def _signal_at(update, signalled, rank):
     StopRequest.requested = counted
 
 
+def _stop_twice_at(batch, rank):
+    """All processes get two signals at a batch of validation, counted from 1: one to stop, one to stop at once."""
+    check, calls = StopRequest.check, []
+
+    def counted(self):
+        calls.append(self)
+        if len(calls) == batch:
+            signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
+        return check(self)
+
+    StopRequest.check = counted
+
+
 def _at_update(update, sick, act, rank):
     """Something happens to one process in the middle of an update."""
     step, calls = training.loop._train_step, []
@@ -217,6 +230,28 @@ def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_
     assert outcomes[0].text.count('Stopped in epoch 1.') == 1 and 'ERROR' not in outcomes[0].text
     assert 'torchrun --nproc-per-node 2' in outcomes[0].text  # how to continue
     assert not outcomes[1].text
+    for outcome in run_script(tmp_path, 2, *argv, '--resume', 'auto'):
+        assert outcome.status == 0, outcome.text
+    whole, continued = checkpoint(tmp_path, name='whole'), checkpoint(tmp_path)
+    for entry in ('args', 'saver'):
+        whole.pop(entry), continued.pop(entry)
+    same(whole, continued)
+
+
+@pytest.mark.parametrize(('batch', 'flags', 'options'), [
+    (1, ['--dist-bn', 'reduce'], {}),
+    (4, ['--dist-bn', 'reduce', '--model-ema'], dict(epochs=3)),
+    (3, ['--dist-bn', 'broadcast'], dict(multimix='dense', multimix_teacher='ema')),
+])
+def test_second_signal_in_validation_keeps_the_statistics_of_each_process(
+        tmp_path, image_folder, batch, flags, options):
+    """The weights hold averaged statistics by then. Each process validates two batches with each set of weights."""
+    argv = arguments(image_folder, '--no-ddp-bb', *flags, **options)
+    for outcome in run_script(tmp_path, 2, *argv, '--experiment', 'whole'):
+        assert outcome.status == 0, outcome.text
+    outcomes = run_script(tmp_path, 2, *argv, prepare=partial(_stop_twice_at, batch))
+    assert [outcome.status for outcome in outcomes] == [143, 143], outcomes[0].text + outcomes[1].text
+    assert list((tmp_path / 'output' / 'train' / 'run').glob('recovery-*')), outcomes[0].text
     for outcome in run_script(tmp_path, 2, *argv, '--resume', 'auto'):
         assert outcome.status == 0, outcome.text
     whole, continued = checkpoint(tmp_path, name='whole'), checkpoint(tmp_path)
