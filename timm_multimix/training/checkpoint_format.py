@@ -14,7 +14,7 @@ _OPTIONAL_NUMBER = (int, float, None)
 _RANDOM_STATE = {'python': [object], 'numpy': [object], 'torch': bytes}
 _LOADER = {
     'consumed': int, 'epoch_start': (_RANDOM_STATE, None), 'before': (_RANDOM_STATE, None), 'now': _RANDOM_STATE,
-    'seed': (_RANDOM_STATE, None), 'workers': {ANY: _RANDOM_STATE}, 'unreadable': int}
+    'seed': (_RANDOM_STATE, None), 'workers': {ANY: _RANDOM_STATE}}
 _PROCESS = {
     'random': _RANDOM_STATE, 'loader': (_LOADER, None), 'statistics': {ANY: torch.Tensor},
     'averages': ({'sums': {ANY: _NUMBER}, 'counts': {ANY: int}}, None)}
@@ -140,6 +140,7 @@ def wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
         if missing:
             return f'its saver has no {missing[0]}'
         pairs = [*saver['checkpoint_files'], saver['pending']]
-    if any(len(pair) != 2 for pair in pairs) or any(not isinstance(pair[0], str) for pair in pairs[:-1]):
+    if any(len(pair) != 2 or isinstance(pair[1], str) for pair in pairs) or not all(
+            isinstance(pair[0], str) for pair in pairs[:-1]):
         return 'its saver holds something other than pairs of a name and a metric'
     return _wrong_weights(checkpoint)

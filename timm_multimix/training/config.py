@@ -126,10 +126,10 @@ def check_recorded(values: Mapping[str, Any], parser: argparse.ArgumentParser, p
         raise UsageError(f'{path} has no arguments by name.')
     with blame(f'{path} has wrong arguments'):
         check_fields(values.get('card') or {})
-    for action in parser._actions:
-        if values.get(action.dest) is not None:
+    for dest, action in {action.dest: action for action in parser._actions}.items():
+        if values.get(dest) is not None:
             try:
-                _config_value(action, values[action.dest])
+                _config_value(action, values[dest])
             except UsageError as error:
                 raise UsageError(f'{path} has wrong arguments: {error}') from error
 

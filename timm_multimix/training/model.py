@@ -60,7 +60,8 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     if is_hub_name(checkpoint_path):
         with blame(f'--initial-checkpoint {checkpoint_path}'):
             checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, HF_WEIGHTS_NAME)
-    started = f', --initial-checkpoint {args.initial_checkpoint}' if checkpoint_path else ''
+    files = ('initial_checkpoint', 'pretrained_path')
+    started = ''.join(f', --{name.replace("_", "-")} {path}' for name in files if (path := getattr(args, name)))
     with blame(f'--model {args.model}{started}'):
         try:
             model = create_model(

@@ -152,7 +152,8 @@ def _describe_batches(args: argparse.Namespace) -> str:
 def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace):
     options = multimix_kwargs(args)
     if args.multimix_teacher not in ('none', 'ema'):
-        with blame(f'--multimix-teacher {args.multimix_teacher}'):
+        path = f', --multimix-teacher-path {args.multimix_teacher_path}' if args.multimix_teacher_path else ''
+        with blame(f'--multimix-teacher {args.multimix_teacher}{path}'):
             options.update(teacher=_pretrained_teacher(model, shared, args), teacher_path=None)
     _logger.info(_describe_batches(args))
     try:

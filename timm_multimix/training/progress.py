@@ -18,7 +18,7 @@ from timm import utils
 from .errors import UsageError
 from .logs import Averages
 from .loss_guard import normalisation_statistics
-from .random_state import random_state, set_random_state
+from .random_state import check_random_state, random_state, set_random_state
 
 if TYPE_CHECKING:
     from .run import Run
@@ -106,6 +106,22 @@ def reading_progress(run: Run) -> Iterator[None]:
         raise UsageError(f'{run.resumed_from}: its record of the progress cannot be used: {error!r}') from error
 
 
+def _check_states(progress: dict[str, Any]) -> None:
+    """Read what is used later, after the run has begun to write. Raises the errors that reading_progress expects."""
+    for process in progress['processes']:
+        states, loader = [process['random']], process['loader']
+        if loader is not None:
+            if 'consumed' not in loader:
+                raise KeyError('consumed')
+            states += [loader[name] for name in ('epoch_start', 'before', 'now', 'seed')]
+            states += loader['workers'].values()
+        for state in states:
+            if state is not None:
+                check_random_state(state)
+        if progress['in_epoch']:
+            Averages(torch.device('cpu')).load_state_dict(process['averages'])
+
+
 def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any] | None:
     """Say how exactly a run can continue, before it does.
 
@@ -122,6 +138,7 @@ def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any]
     missing = {'in_epoch', 'consumed', 'processes', 'shape', 'scheduler', 'average', 'validated'} - progress.keys()
     if missing:
         raise KeyError(*missing)
+    _check_states(progress)
     then, now = progress['shape'], _shape(run)
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
     told = ', '.join(f'{name.replace("_", " ")} {old} before and {new} now' for name, (old, new) in changed.items())
@@ -207,4 +224,4 @@ def restore_progress(run: Run) -> dict[str, Any] | None:
         set_random_state(own['random'], run.device)
         if not progress['in_epoch']:
             return None
-        return {name: dict(own['averages'][name]) for name in ('sums', 'counts')}
+        return own['averages']

@@ -16,7 +16,7 @@ import torch
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .random_state import check_random_state, generator_at, random_state, set_random_state
+from .random_state import generator_at, random_state, set_random_state
 
 
 @dataclass
@@ -214,19 +214,12 @@ class ResumableLoader:
             state: From state_dict.
             same_workers: Whether there are as many workers as there were: only then their random states fit.
             in_epoch: Go on in the middle of the epoch; else begin a new one.
-
-        Raises:
-            KeyError, TypeError, ValueError, RuntimeError: if one of its random states is none.
         """
-        place = {name: int(state[name]) for name in ('consumed', 'unreadable')}
-        for random in (*(state[name] for name in ('epoch_start', 'before', 'now', 'seed')), *state['workers'].values()):
-            if random is not None:
-                check_random_state(random)
         if same_workers:
             self._seed = state['seed']
             self._workers = dict(state['workers'])
             self._start.states = dict(state['workers'])
-        self._place = {**state, **place} if in_epoch else None
+        self._place = dict(state) if in_epoch else None
 
     def _draw_seed(self) -> None:
         """Draw the seed of the workers as the DataLoader would, from a copy that it can be drawn from again."""
