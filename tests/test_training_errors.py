@@ -70,7 +70,7 @@ WRONG_OPTIONS = {
     'infinite learning rate': (['--lr-base', 'inf'], '--lr-base must be 0 or more'),
     'infinite mixup': (['--mixup', 'inf'], '--mixup must be 0 or more, got inf'),
     'negative mixup': (['--mixup', '-1'], '--mixup must be 0 or more'),
-    'infinite momentum': (['--momentum', '-inf'], '--momentum must be finite'),
+    'infinite momentum': (['--momentum=-inf'], '--momentum must be finite'),
     'infinite number among others': (['--cutmix-minmax', '0.1', 'inf'], '--cutmix-minmax must be finite'),
     'number among others that is none': (['--opt-betas', '0.9', 'nan'], '--opt-betas must be a number'),
     'weight decay that is no number': (['--weight-decay', 'nan'], '--weight-decay must be a number'),
