@@ -103,7 +103,8 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     balance = group.add_mutually_exclusive_group()
     balance.add_argument(
         '--multimix-balance', action='store_false', dest='no_multimix_balance', default=None,
-        help='use the balanced gradient (docs/method.md); the default without --multimix-preset paper.')
+        help='use the balanced gradient (docs/method.md); the default without --multimix-preset paper. In YAML: '
+             'no_multimix_balance: false.')
     balance.add_argument(
         '--no-multimix-balance', action='store_true', dest='no_multimix_balance', default=None,
         help='use the literal gradient of the papers. With their alpha it hardly trains on a normal schedule, the '
@@ -170,7 +171,7 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
     # Checked here, before a model is built. The other options are the task's own.
-    BatchSchedule(1.0 if options['prob'] is None else options['prob'])
+    batch_schedule(args)
     loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _OF_THE_LOSS})
     SelfDistillationLoss(
         loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
@@ -203,8 +204,36 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
     Raises:
         ValueError: if a value is out of range.
     """
-    if args.multimix == 'off':
-        return BatchSchedule(prob=0)
+    if args.multimix_preset not in PRESETS:
+        raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {args.multimix_preset!r}.')
     prob = PRESET_PROB[args.multimix_preset] if args.multimix_prob is None else args.multimix_prob
-    return BatchSchedule(
+    schedule = BatchSchedule(
         prob, getattr(args, 'seed', None) or 0, args.multimix_start_epoch, args.multimix_off_epoch)
+    return schedule if args.multimix != 'off' else BatchSchedule(prob=0)
+
+
+def describe_batches(args: argparse.Namespace) -> str:
+    """One line that says which batches are MultiMix batches, and which have mixed images.
+
+    Args:
+        args: Parsed arguments of a parser with `add_multimix_args`, and with timm's options of mixup and CutMix if the
+            script mixes images.
+    """
+    schedule = batch_schedule(args)
+    mixup, cutmix, minmax, prob = (
+        getattr(args, name, default) for name, default in
+        (('mixup', 0), ('cutmix', 0), ('cutmix_minmax', None), ('mixup_prob', 1)))
+    kinds = [f'mixup (alpha {mixup:g})'] if mixup else []
+    if minmax:
+        kinds.append(f'CutMix (ratio {minmax[0]:g} to {minmax[-1]:g})')
+    elif cutmix:
+        kinds.append(f'CutMix (alpha {cutmix:g})')
+    mixing = ' or '.join(kinds) if prob else ''
+    epochs = f' from epoch {schedule.start_epoch} on' if schedule.start_epoch else ''
+    epochs += f' until epoch {schedule.off_epoch}' if schedule.off_epoch else ''
+    if schedule.prob == 0:
+        return 'No batch is a MultiMix batch.'
+    if schedule.alternates:
+        return (f'Each batch is a MultiMix batch with probability {schedule.prob:g}{epochs}; the other batches are '
+                f'trained {f"with {mixing}" if mixing else "without any mixing"}.')
+    return f'Every batch is a MultiMix batch{epochs}{f", after {mixing} of its images" if mixing else ""}.'
