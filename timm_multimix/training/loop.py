@@ -18,6 +18,7 @@ from .errors import RunError
 from .logs import Averages, EpochReporter
 from .progress import take_progress
 from .run import Run
+from .unreadable import TRAINING, begin_epoch, count_unreadable
 
 _logger = logging.getLogger(__name__)
 
@@ -197,14 +198,6 @@ def _save_recovery(run: Run, epoch: int, update: int, averages: Averages, saver:
         raise KeyboardInterrupt
 
 
-def _num_unreadable(run: Run) -> int:
-    """Images of the epoch that could not be read and were replaced, over all processes."""
-    count = torch.tensor(0 if run.loaders.resumable is None else run.loaders.resumable.unreadable, device=run.device)
-    if run.args.distributed:
-        torch.distributed.all_reduce(count)
-    return int(count)
-
-
 def _save_images(run: Run, input: Any, batch: int) -> None:
     path = os.path.join(run.folder, f'train-batch-{batch}.jpg')
     views = run.args.multimix_views if run.args.multimix != 'off' else 1
@@ -238,6 +231,8 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     if run.interrupted is not None:
         averages.load_state_dict(run.interrupted)
         first, run.interrupted = run.progress['consumed'], None
+    else:
+        begin_epoch(run)
     run.progress = None
     reporter = EpochReporter(
         epoch, run.updates_per_epoch, args.log_interval, args.world_size, done=first // args.grad_accum_steps)
@@ -277,7 +272,8 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
     run.progress = take_progress(run, averages)  # from which validation would have to be repeated
-    return {**averages.compute(args.distributed), 'unreadable': _num_unreadable(run)}, images_per_second
+    return {
+        **averages.compute(args.distributed), 'unreadable': count_unreadable(run, TRAINING)}, images_per_second
 
 
 @torch.inference_mode()

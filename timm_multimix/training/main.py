@@ -22,12 +22,14 @@ from .errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_
 from .export import write_config
 from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .hub import HubPush
+from .interrupt import ending_workers
 from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress
 from .run import Run, build_run, compile_task
 from .saved_weights import described, saved_weights
+from .unreadable import TRAINING, VALIDATION, report_totals, warn_of_unreadable
 from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
 
 _logger = logging.getLogger(__name__)
@@ -135,13 +137,12 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
     """Validate, write the summary and a checkpoint, and step the schedule."""
     share_batch_norm(run, run.task.get_trainable_module())
     done = epoch + 1
-    unreadable = train_metrics['unreadable']
-    if unreadable:
-        _logger.warning(f'Epoch {epoch}: {unreadable} images could not be read, others were taken for them.')
+    warn_of_unreadable(run, TRAINING, f'Epoch {epoch}: ')
     is_milestone = done in run.args.save_epochs
     metric = None
     if done % run.args.val_interval == 0 or done == run.stop_epoch or is_milestone:
         validated, eval_metrics = validate_epoch(run), None
+        warn_of_unreadable(run, VALIDATION, f'Epoch {epoch}: ')
         if validated is None:
             metric = train_metrics[run.eval_metric]
         else:
@@ -280,6 +281,7 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
             f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}{_whose(run, best)}')
         if run.loaders.evaluation is not None:
             _logger.info('Validate it with\n  ' + _command(run, '--validate', best))
+    report_totals(run)
     if hub is not None:
         hub.finish()
 
@@ -301,6 +303,7 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
             raise
     compile_task(run.args, run.task)
     metrics = validate(run, run.task.get_eval_model())
+    warn_of_unreadable(run, VALIDATION)
     _logger.info(f'{path}: {shown(metrics)}')
     return metrics
 
@@ -338,7 +341,8 @@ def _run(argv: Sequence[str]) -> None:
 def _status(argv: Sequence[str]) -> int:
     """Run, and tell what became of it; of the run nothing is left then."""
     try:
-        _run(argv)
+        with ending_workers():
+            _run(argv)
     except UsageError as error:
         if is_first_on_machine():  # all of them see the same options and files
             _logger.error(error)
