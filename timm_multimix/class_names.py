@@ -21,7 +21,7 @@ def dataset_classes(dataset: Any) -> dict[str, int] | None:
     return None
 
 
-def label_names(classes: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
+def ordered_names(classes: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
     """Names of the classes in order, if there is exactly one for each."""
     names = {index: name for name, index in (classes or {}).items()}
     if sorted(names) != list(range(num_classes)) or len(names) != len(classes):

@@ -1,5 +1,6 @@
 """Images to evaluate on, as every model was trained to see them, in [0, 1] before they are normalised."""
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,11 +10,15 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..class_names import class_mapping, dataset_classes, map_targets
 from ..data import DEMO_PREFIX, DEMOS, create_dataset
-from ..training.checks import DATASET_TYPES
+from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
+from ..image_files import unreadable_images
 from ..training.errors import UsageError, blame, near_names
 from .models import Candidate
 from .ood import NOISES
+
+_logger = logging.getLogger(__name__)
 
 _HIGHEST_LEVEL = 255
 
@@ -51,6 +56,8 @@ class Source:
             raise UsageError(
                 f'Data {self}: no such folder, nor such a dataset.{hint} Datasets are {", ".join(DEMOS)} and '
                 f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
+        with blame(f'Data {self}'):
+            check_split(self.dataset, self.root, self.split)
 
     def open(self, img_mode: str) -> Dataset:
         """Make the dataset, of images in a mode of PIL.
@@ -64,7 +71,7 @@ class Source:
 
 
 def _has_type(name: str) -> bool:
-    return '/' in name and name.partition('/')[0].lower() in (DEMO_PREFIX.rstrip('/'), *DATASET_TYPES)
+    return dataset_prefix(name) in (DEMO_PREFIX.rstrip('/'), *DATASET_TYPES)
 
 
 def parse_source(text: str, split: str, download: bool = False) -> Source:
@@ -100,7 +107,7 @@ class Images:
         labelled: Whether the classes matter; else there need be none.
 
     Raises:
-        UsageError: if there are no such images, or the model has another number of classes than they.
+        UsageError: if there are no such images, or the model does not know their classes.
     """
     source: Source
     candidate: Candidate
@@ -125,11 +132,23 @@ class Images:
         self.indices = choose(self.dataset, self.limit, self.seed)
 
     def _check_classes(self) -> None:
-        classes = getattr(getattr(self.dataset, 'reader', self.dataset), 'class_to_idx', None)
-        if self.labelled and classes and max(classes.values()) + 1 != self.candidate.num_classes:
-            raise UsageError(
-                f'{self.candidate.name} has {self.candidate.num_classes} classes and {self.source} '
-                f'{max(classes.values()) + 1}: labels would not match.')
+        own, known = dataset_classes(self.dataset), self.candidate.class_to_idx
+        if not self.labelled or not own or own == known:
+            return
+        count = max(own.values()) + 1
+        both = f'{self.candidate.name} has {self.candidate.num_classes} classes and {self.source} {count}'
+        if known is not None:
+            try:
+                map_targets(self.dataset, class_mapping(own, known))
+            except ValueError as error:
+                raise UsageError(f'{both}: labels would not match, for {error}.') from error
+            _logger.info(f'{both}: labels are mapped by the names of the classes.')
+        elif count != self.candidate.num_classes:
+            raise UsageError(f'{both}: labels would not match.')
+        else:
+            _logger.warning(
+                f'{self.candidate.name} holds no class names: only the number of classes is compared with '
+                f'{self.source}.')
 
     def part(self, limit: int) -> 'Images':
         """The same with fewer images: a part of these."""
@@ -160,7 +179,16 @@ class Images:
             seen += len(images)
             yield images.float() / _HIGHEST_LEVEL, target
             if seen == self.limit:
-                return
+                break
+        self._report_unreadable()
+
+    def _report_unreadable(self) -> None:
+        record = unreadable_images(self.dataset)
+        if record is not None and (found := record.in_epoch()):
+            record.begin_epoch()
+            _logger.warning(
+                f'Data {self.source}: {len(found)} images could not be read, the next ones took their place: '
+                f'{record.names(found)}')
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
         batches = iter(loader)

@@ -14,6 +14,7 @@ import timm
 import torch
 
 from ..data import DEMO_PREFIX
+from ..dataset_types import code_danger
 from ..training.calibration import CALIBRATED, share_split
 from ..training.errors import UsageError, blame
 from ..training.files import replacing
@@ -118,6 +119,11 @@ def _source(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Source
         return Source(args.dataset or '', args.data_dir, args.split or 'validation', options)
     if run is None or not (run.data_dir or run.dataset):
         raise UsageError('Say which images to evaluate on: --data-dir FOLDER, or --dataset NAME such as demo/digits.')
+    splits = [split for split in (args.split or run.val_split, args.calibration_split) if split]
+    if danger := code_danger(run.dataset or '', run.data_dir, splits):
+        raise UsageError(
+            f'The images of the first run are {run.dataset} in {run.data_dir}, and are not opened because of what its '
+            f'checkpoint says ({danger}). If you trust it, give --dataset and --data-dir.')
     inherited = dict(class_map=run.class_map, input_key=run.input_key, target_key=run.target_key)
     options = {**{name: value for name, value in inherited.items() if value}, **options}
     if not (args.split or run.val_split):

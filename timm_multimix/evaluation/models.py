@@ -11,11 +11,13 @@ from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict, create_model, is_model, list_models, parse_model_name, split_model_name_tag
 from torch import nn
 
+from ..class_names import valid_classes
 from ..data import default_img_mode
 from ..heads import mean_of_heads
 from ..training.arguments import build_parser
 from ..training.calibration import CALIBRATED
 from ..training.checkpoints import read_checkpoint
+from ..training.classes import checkpoint_classes
 from ..training.errors import UsageError, blame, near_names
 from ..training.model import create_run_model, model_options
 from ..training.saved_weights import weights_of_metric
@@ -65,6 +67,7 @@ class Candidate:
         num_classes: Its classes.
         img_mode: Mode of PIL of the images that it takes.
         args: Options of the run that it comes from, None if it comes from no run.
+        class_to_idx: Names of its classes and their indices, None if they are not known.
     """
     name: str
     origin: str
@@ -74,6 +77,7 @@ class Candidate:
     num_classes: int
     img_mode: str
     args: argparse.Namespace | None = None
+    class_to_idx: dict[str, int] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -115,7 +119,9 @@ def _from_checkpoint(path: str) -> Candidate:
         model.load_state_dict(state)
         config = resolve_data_config(vars(args), model=model, verbose=False)
     weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
-    return _candidate(path, weights, model, config, args)
+    candidate = _candidate(path, weights, model, config, args)
+    candidate.class_to_idx = checkpoint_classes(checkpoint, path)
+    return candidate
 
 
 def _from_name(name: str) -> Candidate:
@@ -130,7 +136,9 @@ def _from_name(name: str) -> Candidate:
     with blame(name):
         model = create_model(name, pretrained=True)
         config = resolve_data_config({}, model=model, verbose=False)
-    return _candidate(name, 'pretrained', model, config, None)
+    candidate = _candidate(name, 'pretrained', model, config, None)
+    candidate.class_to_idx = valid_classes(model.pretrained_cfg.get('label_names'))
+    return candidate
 
 
 def _candidate(origin: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:

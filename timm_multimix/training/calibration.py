@@ -182,7 +182,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     except ValueError as error:
         _logger.warning(f'Not calibrated: {error}')
         return None
-    kept = ['epoch', 'arch', 'args', 'version']
+    kept = ['epoch', 'arch', 'args', 'version', 'class_to_idx']
     if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':  # calibration changes it, and no accuracy
         kept.append('metric')
     checkpoint = dict(

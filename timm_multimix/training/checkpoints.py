@@ -58,6 +58,7 @@ class RunSaver(CheckpointSaver):
         progress: What the next checkpoint says of the place in the run.
         metric_of: Which entry of the checkpoint gave its metric; set by whoever validates several sets of weights.
         metrics: All metrics of each of them, by the entry.
+        class_to_idx: Class names and their indices, None if they are not known.
     """
 
     def __init__(self, *args, **kwargs):
@@ -65,6 +66,7 @@ class RunSaver(CheckpointSaver):
         self.progress: dict[str, Any] | None = None
         self.metric_of: str | None = None
         self.metrics: dict[str, dict[str, float]] | None = None
+        self.class_to_idx: dict[str, int] | None = None
 
     def _recoveries(self) -> list[str]:
         return glob.glob(os.path.join(
@@ -83,7 +85,7 @@ class RunSaver(CheckpointSaver):
         )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        entries = dict(progress=self.progress)
+        entries = dict(progress=self.progress, class_to_idx=self.class_to_idx)
         if metric is not None:
             entries.update(metric=metric, metric_of=self.metric_of, metrics=self.metrics)
         state.update((name, value) for name, value in entries.items() if value is not None)

@@ -10,6 +10,7 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
 from ..data import DEMOS
+from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
 from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs
 from .errors import UsageError, blame, near_names
@@ -32,7 +33,6 @@ _CHOICES = {
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
 DEFAULT_OUTPUT = os.path.join('output', 'train')
-DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 
 def _option(name: str) -> str:
@@ -77,7 +77,7 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 
 
 def _check_dataset(args: argparse.Namespace) -> None:
-    prefix = args.dataset.lower().partition('/')[0] if '/' in args.dataset else ''
+    prefix = dataset_prefix(args.dataset)
     if prefix == 'demo':
         if args.dataset.lower() not in DEMOS:
             raise UsageError(f'--dataset {args.dataset}: the embedded datasets are {", ".join(DEMOS)}.')
@@ -92,6 +92,10 @@ def _check_dataset(args: argparse.Namespace) -> None:
                 f'{"/..., ".join((*DATASET_TYPES, "demo"))}/...')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
+    for option, split in (('--train-split', args.train_split), ('--val-split', args.val_split)):
+        if split:
+            with blame(f'{option} {split}'):
+                check_split(args.dataset, args.data_dir, split)
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -249,39 +253,3 @@ def check_args(args: argparse.Namespace) -> None:
         check_multimix(args)
     else:
         _warn_of_idle_options(args, '', '--multimix dense or --multimix pooled')
-
-
-def check_classes(args: argparse.Namespace, train, evaluation) -> None:
-    """Check the classes that datasets say they have, and settle the number where the user gave none.
-
-    Raises:
-        UsageError: if there is a single class, the number disagrees with the user's, or the splits disagree.
-    """
-    classes = getattr(getattr(train, 'reader', train), 'class_to_idx', None)
-    if not classes or args.task == 'multilabel':
-        return
-    count = max(classes.values()) + 1
-    where = args.data_dir or args.dataset
-    if count < 2:
-        raise UsageError(
-            f'{where}: a single class ({next(iter(classes))}) in split {args.train_split}. There must be a folder for '
-            'each class, with its images in it.')
-    if args.num_classes is not None and args.num_classes != count:
-        raise UsageError(f'--num-classes {args.num_classes}: {where} has {count} classes. Leave the option out.')
-    args.num_classes = count
-    others = getattr(getattr(evaluation, 'reader', evaluation), 'class_to_idx', classes)
-    if others and others != classes:
-        differing = sorted(map(str, set(classes) ^ set(others)))
-        raise UsageError(
-            f'{where}: splits {args.train_split} and {args.val_split} have different classes, so that labels would not '
-            f'match: {", ".join(differing[:5])}{", ..." if len(differing) > 5 else ""}. Give a --class-map.')
-    _warn_if_validating_on_training_images(args, train, evaluation)
-
-
-def _warn_if_validating_on_training_images(args: argparse.Namespace, train, evaluation) -> None:
-    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
-    roots = [os.path.abspath(root) for root in roots if isinstance(root, str)]
-    if len(roots) == 2 and os.path.isdir(roots[1]) and os.path.commonpath(roots) == roots[1]:
-        _logger.warning(
-            f'{args.data_dir} has no folder {args.val_split}, so validation sees the training images. Make one, name '
-            "another with --val-split, or give --val-split '' to train without validation.")

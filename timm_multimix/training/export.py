@@ -18,6 +18,7 @@ from huggingface_hub import get_token
 from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 
+from ..class_names import dataset_classes, ordered_names
 from ..data import DEMOS
 from ..hub import (
     CARD_NAME,
@@ -64,7 +65,7 @@ def write_config(run: Run) -> None:
             save_config(
                 unwrap_model(run.task.get_trainable_module()), path,
                 data_config=dict(run.data_config, crop_mode='center'),  # the one that timm's validation has
-                label_names=label_names(run.loaders.train.dataset, run.args.num_classes),
+                label_names=ordered_names(run.class_to_idx, run.args.num_classes),
                 from_scratch=not (run.args.pretrained or run.args.initial_checkpoint))
     except HubError as error:
         if run.args.push_to_hub:
@@ -74,13 +75,7 @@ def write_config(run: Run) -> None:
 
 def label_names(dataset, num_classes: int) -> list[str] | None:
     """Names of the classes in order, if the dataset has one for each."""
-    while hasattr(dataset, 'dataset') and not hasattr(dataset, 'reader'):  # wrapped
-        dataset = dataset.dataset
-    indices = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
-    names = {index: str(name) for name, index in indices.items()}
-    if sorted(names) != list(range(num_classes)) or len(names) != len(indices):
-        return None
-    return [names[index] for index in range(num_classes)]
+    return ordered_names(dataset_classes(dataset), num_classes)
 
 
 class Model(NamedTuple):

@@ -16,7 +16,7 @@ from timm.utils.summary import trim_summary
 from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, check_architecture, read_checkpoint
 from .checks import check_run_folder
-from .config import COMMAND_LINE_ONLY, parse_args
+from .config import COMMAND_LINE_ONLY, DATA_OPTIONS, dataset_danger, parse_args
 from .curve import fit_columns
 from .errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
 from .export import write_config
@@ -99,6 +99,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
+    saver.class_to_idx = run.class_to_idx
     if run.resumed_from and os.path.samefile(os.path.dirname(run.resumed_from) or '.', run.folder):
         saver.load_state_dict_from_checkpoint(run.resumed_from)
     with replacing(os.path.join(run.folder, 'summary.csv')) as path:
@@ -168,6 +169,9 @@ def _command(run: Run, *options: str) -> str:
         launcher = ['torchrun', '--nproc-per-node', os.environ.get('LOCAL_WORLD_SIZE', str(run.args.world_size))]
     code = ['--dataset-trust-remote-code'] if run.args.dataset_trust_remote_code else []  # no file may ask for these
     code += ['--device-modules', *run.args.device_modules] if run.args.device_modules else []
+    if dataset_danger(run.args):
+        code += [part for name in DATA_OPTIONS if (value := getattr(run.args, name))
+                 for part in (f'--{name.replace("_", "-")}', value) if name != 'data']
     return shlex.join([*launcher, script, '--config', os.path.join(run.folder, 'args.yaml'), *options, *code])
 
 

@@ -21,10 +21,12 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
+from ..data import Part
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .calibration import check_classifier, check_continues, hold_out
 from .checkpoints import load_weights, newest_checkpoint, resume, setup_ema
-from .checks import DEFAULT_OUTPUT, check_classes
+from .checks import DEFAULT_OUTPUT
+from .classes import check_targets, match_classes, settle_classes
 from .errors import UsageError, blame
 from .files import lock_folder
 from .interrupt import StopRequest
@@ -64,6 +66,7 @@ class Run:
         task: What turns a batch into a loss; owns the model.
         loaders: Where batches come from.
         data_config: Input size, pixel statistics, crop and interpolation.
+        class_to_idx: Class names of the model and their indices, None if the data do not name them.
         optimizer: The optimizer, None for a run that only validates.
         scheduler: Schedule of the learning rate; None for --sched none.
         eval_metric: Metric that makes a checkpoint the best.
@@ -86,6 +89,7 @@ class Run:
     task: TrainingTask
     loaders: Loaders
     data_config: dict[str, Any]
+    class_to_idx: dict[str, int] | None = None
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     eval_metric: str = 'loss'
@@ -264,10 +268,13 @@ def build_run(args: argparse.Namespace) -> Run:
     precision = _setup_precision(args, device)
     options = model_options(args)
     train, evaluation = build_datasets(args, input_channels(options))
-    check_classes(args, train, evaluation)
+    check_targets(args, train)
+    classes, origin = settle_classes(args, train, evaluation)
     held_out = None
     if not args.validate:
         train, held_out = hold_out(args, train, evaluation, input_channels(options))
+    if classes and held_out is not None and not isinstance(held_out, Part):
+        match_classes(args, held_out, args.calibrate, classes, origin)
 
     utils.random_seed(args.seed, args.rank)
     model = create_run_model(args, options)
@@ -284,6 +291,7 @@ def build_run(args: argparse.Namespace) -> Run:
 
     run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders, data_config)
     run.eval_metric = args.eval_metric if loaders.evaluation is not None else 'loss'
+    run.class_to_idx = classes
     run.folder = _run_folder(args, data_config['input_size'][-1])
     if not args.validate:
         _build_training(run)
