@@ -45,7 +45,7 @@ def code_danger(name: str, root: str | None = None, splits: Iterable[str] = (), 
     prefix = dataset_prefix(name)
     if prefix == 'wds':
         is_local = bool(root) and os.path.isdir(root) and not _is_address(root)
-        if not is_local or any(':' in split or '|' in split.partition('|')[2] for split in splits):
+        if not is_local or any(':' in split for split in splits):
             return 'webdataset opens addresses such as pipe:, http: and s3: by running a command'
     elif prefix in ('hfds', 'hfids') and (trust_remote_code or _scripts_run()):
         return 'a Hugging Face dataset may run a script of its own'

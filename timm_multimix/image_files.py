@@ -90,7 +90,7 @@ def unreadable_images(dataset: Any) -> UnreadableImages | None:
 def _is_sixteen_bit(image: Image.Image) -> bool:
     if image.mode.startswith('I;16'):
         return True
-    # Some formats give mode I, of 32 bits, for files of 16 bits. Until the image is loaded, its tiles name the raw mode.
+    # Some formats open files of 16 bits in mode I, of 32 bits. The raw mode is known until the image is loaded.
     raw_modes = [tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in image.tile if tile[3]]
     is_ppm = any(tile[0].startswith('ppm') for tile in image.tile)  # PIL scales these to 16 bits
     return image.mode == 'I' and (is_ppm or any(mode.startswith('I;16') for mode in raw_modes))

@@ -105,6 +105,7 @@ class Images:
         limit: How many images at most, drawn at random.
         seed: Of that draw.
         labelled: Whether the classes matter; else there need be none.
+        reported: Unreadable images that have been reported, shared with the parts of these images.
 
     Raises:
         UsageError: if there are no such images, or the model does not know their classes.
@@ -116,6 +117,7 @@ class Images:
     limit: int | None = None
     seed: int = 0
     labelled: bool = True
+    reported: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         config = self.candidate.data_config
@@ -184,8 +186,9 @@ class Images:
 
     def _report_unreadable(self) -> None:
         record = unreadable_images(self.dataset)
-        if record is not None and (found := record.in_epoch()):
-            record.begin_epoch()
+        found = [] if record is None else record.in_run()
+        if set(found) - self.reported:
+            self.reported.update(found)
             _logger.warning(
                 f'Data {self.source}: {len(found)} images could not be read, the next ones took their place: '
                 f'{record.names(found)}')

@@ -137,7 +137,7 @@ def _from_name(name: str) -> Candidate:
         model = create_model(name, pretrained=True)
         config = resolve_data_config({}, model=model, verbose=False)
     candidate = _candidate(name, 'pretrained', model, config, None)
-    candidate.class_to_idx = valid_classes(model.pretrained_cfg.get('label_names'))
+    candidate.class_to_idx = valid_classes((getattr(model, 'pretrained_cfg', None) or {}).get('label_names'))
     return candidate
 
 

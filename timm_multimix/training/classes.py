@@ -166,7 +166,7 @@ def settle_classes(
         '' if they are those of the training data.
 
     Raises:
-        UsageError: if there is a single class, the number disagrees with the user's, or the model does not know a class.
+        UsageError: if there is a single class, the user gave another number, or the model does not know a class.
     """
     _compare_splits(args, train, evaluation)
     own = dataset_classes(train)
