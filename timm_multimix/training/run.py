@@ -32,7 +32,15 @@ from .files import lock_folder
 from .interrupt import StopRequest
 from .loaders import Loaders, build_calibration_loader, build_datasets, build_loaders
 from .loss_guard import LossGuard
-from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
+from .model import (
+    check_input_sizes,
+    create_run_model,
+    input_channels,
+    model_options,
+    place_model,
+    report_positions,
+    resolve_data,
+)
 from .objective import build_task
 from .processes import Whereabouts, choose_device, join_processes, of_the_first
 from .progress import reading_progress, step_scheduler, usable_progress
@@ -292,6 +300,7 @@ def build_run(args: argparse.Namespace) -> Run:
     run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders, data_config)
     run.eval_metric = args.eval_metric if loaders.evaluation is not None else 'loss'
     run.class_to_idx = classes
+    report_positions(args, model, data_config)
     run.folder = _run_folder(args, data_config['input_size'][-1])
     if not args.validate:
         _build_training(run)
