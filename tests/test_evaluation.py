@@ -243,9 +243,9 @@ def test_images_are_resized_as_the_model_was_trained_with(runs, image_folder):
     assert first.shape == second.shape == (2, 3, 48, 48) and not torch.equal(first, second)
 
 
-def test_dataset_of_fewer_classes_is_refused(evaluate, runs, image_folder, tmp_path):
+def test_dataset_of_other_classes_is_refused(evaluate, runs, image_folder, tmp_path):
     for folder in sorted((image_folder / 'validation').iterdir())[:2]:
-        shutil.copytree(folder, tmp_path / 'two' / 'validation' / folder.name)
+        shutil.copytree(folder, tmp_path / 'two' / 'validation' / f'another {folder.name}')
     assert evaluate(runs / 'plain', '--data-dir', tmp_path / 'two') == 2
     assert 'has 3 classes and' in evaluate.err
 

@@ -114,9 +114,7 @@ def test_evaluation_names_unreadable_images(script, image_folder, tmp_path, caps
 
 def _sixteen(folder: Path, kind: str, values: np.ndarray) -> Path:
     path = folder / f'image.{kind.partition(":")[0]}'
-    if kind == 'png':
-        Image.fromarray(values).save(path)
-    elif kind == 'tif':
+    if kind == 'png' or kind == 'tif':
         Image.fromarray(values).save(path)
     elif kind == 'tif:lzw':
         Image.fromarray(values).save(path, compression='tiff_lzw')
@@ -127,7 +125,8 @@ def _sixteen(folder: Path, kind: str, values: np.ndarray) -> Path:
         path.write_bytes(f'P5\n{values.shape[1]} {values.shape[0]}\n{top}\n'.encode() + (
             values if kind == 'pgm' else (values.astype(np.int64) * 4095 // 65535)).astype('>u2').tobytes())
     else:
-        path.write_bytes(f'P2\n{values.shape[1]} {values.shape[0]}\n65535\n{" ".join(map(str, values.flat))}\n'.encode())
+        text = ' '.join(map(str, values.flat))
+        path.write_text(f'P2\n{values.shape[1]} {values.shape[0]}\n65535\n{text}\n')
     return path
 
 
@@ -195,8 +194,8 @@ def test_class_maps_that_are_wrong(script, tmp_path, name, content, word):
 
 def _start(folder: Path, data: Path, *argv) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, SCRIPT, '--data-dir', data, '--model', 'test_resnet', '--img-size', '32', '-b', '8', '--epochs',
-         '1', '--opt', 'sgd', '--lr', '0.1', '-j', '2', '--experiment', 'run', *argv],
+        [sys.executable, SCRIPT, '--data-dir', data, '--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '2',
+         '--epochs', '1', '--opt', 'sgd', '--lr', '0.1', '--experiment', 'run', *argv],
         cwd=folder, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONUNBUFFERED='1'))
 
 
