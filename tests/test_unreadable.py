@@ -112,6 +112,18 @@ def test_evaluation_names_unreadable_images(script, image_folder, tmp_path, caps
     assert err.count('1 images could not be read') == 2 and err.count('b/1.png cannot be read') == 2
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_evaluation_without_a_readable_image(script, image_folder, tmp_path, capsys, workers):
+    assert script.train(image_folder) == 0
+    make_images(tmp_path / 'own')
+    for path in (tmp_path / 'own').rglob('*.png'):
+        path.write_bytes(b'junk')
+    assert evaluate.main([str(script.run_folder()), '--data-dir', str(tmp_path / 'own'), '--parts', '--output',
+                          str(tmp_path / 'out'), '-j', str(workers)]) == 2
+    err = capsys.readouterr().err
+    assert '10 images in a row cannot be read' in err.splitlines()[-1] and 'Traceback' not in err
+
+
 def _sixteen(folder: Path, kind: str, values: np.ndarray) -> Path:
     path = folder / f'image.{kind.partition(":")[0]}'
     if kind == 'png' or kind == 'tif':

@@ -219,7 +219,10 @@ class _Samples:
 
 
 def _is_hidden(filename: str) -> bool:
-    folders = filename.replace(os.sep, '/').split('/')[:-1]
+    filename = filename.replace(os.sep, '/')
+    if '/.' not in filename and not filename.startswith('.'):
+        return False
+    folders = filename.split('/')[:-1]
     return any(folder.startswith('.') and folder not in ('.', '..') for folder in folders)
 
 

@@ -196,8 +196,11 @@ class Images:
     def _batches(self, loader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
         batches = iter(loader)
         while True:
-            with blame(f'Data {self.source}'):  # files that are no images, labels of no common kind
+            try:
                 batch = next(batches, None)
+            except Exception as error:  # files that are no images, labels of no common kind
+                lines = str(error).strip().splitlines() or [type(error).__name__]  # of a worker: with its traceback
+                raise UsageError(f'Data {self.source}: {lines[-1]}') from error
             if batch is None:
                 return
             yield batch

@@ -279,13 +279,13 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     if saver is not None and run.loaders.calibration is not None and saver.best_metric is not None:
         model = utils.unwrap_model(run.task.get_eval_model())
         write_calibrated(run.folder, model, run.loaders.calibration, run.precision.autocast)
+    report_totals(run)
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(
             f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}{_whose(run, best)}')
         if run.loaders.evaluation is not None:
             _logger.info('Validate it with\n  ' + _command(run, '--validate', best))
-    report_totals(run)
     if hub is not None:
         hub.finish()
 
