@@ -10,7 +10,7 @@ from timm.data import create_dataset as create_timm_dataset
 
 from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split, dataset_prefix
 from .glyphs import FIGURES, LETTERS, render_glyphs
-from .image_files import as_image_files
+from .image_files import ImageFiles, as_image_files
 
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
@@ -84,6 +84,9 @@ class Part(torch.utils.data.Dataset):
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
         self.dataset = copy.copy(dataset)
         self.indices = list(indices)
+        if isinstance(self.dataset, ImageFiles):  # the other images must not take the place of an unreadable one
+            self.dataset.allowed = np.zeros(len(self.dataset), dtype=bool)
+            self.dataset.allowed[self.indices] = True
 
     @property
     def transform(self) -> Callable | None:

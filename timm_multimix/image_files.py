@@ -125,7 +125,9 @@ class ImageFiles(ImageDataset):
 
     Attributes:
         unreadable: The images that could not be read.
+        allowed: Flags of the images that can take the place of an unreadable one, None for all.
     """
+    allowed: np.ndarray | None = None
 
     def __init__(self, reader: Reader, **options):
         super().__init__(root=None, reader=reader, **options)
@@ -136,6 +138,11 @@ class ImageFiles(ImageDataset):
             return self.reader.filename(index, absolute=absolute) or f'image {index}'
         return f'image {index}'
 
+    def _next(self, index: int) -> int:
+        if self.allowed is None:
+            return (index + 1) % len(self.reader)
+        return (index + 1 + int(np.roll(self.allowed, -index - 1).argmax())) % len(self.reader)
+
     def _read(self, index: int) -> list[Any]:
         for _ in range(self._max_retries):
             try:
@@ -145,7 +152,7 @@ class ImageFiles(ImageDataset):
                 name, reason = self._name(index, absolute=True), one_line(error)
                 if self.unreadable.add(index):
                     _logger.warning(f'{name} cannot be read, the next image takes its place: {reason}')
-                index = (index + 1) % len(self.reader)
+                index = self._next(index)
         raise RuntimeError(
             f'{self._max_retries} images in a row cannot be read, the last of them is {listed([name])}: {reason}')
 
