@@ -10,7 +10,7 @@ from timm.data import create_dataset as create_timm_dataset
 
 from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split, dataset_prefix
 from .glyphs import FIGURES, LETTERS, render_glyphs
-from .image_files import ImageFiles, as_image_files
+from .image_files import DecodingReader, as_image_files
 
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
@@ -84,9 +84,9 @@ class Part(torch.utils.data.Dataset):
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
         self.dataset = copy.copy(dataset)
         self.indices = list(indices)
-        if isinstance(self.dataset, ImageFiles):  # the other images must not take the place of an unreadable one
-            self.dataset.allowed = np.zeros(len(self.dataset), dtype=bool)
-            self.dataset.allowed[self.indices] = True
+        reader = getattr(self.dataset, 'reader', None)
+        if isinstance(reader, DecodingReader):  # the other images must not take the place of an unreadable one
+            self.dataset.reader = reader.restricted(self.indices)
 
     @property
     def transform(self) -> Callable | None:
@@ -243,7 +243,7 @@ def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str 
     """timm's create_dataset with the embedded datasets under `demo/`, and with checks that timm omits.
 
     A folder's split must exist, hidden folders are no classes, and images without a class are reported. Unreadable
-    images are recorded and 16-bit images are scaled to 8 bits, see ImageFiles.
+    images are recorded and 16-bit images are scaled to 8 bits, see DecodingReader.
 
     Args:
         name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a name that timm knows.

@@ -1,4 +1,5 @@
 """Images in files: unreadable ones are recorded, 16-bit ones are scaled, and hidden folders are left out."""
+import copy
 import logging
 import os
 from collections import Counter
@@ -20,6 +21,7 @@ _logger = logging.getLogger(__name__)
 
 _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 _MAX_SHOWN = 10
+_MAX_IN_A_ROW = int(os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10)  # as timm's
 _EARLIER, _CURRENT = 1, 2
 
 
@@ -82,9 +84,10 @@ class UnreadableImages:
 
 def unreadable_images(dataset: Any) -> UnreadableImages | None:
     """The record of unreadable images of a dataset or of the one that it wraps; None if nothing is recorded."""
-    while not isinstance(dataset, ImageFiles) and hasattr(dataset, 'dataset'):
+    while not isinstance(getattr(dataset, 'reader', None), DecodingReader) and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
-    return dataset.unreadable if isinstance(dataset, ImageFiles) else None
+    reader = getattr(dataset, 'reader', None)
+    return reader.unreadable if isinstance(reader, DecodingReader) else None
 
 
 def _is_sixteen_bit(image: Image.Image) -> bool:
@@ -114,57 +117,78 @@ def open_image(file: Any, mode: str | None) -> Image.Image:
     return image.convert(mode) if mode else image
 
 
-class ImageFiles(ImageDataset):
-    """timm's ImageDataset, which also records unreadable images and scales 16-bit ones.
+class _Decoded:
+    """A decoded image in place of the open file that ImageDataset would read."""
+    __slots__ = ('image',)
+
+    def __init__(self, image: Image.Image):
+        self.image = image
+
+    def read(self) -> Image.Image:
+        return self.image
+
+
+class DecodingReader(Reader):
+    """A reader that decodes the images of another one, for ImageDataset with load_bytes=True.
 
     An image is unreadable if reading or decoding it raises any exception. The next image takes its place, as in timm.
+    16-bit images are scaled to 8 bits. Other attributes are those of the inner reader.
 
     Args:
-        reader: timm's reader of the images.
-        **options: Of ImageDataset: input_img_mode, transform, target_transform, additional_features.
+        inner: timm's reader of the files.
+        mode: PIL mode of the images.
 
     Attributes:
         unreadable: The images that could not be read.
-        allowed: Flags of the images that can take the place of an unreadable one, None for all.
     """
-    allowed: np.ndarray | None = None
 
-    def __init__(self, reader: Reader, **options):
-        super().__init__(root=None, reader=reader, **options)
-        self.unreadable = UnreadableImages(self._name, len(reader))
+    def __init__(self, inner: Reader, mode: str | None = 'RGB'):
+        super().__init__()
+        self.inner = inner
+        self.mode = mode
+        self.unreadable = UnreadableImages(self._name, len(inner))
+        self._allowed: np.ndarray | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('__') or name == 'inner':  # asked for while a copy is made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def restricted(self, indices: Sequence[int]) -> 'DecodingReader':
+        """A copy in which only some images can take the place of an unreadable one."""
+        reader = copy.copy(self)
+        reader._allowed = np.zeros(len(self), dtype=bool)
+        reader._allowed[indices] = True
+        return reader
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.inner.filename(index, basename, absolute)
 
     def _name(self, index: int, absolute: bool = False) -> str:
-        with suppress(Exception):  # readers of streams and tables may know no names
-            return self.reader.filename(index, absolute=absolute) or f'image {index}'
+        with suppress(Exception):  # tables may hold images without names
+            return self.inner.filename(index, absolute=absolute) or f'image {index}'
         return f'image {index}'
 
     def _next(self, index: int) -> int:
-        if self.allowed is None:
-            return (index + 1) % len(self.reader)
-        return (index + 1 + int(np.roll(self.allowed, -index - 1).argmax())) % len(self.reader)
+        if self._allowed is None:
+            return (index + 1) % len(self)
+        return (index + 1 + int(np.roll(self._allowed, -index - 1).argmax())) % len(self)
 
-    def _read(self, index: int) -> list[Any]:
-        for _ in range(self._max_retries):
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        for _ in range(_MAX_IN_A_ROW):
             try:
-                file, *rest = self.reader[index]
-                return [open_image(file, self.input_img_mode), *rest]
+                file, *rest = self.inner[index]
+                return _Decoded(open_image(file, self.mode)), *rest
             except Exception as error:  # decoders raise exceptions of many types
                 name, reason = self._name(index, absolute=True), one_line(error)
                 if self.unreadable.add(index):
                     _logger.warning(f'{name} cannot be read, the next image takes its place: {reason}')
                 index = self._next(index)
         raise RuntimeError(
-            f'{self._max_retries} images in a row cannot be read, the last of them is {listed([name])}: {reason}')
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        image, target, *features = self._read(index)
-        if self.transform is not None:
-            image = self.transform(image)
-        if target is None:
-            target = -1
-        elif self.target_transform is not None:
-            target = self.target_transform(target)
-        return (image, target) if self.additional_features is None else (image, target, *features)
+            f'{_MAX_IN_A_ROW} images in a row cannot be read, the last of them is {listed([name])}: {reason}')
 
 
 class _SampleReader(Reader):
@@ -307,7 +331,7 @@ def _clean(reader: Reader, class_map: str | None) -> Reader:
 
 
 def as_image_files(dataset: Any, input_img_mode: str | None = 'RGB', class_map: str | None = None) -> Any:
-    """Convert a dataset of image files to ImageFiles; other datasets are returned as they are.
+    """Let a dataset of image files read through DecodingReader; other datasets are returned as they are.
 
     Hidden folders are left out. Empty folders, and images whose class a class map lacks, are reported.
 
@@ -316,10 +340,12 @@ def as_image_files(dataset: Any, input_img_mode: str | None = 'RGB', class_map: 
         input_img_mode: PIL mode of the images.
         class_map: File that maps class names to indices, for a dataset of folders.
     """
-    options = dict(input_img_mode=input_img_mode, target_transform=getattr(dataset, 'target_transform', None))
     if isinstance(dataset, DatasetFolder):
-        return ImageFiles(_clean(_SampleReader(dataset), class_map), **options)
-    if type(dataset) is ImageDataset:
-        return ImageFiles(
-            _clean(dataset.reader, class_map), additional_features=dataset.additional_features, **options)
-    return dataset
+        reader, features = _SampleReader(dataset), None
+    elif type(dataset) is ImageDataset:
+        reader, features = dataset.reader, dataset.additional_features
+    else:
+        return dataset
+    return ImageDataset(
+        root=None, reader=DecodingReader(_clean(reader, class_map), input_img_mode), load_bytes=True,
+        input_img_mode=input_img_mode, target_transform=dataset.target_transform, additional_features=features)

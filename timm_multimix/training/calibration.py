@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..calibration import calibrate, scalable_classifier
 from ..data import Part
+from ..image_files import DecodingReader
 from .checkpoints import read_checkpoint
 from .errors import RunError, UsageError, blame
 from .files import replacing
@@ -48,6 +49,7 @@ def calibration_share(text: str) -> float | None:
 def _root(dataset: Dataset) -> str | None:
     """The folder or archive of a dataset; None for readers that keep all splits in one."""
     reader = getattr(dataset, 'reader', None)
+    reader = reader.inner if isinstance(reader, DecodingReader) else reader
     return os.path.realpath(reader.root) if isinstance(reader, _FILE_READERS) else None
 
 
