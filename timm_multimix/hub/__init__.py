@@ -11,20 +11,23 @@ from .card import CARD_NAME, CURVE_NAME, Evaluation, check_fields, dataset_type,
 from .models import check_rebuilds, push_to_hub, save_config, save_weights
 from .repository import (
     CONFIG_NAME,
+    PATIENCE,
     RETRY_WAITS,
     WEIGHTS_NAME,
     HubError,
     HubRepository,
     download,
     is_hub_name,
-    redact,
+    limit_waiting,
     with_retries,
 )
+from .secrets import contains_token, redact
 
 __all__ = [
     'CARD_NAME',
     'CONFIG_NAME',
     'CURVE_NAME',
+    'PATIENCE',
     'RETRY_WAITS',
     'WEIGHTS_NAME',
     'Evaluation',
@@ -32,9 +35,11 @@ __all__ = [
     'HubRepository',
     'check_fields',
     'check_rebuilds',
+    'contains_token',
     'dataset_type',
     'download',
     'is_hub_name',
+    'limit_waiting',
     'model_card',
     'push_to_hub',
     'redact',

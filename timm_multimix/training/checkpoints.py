@@ -18,7 +18,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata
 from torch.optim import Optimizer
 
 from .errors import RunError, UsageError, blame, is_dead_worker
-from .files import duplicate, replace
+from .files import create, duplicate, replace
 from .saved_weights import saved_weights
 
 _logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class RunSaver(CheckpointSaver):
         self._check_weights()
         state = self._state(epoch - is_recovery, metric)
         try:
-            with open(save_path, 'wb') as file:
+            with create(save_path) as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())

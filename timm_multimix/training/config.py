@@ -10,7 +10,7 @@ from timm.utils import ParseKwargs
 
 from ..data import DEMOS
 from ..dataset_types import code_danger
-from ..hub import check_fields
+from ..hub import check_fields, contains_token
 from ..options import preset_options
 from .arguments import build_parser
 from .checks import check_args
@@ -205,6 +205,15 @@ def _settle_device(args: argparse.Namespace, is_given: bool) -> str:
     return 'No CUDA device: training on the CPU.'
 
 
+def _check_no_token(values: dict[str, Any]) -> None:
+    """Refuse access tokens in options: args.yaml, checkpoints and the history of the shell would keep them."""
+    for name, value in values.items():
+        if contains_token(str(value)):
+            raise UsageError(
+                f'--{name.replace("_", "-")} contains an access token, which would be stored with the run. Leave it '
+                'out: the token comes from `hf auth login` or HF_TOKEN.')
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line and the YAML file that it names; the command line wins.
 
@@ -222,6 +231,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config = given.pop('config', '')
     of_file = read_config(config, parser) if config else {}
     values = {**of_file, **given}
+    _check_no_token(values)
     if values.get('data'):
         values.setdefault('data_dir', values['data'])
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _NOT_OF_A_RUN}

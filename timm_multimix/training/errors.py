@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from ..hub import redact
+
 _logger = logging.getLogger(__name__)
 
 _LONGEST = 600
@@ -19,7 +21,7 @@ class _OneLine(Exception):
     """Shown as one line, without a traceback."""
 
     def __str__(self) -> str:
-        line = ' '.join(super().__str__().split())
+        line = redact(' '.join(super().__str__().split()), only_certain=True)  # before it is cut
         return line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'
 
 

@@ -295,8 +295,9 @@ def export(
     path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
     config_path = os.path.join(target, CONFIG_NAME)
-    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-        shutil.copyfile(os.path.join(folder, CONFIG_NAME), config_path)
+    source = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(source) and not os.path.islink(source):  # a link could lead to any file of the user
+        shutil.copyfile(source, config_path)
     else:
         _rebuilt_config(args, config_path)
     with open(config_path, encoding='utf-8') as file:

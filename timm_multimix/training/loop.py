@@ -15,6 +15,7 @@ from torch import nn
 
 from .checkpoints import RunSaver
 from .errors import RunError
+from .files import create
 from .logs import Averages, EpochReporter
 from .progress import take_progress
 from .run import Run
@@ -202,7 +203,8 @@ def _save_images(run: Run, input: Any, batch: int) -> None:
     path = os.path.join(run.folder, f'train-batch-{batch}.jpg')
     views = run.args.multimix_views if run.args.multimix != 'off' else 1
     images = input.unflatten(1, (views, -1)).flatten(0, 1)
-    torchvision.utils.save_image(images, path, padding=0, normalize=True)
+    with create(path) as file:
+        torchvision.utils.save_image(images, file, format='jpeg', padding=0, normalize=True)
 
 
 def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[dict[str, float], float]:
