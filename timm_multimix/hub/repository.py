@@ -45,16 +45,17 @@ _PERMANENT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Asserti
 T = TypeVar('T')
 
 
-def limit_waiting() -> None:
+def limit_waiting(seconds: float = _ANSWER_TIMEOUT) -> None:
     """Give the requests of huggingface_hub in this process a timeout. They have none otherwise.
 
-    It limits the time in which nothing is sent or received, so that a large upload can take as long as it needs.
+    Args:
+        seconds: Longest time in which nothing is sent or received. A large upload may take as long as it needs.
     """
     from huggingface_hub.utils._http import default_client_factory  # not public
 
     def with_timeout():
         client = default_client_factory()
-        client.timeout = _ANSWER_TIMEOUT
+        client.timeout = seconds
         return client
     set_client_factory(with_timeout)
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from huggingface_hub import get_token
 from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 
@@ -27,8 +26,10 @@ from ..hub import (
     WEIGHTS_NAME,
     Evaluation,
     HubError,
+    contains_token,
     dataset_type,
     model_card,
+    redact,
     save_config,
     save_weights,
 )
@@ -55,7 +56,7 @@ _LOCAL_OPTIONS = frozenset((
 
 
 def write_config(run: Run) -> None:
-    """Write timm's config.json of the model into the folder of its run, from where it is pushed.
+    """Write timm's config.json of the model into the folder of its run.
 
     Raises:
         UsageError: if timm cannot describe the model, and the run is to be pushed.
@@ -70,7 +71,7 @@ def write_config(run: Run) -> None:
     except HubError as error:
         if run.args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
-        _logger.debug(f'{CONFIG_NAME} is not written: {error}')
+        _logger.warning(f'{CONFIG_NAME} is not written, so this run cannot be exported or pushed: {error}')
 
 
 def label_names(dataset, num_classes: int) -> list[str] | None:
@@ -131,10 +132,12 @@ def _is_private(value: Any) -> bool:
         return False
     if value.startswith('hf-hub:'):
         return False
+    if redact(value) != value:
+        return True
     names = {socket.gethostname(), socket.gethostname().partition('.')[0], os.environ.get('WANDB_API_KEY', '')}
     with suppress(OSError, KeyError, ImportError):
         names.add(getpass.getuser())
-    looks_local = re.search(r'(^|[\s=:,])(/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\)|\\|://|\bhf_\w{6}|\b[0-9a-f]{40}\b', value)
+    looks_local = re.search(r'(^|[\s=:,])(/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\)|\\|://|\b[0-9a-f]{40}\b', value)
     return bool(looks_local) or any(
         re.search(rf'(?<![\w-]){re.escape(name)}(?![\w-])', value) for name in names if len(name) > 2)
 
@@ -233,13 +236,17 @@ def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_public(text: str, folder: str) -> None:
-    """The last look at a card. What it looks for has no business there, wherever it came from."""
-    secrets = {get_token(), os.environ.get('HF_TOKEN'), os.environ.get('WANDB_API_KEY'), os.path.realpath(folder),
-               os.path.expanduser('~')}
-    for secret in secrets:
-        if secret and len(secret) > 1 and re.search(rf'(?<![\w.-]){re.escape(secret)}', text):
-            raise HubError('The card would tell something private (a token or a path of this machine): see '
-                           '`python -m timm_multimix.hub card RUN_FOLDER`.')
+    """Refuse to publish a text with an access token or a path of this machine, wherever they came from.
+
+    Raises:
+        HubError: if there is one.
+    """
+    api_key = os.environ.get('WANDB_API_KEY')
+    paths = (os.path.realpath(folder), os.path.expanduser('~'))
+    if contains_token(text) or (api_key and api_key in text) or any(
+            len(path) > 1 and re.search(rf'(?<![\w.-]){re.escape(path)}', text) for path in paths):
+        raise HubError(f'{CARD_NAME} or {CONFIG_NAME} would tell something private, an access token or a path of this machine: see '
+                       '`python -m timm_multimix.hub card RUN_FOLDER`.')
 
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,7 +326,7 @@ def export(
             evaluation=_evaluation(args, metrics), multimix=_multimix(args), recipe=options, left_out=left_out,
             has_curve=has_curve,
             fields={**_dataset_fields(args), **({'base_model': base} if base else {}), **(args['card'] or {})}))
-    _check_public(card, folder)
+    _check_public(card + json.dumps(config, ensure_ascii=False), folder)
     Path(target, CARD_NAME).write_text(card, encoding='utf-8')
     name = split_metric(args.get('eval_metric', ''))[1]
     shown = f', {name} {metrics[name]:.4g}' if name in metrics else ''

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -195,13 +196,20 @@ class HubPush:
         self._is_complete = True
         self._jobs.put(None)
         try:
-            if not self._finished.wait(self.patience):
+            if not self._wait():
                 self._log_command(f'The upload took longer than {self.patience / 60:g} minutes.')
             elif self._error:
                 self._log_command(self._error)
         except KeyboardInterrupt:
             self._log_command('The upload was interrupted.')
             raise
+
+    def _wait(self) -> bool:
+        deadline = time.monotonic() + self.patience
+        while not self._finished.wait(min(0.5, self.patience)):  # a signal to another thread does not end a wait
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def abandon(self) -> None:
         """Stop pushing, without waiting: the user stopped the run."""

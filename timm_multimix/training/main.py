@@ -387,3 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         heed_dead_workers()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

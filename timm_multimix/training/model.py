@@ -96,6 +96,9 @@ def _initialise_head(args: argparse.Namespace, model: nn.Module) -> None:
 def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Input size, pixel statistics, crop and interpolation, from the options and else from the model.
 
+    If the model has another number of channels than its pretrained weights, the statistics of all channels are their
+    mean, as in timm's loaders.
+
     Raises:
         UsageError: if --mean or --std do not fit the channels.
     """
