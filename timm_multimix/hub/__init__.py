@@ -8,6 +8,7 @@ From Python: `push_to_hub(model, 'user/name')`. For the folder of a run:
 The token comes from `hf auth login` or HF_TOKEN, and is never an argument.
 """
 from .card import CARD_NAME, CURVE_NAME, Evaluation, check_fields, dataset_type, model_card
+from .markdown import code
 from .models import check_rebuilds, push_to_hub, save_config, save_weights
 from .repository import (
     CONFIG_NAME,
@@ -35,6 +36,7 @@ __all__ = [
     'HubRepository',
     'check_fields',
     'check_rebuilds',
+    'code',
     'contains_token',
     'dataset_type',
     'download',

@@ -125,8 +125,9 @@ def _results(evaluation: Evaluation) -> list[EvalResult]:
         kind, shown, percent = _METRICS.get(name, (name, name, 1))
         results.append(EvalResult(
             task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
-            dataset_name=one_line(evaluation.dataset_name), dataset_split=one_line(evaluation.split),
-            metric_type=kind, metric_name=shown, metric_value=round(value / percent, 6)))
+            dataset_name=one_line(evaluation.dataset_name) or evaluation.dataset_type,
+            dataset_split=one_line(evaluation.split), metric_type=one_line(kind), metric_name=one_line(shown),
+            metric_value=round(value / percent, 6)))
     return results
 
 
@@ -165,7 +166,7 @@ def _evaluation(evaluation: Evaluation) -> str:
     rows = []
     for name, value in evaluation.metrics.items():
         _, shown, percent = _METRICS.get(name, (name, name, 1))
-        rows.append((shown, f'{value:.2f} %' if percent == 100 else f'{value:.4g}'))
+        rows.append((escape(shown), f'{value:.2f} %' if percent == 100 else f'{value:.4g}'))
     title = f'## Results\n\nOn {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
     return f'{title}\n\n{table(("metric", "value"), rows)}'
 
@@ -242,7 +243,7 @@ def model_card(
     shown = repo_id + (f'@{revision}' if revision else '')
     parts = [
         _MARK,
-        f'# {name}',
+        f'# {escape(name)}',
         description,
         summary,
         _use(shown),

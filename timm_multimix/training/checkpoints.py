@@ -28,6 +28,9 @@ _NO_CHECKPOINT = 'it is no PyTorch checkpoint'
 _OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # that timm reads, too
 # Options that a checkpoint's optimizer keeps in its parameter groups, from where timm's schedulers take them.
 _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
+# Prefixes of the options of the objective, which the card of a run lists for each of its parts.
+_OBJECTIVE = ('multimix', 'no_multimix', 'mixup', 'cutmix', 'loss', 'smoothing', 'bce_', 'jsd_', 'asl_', 'poly_',
+              'twoway_', 'db_', 'kd_', 'distill_loss', 'task_loss')
 # What a run can continue from. Other checkpoints may lie beside them, of weights changed after training.
 _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
@@ -319,6 +322,20 @@ def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dic
     return settled
 
 
+def _remember_objective(args: argparse.Namespace, checkpoint: dict[str, Any], epoch: int | None) -> None:
+    """Record in args.earlier with which options of the loss the run was trained so far, if they change now."""
+    before = checkpoint.get('args') or {}
+    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    options = {name: before[name] for name, value in vars(args).items()
+               if name.startswith(_OBJECTIVE) and name in before and before[name] != value}
+    earlier = list(before.get('earlier') or ())
+    if options and epoch is not None:
+        in_epoch = bool((checkpoint.get('progress') or {}).get('in_epoch'))
+        earlier.append(dict(epoch=epoch, in_epoch=in_epoch, options=options))
+    if earlier:
+        args.earlier = earlier
+
+
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
     """Bring a task and its optimizer to the state in a checkpoint.
 
@@ -339,6 +356,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
             task, path, optimizer if keep else None, loss_scaler if keep else None, log_info=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path} does not fit this run: {error}') from error
+    _remember_objective(args, checkpoint, epoch)
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
     return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
                 weights=saved_weights(checkpoint), settled=settled)

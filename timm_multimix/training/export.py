@@ -26,6 +26,7 @@ from ..hub import (
     WEIGHTS_NAME,
     Evaluation,
     HubError,
+    code,
     contains_token,
     dataset_type,
     model_card,
@@ -53,6 +54,9 @@ _LOCAL_OPTIONS = frozenset((
     'wandb_tags', 'wandb_resume_id', 'save_images', 'log_interval', 'recovery_interval', 'checkpoint_hist',
     'save_epochs', 'pretrained_path', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'hub_revision',
     'hub_always_push', 'hub_weights', 'hub_force', 'card'))
+
+
+_REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 
 
 def write_config(run: Run) -> None:
@@ -164,13 +168,15 @@ def _base_model(args: Mapping[str, Any]) -> str | None:
     source, name = parse_model_name(args['model'])
     start_source, start = _split(args.get('initial_checkpoint') or '')
     if start_source == 'hf-hub':
-        return start.partition('@')[0]
-    if not args.get('pretrained') or args.get('pretrained_path') or start:
+        base = start.partition('@')[0]
+    elif not args.get('pretrained') or args.get('pretrained_path') or start:
         return None
-    if source == 'hf-hub':
-        return name.partition('@')[0]
-    cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
-    return cfg.hf_hub_id if cfg is not None else None
+    elif source == 'hf-hub':
+        base = name.partition('@')[0]
+    else:
+        cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
+        base = cfg.hf_hub_id if cfg is not None else None
+    return base if base and _REPOSITORY.fullmatch(base) else None
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -209,23 +215,40 @@ def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluatio
     return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown, split, metrics)
 
 
+def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options of the earlier parts of a run that was continued with other ones, by when that was."""
+    options, parts = {}, []
+    for part in reversed(args.get('earlier') or ()):
+        options = {**options, **part['options']}
+        when = f'{"Until within" if part["in_epoch"] else "Before"} epoch {part["epoch"]}'
+        parts.append((when, {name: value for name, value in options.items()
+                             if not _is_private(value) and value != args.get(name)}))
+    return dict(reversed(parts))
+
+
+def _method(args: Mapping[str, Any]) -> str:
+    mode = args.get('multimix', 'off')
+    return '' if mode == 'off' else f' with {mode} [MultiMix](https://arxiv.org/abs/2311.05538)'
+
+
 def _summary(
         args: Mapping[str, Any],
         config: Mapping[str, Any],
         checkpoint: Mapping[str, Any],
         entry: str,
         base: str | None,
+        earlier: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """A sentence or two on what was trained."""
     epoch, temperature = checkpoint.get('epoch'), checkpoint.get('temperature')
-    how = {'dense': ' with dense [MultiMix](https://arxiv.org/abs/2311.05538)',
-           'pooled': ' with pooled [MultiMix](https://arxiv.org/abs/2311.05538)'}.get(args.get('multimix'), '')
+    how = _method(args) + ''.join(f' ({when[0].lower()}{when[1:]}{_method(options) or " without MultiMix"})'
+                                  for when, options in earlier.items() if 'multimix' in options)
     start = f', fine-tuned from [{base}](https://huggingface.co/{base})' if base else ''
     when = f', after epoch {epoch} (counted from 0)' if epoch is not None else ''
     calibrated = '' if temperature is None else (
         f', calibrated: a temperature of {temperature:.4g} is folded into the classifier')
-    return (f'An image classifier for {config["num_classes"]} classes: `{config["architecture"]}`{start}, trained{how}.'
-            f' These are {described(checkpoint, entry)}{when}{calibrated}.')
+    return (f'An image classifier for {config["num_classes"]} classes: {code(config["architecture"])}{start}, '
+            f'trained{how}. These are {described(checkpoint, entry)}{when}{calibrated}.')
 
 
 def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -245,8 +268,8 @@ def _check_public(text: str, folder: str) -> None:
     paths = (os.path.realpath(folder), os.path.expanduser('~'))
     if contains_token(text) or (api_key and api_key in text) or any(
             len(path) > 1 and re.search(rf'(?<![\w.-]){re.escape(path)}', text) for path in paths):
-        raise HubError(f'{CARD_NAME} or {CONFIG_NAME} would tell something private, an access token or a path of this machine: see '
-                       '`python -m timm_multimix.hub card RUN_FOLDER`.')
+        raise HubError(
+            f'{CARD_NAME} or {CONFIG_NAME} would contain something private: an access token or a path of this machine.')
 
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,10 +344,11 @@ def export(
         options['model'] = config['architecture']
     metrics = _metrics(args, checkpoint, key, next((row for row in rows if row['epoch'] == epoch), {}))
     with blame('The card'):
+        earlier = _earlier(args)
         card = str(model_card(
-            repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base),
+            repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base, earlier),
             evaluation=_evaluation(args, metrics), multimix=_multimix(args), recipe=options, left_out=left_out,
-            has_curve=has_curve,
+            earlier=earlier, has_curve=has_curve,
             fields={**_dataset_fields(args), **({'base_model': base} if base else {}), **(args['card'] or {})}))
     _check_public(card + json.dumps(config, ensure_ascii=False), folder)
     Path(target, CARD_NAME).write_text(card, encoding='utf-8')

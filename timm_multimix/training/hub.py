@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shlex
 import signal
 import sys
@@ -335,7 +336,8 @@ def _run_command(argv: Sequence[str] | None) -> None:
     repo_id = args.repo_id or _repo_id_of(args.folder)
     if args.command != 'push':
         act = _show_card if args.command == 'card' else _export_folder
-        act(args, repo_id or f'user/{os.path.basename(os.path.abspath(args.folder))}')
+        name = re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(args.folder)))
+        act(args, repo_id or f'user/{name}')
     elif repo_id:
         limit_waiting()
         _push_folder(args, repo_id)
