@@ -3,7 +3,6 @@ import json
 import os
 import runpy
 import stat
-import subprocess
 import sys
 
 import pytest
@@ -90,15 +89,13 @@ def test_import_of_the_command_does_nothing():
     runpy.run_module('timm_multimix.hub.__main__', run_name='imported')
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('module', ['timm_multimix.training.main', 'timm_multimix.hub', 'timm_multimix.evaluate'])
-def test_modules_run_as_programs(module):
-    done = subprocess.run([sys.executable, '-m', module, '--nonsense'], capture_output=True, text=True)
-    assert (done.returncode == 2 and 'nonsense' in done.stderr) or 'required' in done.stderr
-
-
-def test_training_module_runs_as_a_program(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['main.py', '--nonsense'])
-    with pytest.raises(SystemExit) as stop, pytest.warns(RuntimeWarning, match='sys.modules'):
-        runpy.run_module('timm_multimix.training.main', run_name='__main__')
-    assert stop.value.code == 2 and '--nonsense' in capsys.readouterr().err
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules:RuntimeWarning')
+@pytest.mark.parametrize('module', [
+    'timm_multimix.training.main', 'timm_multimix.training.hub', 'timm_multimix.hub', 'timm_multimix.evaluate',
+    'timm_multimix.evaluation.main'])
+def test_modules_run_as_programs(script, monkeypatch, module):
+    """As `python -m MODULE`."""
+    monkeypatch.setattr(sys, 'argv', [module, '--nonsense'])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name='__main__')
+    assert stop.value.code == 2 and 'ERROR' in script.capsys.readouterr().err

@@ -314,30 +314,34 @@ def test_cards_pass_the_hubs_own_validation(server, trained, script):
 # Tokens.
 
 KINDS = ['hf_abcdefghijklmnopqrstuvwxyz01234567', 'hf_oauth_abcDEF123456ghiJKL7890',
-         'hf_jwt_eyJhbGciOi.eyJzdWIiOi.c2ln-b_F0', 'api_org_abcdefghijklmnopqrstuvwx', 'plainsecret', 'with/slash+and=', 'a.b-c_d~e']
+         'hf_jwt_eyJhbGciOi.eyJzdWIiOi.c2ln-b_F0', 'api_org_abcdefghijklmnopqrstuvwx', 'plainsecret',
+         'with/slash+and=', 'a.b-c_d~e']
 ECHOES = ['Bearer {} said no', 'https://user:{}@huggingface.co/x', 'https://huggingface.co/x?token={}&y=1', '"{}"',
           'x{}y', 'token%3D{}', '({}).']
 
 
-@pytest.mark.parametrize('echo', ECHOES)
-@pytest.mark.parametrize('token', KINDS)
 @pytest.mark.parametrize('source', ['HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'file'])
-def test_tokens_are_not_repeated(server, monkeypatch, token, echo, source):
-    monkeypatch.delenv('HF_TOKEN')
+@pytest.mark.parametrize('token', KINDS)
+def test_tokens_in_use_are_not_repeated(tmp_path, monkeypatch, token, source):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
     if source == 'file':
-        Path(huggingface_hub.constants.HF_TOKEN_PATH).write_text(token + '\n')
+        (tmp_path / 'token').write_text(token + '\n')
     else:
         monkeypatch.setenv(source, token)
-    for shown in (token, quote(token, safe='')):
-        text = str(HubError(echo.format(shown)))
+    for echo in ECHOES:
         before, after = echo.split('{}')
-        assert shown not in text and token not in text and text.startswith(before) and text.endswith(after.strip('y'))
+        for shown in (token, quote(token, safe='')):
+            text = str(HubError(echo.format(shown)))
+            assert shown not in text and token not in text, text
+            assert text.startswith(before) and text.endswith(after.strip('y')), text
 
 
-@pytest.mark.parametrize('token', [kind for kind in KINDS if '_' in kind and kind != 'a.b-c_d~e'])
-@pytest.mark.parametrize('echo', ECHOES)
-def test_tokens_of_known_kinds_are_not_repeated_either(server, token, echo):
-    assert token not in str(HubError(echo.format(token))) and token[-6:] not in str(HubError(echo.format(token)))
+@pytest.mark.parametrize('token', [kind for kind in KINDS if kind.startswith(('hf_', 'api_org_'))])
+def test_tokens_of_others_are_not_repeated_either(token):
+    for echo in ECHOES:
+        text = str(HubError(echo.format(token)))
+        assert token not in text and token[-6:] not in text, text
 
 
 @pytest.mark.parametrize('token', ['plainsecretwithoutaprefix', KINDS[1]])

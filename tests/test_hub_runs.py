@@ -149,6 +149,7 @@ def test_end_of_a_run_does_not_wait_without_limit(server, script, image_folder, 
     assert len(server.repos['user/model'].titles) == 2  # the answer was lost, not the commit
 
 
+@pytest.mark.slow
 def test_process_ends_while_the_hub_is_silent(server, script, image_folder):
     """No thread of the upload keeps the process alive."""
     server.fail('POST', '/commit/', 'mute')
@@ -227,28 +228,43 @@ def test_killed_while_uploading(server, script, image_folder):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_killed_push_command(server, script, trained, number):
-    """It leaves no copies of the weights, or the next command removes them; those of a living one stay."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGHUP', None)])
+def test_signal_to_the_push_command(server, script, trained, number):
+    """It leaves no copies of the weights, and other handlers as they were."""
+    server.gate = threading.Event()
+    copies = []
+
+    def stop():
+        copies.extend(trained.glob('.hub-*/*/model.safetensors'))
+        signal.pthread_kill(threading.main_thread().ident, number)
+
+    before = signal.getsignal(number)
+    server.fail('PUT', '/', stop)
+    assert training_hub.command(['push', str(trained), 'user/model']) == 128 + number
+    assert len(copies) == 1 and not list(trained.glob('.hub-*')) and signal.getsignal(number) == before
+    assert 'run the same command again' in script.capsys.readouterr().err
+    assert server.repos['user/model'].titles == ['initial commit']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_killed_push_command(server, script, trained):
+    """The next command removes the copies of the weights that it left, and not those of a living one."""
     server.gate = threading.Event()
     uploading = threading.Event()
     server.fail('PUT', '/', uploading.set)
     process = subprocess.Popen(
-        [sys.executable, '-m', 'timm_multimix.hub', 'push', str(trained), 'user/model'], text=True,
-        stderr=subprocess.PIPE, env=environment(server, script),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        [sys.executable, '-m', 'timm_multimix.hub', 'push', str(trained), 'user/model'],
+        env=environment(server, script))
     uploading.wait()
     copies = list(trained.glob('.hub-*'))
     assert len(copies) == 1 and list(copies[0].rglob('model.safetensors'))
-    assert training_hub.command(['card', str(trained)]) == 0 and list(trained.glob('.hub-*')) == copies
-    process.send_signal(number)
-    errors = process.communicate()[1]
-    if number == signal.SIGKILL:
-        assert process.returncode == -number and list(trained.glob('.hub-*')) == copies
-        assert training_hub.command(['card', str(trained)]) == 0
-    else:
-        assert process.returncode == 128 + number and 'run the same command again' in errors
-    assert not list(trained.glob('.hub-*'))
+    os.symlink(trained.parent, trained / '.hub-link')
+    assert training_hub.command(['card', str(trained)]) == 0
+    assert copies[0].exists()
+    process.kill()
+    process.wait()
+    assert copies[0].exists() and training_hub.command(['card', str(trained)]) == 0
+    assert [path.name for path in trained.glob('.hub-*')] == ['.hub-link'] and trained.exists()
 
 
 def test_name_of_the_repository_defaults_to_that_of_the_run(server, script, image_folder):
@@ -280,6 +296,25 @@ def test_training_is_the_same_with_uploads(server, script, image_folder):
                  epochs=2)
     alone, pushed = (script.checkpoint(name=name)['state_dict'] for name in ('alone', 'pushed'))
     assert all(torch.equal(alone[name], pushed[name]) for name in alone)
+
+
+def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_folder, trained):
+    """Also if it was interrupted and continued in between; checkpoints of the first part describe that part only."""
+    first = {path.name: torch.load(path, weights_only=True)['args'] for path in trained.glob('*.pth.tar')}
+    assert not any('earlier' in args for args in first.values())
+    for epochs in (3, 4):
+        assert script.train(image_folder, '--model-ema', multimix='pooled', smoothing=0.3, epochs=epochs, mean='0.4',
+                            crop_pct=0.9, resume='auto') == 0, script.text
+    assert script.checkpoint()['args']['earlier'] == [
+        dict(epoch=2, in_epoch=False, options=dict(multimix='dense', smoothing=0.1))]
+    os.replace(trained / 'last.pth.tar', trained / 'model_best.pth.tar')
+    script.capsys.readouterr()
+    assert training_hub.command(['card', str(trained)]) == 0
+    card = script.capsys.readouterr().out
+    recipe, before = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
+    assert recipe['multimix'] == 'pooled' and before == dict(multimix='dense', smoothing=0.1)
+    assert 'Before epoch 2, the run was trained with these options instead' in card
+    assert 'trained with pooled [MultiMix]' in card and '(before epoch 2 with dense [MultiMix]' in card
 
 
 # The command.

@@ -273,5 +273,5 @@ def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
         if ' %' in line:  # a run has ended
             break
     study.terminate()
-    output, errors = study.communicate(timeout=120)  # ends when nobody holds the other end
+    output, errors = study.communicate(timeout=600)  # ends when nobody holds the other end
     assert study.returncode == 130 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output

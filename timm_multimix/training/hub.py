@@ -362,3 +362,7 @@ def command(argv: Sequence[str] | None = None) -> int:
         _logger.error('Interrupted. The run is as it was; run the same command again.')
         return 128 + (error.args[0] if isinstance(error, _Terminated) else signal.SIGINT)
     return 0
+
+
+if __name__ == '__main__':
+    sys.exit(command())
