@@ -185,6 +185,24 @@ def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str], earlier: Mapping
     return '\n\n'.join(['## Recipe', use, _yaml(recipe), *parts])
 
 
+def _metadata(
+        name: str,
+        evaluation: Evaluation | None,
+        tags: Sequence[str],
+        fields: Mapping[str, Any],
+) -> ModelCardData:
+    results = _results(evaluation) if evaluation else []
+    return ModelCardData(
+        library_name='timm',
+        pipeline_tag=_TASK,
+        tags=['timm', _TASK, *tags],
+        metrics=['accuracy'] if any(result.metric_type == 'accuracy' for result in results) else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **fields,
+    )
+
+
 def model_card(
         repo_id: str,
         config: Mapping[str, Any],
@@ -228,18 +246,9 @@ def model_card(
     earlier = earlier or {}
     has_multimix = multimix is not None or any(part.get('multimix', 'off') != 'off' for part in earlier.values())
     method = ['multimix'] if has_multimix else []
-    tags = ['timm', _TASK, *method, *fields.pop('tags', [])]
     name = repo_id.rpartition('/')[2]
-    data = ModelCardData(
-        library_name='timm',
-        pipeline_tag=_TASK,
-        tags=tags,
-        metrics=sorted({result.metric_type for result in _results(evaluation)} & {'accuracy'}) or None
-        if evaluation else None,
-        model_name=name if evaluation and evaluation.metrics else None,
-        eval_results=_results(evaluation) if evaluation and evaluation.metrics else None,
-        **fields,
-    )
+    evaluation = evaluation if evaluation and evaluation.metrics else None
+    data = _metadata(name, evaluation, [*method, *fields.pop('tags', [])], fields)
     shown = repo_id + (f'@{revision}' if revision else '')
     parts = [
         _MARK,
@@ -247,7 +256,7 @@ def model_card(
         description,
         summary,
         _use(shown),
-        _evaluation(evaluation) if evaluation and evaluation.metrics else '',
+        _evaluation(evaluation) if evaluation else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _input(config),
         '## MultiMix\n\n' + table(('setting', 'value'), ((code(name), code(value)) for name, value in multimix.items()))

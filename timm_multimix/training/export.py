@@ -220,15 +220,15 @@ def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     options, parts = {}, []
     for part in reversed(args.get('earlier') or ()):
         options = {**options, **part['options']}
-        when = f'{"Until within" if part["in_epoch"] else "Before"} epoch {part["epoch"]}'
+        when = f'{"Until within" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'
         parts.append((when, {name: value for name, value in options.items()
                              if not _is_private(value) and value != args.get(name)}))
     return dict(reversed(parts))
 
 
 def _method(args: Mapping[str, Any]) -> str:
-    mode = args.get('multimix', 'off')
-    return '' if mode == 'off' else f' with {mode} [MultiMix](https://arxiv.org/abs/2311.05538)'
+    mode = args.get('multimix')
+    return f' with {mode} [MultiMix](https://arxiv.org/abs/2311.05538)' if mode in ('pooled', 'dense') else ''
 
 
 def _summary(
@@ -292,6 +292,16 @@ def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:
                 from_scratch=not (args['pretrained'] or args['initial_checkpoint']))
 
 
+def _write_config(folder: str, args: Mapping[str, Any], path: str) -> dict[str, Any]:
+    source = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(source) and not os.path.islink(source):  # a link could lead to any file of the user
+        shutil.copyfile(source, path)
+    else:
+        _rebuilt_config(args, path)
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
+
+
 def export(
         folder: str,
         target: str,
@@ -324,15 +334,7 @@ def export(
         raise UsageError(f'{folder} holds no checkpoint of a run: there is none of {", ".join(_BEST)}.')
     path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
-    config_path = os.path.join(target, CONFIG_NAME)
-    source = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(source) and not os.path.islink(source):  # a link could lead to any file of the user
-        shutil.copyfile(source, config_path)
-    else:
-        _rebuilt_config(args, config_path)
-    with open(config_path, encoding='utf-8') as file:
-        config = json.load(file)
-
+    config = _write_config(folder, args, os.path.join(target, CONFIG_NAME))
     if not card_only:
         save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))
     epoch = checkpoint.get('epoch')
