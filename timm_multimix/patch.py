@@ -15,7 +15,14 @@ from typing import Any
 
 from .alternation import AlternatingCollateMixup, AlternatingMixup, alternate
 from .losses import PRESETS
-from .options import add_multimix_args, batch_schedule, describe_batches, multimix_kwargs, preset_options
+from .options import (
+    add_multimix_args,
+    batch_schedule,
+    describe_batches,
+    errors_name_options,
+    multimix_kwargs,
+    preset_options,
+)
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
 from .training.errors import UsageError
@@ -173,8 +180,9 @@ class _Patch:
         class BoundTask(task_cls):
             def __init__(self, *positional, **keywords):
                 try:
-                    super().__init__(*positional, **keywords, **multimix_kwargs(args))
-                except (ValueError, TypeError) as error:
+                    with errors_name_options():
+                        super().__init__(*positional, **keywords, **multimix_kwargs(args))
+                except ValueError as error:
                     raise UsageError(f'--multimix {args.multimix}: {error}') from error
                 patch.task = self
 

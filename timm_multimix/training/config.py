@@ -66,7 +66,8 @@ def _config_value(action: argparse.Action, value: Any) -> Any:
             return [_scalar(action, item) for item in value]
         return _scalar(action, value)
     except (ValueError, TypeError) as error:
-        raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.') from error
+        hint = near_names(value, action.choices) if action.choices and isinstance(value, str) else ''
+        raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.{hint}') from error
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

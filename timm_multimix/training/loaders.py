@@ -20,7 +20,7 @@ from ..data import create_dataset, default_img_mode
 from ..image_files import UnreadableImages, unreadable_images
 from ..options import batch_schedule
 from ..views import add_second_view
-from .checks import mixup_active
+from .checks import dataset_suggestion, mixup_active
 from .errors import UsageError, blame
 from .interrupt import SteadyWorker
 from .resumable import ResumableLoader
@@ -94,7 +94,7 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
         trust_remote_code=args.dataset_trust_remote_code,
         **target_options,
     )
-    with blame(f'{what} data {args.data_dir or args.dataset}'):
+    with blame(f'{what} data {args.data_dir or args.dataset}', dataset_suggestion(args.dataset)):
         return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
 
 

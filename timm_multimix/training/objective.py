@@ -18,7 +18,7 @@ from timm.task import (
 from torch import nn
 
 from ..criteria import check_num_classes
-from ..options import describe_batches, multimix_kwargs
+from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
 from .checks import mixup_active
@@ -144,9 +144,10 @@ def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict,
             options.update(teacher=_pretrained_teacher(model, shared, args), teacher_path=None)
     _logger.info(describe_batches(args))
     try:
-        return task_cls(model, **shared, **options)
-    except (ValueError, TypeError) as error:
-        if args.multimix == 'dense':
+        with errors_name_options():
+            return task_cls(model, **shared, **options)
+    except ValueError as error:
+        if args.multimix == 'dense' and 'use --multimix pooled' not in str(error):
             with suppress(ValueError, TypeError):
                 task_cls(model, **shared, **{**options, 'mode': 'pooled'})
                 raise UsageError(f'--multimix dense: {error} (--multimix pooled takes this model as it is.)') from error

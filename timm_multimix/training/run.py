@@ -254,7 +254,10 @@ def _tell_of_changes(task: TrainingTask, args: argparse.Namespace, checkpoint: d
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     """Compile what a task runs, if --torchcompile asks for it; before distribution, which stays out of the graph."""
-    if args.torchcompile:
+    if not args.torchcompile:
+        return
+    mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
+    with blame(f'--torchcompile {args.torchcompile}{mode}'):
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if task.has_ema():
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
