@@ -1,4 +1,4 @@
-"""Images to evaluate on, as every model was trained to see them, in [0, 1] before they are normalised."""
+"""Images to evaluate on, resized and cropped as each model was trained, in [0, 1] before normalisation."""
 import copy
 import logging
 import os
@@ -14,7 +14,9 @@ from ..class_names import class_mapping, dataset_classes, map_targets
 from ..data import DEMO_PREFIX, DEMOS, create_dataset
 from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
 from ..image_files import unreadable_images
-from ..training.errors import UsageError, blame, near_names
+from ..training.checks import NEED_FOLDER, dataset_suggestion
+from ..training.command_line import check_dataset_packages
+from ..training.errors import UsageError, blame, near_names, printable
 from .models import Candidate
 from .ood import NOISES
 
@@ -25,13 +27,13 @@ _HIGHEST_LEVEL = 255
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """Source of images.
 
     Attributes:
-        dataset: Name of a dataset as train_timm.py's --dataset takes it, '' for a folder.
+        dataset: Name of a dataset, as for --dataset of train_timm.py; '' for a folder of images.
         root: Folder.
         split: Name of the split.
-        options: More arguments of timm's create_dataset.
+        options: Further arguments of timm's create_dataset.
     """
     dataset: str
     root: str | None
@@ -39,33 +41,40 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f'{self.dataset or self.root} ({self.split})'
+        return printable(f'{self.dataset or self.root} ({self.split})')
 
     def check(self) -> None:
-        """Check what can be checked without reading any images.
+        """Check the name without reading images.
 
         Raises:
-            UsageError: if there is no such folder, nor a dataset of this name.
+            UsageError: if there is no such folder or dataset, or if a package that reads the dataset is missing.
         """
         if self.dataset.lower().startswith(DEMO_PREFIX):
             exists = self.dataset.lower() in DEMOS
         else:
             exists = _has_type(self.dataset) or (self.root is not None and os.path.exists(self.root))
         if not exists:
-            hint = near_names(self.dataset or self.root, (*DEMOS, *NOISES))
+            name = self.dataset or self.root
+            hint = near_names(name, (*DEMOS, *NOISES)) or near_names(name.partition('/')[0], DATASET_TYPES)
             raise UsageError(
-                f'Data {self}: no such folder, nor such a dataset.{hint} Datasets are {", ".join(DEMOS)} and '
+                f'Data {self}: no such folder or dataset.{hint} Datasets are {", ".join(DEMOS)} and '
                 f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
         with blame(f'Data {self}'):
             check_split(self.dataset, self.root, self.split)
+        check_dataset_packages('Data', self.dataset)
+        if self.root is None and self.dataset.partition('/')[0].lower() in NEED_FOLDER:
+            raise UsageError(f'Data {self} is read from a folder: give it with --data-dir, or as NAME=FOLDER in --ood.')
 
     def open(self, img_mode: str) -> Dataset:
-        """Make the dataset, of images in a mode of PIL.
+        """Open the dataset.
+
+        Args:
+            img_mode: PIL mode of the images.
 
         Raises:
-            UsageError: if it cannot be made.
+            UsageError: if it cannot be opened.
         """
-        with blame(f'Data {self}'):
+        with blame(f'Data {self}', dataset_suggestion(self.dataset)):
             return create_dataset(
                 self.dataset, root=self.root, split=self.split, input_img_mode=img_mode, **self.options)
 
@@ -75,8 +84,14 @@ def _has_type(name: str) -> bool:
 
 
 def parse_source(text: str, split: str, download: bool = False) -> Source:
-    """A source from text: FOLDER, NAME of a dataset or NAME=FOLDER, and after @ another split than the given one."""
-    if os.path.exists(text):  # @ and = may be part of its name
+    """Parse a source: FOLDER, NAME of a dataset or NAME=FOLDER, each with @SPLIT for another split than the default.
+
+    Args:
+        text: The text.
+        split: Default split.
+        download: Download a dataset that is missing.
+    """
+    if os.path.exists(text):  # a name may contain @ and =
         return Source('', text, split)
     name, _, own = text.partition('@')
     dataset, _, root = name.partition('=')
@@ -86,7 +101,7 @@ def parse_source(text: str, split: str, download: bool = False) -> Source:
 
 
 def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
-    """Indices of a random part of a dataset, in order; None for all of it, or for a stream, whose first ones count."""
+    """Draw indices of at most limit images, in ascending order; None for the whole dataset, and for a stream."""
     if limit is None or isinstance(dataset, IterableDataset) or limit >= len(dataset):
         return None
     generator = torch.Generator('cpu').manual_seed(seed)
@@ -95,20 +110,20 @@ def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
 
 @dataclass
 class Images:
-    """Batches of the images of a source, for one model.
+    """Batches of images from a source, for one model.
 
     Attributes:
-        source: Where they come from.
-        candidate: The model that they are for.
-        batch_size: Images in a batch.
-        workers: Processes that decode.
-        limit: How many images at most, drawn at random.
-        seed: Of that draw.
-        labelled: Whether the classes matter; else there need be none.
+        source: Source of the images.
+        candidate: The model.
+        batch_size: Images per batch.
+        workers: Processes that load images.
+        limit: Maximum number of images, drawn at random; the first images of a stream.
+        seed: Seed of the draw.
+        labelled: Whether labels are needed.
         reported: Unreadable images that have been reported, shared with the parts of these images.
 
     Raises:
-        UsageError: if there are no such images, or the model does not know their classes.
+        UsageError: if there are no images, or if the model does not know their classes.
     """
     source: Source
     candidate: Candidate
@@ -153,14 +168,14 @@ class Images:
                 f'{self.source}.')
 
     def part(self, limit: int) -> 'Images':
-        """The same with fewer images: a part of these."""
+        """A random part of these images."""
         part = copy.copy(self)
         part.limit = limit if self.limit is None else min(limit, self.limit)
         part.indices = choose(self.dataset, part.limit, self.seed)
         return part
 
     def __len__(self) -> int:
-        """Number of batches; 0 for a stream that does not know."""
+        """Number of batches; 0 for a stream of unknown length."""
         try:
             count = len(self.dataset) if self.indices is None else len(self.indices)
         except TypeError:
@@ -168,7 +183,7 @@ class Images:
         return -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images in [0, 1] and class indices, all 0 of images that are not labelled."""
+        """Yield images (b, c, h, w) in [0, 1] and class indices (b,), which are 0 for images without labels."""
         dataset = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         seen = 0
         for images, target in self._batches(DataLoader(dataset, self.batch_size, num_workers=self.workers)):

@@ -18,11 +18,17 @@ _handlers: list = []  # PyTorch's, where it is put aside
 _LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, AssertionError, OSError, ImportError)
 
 
+def printable(text: str) -> str:
+    """Write control characters, line breaks and undecodable bytes of a text as escapes such as `\\n`."""
+    return ''.join(
+        char if char.isprintable() else char.encode('unicode_escape').decode('ascii') for char in text)
+
+
 class _OneLine(Exception):
     """Shown as one line, without a traceback."""
 
     def __str__(self) -> str:
-        line = redact(' '.join(super().__str__().split()), only_certain=True)  # before it is cut
+        line = printable(redact(' '.join(super().__str__().split()), only_certain=True))  # before it is cut
         return line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'
 
 
