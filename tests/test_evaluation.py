@@ -584,7 +584,7 @@ def test_names_of_runs_and_folders_are_only_text(evaluate, runs, image_folder, t
     for name in folders:
         shutil.copytree(image_folder / 'validation' / 'a', tmp_path / 'ood' / name / 'a')
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', UserWarning)
         assert evaluate(
             *(tmp_path / name for name in models), '--ood', *(tmp_path / 'ood' / name for name in folders),
             '--eps', '4', '--pgd-steps', '1') == 0, evaluate.err
@@ -609,7 +609,7 @@ def test_names_in_figures_table_and_page():
     )) for k, name in enumerate(names)]
     source = Source('', NAMES['control characters'][0], 'validation')
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', UserWarning)
         page = render_html(results, Settings(source, epsilons=(1 / 255,), outside=(source,)))
     page.encode()
     assert _Page(page).pictures == 6 and '<b>' not in page and not set('\x1b\t\u202e') & set(page)
