@@ -503,3 +503,26 @@ def test_intrusions_of_a_hand_made_plane():
     assert between.count_intrusions(mixed, pairs, real, torch.arange(3)) == 1
     assert between.count_intrusions(5 * mixed, pairs, real, torch.arange(3)) == 1
     assert between.count_intrusions(mixed, pairs.clamp(max=1), real, torch.tensor([0, 1, 1])) == 0
+
+
+# default device
+
+def test_another_default_device_changes_nothing():
+    """As with torch.set_default_device('cuda'): tensors are on the device of the arguments, draws are on the CPU."""
+    embeddings, target = torch.randn(40, 5), torch.arange(40) % 7
+    logits = torch.randn(40, 7) + 2 * F.one_hot(target, 7)
+    images = torch.rand(2, 3, 16, 16)
+
+    def measure():
+        tempered = cross_fit(logits, target).logits
+        return [
+            classification_metrics(logits, target), reliability(logits, target).count, tempered.tolist(),
+            geometry.alignment(embeddings, target), geometry.uniformity(embeddings),
+            geometry.compactness(embeddings, target), geometry.project(embeddings).tolist(),
+            between.sample_pairs(target, 9).tolist(), next(ood.noise_batches('gaussian', 2, (3, 4, 4), 2)).tolist(),
+            detection_metrics(ood.energy(logits[:20]), ood.max_softmax(logits[20:])),
+            *(corrupt(images, kind, 3, torch.Generator('cpu').manual_seed(0)).tolist() for kind in CORRUPTIONS)]
+
+    expected = measure()
+    with torch.device('meta'):
+        assert repr(measure()) == repr(expected)

@@ -100,6 +100,7 @@ def test_wrong_values_are_refused(argv):
     ['--multimix-clean-weight', '-1'],
     ['--multimix-logit-scale', '0'],
     ['--multimix-logit-scale', 'inf'],
+    ['--multimix-prob', '1.5'],
     ['--multimix-start-epoch', '-1'],
     ['--multimix-off-epoch', '-1'],
     ['--multimix-start-epoch', '3', '--multimix-off-epoch', '3'],

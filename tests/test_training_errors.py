@@ -156,7 +156,11 @@ def test_pooled_ignores_options_of_dense_with_a_warning(script, image_folder, op
     checkpoint = script.folder / 'none.pth.tar'
     torch.save({'state_dict': timm.create_model('test_resnet', num_classes=3).state_dict()}, checkpoint)
     assert script.train(image_folder, *argv[:-1], checkpoint) == 0, script.text
-    assert any(line.startswith(f'WARNING: {option[0]}: without effect') for line in script.lines), script.text
+    [warning] = [line for line in script.lines if 'without effect' in line]
+    assert warning.startswith(f'WARNING: {option[0]}: without effect'), script.text
+    for preset in ('default', 'paper'):
+        assert script.train(image_folder, *argv[:2], '--multimix-preset', preset, '--validate', checkpoint) == 0
+        assert 'without effect' not in script.text
 
 
 def test_another_run_is_not_overwritten(script, image_folder):

@@ -18,7 +18,7 @@ _REFERENCE_SIZE = 224  # side of the images that the widths of the blur are for
 
 def _add_noise(images: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
     # image by image: a generator gives other numbers for another shape
-    noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for _ in images])
+    noise = torch.stack([torch.randn(images.shape[1:], generator=generator, device='cpu') for _ in images])
     return images + std * noise.to(images)
 
 

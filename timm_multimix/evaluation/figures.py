@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -151,7 +152,7 @@ def ood_figure(results: Sequence[Result], score: str) -> Figure:
         for axis, source, title in zip(axes, sources, titles, strict=True):
             inside, outside = scores['inside'][score], scores['outside'][source][score]
             both = torch.cat([inside, outside])
-            bins = torch.linspace(both.min(), both.max() + 1e-9, 41).tolist()
+            bins = np.linspace(both.min().item(), both.max().item() + 1e-9, 41)
             for values, label in ((inside, 'in distribution'), (outside, 'OOD')):
                 axis.hist(values.tolist(), bins, density=True, alpha=0.5, label=label)
             axis.set_title(_wrap(title, width - 0.2, 8), fontsize=8)

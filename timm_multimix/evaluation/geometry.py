@@ -12,8 +12,7 @@ def _class_moments(points: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
     """Number of points (k,), mean (k, d) and mean squared distance to the mean (k,) of each class that occurs."""
     classes, index = target.unique(return_inverse=True)
     count = torch.bincount(index, minlength=len(classes)).double()
-    total = points.new_zeros(len(classes), points.shape[1]).index_add_(0, index, points)
-    mean = total / count[:, None]
+    mean = points.new_zeros(len(classes), points.shape[1]).index_add_(0, index, points) / count[:, None]
     scatter = torch.bincount(index, weights=(points - mean[index]).square().sum(1), minlength=len(classes)) / count
     return count, mean, scatter
 
@@ -54,8 +53,7 @@ def uniformity(embeddings: torch.Tensor) -> float:
     for rows in points.split(_TILE):
         for columns in points.split(_TILE):
             total += (4 * (rows @ columns.T - 1)).exp().sum().item()
-    mean = torch.tensor(total / (len(points) * (len(points) - 1)), dtype=torch.float64, device='cpu')
-    return float(mean.log())
+    return math.log(total / (len(points) * (len(points) - 1))) if total > 0 else -math.inf
 
 
 def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, dict[int, float]]:

@@ -188,7 +188,7 @@ class Images:
         seen = 0
         for images, target in self._batches(DataLoader(dataset, self.batch_size, num_workers=self.workers)):
             if not self.labelled:
-                target = torch.zeros(len(images), dtype=torch.long, device='cpu')
+                target = torch.zeros(len(images), dtype=torch.long, device=images.device)
             if not torch.is_tensor(target) or target.ndim != 1 or target.is_floating_point():
                 raise UsageError(f'Data {self.source}: one class for each image is needed.')
             if self.limit is not None:  # a stream has no indices

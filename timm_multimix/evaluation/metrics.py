@@ -136,7 +136,7 @@ def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_
         num_bins: Number of bins.
     """
     confidence, prediction = logits.double().softmax(1).max(1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=logits.device)
     bins = torch.bucketize(confidence, edges[1:-1], right=True)
     count = torch.bincount(bins, minlength=num_bins)
     sums = [torch.bincount(bins, weights=values.double(), minlength=num_bins)
@@ -171,7 +171,8 @@ def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Temp
     """
     if len(logits) < 2:
         raise ValueError('Fitting a temperature on other images needs two images or more.')
-    halves = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)).chunk(2)
+    generator = torch.Generator('cpu').manual_seed(seed)
+    halves = torch.randperm(len(logits), generator=generator, device='cpu').to(logits.device).chunk(2)
     divided, temperatures = logits.double(), []
     for own, other in (halves, halves[::-1]):
         temperatures.append(fit_temperature(logits[other], target[other]))

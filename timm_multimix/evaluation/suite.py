@@ -190,7 +190,7 @@ class _Evaluation:
 
     def _corruptions(self, result: Result) -> None:
         cells = [(kind, severity) for kind in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES]
-        generators = {cell: torch.Generator().manual_seed(self.settings.seed) for cell in cells}
+        generators = {cell: torch.Generator('cpu').manual_seed(self.settings.seed) for cell in cells}
         clean, hits = [], {cell: [] for cell in cells}
         for images, target in progress(self.sample, f'{self.candidate.name}: corruptions'):
             target = target.to(self.device)

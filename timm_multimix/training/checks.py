@@ -16,7 +16,7 @@ from timm.utils.distributed import world_info_from_env
 from ..data import DEMOS
 from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
 from ..hub import HubRepository, is_hub_name
-from ..options import add_multimix_args, multimix_kwargs
+from ..options import add_multimix_args, multimix_kwargs, preset_options
 from .command_line import check_dataset_packages, check_packages
 from .errors import UsageError, blame, near_names
 from .saved_weights import AVERAGE, STUDENT, TEACHER
@@ -278,11 +278,12 @@ def check_multimix(args: argparse.Namespace) -> None:
 
 
 def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
-    """Warn of MultiMix options with this prefix that differ from their default."""
-    defaults = argparse.ArgumentParser()
-    add_multimix_args(defaults)
-    idle = [_option(name) for name, value in vars(defaults.parse_args([])).items()
-            if name.startswith(prefix) and getattr(args, name) != value]
+    """Warn of MultiMix options with this prefix that have neither their default nor the value of the preset."""
+    parser = argparse.ArgumentParser()
+    add_multimix_args(parser)
+    preset = preset_options(args.multimix_preset) if args.multimix != 'off' else {}
+    idle = [_option(name) for name, value in vars(parser.parse_args([])).items()
+            if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
     if idle:
         _logger.warning(f'{", ".join(idle)}: without effect, {reason}.')
 
