@@ -50,6 +50,8 @@ WRONG_OPTIONS = {
     'misspelt choice that looks like a token': (['--kd-distill-type', 'tokn'], 'Did you mean token?'),
     'reduction of a loss': (
         ['--model', 'test_resnet', '--loss', 'asl', '--asl-reduction', 'sum'], '--asl-reduction batchmean'),
+    'probability': (['--drop-path', '2'], '--drop-path must lie between 0 and 1, got 2.0'),
+    'one ratio of CutMix': (['--cutmix-minmax', '0.3'], '--cutmix-minmax takes two numbers, got 1'),
     'smoothing': (['--smoothing', '1'], '--smoothing must be 0 or more and below 1'),
     'misspelt interpolation': (['--train-interpolation', 'bicubc'], 'Did you mean bicubic?'),
     'misspelt metric': (['--eval-metric', 'topp1'], 'Did you mean top1'),
@@ -60,7 +62,7 @@ WRONG_OPTIONS = {
         ['--model', 'test_resnet', '--torchcompile', 'inductr'], '--torchcompile inductr: Invalid backend'),
     'no position to train': (
         ['--model', 'test_vit', '--multimix', 'dense', '--multimix-pooled-weight', '0'],
-        'set --multimix-pooled-weight or --multimix-clean-weight above 0'),
+        'set --multimix-pooled-weight or --multimix-clean-weight above 0, or --multimix-prob below 1'),
     'schedule longer than the run': (
         ['--sched', 'wsd', '--epochs', '3', '--decay-epochs', '9'], '--sched wsd: wsd schedule requires'),
     'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),
@@ -278,6 +280,11 @@ def test_checkpoint_that_is_none(mistake, tmp_path):
 def test_checkpoint_that_holds_code(mistake, tmp_path):
     torch.save({'state_dict': print}, tmp_path / 'evil.pth.tar')
     mistake('evil.pth.tar', resume=tmp_path / 'evil.pth.tar')
+
+
+def test_pretrained_weights_that_hold_code(mistake, tmp_path):
+    torch.save({'state_dict': print}, tmp_path / 'evil.pth')
+    mistake('objects that are not data', '--pretrained', pretrained_path=tmp_path / 'evil.pth')
 
 
 @pytest.mark.parametrize('content, reason', [

@@ -46,6 +46,9 @@ _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'wsd', '
 _AUGMENTATIONS = ('v0', 'v0r', 'original', 'originalr', '3a', 'rand', 'augmix')
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
+_PROBABILITIES = ('drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob',
+                  'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob',
+                  'model_ema_decay')
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 # Options for several positions: pooled MultiMix has one, and so no attention.
 _DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
@@ -73,6 +76,12 @@ def _check_values(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and math.isnan(value):
             raise UsageError(f'{_option(name)} must be a number, got {value}.')
+    for name in _PROBABILITIES:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f'{_option(name)} must lie between 0 and 1, got {value}.')
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
     for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base'):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
