@@ -604,8 +604,8 @@ def test_names_in_figures_table_and_page():
         reliability=asdict(reliability(torch.randn(9, 3), torch.arange(9) % 3)), tempered={},
         attacks=dict(num_images=9, loss='log-odds', epsilon_of_255=[0, 1], pgd_steps=1, fgsm=[1, 2], pgd=[1, 2]),
     ), dict(
-        points=torch.rand(9, 2), classes=torch.arange(9) % 3, images=torch.rand(2, 3, 8, 8), maps=torch.rand(2, 2, 2),
-        scores=dict(inside=scores, outside=dict.fromkeys(names[:4], scores)),
+        points=torch.rand(9, 2), classes=torch.arange(9) % 3, images=torch.rand(1, 3, 8, 8), maps=torch.rand(1, 2, 2),
+        scores=dict(inside=scores, outside={names[0]: scores}),
     )) for k, name in enumerate(names)]
     source = Source('', NAMES['control characters'][0], 'validation')
     with warnings.catch_warnings():

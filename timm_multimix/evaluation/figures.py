@@ -21,6 +21,7 @@ _COLUMNS = 3
 _DPI = 110
 _NAME_LENGTH = 60
 _POINTS_PER_INCH = 72
+_SCORE_LABELS = {'max_softmax': 'log-odds of max softmax', 'energy': 'energy'}
 # Names may hold any character: $ must not start a formula.
 _STYLE = {'text.parse_math': False, 'text.usetex': False, 'font.size': 9, 'legend.fontsize': 8}
 
@@ -154,9 +155,9 @@ def ood_figure(results: Sequence[Result], score: str) -> Figure:
             both = torch.cat([inside, outside])
             bins = np.linspace(both.min().item(), both.max().item() + 1e-9, 41)
             for values, label in ((inside, 'in distribution'), (outside, 'OOD')):
-                axis.hist(values.tolist(), bins, density=True, alpha=0.5, label=label)
+                axis.hist(values.tolist(), bins, histtype='stepfilled', density=True, alpha=0.5, label=label)
             axis.set_title(_wrap(title, width - 0.2, 8), fontsize=8)
-            axis.set(yticks=[], xlabel=score.replace('_', ' '))
+            axis.set(yticks=[], xlabel=_SCORE_LABELS[score])
         axes[0].legend(fontsize=7)
     return figure
 

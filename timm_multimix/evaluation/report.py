@@ -36,13 +36,13 @@ def render_table(results: Sequence[Result]) -> str:
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem 2rem; color: #222; overflow-wrap: anywhere; }
 .report { display: flex; flex-wrap: wrap; gap: 2rem 3rem; align-items: flex-start; }
-.comparison { flex: 1 1 30rem; overflow-x: auto; }
+.comparison { flex: 1 1 30rem; min-width: 0; overflow-x: auto; }
 .figures { flex: 2 1 45rem; min-width: 0; display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
 .figures section { flex: 1 1 36rem; min-width: 0; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-thead th { vertical-align: bottom; min-width: 5rem; }
-tbody th { font-weight: 400; text-align: left; }
+td { white-space: nowrap; } thead th { vertical-align: bottom; min-width: 5rem; }
+tbody th { font-weight: 400; text-align: left; min-width: 14rem; }
 tbody th.topic { font-weight: 700; padding-top: 1.2rem; border-bottom: 2px solid #888; }
 tbody tr:hover td, tbody tr:hover th[scope=row] { background: #f3f3f3; }
 .best { font-weight: 700; }
@@ -148,5 +148,6 @@ def render_html(results: Sequence[Result], settings: Settings) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>'
         f'<p class="note">Images: {html.escape(str(settings.source))}. Seed: {settings.seed}. {best}{_ARROWS}.</p>'
-        f'<div class="report"><div class="comparison">{_table(results)}</div>'
+        f'<div class="report"><div class="comparison" style="flex-basis: {18 + 6 * len(results)}rem">'
+        f'{_table(results)}</div>'
         f'<div class="figures">{"".join(_figures(results, settings))}</div></div></body></html>\n')
