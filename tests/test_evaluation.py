@@ -1,4 +1,4 @@
-"""python -m timm_multimix.evaluate, in this process, on tiny models and images."""
+"""python -m timm_multimix.evaluate, run in this process on tiny models and images."""
 import argparse
 import json
 import os
@@ -378,7 +378,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{tmp}/missing'], 'missing: no such folder or file'),
     ([], 'MODEL'),
 ])
-def test_mistakes_are_told_in_a_line(evaluate, runs, image_folder, tmp_path, argv, message):
+def test_mistakes_end_in_one_line(evaluate, runs, image_folder, tmp_path, argv, message):
     (tmp_path / 'broken.pth.tar').write_bytes(b'PK nonsense')
     paths = dict(tmp=tmp_path, runs=runs, flat=image_folder / 'validation')
     assert evaluate(*(part.format(**paths) for part in argv)) == 2
@@ -411,7 +411,7 @@ def change_weights(folder, change):
     torch.save(checkpoint, path)
 
 
-def test_calibrated_beside_others_is_told(evaluate, runs, tmp_path):
+def test_calibrated_beside_others_is_warned_of(evaluate, runs, tmp_path):
     (tmp_path / 'calibrated').mkdir()
     shutil.copy(runs / 'plain' / 'model_best.pth.tar', tmp_path / 'calibrated' / 'model_calibrated.pth.tar')
     assert evaluate(runs / 'plain', tmp_path / 'calibrated', '--parts') == 0
@@ -420,7 +420,7 @@ def test_calibrated_beside_others_is_told(evaluate, runs, tmp_path):
     assert 'the other models are not' not in evaluate.err
 
 
-def test_a_model_that_diverged_is_told_and_others_are_kept(evaluate, runs, tmp_path):
+def test_a_model_that_diverged_is_named_and_others_are_kept(evaluate, runs, tmp_path):
     shutil.copytree(runs / 'plain', tmp_path / 'diverged')
     change_weights(tmp_path / 'diverged', lambda w: w * torch.nan if w.is_floating_point() else w)
     assert evaluate(runs / 'plain', tmp_path / 'diverged', '--parts') == 2

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
              "'hf-hub:user/name', or name of a timm model")
     _add_data_options(parser)
     _add_part_options(parser)
-    how = parser.add_argument_group('how').add_argument
+    how = parser.add_argument_group('execution').add_argument
     how('-b', '--batch-size', type=_at_least(1), metavar='N',
         help='images per batch (default: 256 on a GPU, 32 on the CPU); halved if memory does not suffice')
     how('-j', '--workers', type=_at_least(0), metavar='N',
