@@ -14,6 +14,7 @@ _OPTIONS_FOR_ADVICE = (
     (r'\bclass_counts and num_samples \(see class_weights\.py\)', '--class-stats'),
     (r'\bclass stats \(see class_weights\.py\)', '--class-stats'),
     (r' ?See `torch._dynamo.list_backends\(\)` for available backends\.', ''),
+    (r"\(loss(?:_type=| )'bce'\) with targets \(b, 1\)", '(--loss bce)'),
     (r'(?s)`?\bweights_only=True`? blocked loading .*',
      'the file holds objects that are not data, such as code. They are never loaded.'),
     (r"\bCurrently only 'kl' is supported\b", '--kd-loss-type must be kl'),
