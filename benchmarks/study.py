@@ -23,6 +23,8 @@ import yaml
 from study_plan import Study, load_results, load_study, run_missing
 from study_report import COLUMNS, page_header, plot, section
 
+from timm_multimix.training.advice import missing_packages
+
 RESULTS = Path(__file__).parent / 'results'
 
 
@@ -75,6 +77,9 @@ def main() -> None:
     results = load_results(args.results)
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the runs' processes would outlive this one
+    missing = missing_packages('A study', ['captum', 'torchmetrics'], extra='eval')
+    if missing and not args.report_only:
+        sys.exit(missing)
     try:
         for study in studies if not args.report_only else ():
             run_missing(study, results, args.results, args.workers, args.nice)

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback, for the real huggingface_hub client: what a push and a download need of it.
+"""A small Hugging Face Hub on loopback for the real huggingface_hub client, with the routes of pushes and downloads.
 
 Repositories with branches and commits, tokens with roles, LFS with storage on an origin of its own as the real Hub has,
 the metadata checks of `validate-yaml` that are known, and faults on demand.
@@ -155,7 +155,8 @@ def metadata_errors(card: str) -> list[str]:
 
 @dataclass
 class Fault:
-    """What happens to the next requests that match: a status, (status, headers), 'cut', or a function to call first."""
+    """What happens to the next requests that match: a status, (status, headers), 'cut' (the connection), 'mute' (the
+    request is carried out and not answered), or a function to call first."""
     method: str
     pattern: str
     actions: list
@@ -172,6 +173,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
         self.gate: threading.Event | None = None  # uploads wait for it
+        self.unmute = threading.Event()  # ends the connections of 'mute'
         self.hub = self._serve(_HubHandler)
         self.storage = self._serve(_StorageHandler)
         self.url = f'http://127.0.0.1:{self.hub.server_port}'
@@ -184,6 +186,9 @@ class HubServer:
         return server
 
     def close(self) -> None:
+        self.unmute.set()
+        if self.gate is not None:
+            self.gate.set()
         for server in (self.hub, self.storage):
             server.shutdown()
             server.server_close()
@@ -261,8 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.path, _, query = self.path.partition('?')
         self.query = parse_qs(query)
         self.path = unquote(self.path)
+        fault = self.state.take_fault(self.command, self.path)
         try:
-            fault = self.state.take_fault(self.command, self.path)
             if callable(fault):
                 fault()
             elif fault == 'cut':
@@ -275,7 +280,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer()
             raise _Answer(404, {'error': f'no route {self.command} {self.path}'})
         except _Answer as answer:
-            self._send(answer)
+            if fault == 'mute':
+                self.state.unmute.wait()
+                self.close_connection = True
+            else:
+                self._send(answer)
         except (ConnectionError, BrokenPipeError):
             self.close_connection = True
 
@@ -304,7 +313,7 @@ class _StorageHandler(_Handler):
         if self.command == 'PUT':
             if self.state.gate is not None:
                 self.state.lock.release()
-                self.state.gate.wait(30)
+                self.state.gate.wait()
                 self.state.lock.acquire()
             if hashlib.sha256(self.body).hexdigest() != oid:
                 raise _Answer(400, {'error': 'content does not match'})

@@ -135,6 +135,12 @@ def test_without_multimix_batches_collate_is_timms():
     torch.testing.assert_close(*seen, rtol=0, atol=0)
 
 
+def test_scheduled_sizes_keep_their_batch_sampler(script, image_folder):
+    options = dict(multimix='dense', multimix_prob=0.5, mixup=1.0, epochs=2)
+    flags = ['--train-img-sizes', 32, 64, '--train-batch-sizes', 8, 4]
+    assert script.train(image_folder, *flags, **options) == 0, script.text
+
+
 def test_mixup_on_the_device():
     options = dict(mixup_alpha=1.0, num_classes=CLASSES, label_smoothing=0.3)
     mixup, timms = AlternatingMixup(**options), Mixup(**options)
@@ -183,6 +189,10 @@ def test_a_disabled_hook_does_no_work():
     assert flops[0] == flops[1]
     handle.enabled = True
     assert isinstance(model(images), MultiMixOutput) and handle.enabled
+    attach(model)
+    assert not handle.enabled
+    with pytest.raises(RuntimeError, match='attached again'):
+        handle.enabled = False
 
 
 # ---- the task

@@ -3,7 +3,9 @@ import argparse
 import getpass
 import json
 import os
+import re
 import socket
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +55,51 @@ def test_card_says_how_to_use_the_model():
     assert results == {'Top-1 accuracy': ('accuracy', 0.9125), 'Top-5 accuracy': ('accuracy', 0.99),
                        'Loss': ('loss', 0.5), 'Mean average precision': ('mean_average_precision', 0.5)}
     assert is_ours(text) and not is_ours(text.replace('Written by', 'Once by'))
+
+
+HOSTILE = [
+    '<script>alert(1)</script>', '<!-- ', '-->', 'a\nb', 'a\r\n\r\n# Heading', '# a', '- a', '> a', '1. a',
+    '[a](http://b)', '![a](http://b/c.png)', '*a*', '**a**', '_a_', 'a_b_c', '`a`', '``a', '~~a~~', '$a$', '$$', '|',
+    'a|b', '\\|', '\\', '&lt;', '&', 'a\tb', '\x00', '\x1b[31m', '\u202eabc', '\u2028', '\x85', '\ud800', '---', '```',
+    'http://a.b', 'www.a.b', '{{ a }}', '', ' ', 'caf\u00e9 \u65e5 \U0001f469\u200d\U0001f52c']
+
+
+@pytest.mark.parametrize('name', HOSTILE, ids=range(len(HOSTILE)))
+def test_names_from_elsewhere_are_shown_as_they_are(name):
+    """Class names, splits, datasets and settings stay in their cell, line or code span."""
+    text = str(model_card(
+        'user/model', {**CONFIG, 'label_names': [name, 'last']}, multimix=dict(setting=name), recipe=dict(aa=name),
+        summary='What it is.', evaluation=Evaluation('imagefolder', name, name, {'top1': 50.0, name: 1.0})))
+    text.encode()  # no lone surrogates
+    assert not any(unicodedata.category(character) in ('Cc', 'Cs') for character in text.replace('\n', ''))
+    plain = str(model_card(
+        'user/model', {**CONFIG, 'label_names': ['first', 'last']}, multimix=dict(setting='x'), recipe=dict(aa='x'),
+        summary='What it is.', evaluation=Evaluation('imagefolder', 'x', 'x', {'top1': 50.0, 'y': 1.0})))
+    body, plain_body = (part.split('---\n', 2)[2] for part in (text, plain))
+    # The same headings and tables, with the same number of cells.
+    outside_code = [re.sub(r'(?ms)^(````*)(?:yaml|python|bibtex)$.*?^\1$', '', part) for part in (body, plain_body)]
+    outside_spans = [re.sub(r'(`+)(?!`).*?(?<!`)\1(?!`)', '', part) for part in outside_code]
+    structure = [[line for line in part.splitlines() if line.startswith(('|', '#', '-', '>', '```'))]
+                 for part in outside_spans]
+    assert len(structure[0]) == len(structure[1])
+    for character in '<>':
+        assert outside_spans[0].count(character) == outside_spans[1].count(character)
+    cell = next(line for line in body.splitlines() if line.startswith('| class names'))
+    assert cell.endswith(', last |') and len(re.findall(r'(?<!\\)(?:\\\\)*\|', cell)) == 3
+    assert not re.search(r'(?<!\\)\]\(|http:/|www\.', cell)
+    assert metadata_errors(text) == []
+    data = ModelCard(text).data
+    assert data.model_name == 'model' and data.library_name == 'timm'
+    if name == 'a_b_c':
+        assert '| class names | a_b_c, last |' in body
+
+
+@pytest.mark.parametrize('field', ['license', 'dataset_name', 'base_model', 'tags', 'datasets', 'language'])
+@pytest.mark.parametrize('text', ['a\nb', 'a\n---\nb', '\x1b[0m', ' a', 'a\u2028b', '\u202ea'])
+def test_fields_of_metadata_are_single_lines(field, text):
+    with pytest.raises(ValueError, match=rf'card: {field} must be one line'):
+        check_fields({field: [text] if CARD_FIELDS[field] is list else text})
+    check_fields(dict(description='a\n\n- b'))
 
 
 def test_card_without_a_run():
@@ -178,6 +225,21 @@ def test_card_tells_whose_weights_and_metrics_these_are(tmp_path, no_picture):
 def test_base_model(tmp_path, no_picture, args, expected):
     data = ModelCard(card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card')).data
     assert data.base_model == expected
+
+
+def test_card_of_a_run_that_was_resumed_with_other_options(tmp_path, no_picture):
+    """It describes all parts, each with the options that differ from the last ones."""
+    earlier = [
+        dict(epoch=2, in_epoch=False, options=dict(multimix='dense', multimix_n=10, loss_pos_weight='/home/alice/w')),
+        dict(epoch=5, in_epoch=True, options=dict(multimix='pooled', mixup=0.2))]
+    run = write_run(tmp_path / 'run', args=dict(multimix='off', multimix_n=20, earlier=earlier))
+    card = card_of(run, tmp_path / 'card')
+    last, first, second = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
+    assert 'multimix' not in last and last['multimix_n'] == 20
+    assert first == dict(multimix='dense', multimix_n=10, mixup=0.2) and second == dict(multimix='pooled', mixup=0.2)
+    assert 'Before epoch 2, the run was trained' in card and 'Until within epoch 5, the run was trained' in card
+    assert 'trained (before epoch 2 with dense [MultiMix]' in card and '## Citation' in card and 'alice' not in card
+    assert metadata_errors(card) == [] and 'multimix' in ModelCard(card).data.tags
 
 
 def test_recipe_repeats_the_training(tmp_path):

@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,7 +67,8 @@ def held_by_another_process(folder):
             worker = os.fork()
             if worker:
                 os.write(input, str(worker).encode())
-            time.sleep(60)
+            while True:
+                signal.pause()
         finally:
             os._exit(1)
     worker = int(os.read(output, 100))
@@ -95,13 +94,19 @@ def test_folder_is_locked_until_its_process_ends(tmp_path, monkeypatch):
     unlock_folders()
 
 
-def test_folder_of_a_process_that_is_ending_is_waited_for(tmp_path):
+def test_folder_of_a_process_that_is_ending_is_waited_for(tmp_path, monkeypatch):
+    """The process ends when the first attempt to lock its folder has failed."""
+    flock = files.fcntl.flock
     with held_by_another_process(tmp_path) as process:
-        timer = threading.Timer(0.5, os.kill, (process, signal.SIGKILL))
-        timer.start()
+        def failing_once(descriptor, operation):
+            try:
+                return flock(descriptor, operation)
+            except BlockingIOError:
+                os.kill(process, signal.SIGKILL)
+                raise
+        monkeypatch.setattr(files.fcntl, 'flock', failing_once)
         lock_folder(str(tmp_path))
         unlock_folders()
-        timer.join()
 
 
 def test_second_run_in_a_folder_is_refused(script, image_folder, monkeypatch):
@@ -132,6 +137,7 @@ def test_trains_where_nothing_can_be_locked(script, image_folder, monkeypatch):
         raise OSError(errno.ENOTSUP, 'not supported')
     monkeypatch.setattr(files.fcntl, 'flock', flock)
     assert script.train(image_folder) == 0
+    assert script.text.count('has no locks') == 1
     monkeypatch.setattr(files, 'fcntl', None)
     assert script.train(image_folder, epochs=2, resume='auto') == 0
 

@@ -1,4 +1,4 @@
-"""python -m timm_multimix.evaluate, in this process, on tiny models and images."""
+"""python -m timm_multimix.evaluate, run in this process on tiny models and images."""
 import argparse
 import json
 import os
@@ -7,8 +7,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
+import warnings
+from dataclasses import asdict, replace
 from datetime import datetime
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -18,14 +20,15 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_multimix.calibration import fit_temperature
-from timm_multimix.evaluation import between, robustness, suite
 from timm_multimix.evaluation import main as cli
+from timm_multimix.evaluation import suite
 from timm_multimix.evaluation.batches import Embedder, InParts, predict
 from timm_multimix.evaluation.images import Images, Source, parse_source
-from timm_multimix.evaluation.metrics import classification_metrics
+from timm_multimix.evaluation.metrics import classification_metrics, reliability
 from timm_multimix.evaluation.models import load_candidate, load_candidates
-from timm_multimix.evaluation.report import render_table
-from timm_multimix.evaluation.suite import Result
+from timm_multimix.evaluation.names import short_names, shorten
+from timm_multimix.evaluation.report import render_html, render_table
+from timm_multimix.evaluation.suite import Result, Settings
 from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers']
@@ -79,15 +82,22 @@ def evaluate(tmp_path, capsys, monkeypatch):
 
 def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
     assert evaluate(
-        runs / 'plain', runs / 'dense', '--eps', '2', '16/255', '--pgd-steps', '3', '--ood', 'uniform', 'demo/letters',
-        image_folder / 'train@train', '--max-images', '200', '-b', '8') == 0, evaluate.err
+        runs / 'plain', runs / 'dense', '--eps', '2', '16/255', '--pgd-steps', '2', '--ood', 'uniform', 'demo/letters',
+        image_folder / 'train@train', '--max-images', '40', '-b', '8') == 0, evaluate.err
     lines = evaluate.out.splitlines()
     assert lines[0].split() == ['plain', 'dense']
+    assert [line for line in lines if line and line.isupper() and line.isascii() and '  ' not in line] == [
+        'MODEL', 'ACCURACY', 'CALIBRATION', 'SELECTIVE CLASSIFICATION', 'ROBUSTNESS TO ATTACKS',
+        'ROBUSTNESS TO CORRUPTIONS', 'OUT-OF-DISTRIBUTION DETECTION', 'EMBEDDINGS', 'MIXED IMAGES']
+    assert lines[-1] == '* best value of the row; ↑ higher is better, ↓ lower is better'
+    assert 'top-5' not in evaluate.out  # three classes
     table = {re.split(r'  +', line)[0]: re.split(r'  +', line)[1:] for line in lines[1:]}
     for label in ('top-1 % ↑', 'NLL ↓', 'NLL at temperature ↓', 'ECE % ↓', 'ECE % at temperature ↓', 'Brier ↓',
+                  'adaptive ECE % ↓', 'class-wise ECE % at temperature ↓', 'AURC % ↓', 'coverage at 5 % risk, % ↑',
+                  'mean over corruptions, top-1 % ↑', 'gaussian blur, top-1 % ↑',
                   'FGSM 2/255, top-1 % ↑', 'PGD 16/255, top-1 % ↑', 'uniform, energy: AUROC % ↑',
                   'demo/letters (validation), max softmax: FPR at 95 % TPR % ↓', 'alignment ↓', 'uniformity ↓',
-                  'compactness of classes ↓', 'entropy between images', 'intrusions of mixed images % ↓'):
+                  'class compactness ↓', 'mean entropy', 'manifold intrusions, mixed images % ↓'):
         assert len(table[label]) == 2, label
     results = evaluate.results()
     assert list(results['models']) == ['plain', 'dense']
@@ -99,7 +109,7 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
         assert attacks['epsilon_of_255'] == pytest.approx([0, 2, 16])
         assert attacks['fgsm'][0] == attacks['pgd'][0] == pytest.approx(values['metrics']['top1'])
         assert values['ood']['uniform']['num_images'] == 12
-        assert values['ood']['demo/letters (validation)']['num_images'] == 200
+        assert values['ood']['demo/letters (validation)']['num_images'] == 40
         assert values['ood'][f'{image_folder}/train (train)']['num_images'] == 24
         mixes = values['between']
         assert mixes['num_mixes'] == 9 * mixes['num_pairs'] == 108
@@ -110,6 +120,7 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
     assert table['weights'][1].strip() == 'model_best.pth.tar, state_dict_ema'
     assert results['models']['plain']['origin'] == str(runs / 'plain' / 'model_best.pth.tar')
     assert results['versions']['timm'] == timm.__version__ and datetime.fromisoformat(results['date']).tzinfo
+    _check_page(evaluate.html())
 
 
 class _Page(HTMLParser):
@@ -117,34 +128,40 @@ class _Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.headings, self.pictures, self.outside, self.open = [], 0, [], []
+        self.headings, self.topics, self.pictures, self.outside, self.open = [], [], 0, [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.open.append(tag)
+        self.open.append('topic' if ('class', 'topic') in attrs else tag)
         for name, value in attrs:
             if name in ('src', 'href') and not value.startswith('data:image/png;base64,'):
                 self.outside.append(value)
             self.pictures += name == 'src'
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == 'h2':
-            self.headings.append(data)
+        if self.open and self.open[-1] in ('h2', 'topic'):
+            (self.headings if self.open[-1] == 'h2' else self.topics).append(data)
             self.open.append('')
+
+
+def _check_page(html):
+    """One page with its figures and without anything from elsewhere."""
+    page = _Page(html)
+    assert page.headings == [
+        'Reliability', 'Robustness to attacks', 'Robustness to corruptions',
+        'Out-of-distribution detection: max softmax', 'Out-of-distribution detection: energy', 'Embeddings',
+        'Mixed images', 'Attention']
+    assert page.pictures == 8 and page.outside == []
+    assert page.topics == [
+        'Model', 'Accuracy', 'Calibration', 'Selective classification', 'Robustness to attacks',
+        'Robustness to corruptions', 'Out-of-distribution detection', 'Embeddings', 'Mixed images']
+    assert 'max-width: 70rem' not in html and 'other kinds' not in html
 
 
 @pytest.fixture
 def report(evaluate, runs):
     assert evaluate(runs / 'plain', runs / 'dense', '--eps', '4', '--pgd-steps', '2', '-b', '8') == 0, evaluate.err
     return evaluate.folder / 'out' / 'report.html'
-
-
-def test_report_is_one_page_with_its_pictures(report):
-    page = _Page(report.read_text())
-    assert page.headings == [
-        'Reliability', 'Robustness', 'Images of other kinds: max softmax', 'Images of other kinds: energy',
-        'Embeddings', 'Between two images', 'Attention']
-    assert page.pictures == 7 and page.outside == []
 
 
 @pytest.mark.slow
@@ -164,14 +181,14 @@ def test_report_opens_in_a_browser(report, tmp_path):
          '--virtual-time-budget=10000', '--dump-dom', probe.as_uri()],
         capture_output=True, text=True, timeout=300, check=True).stdout
     *pictures, (num_rows, height) = json.loads(re.search(r'<title>(.*?)</title>', dom).group(1).replace('&quot;', '"'))
-    assert len(pictures) == 7 and all(complete and width > 100 for complete, width in pictures)
+    assert len(pictures) == 8 and all(complete and width > 100 for complete, width in pictures)
     assert num_rows > 20 and height > 1500
 
 
 def test_one_model_and_no_extra_parts(evaluate, runs):
     assert evaluate(runs / 'plain', '--parts') == 0
     values = evaluate.results()['models']['plain']
-    assert not {'attacks', 'ood', 'embeddings', 'between'} & set(values)
+    assert not {'attacks', 'corruptions', 'ood', 'embeddings', 'between'} & set(values)
     assert '*' not in evaluate.out and _Page(evaluate.html()).headings == ['Reliability']
 
 
@@ -187,12 +204,11 @@ def test_agrees_with_the_validation_of_the_run(evaluate, runs):
         assert values['metrics']['top1'] == pytest.approx(float(best['eval_top1']))
 
 
-def test_mixes_lie_between_the_images(evaluate, runs, monkeypatch):
-    counted = []
-    monkeypatch.setattr(between, 'count_misses', lambda logits, targets: counted.append(len(logits)) or 0)
+def test_mixes_exclude_the_images_themselves(evaluate, runs):
     assert evaluate(runs / 'plain', '--parts', 'between') == 0
     values = evaluate.results()['models']['plain']['between']
-    assert len(counted) == 9 and sum(counted) == values['num_mixes'] and len(values['confidence']) == 11
+    assert values['num_mixes'] == 9 * values['num_pairs'] and len(values['confidence']) == 11
+    assert values['misses_percent'] == pytest.approx(100 * values['misses'] / values['num_mixes'])
 
 
 def test_results_do_not_depend_on_the_batch_size(evaluate, runs):
@@ -228,9 +244,12 @@ def test_the_best_of_each_row_is_starred():
     first, second = (
         Result(name, dict(num_images=7, metrics=dict(top1=top1, top5=99.0, nll=nll, ece=3.0, brier=nll)))
         for name, top1, nll in (('a', 90.0, 0.4), ('b', 95.0, 0.5)))
-    assert [line.split() for line in render_table([first, second]).splitlines()] == [
-        ['a', 'b'], ['images', '7', '7'], ['top-1', '%', '↑', '90.00', '95.00*'], ['top-5', '%', '↑', '99.00', '99.00'],
-        ['NLL', '↓', '0.4000*', '0.5000'], ['ECE', '%', '↓', '3.00', '3.00'], ['Brier', '↓', '0.4000*', '0.5000']]
+    lines = render_table([first, second]).splitlines()
+    assert [line.split() for line in lines[:-1] if line] == [
+        ['a', 'b'], ['MODEL'], ['images', '7', '7'], ['ACCURACY'], ['top-1', '%', '↑', '90.00', '95.00*'],
+        ['top-5', '%', '↑', '99.00', '99.00'], ['CALIBRATION'], ['NLL', '↓', '0.4000*', '0.5000'],
+        ['Brier', '↓', '0.4000*', '0.5000'], ['ECE', '%', '↓', '3.00', '3.00']]
+    assert lines[-1].startswith('* best value of the row')
     assert '*' not in render_table([first])
 
 
@@ -243,9 +262,9 @@ def test_images_are_resized_as_the_model_was_trained_with(runs, image_folder):
     assert first.shape == second.shape == (2, 3, 48, 48) and not torch.equal(first, second)
 
 
-def test_dataset_of_fewer_classes_is_refused(evaluate, runs, image_folder, tmp_path):
+def test_dataset_of_other_classes_is_refused(evaluate, runs, image_folder, tmp_path):
     for folder in sorted((image_folder / 'validation').iterdir())[:2]:
-        shutil.copytree(folder, tmp_path / 'two' / 'validation' / folder.name)
+        shutil.copytree(folder, tmp_path / 'two' / 'validation' / f'another {folder.name}')
     assert evaluate(runs / 'plain', '--data-dir', tmp_path / 'two') == 2
     assert 'has 3 classes and' in evaluate.err
 
@@ -257,17 +276,25 @@ def test_sample_limits_what_takes_many_passes(evaluate, runs):
     assert values['embeddings']['num_images'] == values['between']['num_pairs'] == 5
 
 
-@pytest.mark.parametrize('given, expected', [([], 2.5 * 4 / 2), (['--pgd-step', '3'], 3)])
-def test_step_of_pgd(evaluate, runs, monkeypatch, given, expected):
-    seen = []
-
-    def pgd(model, images, target, epsilon, step_size, num_steps):
-        seen.append((epsilon * 255, step_size * 255, num_steps))
-        return images
-
-    monkeypatch.setattr(robustness, 'pgd', pgd)
+@pytest.mark.parametrize('given, expected', [
+    ([], (2.5 * 4 / 2, 'log-odds')), (['--pgd-step', '3', '--attack-loss', 'cross-entropy'], (3, 'cross-entropy'))])
+def test_options_of_attacks(evaluate, runs, given, expected):
     assert evaluate(runs / 'plain', '--parts', 'attacks', '--eps', '4', '--pgd-steps', '2', *given) == 0
-    assert seen == [pytest.approx((4, expected, 2))] * len(seen) != []
+    values = evaluate.results()['models']['plain']['attacks']
+    assert values['pgd_steps'] == 2 and values['pgd_step_size_of_255'] == [pytest.approx(expected[0])]
+    assert values['loss'] == expected[1] and f'gradient of the {expected[1]} loss' in evaluate.html()
+
+
+def test_corruptions_do_not_depend_on_the_batch_size(evaluate, runs):
+    results = []
+    for batch_size in (5, 100):
+        assert evaluate(runs / 'plain', '--parts', 'corruptions', '-b', batch_size) == 0
+        results.append(evaluate.results()['models']['plain'])
+    values = results[0]['corruptions']
+    assert values == results[1]['corruptions'] and values['severities'] == [1, 2, 3, 4, 5]
+    assert values['clean_top1'] == pytest.approx(results[0]['metrics']['top1'])
+    curves = [accuracy for curve in values['top1'].values() for accuracy in curve]
+    assert len(values['top1']) == 6 and values['mean_top1'] == pytest.approx(statistics.mean(curves))
 
 
 def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
@@ -320,7 +347,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
 @pytest.mark.parametrize('argv, message', [
     (['nothing'], 'nothing: no such folder or file, nor a model of timm'),
     (['resnet5O'], 'Did you mean resnet50'),
-    (['{tmp}'], 'is no folder of a run'),
+    (['{tmp}'], 'is not a run folder'),
     (['{tmp}/broken.pth.tar'], 'is not a training checkpoint'),
     (['{runs}/plain', '--dataset', 'demo/digits'], 'has 3 classes and demo/digits'),
     (['{runs}/plain', '--data-dir', '{tmp}/missing'], 'missing'),
@@ -336,15 +363,22 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--parts', 'attacks', 'ood', '--ood', 'torch/image_folder'], 'Data torch/image_folder'),
     (['{runs}/plain', '--device', 'abacus'], '--device abacus'),
     (['{runs}/plain', '--ood', '{tmp}/missing', '--parts', 'ood'], 'missing'),
-    (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder, nor such a dataset'),
+    (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder or dataset'),
     (['{runs}/plain', '--ood', 'demo/nope'], 'Datasets are demo/digits'),
     (['{runs}/plain', '--ood', 'unifrom'], 'Did you mean uniform'),
-    (['{runs}/plain', '--dataset', 'nope'], 'nor such a dataset'),
+    (['{runs}/plain', '--dataset', 'torhc/cifar10'], 'Did you mean torch?'),
+    (['{runs}/plain', '--dataset', 'torch/cifr10', '--data-dir', '{tmp}'], 'Did you mean cifar10'),
+    (['{runs}/plain', '--dataset', 'torch/cifar10', '--data-dir', '{tmp}'], 'You can use --dataset-download to'),
+    (['{runs}/plain', '--parts', 'atacks'], 'Did you mean attacks?'),
+    (['{runs}/plain', '--atack-loss', 'x'], 'Did you mean --attack-loss'),
+    (['{runs}/plain', '--attack-loss', 'cross-entrpy'], 'Did you mean cross-entropy?'),
+    (['resnet50.nothing_in1k', '--dataset', 'demo/digits'], 'timm has no pretrained weights of this model'),
+    (['{runs}/plain', '--dataset', 'nope'], 'no such folder or dataset'),
     (['{runs}/plain', '--output', '{tmp}/broken.pth.tar/out'], 'is not a folder that can be written to'),
     (['{tmp}/missing'], 'missing: no such folder or file'),
     ([], 'MODEL'),
 ])
-def test_mistakes_are_told_in_a_line(evaluate, runs, image_folder, tmp_path, argv, message):
+def test_mistakes_end_in_one_line(evaluate, runs, image_folder, tmp_path, argv, message):
     (tmp_path / 'broken.pth.tar').write_bytes(b'PK nonsense')
     paths = dict(tmp=tmp_path, runs=runs, flat=image_folder / 'validation')
     assert evaluate(*(part.format(**paths) for part in argv)) == 2
@@ -356,7 +390,16 @@ def test_mistakes_are_told_in_a_line(evaluate, runs, image_folder, tmp_path, arg
 def test_without_a_package(evaluate, runs, monkeypatch, package, parts):
     monkeypatch.setitem(sys.modules, package, None)
     assert evaluate(runs / 'plain', '--parts', *parts) == 2
-    assert package in evaluate.err and "pip install 'timm-multimix[eval]'" in evaluate.err
+    assert evaluate.err.splitlines() == [
+        f"ERROR: Evaluation needs the package {package}, which is not installed: pip install 'timm-multimix[eval]'"]
+
+
+@pytest.mark.parametrize('option', ['--dataset', '--ood'])
+def test_without_the_package_of_a_dataset(evaluate, runs, monkeypatch, option):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    assert evaluate(runs / 'plain', option, 'hfds/user/name') == 2
+    assert evaluate.err.splitlines()[-1].endswith(
+        'hfds/user/name needs the package datasets, which is not installed: pip install datasets')
 
 
 def change_weights(folder, change):
@@ -368,16 +411,16 @@ def change_weights(folder, change):
     torch.save(checkpoint, path)
 
 
-def test_calibrated_beside_others_is_told(evaluate, runs, tmp_path):
+def test_calibrated_beside_others_is_warned_of(evaluate, runs, tmp_path):
     (tmp_path / 'calibrated').mkdir()
     shutil.copy(runs / 'plain' / 'model_best.pth.tar', tmp_path / 'calibrated' / 'model_calibrated.pth.tar')
     assert evaluate(runs / 'plain', tmp_path / 'calibrated', '--parts') == 0
-    assert 'calibrated: calibrated, and the others are not' in evaluate.err
+    assert 'calibrated: calibrated, but the other models are not' in evaluate.err
     assert evaluate(tmp_path / 'calibrated', '--parts') == 0
-    assert 'the others are not' not in evaluate.err
+    assert 'the other models are not' not in evaluate.err
 
 
-def test_a_model_that_diverged_is_told_and_others_are_kept(evaluate, runs, tmp_path):
+def test_a_model_that_diverged_is_named_and_others_are_kept(evaluate, runs, tmp_path):
     shutil.copytree(runs / 'plain', tmp_path / 'diverged')
     change_weights(tmp_path / 'diverged', lambda w: w * torch.nan if w.is_floating_point() else w)
     assert evaluate(runs / 'plain', tmp_path / 'diverged', '--parts') == 2
@@ -442,7 +485,7 @@ def test_images_of_other_kinds_need_no_classes(runs, monkeypatch):
     with pytest.raises(UsageError, match='one class for each image is needed'):
         predict(candidate, Images(source, candidate, 2), InParts(), 'images')
     monkeypatch.setattr(Unlabelled, '__len__', lambda self: 0)
-    with pytest.raises(UsageError, match='others: there are none'):
+    with pytest.raises(UsageError, match='others: there are no images'):
         predict(candidate, Images(source, candidate, 2, labelled=False), InParts(), 'others')
 
 
@@ -520,7 +563,65 @@ def test_sources_from_text(tmp_path, monkeypatch, text, expected):
     assert (source.dataset, source.root, source.split) == expected
 
 
-def test_names_are_escaped_in_the_report(evaluate, runs, tmp_path):
-    shutil.copytree(runs / 'plain', tmp_path / 'a<b>&')
-    assert evaluate(tmp_path / 'a<b>&', '--parts') == 0
-    assert 'a&lt;b&gt;&amp;' in evaluate.html() and '<b>' not in evaluate.html()
+NAMES = {
+    'mathematics': ('$\\frac{$', '$\\frac{$'),
+    'markup': ('a<b>&"', 'a<b>&"'),
+    'control characters': ('a\n\x1b[31m\tb\u202e', 'a\\n\\x1b[31m\\tb\\u202e'),
+    'undecodable bytes': ('a\udcffb', 'a\\udcffb'),
+    'leading underscore': ('_run', '_run'),
+    'other scripts': ('模型 \N{GRINNING FACE}', '模型 \N{GRINNING FACE}'),
+    'long': ('x' * 250, 'x' * 250),
+    'percent and braces': ('%s {0} \\', '%s {0} \\'),
+}
+
+
+def test_names_of_runs_and_folders_are_only_text(evaluate, runs, image_folder, tmp_path):
+    """In figures, table, JSON and page, for models and for out-of-distribution images."""
+    names = {kind: name for kind, (name, _) in NAMES.items() if kind != 'undecodable bytes'}  # torch cannot open these
+    models, folders = [names['mathematics'], names['control characters']], [names['mathematics'], names['markup']]
+    for name in models:
+        shutil.copytree(runs / 'dense', tmp_path / name)
+    for name in folders:
+        shutil.copytree(image_folder / 'validation' / 'a', tmp_path / 'ood' / name / 'a')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert evaluate(
+            *(tmp_path / name for name in models), '--ood', *(tmp_path / 'ood' / name for name in folders),
+            '--eps', '4', '--pgd-steps', '1') == 0, evaluate.err
+    shown = [NAMES['mathematics'][1], NAMES['control characters'][1]]
+    assert list(evaluate.results()['models']) == shown
+    for values in evaluate.results()['models'].values():
+        assert list(values['ood']) == [f'{tmp_path}/ood/{name} (validation)' for name in folders]
+    assert '<b>' not in evaluate.html() and not set('\x1b\t\u202e') & set(evaluate.html() + evaluate.out + evaluate.err)
+
+
+def test_names_in_figures_table_and_page():
+    """Drawn without a warning, and written as they are or escaped."""
+    names = [name for name, _ in NAMES.values()]
+    scores = dict(energy=torch.rand(9), max_softmax=torch.rand(9))
+    results = [Result(name, dict(
+        origin=f'folder/{name}', num_images=9, metrics=dict(top1=50.0, nll=k),
+        reliability=asdict(reliability(torch.randn(9, 3), torch.arange(9) % 3)), tempered={},
+        attacks=dict(num_images=9, loss='log-odds', epsilon_of_255=[0, 1], pgd_steps=1, fgsm=[1, 2], pgd=[1, 2]),
+    ), dict(
+        points=torch.rand(9, 2), classes=torch.arange(9) % 3, images=torch.rand(1, 3, 8, 8), maps=torch.rand(1, 2, 2),
+        scores=dict(inside=scores, outside={names[0]: scores}),
+    )) for k, name in enumerate(names)]
+    source = Source('', NAMES['control characters'][0], 'validation')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        page = render_html(results, Settings(source, epsilons=(1 / 255,), outside=(source,)))
+    page.encode()
+    assert _Page(page).pictures == 6 and '<b>' not in page and not set('\x1b\t\u202e') & set(page)
+    header = render_table(results).splitlines()[0]
+    for _, shown in NAMES.values():
+        assert escape(shorten(shown, 200)) in page and escape(f'folder/{shown}') in page
+        assert f' {shorten(shown, 32)}' in header
+    assert f'Images: {escape(str(source))}.' in page
+
+
+def test_short_names_differ():
+    names = ['run-' + 'x' * 100 + f'-{k}-' + 'x' * 100 for k in range(3)]
+    short = short_names(names, 20)
+    assert len(set(short)) == 3 and max(map(len, short)) <= 20
+    assert short_names(['one', 'two'], 20) == ['one', 'two']

@@ -20,6 +20,8 @@ from timm_multimix.evaluation import (
     pgd,
     reliability,
 )
+from timm_multimix.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from timm_multimix.evaluation.metrics import calibration_errors, selective_metrics
 from timm_multimix.evaluation.robustness import parse_epsilon
 
 
@@ -46,11 +48,87 @@ def test_classification_metrics(problem):
               for k in range(15) if (bins == k).any())
     expected = dict(
         top1=100 * top1.mean(),
-        top5=100 * (order[:, :5] == labels[:, None]).any(1).mean(),
         nll=-np.log(probs[np.arange(n), labels]).mean(),
         brier=((probs - np.eye(logits.shape[1])[labels]) ** 2).sum(1).mean(),
         ece=100 * ece)
-    assert classification_metrics(logits, target) == pytest.approx(expected, rel=1e-5)
+    if logits.shape[1] > 5:
+        expected['top5'] = 100 * (order[:, :5] == labels[:, None]).any(1).mean()
+    metrics = classification_metrics(logits, target)
+    others = {'adaptive_ece', 'classwise_ece', 'aurc', 'coverage_at_5_risk'}
+    assert set(metrics) == set(expected) | others
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_top5_needs_six_classes():
+    target = torch.arange(5)
+    assert 'top5' not in classification_metrics(torch.eye(5), target)
+    assert classification_metrics(torch.eye(6)[:5], target)['top5'] == 100
+
+
+def test_calibration_errors_by_loops(problem):
+    logits, target = problem
+    probs, labels, n = softmax(logits), target.numpy(), len(target)
+    order = np.argsort(probs.max(1), kind='stable')
+    adaptive = 0.0
+    for part in np.array_split(order, 15):
+        if len(part):
+            accuracy = np.mean([probs[i].argmax() == labels[i] for i in part])
+            adaptive += len(part) / n * abs(accuracy - probs[part].max(1).mean())
+    classwise = []
+    for k in range(probs.shape[1]):
+        error = 0.0
+        for b in range(15):
+            members = [i for i in range(n) if min(int(probs[i, k] * 15), 14) == b]
+            if members:
+                frequency = np.mean([labels[i] == k for i in members])
+                error += len(members) / n * abs(frequency - probs[members, k].mean())
+        classwise.append(error)
+    errors = calibration_errors(logits, target)
+    assert errors['adaptive_ece'] == pytest.approx(100 * adaptive, rel=1e-6, abs=1e-9)
+    assert errors['classwise_ece'] == pytest.approx(100 * np.mean(classwise), rel=1e-6, abs=1e-9)
+
+
+def literal_selection(confidence, wrong):
+    """AURC, mean over orders of ties, and the coverage at 5 % risk, by trying every threshold."""
+    risks = []
+    for size in range(1, len(wrong) + 1):
+        border = sorted(confidence, reverse=True)[size - 1]
+        sure = [w for c, w in zip(confidence, wrong, strict=True) if c > border]
+        tied = [w for c, w in zip(confidence, wrong, strict=True) if c == border]
+        risks.append((sum(sure) + (size - len(sure)) * np.mean(tied)) / size)
+    coverage = 0.0
+    for threshold in confidence:
+        accepted = [w for c, w in zip(confidence, wrong, strict=True) if c >= threshold]
+        if np.mean(accepted) <= 0.05:
+            coverage = max(coverage, len(accepted) / len(wrong))
+    return dict(aurc=100 * np.mean(risks), coverage_at_5_risk=100 * coverage)
+
+
+def test_selective_metrics_by_loops(problem):
+    logits, target = problem
+    probs, labels = softmax(logits), target.numpy()
+    expected = literal_selection(probs.max(1).tolist(), (probs.argmax(1) != labels).tolist())
+    assert selective_metrics(logits, target) == pytest.approx(expected, rel=1e-6)
+
+
+def test_selective_metrics_with_ties():
+    logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.5, 0.0]])
+    target = torch.tensor([0, 0, 1, 0, 1, 1])
+    expected = literal_selection([0.9, 0.9, 0.7, 0.7, 0.7, 0.6], [False, False, False, True, False, True])
+    for order in (torch.arange(6), torch.arange(6).flip(0), torch.tensor([3, 0, 4, 5, 2, 1])):
+        assert selective_metrics(logits[order], target[order]) == pytest.approx(expected)
+    assert expected['coverage_at_5_risk'] == pytest.approx(100 / 3)
+
+
+def test_selection_orders_confidences_that_round_to_one():
+    logits = torch.tensor([[90.0, 0.0], [80.0, 0.0], [100.0, 0.0]])
+    metrics = selective_metrics(logits, torch.tensor([0, 1, 0]))  # the error is the least confident
+    assert metrics == pytest.approx(dict(aurc=100 / 9, coverage_at_5_risk=200 / 3))
+
+
+def test_selection_without_a_tolerated_threshold():
+    metrics = selective_metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([1, 1]))
+    assert metrics == pytest.approx(dict(aurc=100, coverage_at_5_risk=0))
 
 
 def test_reliability_adds_up_to_the_calibration_error(problem):
@@ -170,6 +248,26 @@ def test_pgd_projects_and_steps(attacked):
     torch.testing.assert_close(pgd(model, images, target, 0.05, 0.02, 5, random_start=False), expected)
 
 
+@pytest.mark.parametrize('attack', ['fgsm', 'pgd'])
+def test_attacks_along_the_gradient_of_cross_entropy(attacked, attack):
+    """As published: the same steps, except where the gradient underflows and the image stays as it is."""
+    model, images, target = copy.deepcopy(attacked[0]).double(), attacked[1].double(), attacked[2]
+
+    def run(model, images, loss):
+        if attack == 'fgsm':
+            return fgsm(model, images, target, 0.05, loss=loss)
+        return pgd(model, images, target, 0.05, 0.02, 5, random_start=False, loss=loss)
+
+    torch.testing.assert_close(run(model, images, 'cross-entropy'), run(model, images, 'log-odds'))
+    confident = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for parameter in confident.net[-1].parameters():
+            parameter.mul_(1000)
+    images = images.float()
+    assert torch.equal(run(confident, images, 'cross-entropy'), images)
+    assert (confident(run(confident, images, 'log-odds')).argmax(1) == target).double().mean() < 0.9
+
+
 def test_random_start_is_random_and_seeded(attacked):
     model, images, target = attacked
     starts = []
@@ -205,7 +303,46 @@ def test_epsilon_that_is_no_size(text):
         parse_epsilon(text)
 
 
-# images of other kinds
+# corruptions
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+@pytest.mark.parametrize('kind', CORRUPTIONS)
+def test_corruptions_grow_with_severity_and_stay_in_the_range(kind, channels):
+    generator = torch.Generator().manual_seed(0)
+    images = F.interpolate(torch.rand(4, channels, 8, 10, generator=generator), (32, 40), mode='bicubic').clamp(0, 1)
+    before = images.clone()
+    changes = []
+    for severity in SEVERITIES:
+        first, second = (corrupt(images, kind, severity, torch.Generator().manual_seed(1)) for _ in range(2))
+        assert torch.equal(first, second) and first.shape == images.shape and first.dtype == images.dtype
+        assert first.min() >= 0 and first.max() <= 1
+        changes.append((first - images).abs().mean().item())
+    assert changes[0] > 0 and changes[-1] > 1.2 * changes[0] and torch.equal(images, before)
+    assert changes == sorted(changes) or kind == 'pixelation'
+
+
+def test_noise_is_seeded_and_does_not_depend_on_batches():
+    images = torch.full((6, 3, 16, 16), 0.5)
+    whole = corrupt(images, 'gaussian noise', 1, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    parts = [corrupt(part, 'gaussian noise', 1, generator) for part in images.split(4)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.equal(corrupt(images, 'gaussian noise', 1, torch.Generator().manual_seed(4)), whole)
+    assert (whole - images).std().item() == pytest.approx(0.08, rel=0.05)
+
+
+def test_corruptions_of_known_images():
+    generator = torch.Generator()
+    images = torch.tensor([0.2, 0.6]).repeat(8).view(1, 1, 4, 4)
+    torch.testing.assert_close(corrupt(images, 'brightness', 3, generator), images + 0.3)
+    torch.testing.assert_close(corrupt(images, 'contrast', 1, generator), 0.4 + 0.4 * (images - 0.4))
+    torch.testing.assert_close(corrupt(images, 'pixelation', 3, generator), torch.full_like(images, 0.4))
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    for kind in ('gaussian blur', 'JPEG compression', 'pixelation', 'contrast'):
+        torch.testing.assert_close(corrupt(flat, kind, 5, generator), flat, atol=0.01, rtol=0)
+
+
+# out-of-distribution detection
 
 def pairwise_auroc(inside, outside):
     return 100 * np.mean([[1.0 if a > b else 0.5 if a == b else 0.0 for b in outside] for a in inside])
@@ -366,3 +503,26 @@ def test_intrusions_of_a_hand_made_plane():
     assert between.count_intrusions(mixed, pairs, real, torch.arange(3)) == 1
     assert between.count_intrusions(5 * mixed, pairs, real, torch.arange(3)) == 1
     assert between.count_intrusions(mixed, pairs.clamp(max=1), real, torch.tensor([0, 1, 1])) == 0
+
+
+# default device
+
+def test_another_default_device_changes_nothing():
+    """As with torch.set_default_device('cuda'): tensors are on the device of the arguments, draws are on the CPU."""
+    embeddings, target = torch.randn(40, 5), torch.arange(40) % 7
+    logits = torch.randn(40, 7) + 2 * F.one_hot(target, 7)
+    images = torch.rand(2, 3, 16, 16)
+
+    def measure():
+        tempered = cross_fit(logits, target).logits
+        return [
+            classification_metrics(logits, target), reliability(logits, target).count, tempered.tolist(),
+            geometry.alignment(embeddings, target), geometry.uniformity(embeddings),
+            geometry.compactness(embeddings, target), geometry.project(embeddings).tolist(),
+            between.sample_pairs(target, 9).tolist(), next(ood.noise_batches('gaussian', 2, (3, 4, 4), 2)).tolist(),
+            detection_metrics(ood.energy(logits[:20]), ood.max_softmax(logits[20:])),
+            *(corrupt(images, kind, 3, torch.Generator('cpu').manual_seed(0)).tolist() for kind in CORRUPTIONS)]
+
+    expected = measure()
+    with torch.device('meta'):
+        assert repr(measure()) == repr(expected)

@@ -1,6 +1,9 @@
 """Pushing models from Python with the real huggingface_hub client to a Hub on loopback, and errors on the way."""
 import json
+import logging
+import traceback
 from pathlib import Path
+from urllib.parse import quote
 
 import huggingface_hub
 import pytest
@@ -9,10 +12,11 @@ import torch
 from hub_helpers import READ_TOKEN, TOKEN, logits, small_model
 from hub_server import File, User
 from huggingface_hub import ModelCard
+from huggingface_hub.utils._http import default_client_factory
 
 import timm_multimix.hub as hub
 from timm_multimix import attach, push_to_hub
-from timm_multimix.hub import HubError, HubRepository, with_retries
+from timm_multimix.hub import HubError, HubRepository, limit_waiting, with_retries
 from timm_multimix.training import hub as training_hub
 
 pytest_plugins = ['training_helpers', 'hub_helpers']
@@ -307,5 +311,114 @@ def test_cards_pass_the_hubs_own_validation(server, trained, script):
         card.validate()
 
 
-def test_no_token_in_an_error():
-    assert 'hf_' + 'abcdefghij' not in str(HubError('Bearer hf_' + 'abcdefghij said no'))
+# Tokens.
+
+KINDS = ['hf_abcdefghijklmnopqrstuvwxyz01234567', 'hf_oauth_abcDEF123456ghiJKL7890',
+         'hf_jwt_eyJhbGciOi.eyJzdWIiOi.c2ln-b_F0', 'api_org_abcdefghijklmnopqrstuvwx', 'plainsecret',
+         'with/slash+and=', 'a.b-c_d~e']
+ECHOES = ['Bearer {} said no', 'https://user:{}@huggingface.co/x', 'https://huggingface.co/x?token={}&y=1', '"{}"',
+          'x{}y', 'token%3D{}', '({}).']
+
+
+@pytest.mark.parametrize('source', ['HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'file'])
+@pytest.mark.parametrize('token', KINDS)
+def test_tokens_in_use_are_not_repeated(tmp_path, monkeypatch, token, source):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    if source == 'file':
+        (tmp_path / 'token').write_text(token + '\n')
+    else:
+        monkeypatch.setenv(source, token)
+    for echo in ECHOES:
+        before, after = echo.split('{}')
+        for shown in (token, quote(token, safe='')):
+            text = str(HubError(echo.format(shown)))
+            assert shown not in text and token not in text, text
+            assert text.startswith(before) and text.endswith(after.strip('y')), text
+
+
+@pytest.mark.parametrize('token', [kind for kind in KINDS if kind.startswith(('hf_', 'api_org_'))])
+def test_tokens_of_others_are_not_repeated_either(token):
+    for echo in ECHOES:
+        text = str(HubError(echo.format(token)))
+        assert token not in text and token[-6:] not in text, text
+
+
+@pytest.mark.parametrize('token', ['plainsecretwithoutaprefix', KINDS[1]])
+def test_token_that_the_hub_echoes(server, monkeypatch, script, image_folder, token):
+    """In an error from Python with its traceback, in what a run logs, and in what it writes."""
+    server.tokens[token] = User('user')
+    monkeypatch.setenv('HF_TOKEN', token)
+    text = f'The token {token} of https://user:{token}@hub may not do this'
+    server.fail('POST', '/commit/', *[(400, dict(X_Error_Message=text))] * 4)
+    with pytest.raises(HubError, match='may not do this') as error:
+        push_to_hub(small_model(), 'user/model')
+    shown = ''.join(traceback.format_exception(error.value))
+    assert token not in shown
+    server.repos.clear()
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end') == 0
+    assert 'may not do this' in script.text and token not in script.text
+    logging.getLogger('any.library').warning(f'Bearer {token}')
+    assert token not in script.capsys.readouterr().err
+    for path in script.folder.rglob('*'):
+        assert not path.is_file() or token.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize('token', ['plainsecretwithoutaprefix', 'hf_abcdefghijklmnopqrstuvwxyz01234567'])
+@pytest.mark.parametrize('options', [
+    dict(experiment='{}'), dict(model_kwargs='token={}'), dict(hub_model_id='user/{}'), dict(dataset='hfds/{}'),
+    dict(data_dir='https://user:{}@host/data'), dict(wandb_tags='{}'), dict(config='card: {{description: "{}"}}'),
+    dict(config='aa: x{}')])
+def test_tokens_in_options_are_refused(server, monkeypatch, script, image_folder, tmp_path, options, token):
+    monkeypatch.setenv('HF_TOKEN', 'plainsecretwithoutaprefix')
+    options = {name: value.format(token) for name, value in options.items()}
+    if 'config' in options:
+        (tmp_path / 'recipe.yaml').write_text(options['config'])
+        options['config'] = tmp_path / 'recipe.yaml'
+    assert script.train(image_folder, '--push-to-hub', **options) == 2
+    assert 'contains an access token' in script.lines[-1] and token not in script.text
+    assert not script.written() and not server.requests
+
+
+def test_words_like_tokens_are_no_tokens(script, image_folder):
+    assert script.train(image_folder, output='hf_checkpoints', experiment='hf_experiment') == 0
+    assert 'hf_checkpoints/hf_experiment/last' in script.text or 'hf_checkpoints/hf_experiment' in script.text
+
+
+def test_repository_named_like_a_token_is_refused(server):
+    with pytest.raises(HubError, match='contains an access token') as error:
+        push_to_hub(small_model(), 'hf_abcdefghijklmnopqrstuvwxyz01234567')
+    assert 'abcdef' not in str(error.value) and not server.requests
+
+
+# Waiting.
+
+def test_requests_time_out(server, model_folder):
+    """With limit_waiting a Hub that carries out a commit and never answers is asked again; without, for ever."""
+    try:
+        limit_waiting(0.5)
+        repository, folder = opened(), model_folder()
+        server.fail('POST', '/commit/', 'mute')
+        with_retries(lambda: repository.commit(folder, 'ours'), (0,), lambda seconds: None)
+        assert server.repos['user/model'].titles == ['initial commit', 'ours']
+    finally:
+        huggingface_hub.set_client_factory(default_client_factory)
+
+
+def test_retries_end_after_ten_minutes(monkeypatch):
+    """Counted from the first failure, including the time that the calls take."""
+    now = [1000.0]
+    monkeypatch.setattr('time.monotonic', lambda: now[0])
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        now[0] += seconds
+
+    def push():
+        now[0] += 90
+        raise HubError('no connection', is_temporary=True)
+
+    with pytest.raises(HubError):
+        with_retries(push, (5,) * 100, wait)
+    assert len(waits) == 7 and now[0] <= 1000 + 90 + 600 + 90

@@ -1,5 +1,7 @@
 """Runs that push to a Hub on loopback, the command, and loading from there."""
+import _thread
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -55,22 +57,20 @@ def test_strategies(server, script, image_folder, strategy):
     assert script.status == 0 and 'Finish the upload' not in script.text
 
 
-def test_a_push_under_way_is_not_waited_for(server, script, image_folder):
+def test_a_push_under_way_is_not_waited_for(server, script, image_folder, monkeypatch):
     """Training ends while the first upload hangs; what was skipped is covered by the last push."""
     server.gate = threading.Event()
-    released = []
+    at_the_end = []
+    finish = training_hub.HubPush.finish
 
-    def release(*args):
-        released.append(len(script.summary()))
+    def release(push):
+        at_the_end.append(len(script.summary()))
         server.gate.set()
+        finish(push)
 
-    original = training_hub.HubPush.finish
-    training_hub.HubPush.finish = lambda self: (release(), original(self))
-    try:
-        script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=4)
-    finally:
-        training_hub.HubPush.finish = original
-    assert released == [4] and script.status == 0
+    monkeypatch.setattr(training_hub.HubPush, 'finish', release)
+    script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=4)
+    assert at_the_end == [4] and script.status == 0
     assert len(server.repos['user/model'].titles) <= 3
     assert f'epoch {script.checkpoint("model_best.pth.tar")["epoch"]},' in server.repos['user/model'].head().title
 
@@ -110,16 +110,56 @@ def test_stopped_run_is_left_alone(server, script, image_folder, monkeypatch):
     assert script.lines[-1].endswith('--resume auto')
 
 
-def test_interrupt_while_the_last_upload_is_under_way(server, script, image_folder):
-    def interrupt():
-        import _thread
-        _thread.interrupt_main()
+def join_hub_threads() -> None:
+    """Wait for uploads that runs in this process gave up."""
+    for thread in threading.enumerate():
+        if thread.name == 'hub':
+            thread.join()
 
-    server.fail('PUT', '/', interrupt)
+
+def test_interrupt_while_the_last_upload_is_under_way(server, script, image_folder):
+    server.gate = threading.Event()  # the upload cannot end before the signal has arrived
+    server.fail('PUT', '/', _thread.interrupt_main)
     assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end') == 130
     assert 'Finish the upload with' in script.text and script.checkpoint('model_best.pth.tar')['epoch'] == 0
+    server.gate.set()
+    join_hub_threads()
     assert training_hub.command(script.lines[-1].split()[3:]) == 0
     assert len(server.repos['user/model'].titles) == 2
+
+
+@pytest.mark.parametrize('method, path', [
+    ('POST', '/commit/'), ('PUT', '/'), ('POST', '/preupload/'), ('GET', '/revision|/api/models/user/model$')])
+def test_end_of_a_run_does_not_wait_without_limit(server, script, image_folder, monkeypatch, method, path):
+    """The Hub does what it is asked for and never answers: the run ends, and names the command that pushes it."""
+    monkeypatch.setattr(training_hub.HubPush, 'patience', 0.5)
+    begin = training_hub.HubPush.begin
+
+    def mute(push, run):
+        begin(push, run)
+        server.fail(method, path, 'mute')
+
+    monkeypatch.setattr(training_hub.HubPush, 'begin', mute)
+    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end') == 0
+    assert 'took longer than' in script.text and 'The run itself is complete' in script.text
+    assert script.lines[-1].split()[:4] == ['python', '-m', 'timm_multimix.hub', 'push']
+    server.unmute.set()
+    join_hub_threads()
+    assert training_hub.command(script.lines[-1].split()[3:]) == 0
+    assert len(server.repos['user/model'].titles) == 2  # the answer was lost, not the commit
+
+
+@pytest.mark.slow
+def test_process_ends_while_the_hub_is_silent(server, script, image_folder):
+    """No thread of the upload keeps the process alive."""
+    server.fail('POST', '/commit/', 'mute')
+    code = ('import sys; from timm_multimix.training import hub, main; hub.HubPush.patience = 0.1; '
+            'sys.exit(main(sys.argv[1:]))')
+    done = subprocess.run(
+        [sys.executable, '-c', code, *training_arguments(image_folder), '--epochs', '1', '--hub-strategy', 'end'],
+        cwd=script.folder, env=environment(server, script), capture_output=True, text=True)
+    assert done.returncode == 0 and 'took longer than' in done.stderr, done.stderr
+    assert not any('.hub-' in name for name in script.written())
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -153,19 +193,28 @@ def test_only_the_first_process_talks_to_the_hub(server, script, image_folder, m
     assert (training_hub.HubPush.start(args) is None) == bool(server.requests == []) == bool(rank)
 
 
+def training_arguments(image_folder) -> list[str]:
+    return ['--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32', '-b', '8', '-j', '0',
+            '--experiment', 'run', '--lr', '0.01', '--push-to-hub', '--hub-model-id', 'user/model']
+
+
+def environment(server, script) -> dict[str, str]:
+    return {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
+            'HF_HOME': str(script.folder / 'home')}
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_killed_while_uploading(server, script, image_folder):
     """SIGKILL in the middle of an upload: the run continues from its files, and what the upload left is removed."""
     server.gate = threading.Event()  # the first upload never ends
-    command = [
-        sys.executable, str(Path(__file__).parent.parent / 'train_timm.py'), '--data-dir', str(image_folder), '--model',
-        'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '300', '-j', '0', '--experiment', 'run', '--lr',
-        '0.01', '--push-to-hub', '--hub-model-id', 'user/model']
-    environment = {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_TELEMETRY': '1',
-                   'HF_HOME': str(script.folder / 'home')}
-    process = subprocess.Popen(command, cwd=script.folder, stderr=subprocess.PIPE, text=True, env=environment)
+    uploading = threading.Event()
+    server.fail('PUT', '/', uploading.set)
+    command = [sys.executable, str(Path(__file__).parent.parent / 'train_timm.py'), *training_arguments(image_folder),
+               '--epochs', '100000']
+    process = subprocess.Popen(
+        command, cwd=script.folder, stderr=subprocess.PIPE, text=True, env=environment(server, script))
     for line in process.stderr:
-        if ': validation ' in line and server.count('PUT', '/'):
+        if ': validation ' in line and uploading.is_set():
             process.kill()
             break
     process.communicate()
@@ -176,6 +225,46 @@ def test_killed_while_uploading(server, script, image_folder):
         script.text
     assert not any('.hub-' in name for name in script.written())
     assert len(script.summary()) == epochs and len(server.repos['user/model'].titles) > 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGHUP', None)])
+def test_signal_to_the_push_command(server, script, trained, number):
+    """It leaves no copies of the weights, and other handlers as they were."""
+    server.gate = threading.Event()
+    copies = []
+
+    def stop():
+        copies.extend(trained.glob('.hub-*/*/model.safetensors'))
+        signal.pthread_kill(threading.main_thread().ident, number)
+
+    before = signal.getsignal(number)
+    server.fail('PUT', '/', stop)
+    assert training_hub.command(['push', str(trained), 'user/model']) == 128 + number
+    assert len(copies) == 1 and not list(trained.glob('.hub-*')) and signal.getsignal(number) == before
+    assert 'run the same command again' in script.capsys.readouterr().err
+    assert server.repos['user/model'].titles == ['initial commit']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='signals')
+def test_killed_push_command(server, script, trained):
+    """The next command removes the copies of the weights that it left, and not those of a living one."""
+    server.gate = threading.Event()
+    uploading = threading.Event()
+    server.fail('PUT', '/', uploading.set)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'timm_multimix.hub', 'push', str(trained), 'user/model'],
+        env=environment(server, script))
+    uploading.wait()
+    copies = list(trained.glob('.hub-*'))
+    assert len(copies) == 1 and list(copies[0].rglob('model.safetensors'))
+    os.symlink(trained.parent, trained / '.hub-link')
+    assert training_hub.command(['card', str(trained)]) == 0
+    assert copies[0].exists()
+    process.kill()
+    process.wait()
+    assert copies[0].exists() and training_hub.command(['card', str(trained)]) == 0
+    assert [path.name for path in trained.glob('.hub-*')] == ['.hub-link'] and trained.exists()
 
 
 def test_name_of_the_repository_defaults_to_that_of_the_run(server, script, image_folder):
@@ -207,6 +296,25 @@ def test_training_is_the_same_with_uploads(server, script, image_folder):
                  epochs=2)
     alone, pushed = (script.checkpoint(name=name)['state_dict'] for name in ('alone', 'pushed'))
     assert all(torch.equal(alone[name], pushed[name]) for name in alone)
+
+
+def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_folder, trained):
+    """Also if it was interrupted and continued in between; checkpoints of the first part describe that part only."""
+    first = {path.name: torch.load(path, weights_only=True)['args'] for path in trained.glob('*.pth.tar')}
+    assert not any('earlier' in args for args in first.values())
+    for epochs in (3, 4):
+        assert script.train(image_folder, '--model-ema', multimix='pooled', smoothing=0.3, epochs=epochs, mean='0.4',
+                            crop_pct=0.9, resume='auto') == 0, script.text
+    assert script.checkpoint()['args']['earlier'] == [
+        dict(epoch=2, in_epoch=False, options=dict(multimix='dense', smoothing=0.1))]
+    os.replace(trained / 'last.pth.tar', trained / 'model_best.pth.tar')
+    script.capsys.readouterr()
+    assert training_hub.command(['card', str(trained)]) == 0
+    card = script.capsys.readouterr().out
+    recipe, before = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
+    assert recipe['multimix'] == 'pooled' and before == dict(multimix='dense', smoothing=0.1)
+    assert 'Before epoch 2, the run was trained with these options instead' in card
+    assert 'trained with pooled [MultiMix]' in card and '(before epoch 2 with dense [MultiMix]' in card
 
 
 # The command.

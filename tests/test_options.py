@@ -89,18 +89,42 @@ def test_wrong_values_are_refused(argv):
         _parser().parse_args(argv)
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['--multimix-n', '0'], 'num_mixes must be at least 1'),
-    (['--multimix-distill-weight', '2'], 'distill_weight is a share'),
-    (['--multimix-distill-temperature', '0'], 'distill_temperature must be positive'),
-    (['--multimix-distill-ramp-epochs', '-1'], 'ramp_epochs must not be negative'),
-    (['--multimix-teacher-decay', '1'], 'a share below 1, got 1.0'),
-    (['--multimix-views', '2'], 'The second view is for a teacher'),
-    (['--multimix-teacher', 'ema', '--multimix-teacher-path', 'x.pth'], 'x.pth is for a teacher that is named'),
+@pytest.mark.parametrize('argv', [
+    ['--multimix-n', '0'],
+    ['--multimix-n', '-3'],
+    ['--multimix-alpha', '0'],
+    ['--multimix-alpha', '2', '1'],
+    ['--multimix-alpha', '1', '2', '3'],
+    ['--multimix-tuple-length', '0'],
+    ['--multimix-pooled-weight', '1.5'],
+    ['--multimix-clean-weight', '-1'],
+    ['--multimix-logit-scale', '0'],
+    ['--multimix-logit-scale', 'inf'],
+    ['--multimix-prob', '1.5'],
+    ['--multimix-start-epoch', '-1'],
+    ['--multimix-off-epoch', '-1'],
+    ['--multimix-start-epoch', '3', '--multimix-off-epoch', '3'],
+    ['--multimix-distill-weight', '2'],
+    ['--multimix-distill-temperature', '0'],
+    ['--multimix-distill-ramp-epochs', '-1'],
+    ['--multimix-teacher-decay', '1'],
+    ['--multimix-views', '2'],
+    ['--multimix-teacher-path', 'x.pth', '--multimix-teacher', 'ema'],
 ])
-def test_values_out_of_range_are_told_before_a_model_is_built(argv, message):
-    with pytest.raises(ValueError, match=message):
+def test_values_out_of_range_name_their_option(argv):
+    """Before a model is built, and without the keyword arguments of Python."""
+    with pytest.raises(ValueError) as error:
         _kwargs('--multimix', 'dense', *argv)
+    message = str(error.value)
+    assert argv[0] in message and argv[1] in message, message
+    words = set(inspect.signature(MultiMixLoss).parameters) | set(inspect.signature(MultiMixTask).parameters)
+    assert not [word for word in words if '_' in word and word in message] and 'None' not in message, message
+
+
+def test_a_word_for_a_number_is_refused_in_plain_words(capsys):
+    with pytest.raises(SystemExit):
+        _parser().parse_args(['--multimix-logit-scale', 'x'])
+    assert "must be a number or auto, got 'x'" in capsys.readouterr().err
 
 
 def test_options_that_a_parser_has_already_clash():

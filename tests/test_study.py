@@ -154,6 +154,17 @@ def test_mistakes_are_told_without_a_traceback(tmp_path):
     assert 'Traceback' not in result.stderr
 
 
+def test_missing_package_is_named_before_the_first_run(tmp_path):
+    program = (
+        'import runpy, sys; sys.modules["captum"] = None; sys.argv.pop(0); sys.path.insert(0, sys.argv.pop(0)); '
+        'runpy.run_path(sys.argv[0], run_name="__main__")')
+    result = subprocess.run(
+        [sys.executable, '-c', program, BENCHMARKS, BENCHMARKS / 'study.py', write(tmp_path), '--results',
+         tmp_path / 'results'], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
+        "A study needs the package captum, which is not installed: pip install 'timm-multimix[eval]'")
+
+
 def test_shift_moves_by_at_most_its_reach():
     images = torch.zeros(200, 1, 9, 9)
     images[:, :, 4, 4] = 1
@@ -273,5 +284,5 @@ def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
         if ' %' in line:  # a run has ended
             break
     study.terminate()
-    output, errors = study.communicate(timeout=120)  # ends when nobody holds the other end
+    output, errors = study.communicate(timeout=600)  # ends when nobody holds the other end
     assert study.returncode == 130 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output

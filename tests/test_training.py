@@ -192,7 +192,7 @@ def test_interrupted_process_ends_cleanly(tmp_path, image_folder, number, whole_
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.communicate(timeout=600)[1]
     assert process.returncode == 128 + number and 'Traceback' not in rest, rest
     assert '--resume auto' in rest.splitlines()[-1] and rest.count('Stopping after this step') == 1
     assert list((tmp_path / 'output' / 'train' / 'run').glob('recovery-*'))

@@ -1,4 +1,5 @@
 """Mistakes end in one line that says what to do, with status 2, before anything is written."""
+import argparse
 import signal
 import sys
 
@@ -23,9 +24,10 @@ WRONG_OPTIONS = {
     'scheduled batch of one': (
         ['--multimix', 'dense', '--train-img-sizes', '32', '64', '--train-batch-sizes', '8', '1'], '--batch-size'),
     'long tuples': (['--multimix', 'pooled', '--multimix-tuple-length', '9', '-b', '8'], 'batch size 8, got 9'),
-    'bad share': (['--multimix', 'dense', '--multimix-clean-weight', '2'], 'clean_weight'),
-    'bad alpha': (['--multimix', 'dense', '--multimix-alpha', '2', '1'], 'alpha'),
-    'no epoch left': (['--multimix', 'dense', '--multimix-start-epoch', '2', '--multimix-off-epoch', '1'], 'off_epoch'),
+    'bad share': (['--multimix', 'dense', '--multimix-clean-weight', '2'], ': --multimix-clean-weight is a'),
+    'bad alpha': (['--multimix', 'dense', '--multimix-alpha', '2', '1'], ': --multimix-alpha must be'),
+    'no epoch left': (['--multimix', 'dense', '--multimix-start-epoch', '2', '--multimix-off-epoch', '1'],
+                      'and --multimix-off-epoch 1 leave no epoch'),
     'MultiMix with TorchScript': (['--multimix', 'dense', '--torchscript'], 'torchcompile'),
     'MultiMix with distillation': (['--multimix', 'dense', '--kd-model-name', 'resnet18'], 'distillation'),
     'MultiMix with NaFlex': (['--multimix', 'dense', '--naflex-loader'], 'padding'),
@@ -35,9 +37,34 @@ WRONG_OPTIONS = {
     'empty folder name': (['--data-dir', ''], 'embedded digits'),
     'unknown dataset': (['--dataset', 'cifar10'], 'torch/'),
     'two datasets': (['--data-dir', '.', '--dataset', 'demo/digits'], "--dataset ''"),
-    'no mixes': (['--multimix', 'dense', '--multimix-n', '0'], 'num_mixes must be at least 1'),
+    'no mixes': (['--multimix', 'dense', '--multimix-n', '0'], ': --multimix-n must be at least 1, got 0.'),
     'unknown demo': (['--dataset', 'demo/numbers'], 'demo/digits'),
     'class count': (['--num-classes', '7'], '10 classes'),
+    'misspelt type of dataset': (['--dataset', 'torhc/cifar10', '--data-dir', '.'], 'Did you mean torch?'),
+    'misspelt demo': (['--dataset', 'demo/digts'], 'Did you mean demo/digits'),
+    'demo without its type': (['--dataset', 'digits'], 'Did you mean demo/digits?'),
+    'misspelt dataset of torchvision': (['--dataset', 'torch/cifr10', '--data-dir', '.'], 'Did you mean cifar10'),
+    'torchvision without a folder': (['--dataset', 'torch/cifar10'], 'give --data-dir too.'),
+    'dataset to download': (['--dataset', 'torch/cifar10', '--data-dir', '.'], 'You can use --dataset-download'),
+    'misspelt loss': (['--loss', 'bec'], 'Did you mean bce?'),
+    'misspelt choice that looks like a token': (['--kd-distill-type', 'tokn'], 'Did you mean token?'),
+    'reduction of a loss': (
+        ['--model', 'test_resnet', '--loss', 'asl', '--asl-reduction', 'sum'], '--asl-reduction batchmean'),
+    'probability': (['--drop-path', '2'], '--drop-path must lie between 0 and 1, got 2.0'),
+    'one ratio of CutMix': (['--cutmix-minmax', '0.3'], '--cutmix-minmax takes two numbers, got 1'),
+    'smoothing': (['--smoothing', '1'], '--smoothing must be 0 or more and below 1'),
+    'misspelt interpolation': (['--train-interpolation', 'bicubc'], 'Did you mean bicubic?'),
+    'misspelt metric': (['--eval-metric', 'topp1'], 'Did you mean top1'),
+    'misspelt image mode': (['--input-img-mode', 'RBG'], 'Did you mean RGB'),
+    'misspelt teacher': (['--multimix', 'dense', '--multimix-teacher', 'emma'], 'Did you mean ema?'),
+    'misspelt model to distil from': (['--kd-model-name', 'resnt18'], 'Did you mean resnet18'),
+    'misspelt backend of a compiler': (
+        ['--model', 'test_resnet', '--torchcompile', 'inductr'], '--torchcompile inductr: Invalid backend'),
+    'no position to train': (
+        ['--model', 'test_vit', '--multimix', 'dense', '--multimix-pooled-weight', '0'],
+        'set --multimix-pooled-weight or --multimix-clean-weight above 0, or --multimix-prob below 1'),
+    'schedule longer than the run': (
+        ['--sched', 'wsd', '--epochs', '3', '--decay-epochs', '9'], '--sched wsd: wsd schedule requires'),
     'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),
     'missing checkpoint': (['--resume', 'nothing.pth.tar'], 'nothing.pth.tar'),
     'missing weights': (['--initial-checkpoint', 'nothing.pth'], 'nothing.pth'),
@@ -47,10 +74,10 @@ WRONG_OPTIONS = {
     'experiment above the output folder': (['--experiment', '../../x'], 'out of the output folder'),
     'experiment elsewhere': (['--experiment', '/tmp/x'], 'out of the output folder'),
     'negative limit': (['--max-nonfinite', '-1'], '--max-nonfinite'),
-    'unknown schedule': (['--model', 'test_resnet', '--sched', 'cosin'], 'cosin'),
+    'unknown schedule': (['--model', 'test_resnet', '--sched', 'cosin'], 'Did you mean cosine?'),
     'unknown model argument': (['--model', 'test_resnet', '--model-kwargs', 'deep=3'], 'deep'),
     'unknown metric': (['--eval-metric', 'top3'], 'top1'),
-    'unknown augmentation': (['--model', 'test_resnet', '--aa', 'rnd-m9'], '--aa rnd-m9'),
+    'unknown augmentation': (['--model', 'test_resnet', '--aa', 'rnd-m9'], 'Did you mean rand?'),
     'unknown crop': (['--train-crop-mode', 'x'], 'rkrc'),
     'late start of MultiMix': (
         ['--model', 'test_resnet', '--epochs', '2', '--multimix', 'dense', '--multimix-start-epoch', '2'], '2 epochs'),
@@ -86,6 +113,61 @@ def test_mistake_ends_in_one_line(script, argv, word):
     assert word in errors[0]
     assert 'Traceback' not in script.text
     assert script.written() == []
+
+
+@pytest.mark.parametrize('option', ['sched', 'aa', 'loss', 'dataset', 'opt', 'mixup-mode'])
+def test_misspelt_names_are_refused_before_the_model_is_built(script, option):
+    name = dict(sched='cosin', aa='orginal', loss='bec', dataset='tods/x', opt='adamv').get(option, 'btach')
+    assert script('--model', 'test_resnet', f'--{option}', name) == 2
+    assert 'Did you mean' in script.lines[-1] and not any(line.startswith('Model ') for line in script.lines)
+
+
+def test_misspelt_choice_in_a_config_file(script, tmp_path):
+    (tmp_path / 'config.yaml').write_text('loss: bec')
+    assert script('--config', tmp_path / 'config.yaml') == 2
+    assert script.lines[-1].endswith("got 'bec'. Did you mean bce?")
+
+
+@pytest.mark.parametrize('argv, purpose, command', [
+    (['--dataset', 'hfds/x/y'], '--dataset hfds/x/y needs the package datasets,', 'pip install datasets'),
+    (['--dataset', 'hfids/x'], '--dataset hfids/x needs the package datasets,', 'pip install datasets'),
+    (['--dataset', 'TFDS/x'], '--dataset TFDS/x needs the packages tensorflow and tensorflow-datasets,',
+     'pip install tensorflow tensorflow-datasets'),
+    (['--dataset', 'wds/x', '--data-dir', '.'], '--dataset wds/x needs the package webdataset,',
+     'pip install webdataset'),
+    (['--log-wandb'], '--log-wandb needs the package wandb,', 'pip install wandb'),
+])
+def test_missing_package_is_named_with_the_command_that_installs_it(script, monkeypatch, argv, purpose, command):
+    for package in ('datasets', 'tensorflow', 'tensorflow_datasets', 'webdataset', 'wandb'):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert script(*argv) == 2
+    number = 'are' if 'packages' in purpose else 'is'
+    assert script.lines == [f'ERROR: {purpose} which {number} not installed: {command}']
+
+
+def test_only_the_missing_package_is_named(script, monkeypatch):
+    for package in ('tensorflow', 'tensorflow_datasets'):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, 'tensorflow', argparse)
+    assert script('--dataset', 'tfds/x') == 2
+    assert script.lines[-1].endswith('the package tensorflow-datasets, which is not installed: '
+                                     'pip install tensorflow-datasets')
+
+
+@pytest.mark.parametrize('option', [
+    ['--multimix-attention', 'cam'], ['--multimix-attention', 'token'], ['--multimix-attention-norm', 'softmax'],
+    ['--multimix-attention-grad'], ['--multimix-shared-weights'], ['--multimix-pooled-weight', '0.3']])
+def test_pooled_ignores_options_of_dense_with_a_warning(script, image_folder, option):
+    argv = ['--multimix', 'pooled', *option, '--validate', 'nothing']
+    assert script.train(image_folder, *argv) == 2
+    checkpoint = script.folder / 'none.pth.tar'
+    torch.save({'state_dict': timm.create_model('test_resnet', num_classes=3).state_dict()}, checkpoint)
+    assert script.train(image_folder, *argv[:-1], checkpoint) == 0, script.text
+    [warning] = [line for line in script.lines if 'without effect' in line]
+    assert warning.startswith(f'WARNING: {option[0]}: without effect'), script.text
+    for preset in ('default', 'paper'):
+        assert script.train(image_folder, *argv[:2], '--multimix-preset', preset, '--validate', checkpoint) == 0
+        assert 'without effect' not in script.text
 
 
 def test_another_run_is_not_overwritten(script, image_folder):
@@ -203,6 +285,11 @@ def test_checkpoint_that_is_none(mistake, tmp_path):
 def test_checkpoint_that_holds_code(mistake, tmp_path):
     torch.save({'state_dict': print}, tmp_path / 'evil.pth.tar')
     mistake('evil.pth.tar', resume=tmp_path / 'evil.pth.tar')
+
+
+def test_pretrained_weights_that_hold_code(mistake, tmp_path):
+    torch.save({'state_dict': print}, tmp_path / 'evil.pth')
+    mistake('objects that are not data', '--pretrained', pretrained_path=tmp_path / 'evil.pth')
 
 
 @pytest.mark.parametrize('content, reason', [

@@ -31,9 +31,12 @@ class BatchSchedule:
     off_epoch: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f'prob is the probability of a MultiMix batch and must lie in [0, 1], got {self.prob}.')
-        if self.start_epoch < 0 or self.off_epoch < 0 or 0 < self.off_epoch <= self.start_epoch:
+        if not isinstance(self.prob, (int, float)) or not 0 <= self.prob <= 1:
+            raise ValueError(f'prob is the probability of a MultiMix batch and must lie in [0, 1], got {self.prob!r}.')
+        for name in ('start_epoch', 'off_epoch'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} must be 0 or more, got {getattr(self, name)}.')
+        if 0 < self.off_epoch <= self.start_epoch:
             raise ValueError(
                 'MultiMix is on from start_epoch until off_epoch (0 for never): '
                 f'start_epoch={self.start_epoch} and off_epoch={self.off_epoch} leave no epoch to it.')
@@ -94,6 +97,9 @@ class _DecidingBatchSampler:
         self.batch_sampler = batch_sampler
         self.schedule = schedule
         self.epoch = 0
+
+    def __getattr__(self, name: str) -> Any:  # such as average_batch_size of timm's ScheduledBatchSampler
+        return getattr(self.__dict__['batch_sampler'], name)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from timm.data import create_dataset as create_timm_dataset
 
+from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split, dataset_prefix
 from .glyphs import FIGURES, LETTERS, render_glyphs
+from .image_files import DecodingReader, as_image_files
 
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
-_TRAIN_SPLITS = ('train', 'training')
-_VALIDATION_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
 
 
 class EmbeddedDataset(torch.utils.data.Dataset):
@@ -84,6 +84,9 @@ class Part(torch.utils.data.Dataset):
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
         self.dataset = copy.copy(dataset)
         self.indices = list(indices)
+        reader = getattr(self.dataset, 'reader', None)
+        if isinstance(reader, DecodingReader):  # the other images must not take the place of an unreadable one
+            self.dataset.reader = reader.restricted(self.indices)
 
     @property
     def transform(self) -> Callable | None:
@@ -125,7 +128,7 @@ class DigitsDataset(EmbeddedDataset):
     def __init__(self, split: str = 'train', **options):
         from sklearn.datasets import load_digits  # takes a second to import, which only the demo should pay
 
-        split = _known_split('demo/digits', split, train=_TRAIN_SPLITS, validation=(*_VALIDATION_SPLITS, 'test'))
+        split = _known_split('demo/digits', split, train=TRAIN_SPLITS, validation=(*VALIDATION_SPLITS, 'test'))
         digits = load_digits()
         rank_in_class = np.zeros(len(digits.target), dtype=int)
         for index in range(len(self.classes)):
@@ -157,7 +160,7 @@ class GlyphsDataset(EmbeddedDataset):
 
     def __init__(self, split: str = 'train', num_samples: int | None = None, seed: int = 0, **options):
         split = _known_split(
-            self.name, split, train=_TRAIN_SPLITS, validation=_VALIDATION_SPLITS, test=('test',))
+            self.name, split, train=TRAIN_SPLITS, validation=VALIDATION_SPLITS, test=('test',))
         if num_samples is None:
             num_samples = dict(train=2000, validation=1000, test=3000)[split]
         if num_samples < 1:
@@ -237,7 +240,10 @@ def default_img_mode(in_chans: int) -> str:
 
 
 def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs):
-    """timm's create_dataset, which also knows the embedded datasets under `demo/`.
+    """timm's create_dataset with the embedded datasets under `demo/`, and with checks that timm omits.
+
+    A folder's split must exist, hidden folders are no classes, and images without a class are reported. Unreadable
+    images are recorded and 16-bit images are scaled to 8 bits, see DecodingReader.
 
     Args:
         name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a name that timm knows.
@@ -247,10 +253,10 @@ def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str 
             any number of images.
 
     Raises:
-        ValueError: if there is no such embedded dataset, or no such split of it.
+        ValueError: if there is no such embedded dataset, no such split, or no valid class map.
     """
     if not name.lower().startswith(DEMO_PREFIX):
-        return create_timm_dataset(name, split=split, input_img_mode=input_img_mode, **kwargs)
+        return _create_timm_dataset(name, split, input_img_mode, kwargs)
     if name.lower() not in DEMOS:
         raise ValueError(f'No embedded dataset {name!r}: there is {", ".join(DEMOS)}.')
     dataset = DEMOS[name.lower()].dataset
@@ -258,3 +264,16 @@ def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str 
     if issubclass(dataset, GlyphsDataset):
         options['num_samples'] = kwargs.get('num_samples')
     return dataset(split=split, **options)
+
+
+def _create_timm_dataset(name: str, split: str, input_img_mode: str, options: dict[str, Any]):
+    check_split(name, options.get('root'), split)
+    prefix = dataset_prefix(name)
+    class_map = None
+    if prefix not in ('hfds', 'hfids', 'tfds', 'wds'):  # images in files, whose classes are mapped afterwards
+        class_map = options.get('class_map') or None
+        options = {**options, 'class_map': None}
+    if prefix == 'torch' and name.rpartition('/')[2].lower() in ('image_folder', 'folder'):
+        options = {**options, 'allow_empty': True}  # hidden folders, which are left out later
+    dataset = create_timm_dataset(name, split=split, input_img_mode=input_img_mode, **options)
+    return as_image_files(dataset, input_img_mode, class_map)

@@ -1,4 +1,4 @@
-"""python -m timm_multimix.evaluate: measure and compare models. --help explains it."""
+"""python -m timm_multimix.evaluate: evaluate and compare models. See --help."""
 import sys
 
 from .evaluation.main import main

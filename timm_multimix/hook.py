@@ -207,12 +207,17 @@ class MultiMixHandle:
         """Whether the model returns a MultiMixOutput while training. Set it to False for batches without MultiMix.
 
         The model then does what it does without attach, at the same cost. A compiled model keeps one graph for each of
-        the two settings.
+        the two settings. A copy of the model keeps the setting of the moment of copying.
+
+        Raises:
+            RuntimeError: when it is set after the model was detached, or attached again.
         """
-        return self._settings.enabled
+        return self._is_attached and self._settings.enabled
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        if not self._is_attached:
+            raise RuntimeError('The model was detached, or attached again: use the handle of the last attach().')
         self._settings.enabled = bool(enabled)
 
     @property

@@ -1,6 +1,9 @@
 """The command-line options of MultiMix, for any script built on argparse; in YAML they are spelled with underscores."""
 import argparse
 import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .alternation import BatchSchedule
@@ -39,6 +42,25 @@ _KEYWORDS = {
     'multimix_distill_ramp_epochs': 'distill_ramp_epochs',
     'multimix_views': 'views',
 }
+# Keyword arguments and their options in messages: further names, and advice for Python code.
+_OPTION_OF = {
+    **{keyword: '--' + option.replace('_', '-') for option, keyword in _KEYWORDS.items()},
+    'alpha': '--multimix-alpha',
+    'ramp_epochs': '--multimix-distill-ramp-epochs',
+    'mode': '--multimix',
+}
+_ADVICE = (
+    (r"\battach with mode='(\w+)'", r'use --multimix \1'),
+    (r"`?\bglobal_pool=''`?", "--gp ''"),
+    (r'\bor None for\b', 'or be left out for'),
+    (r'\bor prob below\b', 'or --multimix-prob below'),
+    (r'^The decay of a teacher is\b', '--multimix-teacher-decay must be'),
+    (r'^An image has 1 view or 2\b', '--multimix-views must be 1 or 2'),
+    (r"\btake teacher 'ema', or 1 view\b", 'take --multimix-teacher ema, or --multimix-views 1'),
+    (r'^The second view is\b', '--multimix-views 2 is'),
+    (r'^(.+) is for a teacher that is named, got (.+)\.$',
+     r'--multimix-teacher-path \1 is for a teacher that is named: give its name to --multimix-teacher, got \2.'),
+)
 _OF_THE_LOSS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}  # the task's has more values
 
 
@@ -52,7 +74,35 @@ def _default(keyword: str) -> Any:
 
 
 def _number_or_auto(text: str) -> float | str:
-    return text if text == 'auto' else float(text)
+    try:
+        return text if text == 'auto' else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a number or auto, got {text!r}') from None
+
+
+def name_options(message: str) -> str:
+    """Replace keyword arguments and advice for Python code in an error message by the options of the command line."""
+    for advice, option in _ADVICE:
+        message = re.sub(advice, option, message)
+    for keyword, option in _OPTION_OF.items():
+        message = re.sub(rf"(?<![\w-]){keyword}=('?)([\w.-]+)\1", rf'{option} \2', message)
+        # a keyword that is an ordinary word stands for the argument only at the start
+        name = rf'(?<![\w-]){keyword}\b' if '_' in keyword else rf'^{keyword}\b'
+        message = re.sub(name, option, message)
+    return message
+
+
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """Let errors of MultiMixTask and MultiMixLoss name the options of the command line.
+
+    Raises:
+        ValueError: instead of a ValueError or TypeError, with the same message apart from the names.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(name_options(str(error))) from error
 
 
 def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -103,7 +153,8 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     balance = group.add_mutually_exclusive_group()
     balance.add_argument(
         '--multimix-balance', action='store_false', dest='no_multimix_balance', default=None,
-        help='use the balanced gradient (docs/method.md); the default without --multimix-preset paper.')
+        help='use the balanced gradient (docs/method.md); the default without --multimix-preset paper. In YAML: '
+             'no_multimix_balance: false.')
     balance.add_argument(
         '--no-multimix-balance', action='store_true', dest='no_multimix_balance', default=None,
         help='use the literal gradient of the papers. With their alpha it hardly trains on a normal schedule, the '
@@ -158,7 +209,7 @@ def multimix_option_names() -> list[str]:
 
 
 def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    """What the parsed options mean, as keyword arguments of MultiMixTask.
+    """Convert parsed options to keyword arguments of MultiMixTask.
 
     Args:
         args: Parsed arguments of a parser with `add_multimix_args`.
@@ -167,7 +218,7 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         Keyword arguments. With `--multimix off` they make a task that trains as timm's ClassificationTask.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError: if a value is out of range; the message names the option.
     """
     options = dict(
         mode=args.multimix,
@@ -176,12 +227,13 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         seed=getattr(args, 'seed', None) or 0,
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
-    # Checked here, before a model is built. The other options are the task's own.
-    BatchSchedule(1.0 if options['prob'] is None else options['prob'])
-    loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _OF_THE_LOSS})
-    SelfDistillationLoss(
-        loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
-    check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
+    # Checked before a model is built. MultiMixTask checks the rest.
+    with errors_name_options():
+        batch_schedule(args)
+        loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _OF_THE_LOSS})
+        SelfDistillationLoss(
+            loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
+        check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
     return options
 
 
@@ -210,8 +262,36 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
     Raises:
         ValueError: if a value is out of range.
     """
-    if args.multimix == 'off':
-        return BatchSchedule(prob=0)
+    if args.multimix_preset not in PRESETS:
+        raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {args.multimix_preset!r}.')
     prob = PRESET_PROB[args.multimix_preset] if args.multimix_prob is None else args.multimix_prob
-    return BatchSchedule(
+    schedule = BatchSchedule(
         prob, getattr(args, 'seed', None) or 0, args.multimix_start_epoch, args.multimix_off_epoch)
+    return schedule if args.multimix != 'off' else BatchSchedule(prob=0)
+
+
+def describe_batches(args: argparse.Namespace) -> str:
+    """One line that says which batches are MultiMix batches, and which have mixed images.
+
+    Args:
+        args: Parsed arguments of a parser with `add_multimix_args`, and with timm's options of mixup and CutMix if the
+            script mixes images.
+    """
+    schedule = batch_schedule(args)
+    mixup, cutmix, minmax, prob = (
+        getattr(args, name, default) for name, default in
+        (('mixup', 0), ('cutmix', 0), ('cutmix_minmax', None), ('mixup_prob', 1)))
+    kinds = [f'mixup (alpha {mixup:g})'] if mixup else []
+    if minmax:
+        kinds.append(f'CutMix (ratio {minmax[0]:g} to {minmax[-1]:g})')
+    elif cutmix:
+        kinds.append(f'CutMix (alpha {cutmix:g})')
+    mixing = ' or '.join(kinds) if prob else ''
+    epochs = f' from epoch {schedule.start_epoch} on' if schedule.start_epoch else ''
+    epochs += f' until epoch {schedule.off_epoch}' if schedule.off_epoch else ''
+    if schedule.prob == 0:
+        return 'No batch is a MultiMix batch.'
+    if schedule.alternates:
+        return (f'Each batch is a MultiMix batch with probability {schedule.prob:g}{epochs}; the other batches are '
+                f'trained {f"with {mixing}" if mixing else "without any mixing"}.')
+    return f'Every batch is a MultiMix batch{epochs}{f", after {mixing} of its images" if mixing else ""}.'

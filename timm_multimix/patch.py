@@ -11,9 +11,18 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from .alternation import AlternatingCollateMixup, AlternatingMixup, alternate
-from .options import add_multimix_args, batch_schedule, multimix_kwargs, preset_options
+from .losses import PRESETS
+from .options import (
+    add_multimix_args,
+    batch_schedule,
+    describe_batches,
+    errors_name_options,
+    multimix_kwargs,
+    preset_options,
+)
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
 from .training.errors import UsageError
@@ -86,6 +95,7 @@ class _Patch:
         epoch: The present epoch.
         index: Index of the next training batch in the epoch.
         mixup: What mixes images on the device, if the script does so.
+        batch_sampler: Decides about the batches of a loader that mixes images, if the script has one.
     """
 
     def __init__(self, module: ModuleType):
@@ -93,6 +103,7 @@ class _Patch:
         self.task: MultiMixTask | None = None
         self.epoch = self.index = 0
         self.mixup: AlternatingMixup | None = None
+        self.batch_sampler: Any = None
         try:
             add_multimix_args(module.parser)
         except argparse.ArgumentError as error:
@@ -103,7 +114,7 @@ class _Patch:
     def parse_args(self) -> tuple[argparse.Namespace, str]:
         """Parse as the script does; with MultiMix on, put its task in place."""
         args, text = self._parse_args()
-        if (args.multimix or 'off') != 'off' and args.multimix_preset != 'default':
+        if (args.multimix or 'off') != 'off' and args.multimix_preset in PRESETS:
             # Once more, with the preset's values as defaults: what the user gives takes precedence.
             known = vars(args)
             preset = preset_options(args.multimix_preset)
@@ -121,6 +132,7 @@ class _Patch:
 
     def _install(self, args: argparse.Namespace) -> None:
         self.schedule = batch_schedule(args)
+        _logger.info(describe_batches(args))
         for name, task_cls in _TASKS.items():
             if hasattr(self.module, name):
                 setattr(self.module, name, self._bound(task_cls, args))
@@ -142,6 +154,7 @@ class _Patch:
             if is_training and self.schedule.alternates and isinstance(collate_fn, AlternatingCollateMixup):
                 try:
                     alternate(loader, self.schedule)
+                    self.batch_sampler = loader.batch_sampler
                 except TypeError as error:
                     raise UsageError(f'--multimix-prob {self.schedule.prob}: {error} Add --no-prefetcher.') from error
             return loader
@@ -167,8 +180,9 @@ class _Patch:
         class BoundTask(task_cls):
             def __init__(self, *positional, **keywords):
                 try:
-                    super().__init__(*positional, **keywords, **multimix_kwargs(args))
-                except (ValueError, TypeError) as error:
+                    with errors_name_options():
+                        super().__init__(*positional, **keywords, **multimix_kwargs(args))
+                except ValueError as error:
                     raise UsageError(f'--multimix {args.multimix}: {error}') from error
                 patch.task = self
 
@@ -185,6 +199,8 @@ class _Patch:
             self.task.set_epoch(epoch)
             self.epoch, self.index = epoch, 0
             self._set_mixup()
+            if self.batch_sampler is not None:
+                self.batch_sampler.set_epoch(epoch)
             return train_one_epoch(epoch, *args, **kwargs)
 
         return train

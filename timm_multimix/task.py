@@ -133,8 +133,9 @@ class MultiMixTask(ClassificationTask):
         self.num_batches = 0  # decided by the task itself
         # The logits of the true class are known to the loss only, all other queries to the model only.
         in_loss = mode == 'dense' and attention == 'cam'
+        reads_attention = mode == 'dense' and not in_loss
         self._attach_options = dict(
-            mode=mode, attention='uniform' if in_loss else attention, attention_norm=attention_norm)
+            mode=mode, attention=attention if reads_attention else 'uniform', attention_norm=attention_norm)
         detach(model)
         self._handle = None
         self.loss = self.distillation = self.teacher = None

@@ -21,7 +21,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 import traceback
 
 
@@ -142,17 +141,19 @@ def _run(job: dict, output: int) -> None:
         os._exit(status)
 
 
-def _signal_later(process: int, plan: dict) -> None:
+def _signal_later(process: int, plan: dict) -> threading.Event:
+    """Send the signals of a plan from a thread, until the event that is returned is set: the process has ended."""
+    ended = threading.Event()
+
     def send():
         delay, kind = plan['later']
         for seconds in (delay, *([plan['again']] if 'again' in plan else [])):
-            time.sleep(seconds)
-            try:
-                os.kill(process, kind)
-            except ProcessLookupError:
+            if ended.wait(seconds):
                 return
+            os.kill(process, kind)
     if 'later' in plan:
         threading.Thread(target=send, daemon=True).start()
+    return ended
 
 
 def serve() -> None:
@@ -169,7 +170,9 @@ def serve() -> None:
         if process == 0:
             _run(job, output)
         os.close(output)
-        _signal_later(process, job['plan'])
+        ended = _signal_later(process, job['plan'])
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)  # its number stays taken
+        ended.set()
         _, code = os.waitpid(process, 0)
         with open(path, errors='replace') as file:
             text = file.read()

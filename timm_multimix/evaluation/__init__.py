@@ -1,4 +1,4 @@
-"""Accuracy, calibration, robustness, detection of other kinds of images and the shape of the embeddings of models."""
+"""Evaluation of classifiers: accuracy, calibration, robustness, out-of-distribution detection, embeddings."""
 from .metrics import classification_metrics, cross_fit, reliability
 from .ood import detection_metrics
 from .robustness import fgsm, pgd

@@ -1,4 +1,4 @@
-"""Running a model over many images: progress, and batches that fit into memory."""
+"""Running a model over many images: progress bars, and batches that fit into memory."""
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,7 +12,7 @@ from .models import Candidate
 
 
 def progress(batches: Iterable, description: str) -> Iterator:
-    """The batches, with a progress bar on a terminal."""
+    """Iterate over batches, with a progress bar on a terminal."""
     return tqdm(batches, desc=description, leave=False, disable=None, dynamic_ncols=True)
 
 
@@ -21,20 +21,20 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class InParts:
-    """Calls functions on batches, and where a batch is too large for memory on halves of it, from then on.
+    """Calls functions on batches. If memory does not suffice, halves the batch, and later batches too.
 
     Attributes:
-        limit: Largest part so far, None if no batch was too large.
+        limit: Maximum number of images per call, None if no batch was too large.
     """
 
     def __init__(self):
         self.limit: int | None = None
 
     def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """function(*tensors), joined along the first axis if it took several calls.
+        """Return function(*tensors), joined along the first axis if it took several calls.
 
         Raises:
-            UsageError: if there is not even memory for one image.
+            UsageError: if memory does not suffice for one image.
         """
         while True:
             size = self.limit or len(tensors[0])
@@ -46,18 +46,18 @@ class InParts:
                     raise
                 if size == 1:
                     raise UsageError(f'There is not enough memory for one image: {error}') from error
-            # outside of the handler, which holds on to what the call had allocated
+            # outside the handler: the exception keeps the tensors of the failed call alive
             self.limit = max(size // 2, 1)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
 class Embedder:
-    """Gives the embeddings of a model beside its logits: what its last affine layers read, averaged over positions.
+    """Computes logits and embeddings. An embedding is the input of the last affine layers, averaged over positions.
 
     Args:
         candidate: The model.
-        images: A few images in [0, 1], to find the layers with.
+        images: A few images in [0, 1], used to find the layers.
 
     Raises:
         UsageError: if no layer is found.
@@ -69,7 +69,7 @@ class Embedder:
             candidate.model.get_submodule(name)
             for name in last_layers(candidate.model, candidate.pixel_model.normalise(images))]
         if not self.layers:
-            raise UsageError(f'{candidate.name} shows no layer that its logits come from.')
+            raise UsageError(f'{candidate.name}: no affine layer found that its logits come from.')
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Embedder:
         inputs = {}
 
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # one layer may read several tensors in turn
+            # a layer may be applied several times
             inputs.setdefault(module, []).append(_vectors(module, args[0]))
 
         handles = [layer.register_forward_pre_hook(keep) for layer in self.layers]
@@ -95,23 +95,23 @@ class Embedder:
 
 
 def _vectors(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Features (b, d), the mean over positions if there are several."""
+    """Features (b, d), averaged over positions."""
     if isinstance(module, nn.modules.conv._ConvNd):
         features = features.movedim(1, -1)
     return features.flatten(1, -2).mean(1) if features.ndim > 2 else features
 
 
 def batch_size_for(device: torch.device) -> int:
-    """A batch to begin with: on a GPU, where halving is cheap, a large one."""
+    """Initial batch size. InParts halves it if memory does not suffice."""
     return 256 if device.type == 'cuda' else 32
 
 
 @torch.no_grad()
 def predict(candidate: Candidate, batches: Iterable, in_parts: InParts, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (n, c) and targets (n,) of batches of images, on the CPU.
+    """Compute logits (n, c) and targets (n,) of batches of images, on the CPU.
 
     Raises:
-        UsageError: if there are no images, or logits are not finite.
+        UsageError: if there are no images, or if logits are not finite.
     """
     device = candidate.pixel_model.mean.device
     name = f'{candidate.name}: {what}'
@@ -120,7 +120,7 @@ def predict(candidate: Candidate, batches: Iterable, in_parts: InParts, what: st
         logits.append(in_parts(candidate.pixel_model, images.to(device)).float().cpu())
         targets.append(target)
     if not logits:
-        raise UsageError(f'{name}: there are none.')
+        raise UsageError(f'{name}: there are no images.')
     logits = torch.cat(logits)
     if bad := int((~logits.isfinite().all(1)).sum()):
         raise UsageError(

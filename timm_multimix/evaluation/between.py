@@ -1,19 +1,22 @@
-"""What a model says of images between two classes, where there are none."""
+"""Predictions and embeddings of mixes of two images of different classes."""
 import torch
 import torch.nn.functional as F
 
-# Shares of the first image; at the ends are the images themselves.
+# Weights of the first image; at the ends are the images themselves.
 SHARES = tuple(k / 10 for k in range(11))
 _TILE = 1024
 
 
 def sample_pairs(target: torch.Tensor, num_pairs: int, seed: int = 0) -> torch.Tensor:
-    """Indices (p, 2) of random pairs of images of different classes; fewer if there is but one class.
+    """Draw random pairs of images of different classes.
 
     Args:
         target: Class indices (n,).
         num_pairs: Number of pairs, p.
-        seed: Of the draw.
+        seed: Seed of the draw.
+
+    Returns:
+        Indices (p, 2); none if there is a single class.
     """
     generator = torch.Generator('cpu').manual_seed(seed)
     found = torch.empty(0, 2, dtype=torch.long, device='cpu')
@@ -29,7 +32,7 @@ def mix(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor
 
 
 def confidence_and_entropy(logits: torch.Tensor) -> tuple[float, float]:
-    """The mean highest probability, and the mean entropy of the probabilities in nats.
+    """Mean maximum probability, and mean entropy of the probabilities in nats.
 
     Args:
         logits: Logits (n, c).
@@ -39,7 +42,7 @@ def confidence_and_entropy(logits: torch.Tensor) -> tuple[float, float]:
 
 
 def count_misses(logits: torch.Tensor, targets: torch.Tensor) -> int:
-    """How many mixed images are predicted as a class that neither of the two has (Zhang et al., mixup, 2018, figure 2).
+    """Count mixes that are predicted as a third class (mixup, Zhang et al., 2018, figure 2).
 
     Args:
         logits: Logits (p, c) of p mixed pairs.
@@ -54,17 +57,16 @@ def count_intrusions(
         embeddings: torch.Tensor,
         embedding_targets: torch.Tensor,
 ) -> int:
-    """How many mixed embeddings intrude on the manifold of a third class.
+    """Count manifold intrusions: mixed embeddings that lie at real examples of a third class.
 
-    An intrusion is a mixed example that lies where a real example with another label is (Guo, Mao & Zhang, MixUp as
-    Locally Linear Out-Of-Manifold Regularization, 2019). Counted here: mixed embeddings whose nearest real embedding,
-    by angle, is of a class that neither of the two mixed images has.
+    The term is from Guo, Mao & Zhang, MixUp as Locally Linear Out-Of-Manifold Regularization, 2019. A mix counts if the
+    class of the nearest real embedding, by cosine similarity, is neither of its two classes.
 
     Args:
         mixed: Embeddings (p, d) of p mixed pairs.
         targets: Class indices (p, 2) of the pairs.
-        embeddings: Embeddings (n, d) of the real images, those of the pairs among them.
-        embedding_targets: Their class indices (n,).
+        embeddings: Embeddings (n, d) of the real images, including those of the pairs.
+        embedding_targets: Class indices (n,) of the real images.
     """
     real = F.normalize(embeddings.double())
     points = F.normalize(mixed.double())

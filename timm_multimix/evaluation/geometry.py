@@ -1,4 +1,4 @@
-"""The shape of the embedding space: what the classifier's last layer reads, on the unit sphere."""
+"""Geometry of the embeddings, the input of the last affine layer, on the unit sphere."""
 import math
 
 import torch
@@ -9,26 +9,25 @@ _MAX_PERPLEXITY = 30
 
 
 def _class_moments(points: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Number of points (k,), mean (k, d) and mean squared distance to it (k,) of each class that occurs."""
+    """Number of points (k,), mean (k, d) and mean squared distance to the mean (k,) of each class that occurs."""
     classes, index = target.unique(return_inverse=True)
     count = torch.bincount(index, minlength=len(classes)).double()
-    total = points.new_zeros(len(classes), points.shape[1]).index_add_(0, index, points)
-    mean = total / count[:, None]
+    mean = points.new_zeros(len(classes), points.shape[1]).index_add_(0, index, points) / count[:, None]
     scatter = torch.bincount(index, weights=(points - mean[index]).square().sum(1), minlength=len(classes)) / count
     return count, mean, scatter
 
 
 def alignment(embeddings: torch.Tensor, target: torch.Tensor) -> float:
-    """Mean squared distance of two images of one class, on the unit sphere (Wang & Isola, 2020, alpha = 2).
+    """Alignment: mean squared distance of two images of the same class (Wang & Isola, 2020, alpha = 2).
 
-    Every pair of different images of one class counts once. Lower is more aligned.
+    The mean is over all pairs of different images of the same class. Lower is more aligned.
 
     Args:
         embeddings: Embeddings (n, d).
         target: Class indices (n,).
 
     Returns:
-        The mean, nan if no class has two images.
+        The mean; nan if no class has two images.
     """
     count, _, scatter = _class_moments(F.normalize(embeddings.double()), target)
     # sum of |x - y|^2 over the ordered pairs of a class is 2 n times the sum of |x - mean|^2
@@ -37,15 +36,15 @@ def alignment(embeddings: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def uniformity(embeddings: torch.Tensor) -> float:
-    """Logarithm of the mean of exp(-2 |x - y|^2) over pairs of images, on the unit sphere (Wang & Isola, 2020, t = 2).
+    """Uniformity: logarithm of the mean of exp(-2 |x - y|^2) over pairs of images (Wang & Isola, 2020, t = 2).
 
-    Every pair of different images counts once. Lower is more uniform.
+    The mean is over all pairs of different images. Lower is more uniform.
 
     Args:
         embeddings: Embeddings (n, d).
 
     Returns:
-        The logarithm, nan for a single image.
+        The logarithm; nan for a single image.
     """
     points = F.normalize(embeddings.double())
     if len(points) < 2:
@@ -54,22 +53,20 @@ def uniformity(embeddings: torch.Tensor) -> float:
     for rows in points.split(_TILE):
         for columns in points.split(_TILE):
             total += (4 * (rows @ columns.T - 1)).exp().sum().item()
-    mean = torch.tensor(total / (len(points) * (len(points) - 1)), dtype=torch.float64, device='cpu')
-    return float(mean.log())
+    return math.log(total / (len(points) * (len(points) - 1))) if total > 0 else -math.inf
 
 
 def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, dict[int, float]]:
-    """How tight classes are: mean squared distance of images to the mean of their class, over that to the overall mean.
+    """Within-class scatter over total scatter: 0 if every class is a point, 1 if all classes have the same mean.
 
-    0: every class is a point. 1: classes are not apart. On the unit sphere.
+    Scatter is the mean squared distance to the mean of the class, or to the overall mean.
 
     Args:
         embeddings: Embeddings (n, d).
         target: Class indices (n,).
 
     Returns:
-        The ratio over all images, and for each class the mean squared distance of its images to their mean, over the
-        same overall scatter.
+        The ratio over all images, and for each class the scatter of its images over the total scatter.
     """
     points = F.normalize(embeddings.double())
     count, _, scatter = _class_moments(points, target)
@@ -80,11 +77,11 @@ def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, 
 
 
 def project(embeddings: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Coordinates (n, 2) for a picture of embeddings on the unit sphere: t-SNE, from principal components.
+    """Coordinates (n, 2) of a t-SNE projection, initialised with principal components.
 
     Args:
         embeddings: Embeddings (n, d) of four images or more.
-        seed: Of t-SNE.
+        seed: Seed of t-SNE.
     """
     from sklearn.manifold import TSNE  # slow to import
 

@@ -1,5 +1,6 @@
-"""Images to evaluate on, as every model was trained to see them, in [0, 1] before they are normalised."""
+"""Images to evaluate on, resized and cropped as each model was trained, in [0, 1] before normalisation."""
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,24 +10,30 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..class_names import class_mapping, dataset_classes, map_targets
 from ..data import DEMO_PREFIX, DEMOS, create_dataset
-from ..training.checks import DATASET_TYPES
-from ..training.errors import UsageError, blame, near_names
+from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
+from ..image_files import unreadable_images
+from ..training.checks import NEED_FOLDER, dataset_suggestion
+from ..training.command_line import check_dataset_packages
+from ..training.errors import UsageError, blame, near_names, printable
 from .models import Candidate
 from .ood import NOISES
+
+_logger = logging.getLogger(__name__)
 
 _HIGHEST_LEVEL = 255
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """Source of images.
 
     Attributes:
-        dataset: Name of a dataset as train_timm.py's --dataset takes it, '' for a folder.
+        dataset: Name of a dataset, as for --dataset of train_timm.py; '' for a folder of images.
         root: Folder.
         split: Name of the split.
-        options: More arguments of timm's create_dataset.
+        options: Further arguments of timm's create_dataset.
     """
     dataset: str
     root: str | None
@@ -34,42 +41,57 @@ class Source:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f'{self.dataset or self.root} ({self.split})'
+        return printable(f'{self.dataset or self.root} ({self.split})')
 
     def check(self) -> None:
-        """Check what can be checked without reading any images.
+        """Check the name without reading images.
 
         Raises:
-            UsageError: if there is no such folder, nor a dataset of this name.
+            UsageError: if there is no such folder or dataset, or if a package that reads the dataset is missing.
         """
         if self.dataset.lower().startswith(DEMO_PREFIX):
             exists = self.dataset.lower() in DEMOS
         else:
             exists = _has_type(self.dataset) or (self.root is not None and os.path.exists(self.root))
         if not exists:
-            hint = near_names(self.dataset or self.root, (*DEMOS, *NOISES))
+            name = self.dataset or self.root
+            hint = near_names(name, (*DEMOS, *NOISES)) or near_names(name.partition('/')[0], DATASET_TYPES)
             raise UsageError(
-                f'Data {self}: no such folder, nor such a dataset.{hint} Datasets are {", ".join(DEMOS)} and '
+                f'Data {self}: no such folder or dataset.{hint} Datasets are {", ".join(DEMOS)} and '
                 f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
+        with blame(f'Data {self}'):
+            check_split(self.dataset, self.root, self.split)
+        check_dataset_packages('Data', self.dataset)
+        if self.root is None and self.dataset.partition('/')[0].lower() in NEED_FOLDER:
+            raise UsageError(f'Data {self} is read from a folder: give it with --data-dir, or as NAME=FOLDER in --ood.')
 
     def open(self, img_mode: str) -> Dataset:
-        """Make the dataset, of images in a mode of PIL.
+        """Open the dataset.
+
+        Args:
+            img_mode: PIL mode of the images.
 
         Raises:
-            UsageError: if it cannot be made.
+            UsageError: if it cannot be opened.
         """
-        with blame(f'Data {self}'):
+        with blame(f'Data {self}', dataset_suggestion(self.dataset)):
             return create_dataset(
                 self.dataset, root=self.root, split=self.split, input_img_mode=img_mode, **self.options)
 
 
 def _has_type(name: str) -> bool:
-    return '/' in name and name.partition('/')[0].lower() in (DEMO_PREFIX.rstrip('/'), *DATASET_TYPES)
+    return dataset_prefix(name) in (DEMO_PREFIX.rstrip('/'), *DATASET_TYPES)
 
 
 def parse_source(text: str, split: str, download: bool = False) -> Source:
-    """A source from text: FOLDER, NAME of a dataset or NAME=FOLDER, and after @ another split than the given one."""
-    if os.path.exists(text):  # @ and = may be part of its name
+    """Parse a source: FOLDER, NAME of a dataset or NAME=FOLDER, each with @SPLIT for another split than the default.
+
+    Args:
+        text: The text.
+        split: Default split.
+        download: Download a dataset that is missing.
+    """
+    if os.path.exists(text):  # a name may contain @ and =
         return Source('', text, split)
     name, _, own = text.partition('@')
     dataset, _, root = name.partition('=')
@@ -79,7 +101,7 @@ def parse_source(text: str, split: str, download: bool = False) -> Source:
 
 
 def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
-    """Indices of a random part of a dataset, in order; None for all of it, or for a stream, whose first ones count."""
+    """Draw indices of at most limit images, in ascending order; None for the whole dataset, and for a stream."""
     if limit is None or isinstance(dataset, IterableDataset) or limit >= len(dataset):
         return None
     generator = torch.Generator('cpu').manual_seed(seed)
@@ -88,19 +110,20 @@ def choose(dataset: Dataset, limit: int | None, seed: int) -> list[int] | None:
 
 @dataclass
 class Images:
-    """Batches of the images of a source, for one model.
+    """Batches of images from a source, for one model.
 
     Attributes:
-        source: Where they come from.
-        candidate: The model that they are for.
-        batch_size: Images in a batch.
-        workers: Processes that decode.
-        limit: How many images at most, drawn at random.
-        seed: Of that draw.
-        labelled: Whether the classes matter; else there need be none.
+        source: Source of the images.
+        candidate: The model.
+        batch_size: Images per batch.
+        workers: Processes that load images.
+        limit: Maximum number of images, drawn at random; the first images of a stream.
+        seed: Seed of the draw.
+        labelled: Whether labels are needed.
+        reported: Unreadable images that have been reported, shared with the parts of these images.
 
     Raises:
-        UsageError: if there are no such images, or the model has another number of classes than they.
+        UsageError: if there are no images, or if the model does not know their classes.
     """
     source: Source
     candidate: Candidate
@@ -109,6 +132,7 @@ class Images:
     limit: int | None = None
     seed: int = 0
     labelled: bool = True
+    reported: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         config = self.candidate.data_config
@@ -125,21 +149,33 @@ class Images:
         self.indices = choose(self.dataset, self.limit, self.seed)
 
     def _check_classes(self) -> None:
-        classes = getattr(getattr(self.dataset, 'reader', self.dataset), 'class_to_idx', None)
-        if self.labelled and classes and max(classes.values()) + 1 != self.candidate.num_classes:
-            raise UsageError(
-                f'{self.candidate.name} has {self.candidate.num_classes} classes and {self.source} '
-                f'{max(classes.values()) + 1}: labels would not match.')
+        own, known = dataset_classes(self.dataset), self.candidate.class_to_idx
+        if not self.labelled or not own or own == known:
+            return
+        count = max(own.values()) + 1
+        both = f'{self.candidate.name} has {self.candidate.num_classes} classes and {self.source} {count}'
+        if known is not None:
+            try:
+                map_targets(self.dataset, class_mapping(own, known))
+            except ValueError as error:
+                raise UsageError(f'{both}: labels would not match, for {error}.') from error
+            _logger.info(f'{both}: labels are mapped by the names of the classes.')
+        elif count != self.candidate.num_classes:
+            raise UsageError(f'{both}: labels would not match.')
+        else:
+            _logger.warning(
+                f'{self.candidate.name} holds no class names: only the number of classes is compared with '
+                f'{self.source}.')
 
     def part(self, limit: int) -> 'Images':
-        """The same with fewer images: a part of these."""
+        """A random part of these images."""
         part = copy.copy(self)
         part.limit = limit if self.limit is None else min(limit, self.limit)
         part.indices = choose(self.dataset, part.limit, self.seed)
         return part
 
     def __len__(self) -> int:
-        """Number of batches; 0 for a stream that does not know."""
+        """Number of batches; 0 for a stream of unknown length."""
         try:
             count = len(self.dataset) if self.indices is None else len(self.indices)
         except TypeError:
@@ -147,12 +183,12 @@ class Images:
         return -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images in [0, 1] and class indices, all 0 of images that are not labelled."""
+        """Yield images (b, c, h, w) in [0, 1] and class indices (b,), which are 0 for images without labels."""
         dataset = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         seen = 0
         for images, target in self._batches(DataLoader(dataset, self.batch_size, num_workers=self.workers)):
             if not self.labelled:
-                target = torch.zeros(len(images), dtype=torch.long, device='cpu')
+                target = torch.zeros(len(images), dtype=torch.long, device=images.device)
             if not torch.is_tensor(target) or target.ndim != 1 or target.is_floating_point():
                 raise UsageError(f'Data {self.source}: one class for each image is needed.')
             if self.limit is not None:  # a stream has no indices
@@ -160,13 +196,26 @@ class Images:
             seen += len(images)
             yield images.float() / _HIGHEST_LEVEL, target
             if seen == self.limit:
-                return
+                break
+        self._report_unreadable()
+
+    def _report_unreadable(self) -> None:
+        record = unreadable_images(self.dataset)
+        found = [] if record is None else record.in_run()
+        if set(found) - self.reported:
+            self.reported.update(found)
+            _logger.warning(
+                f'Data {self.source}: {len(found)} images could not be read, the next ones took their place: '
+                f'{record.names(found)}')
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
         batches = iter(loader)
         while True:
-            with blame(f'Data {self.source}'):  # files that are no images, labels of no common kind
+            try:
                 batch = next(batches, None)
+            except Exception as error:  # files that are no images, labels of no common kind
+                lines = str(error).strip().splitlines() or [type(error).__name__]  # of a worker: with its traceback
+                raise UsageError(f'Data {self.source}: {lines[-1]}') from error
             if batch is None:
                 return
             yield batch

@@ -1,4 +1,4 @@
-"""python -m timm_multimix.evaluate: from the command line to a table, JSON and a report."""
+"""Command line of python -m timm_multimix.evaluate."""
 import argparse
 import json
 import logging
@@ -7,14 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from importlib.util import find_spec
 from typing import Any
 
 import timm
 import torch
 
 from ..data import DEMO_PREFIX
+from ..dataset_types import code_danger
 from ..training.calibration import CALIBRATED, share_split
+from ..training.command_line import Parser, check_packages
 from ..training.errors import UsageError, blame
 from ..training.files import replacing
 from ..training.logs import setup_logging
@@ -24,7 +25,7 @@ from .images import Source, parse_source
 from .models import Candidate, load_candidates
 from .ood import NOISES
 from .report import render_html, render_table
-from .robustness import PIXEL_LEVELS, parse_epsilon
+from .robustness import ATTACK_LOSSES, PIXEL_LEVELS, parse_epsilon
 from .suite import PARTS, Result, Settings, evaluate_models
 
 _logger = logging.getLogger(__name__)
@@ -32,17 +33,12 @@ _logger = logging.getLogger(__name__)
 _EPILOG = """\
 examples:
   python -m timm_multimix.evaluate output/train/run
-      a run, on the images that it was validated on
+      a run, on its validation images
   python -m timm_multimix.evaluate output/train/ce output/train/dense --ood demo/letters uniform gaussian
-      two runs beside each other
+      compare two runs
   python -m timm_multimix.evaluate hf-hub:timm/resnet50.a1_in1k --data-dir imagenet --parts attacks --eps 1/255 4/255
-      a model of the Hub, and attacks only
+      a model of the Hub, with attacks only
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f'{message.rstrip(".")}. See --help.')
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -61,54 +57,69 @@ def _epsilon(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of python -m timm_multimix.evaluate."""
-    parser = _Parser(
+    """Build the parser of python -m timm_multimix.evaluate. Its errors are UsageErrors."""
+    parser = Parser(
         prog='python -m timm_multimix.evaluate', epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Measure models: accuracy, calibration, robustness to attacks, detection of other kinds of images, '
-                    'and the shape of their embeddings. Several models are compared.')
-    add = parser.add_argument
-    add('models', nargs='+', metavar='MODEL',
-        help="run folder (its calibrated checkpoint if there is one, else its best), checkpoint, 'hf-hub:user/name', "
-             "or a name of timm's")
-    data = parser.add_argument_group('images').add_argument
-    data('--data-dir', metavar='DIR', help='folder of images, or of the dataset (default: that of the first run)')
-    data('--dataset', metavar='NAME', help="dataset, as train_timm.py's --dataset (default: that of the first run)")
-    data('--split', metavar='NAME',
-         help='split to evaluate on (default: what the run was validated on, else validation)')
-    data('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
-    data('--input-key', metavar='KEY', help='field of a sample that holds the image')
-    data('--target-key', metavar='KEY', help='field of a sample that holds the target')
-    data('--dataset-download', action='store_true', help='download the dataset if it is missing and its reader can')
-    data('--max-images', type=_at_least(1), metavar='N', help='evaluate on so many images at most, drawn at random')
-    data('--sample', type=_at_least(1), default=2000, metavar='N',
-         help='images for what takes many passes: attacks, embeddings, pairs (default: 2000)')
-    data('--calibration-split', metavar='NAME',
-         help='split to fit a temperature on; without it each half of the evaluated images gets the temperature of the '
-              'other half')
-    what = parser.add_argument_group('what to measure').add_argument
-    what('--parts', nargs='*', default=list(PARTS), choices=PARTS, metavar='PART',
-         help=f'beyond accuracy and calibration: {", ".join(PARTS)} (default: all)')
-    what('--eps', nargs='+', type=_epsilon, default=[parse_epsilon(f'{n}/{PIXEL_LEVELS}') for n in (1, 2, 4, 8)],
-         metavar='EPS',
-         help='sizes of the attacks: levels of a pixel, of 255, or fractions such as 8/255 (default: 1 2 4 8)')
-    what('--pgd-steps', type=_at_least(1), default=10, metavar='N', help='steps of PGD (default: 10)')
-    what('--pgd-step', type=_epsilon, metavar='SIZE', help='their size, in the same units (default: 2.5 EPS / N)')
-    what('--ood', nargs='*', default=list(NOISES), metavar='DATA',
-         help="images of other kinds: folders, datasets (NAME=FOLDER where they lie in one), 'uniform' and 'gaussian' "
-              'noise; ...@SPLIT for another split than validation (default: the two noises)')
-    how = parser.add_argument_group('how').add_argument
+        description='Evaluate image classifiers: accuracy, calibration, selective classification, robustness to '
+                    'attacks and corruptions, out-of-distribution detection, and the geometry of the embeddings. '
+                    'Several models are compared.')
+    parser.add_argument(
+        'models', nargs='+', metavar='MODEL',
+        help="run folder (its calibrated checkpoint if there is one, otherwise its best), checkpoint, "
+             "'hf-hub:user/name', or name of a timm model")
+    _add_data_options(parser)
+    _add_part_options(parser)
+    how = parser.add_argument_group('execution').add_argument
     how('-b', '--batch-size', type=_at_least(1), metavar='N',
-        help='images in a batch (default: 256 on a GPU, 32 on the CPU); halved where memory does not hold it')
+        help='images per batch (default: 256 on a GPU, 32 on the CPU); halved if memory does not suffice')
     how('-j', '--workers', type=_at_least(0), metavar='N',
-        help='processes that decode (default: as in the first run, or 4)')
-    how('--device', metavar='DEVICE', help='default: cuda where there is one, else cpu')
-    how('--seed', type=_at_least(0), default=0, metavar='N', help='of samples, random starts and noise (default: 0)')
+        help='processes that load images (default: as in the first run, or 4)')
+    how('--device', metavar='DEVICE', help='default: cuda if available, otherwise cpu')
+    how('--seed', type=_at_least(0), default=0, metavar='N',
+        help='seed of samples, random starts and noise (default: 0)')
     how('--output', metavar='DIR', help='folder for results.json and report.html (default: output/evaluate/TIME)')
     return parser
 
 
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('images').add_argument
+    add('--data-dir', metavar='DIR', help='folder of images, or of the dataset (default: that of the first run)')
+    add('--dataset', metavar='NAME', help='dataset, as in train_timm.py (default: that of the first run)')
+    add('--split', metavar='NAME',
+        help='split to evaluate on (default: the validation split of the first run, or validation)')
+    add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    add('--input-key', metavar='KEY', help='field of a sample that holds the image')
+    add('--target-key', metavar='KEY', help='field of a sample that holds the target')
+    add('--dataset-download', action='store_true', help='download the dataset if it is missing and its reader can')
+    add('--max-images', type=_at_least(1), metavar='N', help='evaluate on at most N images, drawn at random')
+    add('--sample', type=_at_least(1), default=2000, metavar='N',
+        help='number of images for measurements that take many passes: attacks, corruptions, embeddings, mixed images '
+             '(default: 2000)')
+    add('--calibration-split', metavar='NAME',
+        help='split to fit a temperature on (default: cross-fitting, where each half of the evaluated images gets the '
+             'temperature fitted on the other half)')
+
+
+def _add_part_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('what to measure').add_argument
+    add('--parts', nargs='*', default=list(PARTS), choices=PARTS, metavar='PART',
+        help=f'measurements beyond accuracy and calibration: {", ".join(PARTS)} (default: all)')
+    add('--eps', nargs='+', type=_epsilon, default=[parse_epsilon(f'{n}/{PIXEL_LEVELS}') for n in (1, 2, 4, 8)],
+        metavar='EPS',
+        help='sizes of the attacks: levels of a pixel, of 255, or fractions such as 8/255 (default: 1 2 4 8)')
+    add('--pgd-steps', type=_at_least(1), default=10, metavar='N', help='steps of PGD (default: 10)')
+    add('--pgd-step', type=_epsilon, metavar='SIZE',
+        help='size of a step of PGD, in the same units (default: 2.5 EPS / N)')
+    add('--attack-loss', choices=ATTACK_LOSSES, default='log-odds',
+        help='loss whose gradient the attacks follow: log-odds against the true class, which does not vanish for '
+             'confident predictions, or cross-entropy, as in published results (default: log-odds)')
+    add('--ood', nargs='*', default=list(NOISES), metavar='DATA',
+        help="out-of-distribution images: folders, datasets (NAME=FOLDER if they lie in a folder), 'uniform' and "
+             "'gaussian' noise; DATA@SPLIT for another split than validation (default: both noises)")
+
+
 def _source(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Source:
-    """The images to evaluate on: what the options name, else what the first run was validated on."""
+    """The images to evaluate on: those that the options name, otherwise the validation images of the first run."""
     run = next((candidate.args for candidate in candidates if candidate.args is not None), None)
     options = {
         name: value for name, value in dict(
@@ -117,13 +128,18 @@ def _source(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Source
     if args.data_dir or args.dataset:
         return Source(args.dataset or '', args.data_dir, args.split or 'validation', options)
     if run is None or not (run.data_dir or run.dataset):
-        raise UsageError('Say which images to evaluate on: --data-dir FOLDER, or --dataset NAME such as demo/digits.')
+        raise UsageError('No images to evaluate on: give --data-dir FOLDER, or --dataset NAME such as demo/digits.')
+    splits = [split for split in (args.split or run.val_split, args.calibration_split) if split]
+    if danger := code_danger(run.dataset or '', run.data_dir, splits):
+        raise UsageError(
+            f'The images of the first run are {run.dataset} in {run.data_dir}, and are not opened because of what its '
+            f'checkpoint says ({danger}). If you trust it, give --dataset and --data-dir.')
     inherited = dict(class_map=run.class_map, input_key=run.input_key, target_key=run.target_key)
     options = {**{name: value for name, value in inherited.items() if value}, **options}
     if not (args.split or run.val_split):
-        raise UsageError('The run has no validation split: name a --split.')
+        raise UsageError('The first run has no validation split: give --split.')
     source = Source(run.dataset, run.data_dir, args.split or run.val_split, options)
-    _logger.info(f'Evaluating on {source}, as in the first run. For other images give --data-dir or --dataset.')
+    _logger.info(f'Evaluating on {source}, the validation images of the first run.')
     return source
 
 
@@ -137,7 +153,7 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
         if trained:
             _logger.warning(
                 f'--calibration-split {args.calibration_split}: {", ".join(trained)} may have been trained on these '
-                'images, and be surer of them than of others. Another split, or none, tells more.')
+                'images and be more confident on them than on others. Name another split, or leave out the option.')
     outside = tuple(
         name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood)
     for data in (source, *outside):
@@ -154,6 +170,7 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
         epsilons=tuple(sorted(set(args.eps))),
         pgd_steps=args.pgd_steps,
         pgd_step_size=args.pgd_step,
+        attack_loss=args.attack_loss,
         outside=outside,
         batch_size=args.batch_size or batch_size_for(device),
         workers=workers,
@@ -164,7 +181,7 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no nan: null stands for what there is none of."""
+    """Replace nan and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {str(name): _finite(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -173,7 +190,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write(folder: str, name: str, text: str) -> str:
-    """Write a file of the output folder, all of it or nothing."""
+    """Write a file into the output folder, atomically."""
     path = os.path.join(folder, name)
     with blame(f'--output {folder}'):
         os.makedirs(folder, exist_ok=True)
@@ -183,7 +200,7 @@ def _write(folder: str, name: str, text: str) -> str:
 
 
 def _check_writable(folder: str) -> None:
-    """Refuse a folder that cannot be made or written to, before the work and without making it."""
+    """Refuse an output folder that cannot be made or written to, without making it."""
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -198,13 +215,6 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _check_installed(parts: Sequence[str]) -> None:
-    needed = ['torchmetrics', *(['captum'] if 'attacks' in parts else [])]
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"This needs the package {' and '.join(missing)}: pip install 'timm-multimix[eval]'.")
-
-
 def _document(results: Sequence[Result], settings: Settings) -> str:
     document = dict(
         date=datetime.now().astimezone().isoformat(timespec='seconds'),
@@ -216,7 +226,7 @@ def _document(results: Sequence[Result], settings: Settings) -> str:
 
 def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
-    _check_installed(args.parts)
+    check_packages('Evaluation', ['torchmetrics', *(['captum'] if 'attacks' in args.parts else [])], extra='eval')
     device = _device(args.device)
     folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
     _check_writable(folder)
@@ -225,12 +235,13 @@ def _run(argv: Sequence[str] | None) -> None:
     calibrated = [candidate.name for candidate in candidates if candidate.weights == CALIBRATED]
     if 0 < len(calibrated) < len(candidates):
         _logger.warning(
-            f'{", ".join(calibrated)}: calibrated, and the others are not. Compare the rows "at temperature".')
+            f'{", ".join(calibrated)}: calibrated, but the other models are not. Compare the rows "at temperature".')
     results = []
     for result in evaluate_models(candidates, settings, device):
         results.append(result)
-        _write(folder, 'results.json', _document(results, settings))  # what comes next may fail
-    print(render_table(results))
+        _write(folder, 'results.json', _document(results, settings))  # the next model may fail
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(render_table(results).encode(encoding, 'backslashreplace').decode(encoding))
     report = _write(folder, 'report.html', render_html(results, settings))
     _logger.info(f'Report: {report}')
 
@@ -242,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line, by default that of the process.
 
     Returns:
-        Exit status: 0, or 2 for something that the user can put right.
+        Exit status: 0, or 2 for an error that the user can correct.
     """
     setup_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
@@ -254,3 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

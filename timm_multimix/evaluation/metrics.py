@@ -1,4 +1,4 @@
-"""How right a classifier is, and whether it knows how right."""
+"""Accuracy, calibration and selective classification of a classifier."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -6,50 +6,121 @@ import torch
 import torch.nn.functional as F
 
 from ..calibration import fit_temperature
+from .ood import max_softmax
 
 NUM_BINS = 15
+TOLERATED_RISK = 0.05
 
 
 def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Accuracy and quality of the probabilities, over images.
+    """Metrics of a set of images.
 
     Args:
         logits: Logits (n, c).
         target: Class indices (n,).
 
     Returns:
-        'top1' and 'top5' (of fewer classes, all of them) in percent; 'nll', the mean negative log-likelihood; 'brier',
-        the mean squared distance of the probabilities from the one-hot target, summed over classes, between 0 and 2;
-        'ece', the expected calibration error of the most probable class over 15 bins of equal width, in percent.
+        - 'top1' and 'top5', accuracy in percent; 'top5' only for six classes or more.
+        - 'nll', the mean negative log-likelihood.
+        - 'brier', the squared distance between probabilities and one-hot target, summed over classes (0 to 2).
+        - 'ece', 'adaptive_ece' and 'classwise_ece' in percent: see calibration_errors.
+        - 'aurc' and 'coverage_at_5_risk' in percent: see selective_metrics.
     """
-    # slow to import
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+    from torchmetrics.functional.classification import multiclass_accuracy  # slow to import
 
     logits = logits.double()
     num_classes = logits.shape[1]
     probs = logits.softmax(1)
     accuracy = {
-        f'top{k}': 100 * multiclass_accuracy(
-            probs, target, num_classes, average='micro', top_k=min(k, num_classes)).item()
-        for k in (1, 5)}
+        f'top{k}': 100 * multiclass_accuracy(probs, target, num_classes, average='micro', top_k=k).item()
+        for k in (1, 5) if k == 1 or num_classes > 5}
     return dict(
         accuracy,
         nll=F.cross_entropy(logits, target).item(),
         brier=(probs - F.one_hot(target, num_classes)).square().sum(1).mean().item(),
-        # torchmetrics works in float32, where what rounds to 1 would get a bin of its own
+        **calibration_errors(logits, target),
+        **selective_metrics(logits, target),
+    )
+
+
+def calibration_errors(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_BINS) -> dict[str, float]:
+    """Expected calibration errors in percent.
+
+    Args:
+        logits: Logits (n, c).
+        target: Class indices (n,).
+        num_bins: Number of bins.
+
+    Returns:
+        - 'ece': mean gap between confidence and accuracy over bins of equal width (Guo et al., 2017).
+        - 'adaptive_ece': the same over bins that hold equally many images (Nguyen & O'Connor, 2015).
+        - 'classwise_ece': for each class, the mean gap between its probability and its frequency over bins of equal
+          width; the mean over classes (Kull et al., 2019).
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error  # slow to import
+
+    probs = logits.double().softmax(1)
+    num_classes = probs.shape[1]
+    confidence, prediction = probs.max(1)
+    order = confidence.argsort(stable=True)
+    gap = (confidence - (prediction == target).double())[order]
+    adaptive = sum(part.sum().abs() for part in gap.tensor_split(num_bins)) / len(target)
+    classwise = 0.0
+    for index in range(num_classes):  # one class at a time: n numbers in memory, not n * c
+        of_class = probs[:, index]
+        bins = (of_class * num_bins).long().clamp(max=num_bins - 1)
+        gaps = torch.bincount(bins, weights=of_class - (target == index).double(), minlength=num_bins)
+        classwise += gaps.abs().sum().item() / len(target)
+    return dict(
+        # torchmetrics works in float32 and would put a confidence that rounds to 1 into a bin of its own
         ece=100 * multiclass_calibration_error(
-            probs.clamp(max=1 - 2 ** -24), target, num_classes, n_bins=NUM_BINS, norm='l1').item(),
+            probs.clamp(max=1 - 2 ** -24), target, num_classes, n_bins=num_bins, norm='l1').item(),
+        adaptive_ece=100 * adaptive.item(),
+        classwise_ece=100 * classwise / num_classes,
+    )
+
+
+def selective_metrics(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        tolerated_risk: float = TOLERATED_RISK,
+) -> dict[str, float]:
+    """Metrics of a classifier that rejects the images it is least confident of (Geifman & El-Yaniv, 2017).
+
+    Coverage is the share of accepted images, risk the share of errors among them.
+
+    Args:
+        logits: Logits (n, c).
+        target: Class indices (n,).
+        tolerated_risk: Risk at which coverage is reported.
+
+    Returns:
+        In percent: 'aurc', the area under the risk-coverage curve, with ties of confidence in random order;
+        'coverage_at_5_risk', the largest coverage of a threshold on confidence whose risk is tolerated.
+    """
+    wrong = (logits.argmax(1) != target).double()
+    # Ranks of equally confident images are equal. Log-odds order images whose confidence rounds to 1.
+    _, rank = (-max_softmax(logits)).unique(return_inverse=True)
+    count = torch.bincount(rank)
+    errors = torch.bincount(rank, weights=wrong)
+    num_accepted = torch.arange(1, len(target) + 1, dtype=torch.float64, device=logits.device)
+    risk = (errors / count).repeat_interleave(count).cumsum(0) / num_accepted
+    at_threshold = errors.cumsum(0) / count.cumsum(0)
+    tolerated = count.cumsum(0)[at_threshold <= tolerated_risk]
+    return dict(
+        aurc=100 * risk.mean().item(),
+        coverage_at_5_risk=100 * tolerated.max().item() / len(target) if len(tolerated) else 0.0,
     )
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a reliability diagram shows, for each bin of confidence; nan in bins without images.
+    """Points of a reliability diagram, one for each bin of confidence; nan in bins without images.
 
     Attributes:
-        count: Images in the bin.
-        confidence: Their mean confidence.
-        accuracy: The share of them that is classified correctly.
+        count: Number of images.
+        confidence: Mean confidence.
+        accuracy: Share of correct predictions.
     """
     count: list[int]
     confidence: list[float]
@@ -57,7 +128,7 @@ class Reliability:
 
 
 def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_BINS) -> Reliability:
-    """Confidence against accuracy, in bins of equal width of the highest probability.
+    """Accuracy in bins of equal width of the highest probability.
 
     Args:
         logits: Logits (n, c).
@@ -65,7 +136,7 @@ def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_
         num_bins: Number of bins.
     """
     confidence, prediction = logits.double().softmax(1).max(1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=confidence.device)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=logits.device)
     bins = torch.bucketize(confidence, edges[1:-1], right=True)
     count = torch.bincount(bins, minlength=num_bins)
     sums = [torch.bincount(bins, weights=values.double(), minlength=num_bins)
@@ -75,12 +146,12 @@ def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_
 
 @dataclass(frozen=True)
 class Tempered:
-    """Logits divided by a temperature that other images gave.
+    """Logits divided by a temperature that was fitted on other images.
 
     Attributes:
-        logits: Logits (n, c), divided.
-        temperatures: The temperature, or the two of cross-fitting.
-        fitted_on: Which images they were fitted on, in words.
+        logits: Divided logits (n, c).
+        temperatures: The temperature, or the two temperatures of cross-fitting.
+        fitted_on: Description of the images that the temperature was fitted on.
     """
     logits: torch.Tensor
     temperatures: Sequence[float]
@@ -88,22 +159,20 @@ class Tempered:
 
 
 def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Tempered:
-    """Divide the logits of each half of the images by the temperature of the other half.
-
-    So no image is judged with a temperature that it had a part in.
+    """Divide the logits of each half of the images by the temperature fitted on the other half.
 
     Args:
         logits: Logits (n, c) of two images or more.
         target: Class indices (n,).
-        seed: Of the random halves.
+        seed: Seed of the random halves.
 
     Raises:
-        ValueError: if no temperature fits a half.
+        ValueError: if there are fewer than two images, or if no temperature fits a half.
     """
     if len(logits) < 2:
-        raise ValueError('A temperature from other images needs two images or more.')
+        raise ValueError('Fitting a temperature on other images needs two images or more.')
     generator = torch.Generator('cpu').manual_seed(seed)
-    halves = torch.randperm(len(logits), generator=generator, device='cpu').chunk(2)
+    halves = torch.randperm(len(logits), generator=generator, device='cpu').to(logits.device).chunk(2)
     divided, temperatures = logits.double(), []
     for own, other in (halves, halves[::-1]):
         temperatures.append(fit_temperature(logits[other], target[other]))

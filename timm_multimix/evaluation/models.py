@@ -1,4 +1,4 @@
-"""The models to evaluate: run folders, checkpoints, Hub and timm names, each with the data configuration of its run."""
+"""Models to evaluate, from run folders, checkpoints, the Hub or timm, with the data configuration of their run."""
 import argparse
 import os
 from dataclasses import dataclass
@@ -8,32 +8,42 @@ import torch
 import yaml
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import clean_state_dict, create_model, is_model, list_models, parse_model_name, split_model_name_tag
+from timm.models import (
+    clean_state_dict,
+    create_model,
+    is_model,
+    is_model_pretrained,
+    list_models,
+    parse_model_name,
+    split_model_name_tag,
+)
 from torch import nn
 
+from ..class_names import valid_classes
 from ..data import default_img_mode
 from ..heads import mean_of_heads
 from ..training.arguments import build_parser
 from ..training.calibration import CALIBRATED
 from ..training.checkpoints import read_checkpoint
+from ..training.classes import checkpoint_classes
 from ..training.config import check_recorded
-from ..training.errors import UsageError, blame, near_names
+from ..training.errors import UsageError, blame, near_names, printable
 from ..training.model import create_run_model, model_options
 from ..training.saved_weights import weights_of_metric
 
-# In a run folder, the first of these that there is: what one would ship.
+# Checkpoints of a run folder in the order of preference.
 RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')
-# Options of a run that say how it began, which its weights have left behind.
+# Options for the initial weights of a run: the checkpoint replaces them.
 _BEGINNING = dict(
     pretrained=False, pretrained_path=None, initial_checkpoint='', head_init_scale=None, head_init_bias=None,
     grad_checkpointing=False, torchscript=False)
 
 
 class PixelModel(nn.Module):
-    """A classifier of images in [0, 1]: normalises them, and gives the logits (b, c) that the model predicts with.
+    """Classifier of images in [0, 1]: normalises them and returns logits (b, c).
 
     Args:
-        model: A classifier of normalised images.
+        model: Classifier of normalised images.
         mean: Pixel mean of each channel.
         std: Pixel standard deviation of each channel.
     """
@@ -46,7 +56,7 @@ class PixelModel(nn.Module):
         self.register_buffer('std', torch.tensor(std, device=device).view(-1, 1, 1))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Images as the model takes them."""
+        """Normalise images for the model."""
         return (images - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -58,14 +68,15 @@ class Candidate:
     """A model to evaluate.
 
     Attributes:
-        name: What it is called in tables: what the user called it, made short and unique.
-        origin: Path of its checkpoint, or the name that timm or the Hub knows it by.
-        weights: Where its weights come from, in words.
+        name: Short and unique name for tables, without control characters.
+        origin: Path of its checkpoint, or its name in timm or on the Hub.
+        weights: Description of the weights.
         pixel_model: The model, in evaluation mode.
-        data_config: Input size, pixel statistics, crop and interpolation that it was trained for.
-        num_classes: Its classes.
-        img_mode: Mode of PIL of the images that it takes.
-        args: Options of the run that it comes from, None if it comes from no run.
+        data_config: Input size, pixel statistics, crop and interpolation.
+        num_classes: Number of classes.
+        img_mode: PIL mode of its images.
+        args: Options of its run, None without a run.
+        class_to_idx: Class names and their indices, None if they are not known.
     """
     name: str
     origin: str
@@ -75,6 +86,7 @@ class Candidate:
     num_classes: int
     img_mode: str
     args: argparse.Namespace | None = None
+    class_to_idx: dict[str, int] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -83,7 +95,7 @@ class Candidate:
 
 
 def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
-    """Options of the run that wrote a checkpoint: those in it, else those beside it."""
+    """Options of the run that wrote a checkpoint: from the checkpoint, otherwise from args.yaml beside it."""
     values = checkpoint.get('args')
     beside = os.path.join(os.path.dirname(path), 'args.yaml')
     if isinstance(values, argparse.Namespace):  # as timm's own script writes it
@@ -93,8 +105,8 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
             values = yaml.safe_load(file)
     if not isinstance(values, dict) or not values.get('model'):
         raise UsageError(
-            f'{path} does not say what model it holds, nor does an args.yaml beside it. Give the folder of its run, or '
-            'a name that timm or the Hub knows.')
+            f'{path} does not say what model it holds, and there is no args.yaml beside it. Give the run folder, or '
+            'the name of a model of timm or the Hub.')
     parser = build_parser()
     check_recorded(values, parser, path)
     args = parser.parse_args([])
@@ -118,7 +130,9 @@ def _from_checkpoint(path: str) -> Candidate:
         model.load_state_dict(state)
         config = resolve_data_config(vars(args), model=model, verbose=False)
     weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
-    return _candidate(path, weights, model, config, args)
+    candidate = _candidate(path, weights, model, config, args)
+    candidate.class_to_idx = checkpoint_classes(checkpoint, path)
+    return candidate
 
 
 def _from_name(name: str) -> Candidate:
@@ -130,17 +144,21 @@ def _from_name(name: str) -> Candidate:
         hint = near_names(split_model_name_tag(base)[0], list_models())
         raise UsageError(
             f"{name}: no such folder or file, nor a model of timm.{hint} Models of the Hub start with 'hf-hub:'.")
+    if source is None and not is_model_pretrained(base):
+        raise UsageError(f'{name}: timm has no pretrained weights of this model. Give a run folder or a checkpoint.')
     with blame(name):
         model = create_model(name, pretrained=True)
         config = resolve_data_config({}, model=model, verbose=False)
-    return _candidate(name, 'pretrained', model, config, None)
+    candidate = _candidate(name, 'pretrained', model, config, None)
+    candidate.class_to_idx = valid_classes((getattr(model, 'pretrained_cfg', None) or {}).get('label_names'))
+    return candidate
 
 
 def _candidate(origin: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:
     num_classes = getattr(model, 'num_classes', 0)
     if num_classes < 2:
-        raise UsageError(f'{origin}: the model has {num_classes} classes, and no choice between them to evaluate.')
-    model.requires_grad_(False)  # gradients are for images here
+        raise UsageError(f'{origin}: the model has {num_classes} classes, but evaluation needs two or more.')
+    model.requires_grad_(False)  # attacks need gradients of the images only
     in_chans = config['input_size'][0]
     statistics = (adapt_to_chs(config[name], in_chans) for name in ('mean', 'std'))  # as timm's loader does
     pixel_model = PixelModel(model, *statistics).eval()
@@ -152,19 +170,19 @@ def load_candidate(spec: str) -> Candidate:
     """Load a model.
 
     Args:
-        spec: A run folder, a checkpoint, a name of the Hub ('hf-hub:user/name') or of timm.
+        spec: Run folder, checkpoint, name on the Hub ('hf-hub:user/name') or name in timm.
 
     Returns:
         The model, on the CPU.
 
     Raises:
-        UsageError: if there is no such thing, it is damaged, or does not say what it is.
+        UsageError: if there is no such model, or if the checkpoint is damaged or does not name its architecture.
     """
     if os.path.isdir(spec):
         paths = [os.path.join(spec, name) for name in RUN_CHECKPOINTS]
         path = next(filter(os.path.isfile, paths), None)
         if path is None:
-            raise UsageError(f'{spec} is no folder of a run: it has none of {", ".join(RUN_CHECKPOINTS)}.')
+            raise UsageError(f'{spec} is not a run folder: it has none of {", ".join(RUN_CHECKPOINTS)}.')
         return _from_checkpoint(path)
     if os.path.isfile(spec):
         return _from_checkpoint(spec)
@@ -172,17 +190,17 @@ def load_candidate(spec: str) -> Candidate:
 
 
 def load_candidates(specs: list[str]) -> list[Candidate]:
-    """Load models, and give them names that are short and differ.
+    """Load models and give them short, unique names.
 
     Raises:
-        UsageError: as load_candidate, or if a model is named twice.
+        UsageError: as load_candidate, or if a model is given twice.
     """
     if len({os.path.normpath(spec) for spec in specs}) < len(specs):
-        raise UsageError(f'A model is named twice: {", ".join(specs)}.')
+        raise UsageError(f'A model is given twice: {", ".join(specs)}.')
     candidates = [load_candidate(spec) for spec in specs]
     parts = [os.path.normpath(spec).split(os.sep) for spec in specs]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ['/'.join(part[-depth:]) for part in parts]
+        names = [printable('/'.join(part[-depth:])) for part in parts]
         if len(set(names)) == len(names):
             break
     for candidate, name in zip(candidates, names, strict=True):

@@ -1,4 +1,4 @@
-"""Telling images of other kinds from those that a model was trained for, by what it says of them."""
+"""Out-of-distribution (OOD) detection: scores computed from logits, detection metrics, and noise images."""
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,10 +8,12 @@ NOISES = ('uniform', 'gaussian')
 
 
 def max_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """The highest probability (n,): high for images like the training images (Hendrycks & Gimpel, 2017).
+    """Maximum softmax probability as a score (n,), higher in distribution (Hendrycks & Gimpel, 2017).
 
-    As minus the logarithm of the rest, which orders images as the probability does and still tells those apart whose
-    probability rounds to 1.
+    Returned as log-odds, log(p / (1 - p)). They order images as the probability p does, also where p rounds to 1.
+
+    Args:
+        logits: Logits (n, c).
     """
     logits = logits.double()
     top = logits.max(1, keepdim=True)
@@ -20,34 +22,38 @@ def max_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def energy(logits: torch.Tensor) -> torch.Tensor:
-    """The negative free energy (n,), logsumexp of the logits: high for images as in training (Liu et al., 2020)."""
+    """Negative free energy, logsumexp of the logits, as a score (n,), higher in distribution (Liu et al., 2020).
+
+    Args:
+        logits: Logits (n, c).
+    """
     return logits.double().logsumexp(1)
 
 
 SCORES = {'max_softmax': max_softmax, 'energy': energy}
 
 
-def detection_metrics(inside: torch.Tensor, outside: torch.Tensor) -> dict[str, float]:
-    """How well a score tells images of the model's own kind (inside) from others (outside).
+def detection_metrics(scores_in: torch.Tensor, scores_out: torch.Tensor) -> dict[str, float]:
+    """Metrics of OOD detection by a threshold on a score.
 
     Args:
-        inside: Scores (n,) of images of the model's own kind, which should be higher.
-        outside: Scores (m,) of others.
+        scores_in: Scores (n,) of in-distribution images, which should be higher.
+        scores_out: Scores (m,) of OOD images.
 
     Returns:
-        In percent: 'auroc'; 'aupr_in' and 'aupr_out', average precision with the one or the other as what is looked
-        for; 'fpr95', the share of others that passes where 95 % of the own pass; 'accuracy', of the best threshold,
-        both kinds counted as equally frequent.
+        In percent: 'auroc'; 'aupr_in' and 'aupr_out', average precision with in-distribution or OOD images as the
+        positive class; 'fpr95', the false positive rate at a true positive rate of 95 %, in-distribution images being
+        positive; 'accuracy', that of the best threshold with both kinds weighted equally.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # slow to import
 
-    scores = torch.cat([inside, outside]).double().cpu().numpy()
-    own = np.repeat([True, False], [len(inside), len(outside)])
-    false, true, _ = roc_curve(own, scores, drop_intermediate=False)
+    scores = torch.cat([scores_in, scores_out]).double().cpu().numpy()
+    is_in = np.repeat([True, False], [len(scores_in), len(scores_out)])
+    false, true, _ = roc_curve(is_in, scores, drop_intermediate=False)
     metrics = dict(
-        auroc=roc_auc_score(own, scores),
-        aupr_in=average_precision_score(own, scores),
-        aupr_out=average_precision_score(~own, -scores),
+        auroc=roc_auc_score(is_in, scores),
+        aupr_in=average_precision_score(is_in, scores),
+        aupr_out=average_precision_score(~is_in, -scores),
         fpr95=false[true >= 0.95].min(),
         accuracy=((true + 1 - false) / 2).max(),
     )
@@ -61,19 +67,19 @@ def noise_batches(
         batch_size: int,
         seed: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Batches of noise, every pixel drawn by itself.
+    """Batches of noise images with independent pixels.
 
     Args:
-        kind: 'uniform' in [0, 1], or 'gaussian' of mean 0.5 and standard deviation 1, clipped to [0, 1].
-        num_images: Images in all.
+        kind: 'uniform' in [0, 1], or 'gaussian' with mean 0.5 and standard deviation 1, clipped to [0, 1].
+        num_images: Total number of images.
         input_size: Channels, height and width.
-        batch_size: Images in a batch.
-        seed: The same noise for the same seed, however it is batched.
+        batch_size: Images per batch. It does not change the images.
+        seed: Seed of the noise.
     """
     generator = torch.Generator('cpu').manual_seed(seed)
     for start in range(0, num_images, batch_size):
         count = min(batch_size, num_images - start)
-        # one by one: other numbers come out of a generator for other shapes
+        # image by image: a generator gives other numbers for another shape
         draw = torch.rand if kind == 'uniform' else torch.randn
         images = torch.stack([draw(input_size, generator=generator, device='cpu') for _ in range(count)])
         yield images if kind == 'uniform' else (images + 0.5).clamp(0, 1)

@@ -1,30 +1,31 @@
-"""Adversarial attacks, by captum, on images in [0, 1] before they are normalised."""
+"""Adversarial attacks with captum, on images in [0, 1] before normalisation."""
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 PIXEL_LEVELS = 255
 
 
 def parse_epsilon(text: str) -> float:
-    """The size of a perturbation from text: '8' means 8 of the 255 levels of a pixel, '8/255' the same as a fraction.
+    """Parse the size of a perturbation: '8' stands for 8 of the 255 levels of a pixel, '8/255' for the fraction.
 
     Returns:
         The size as a fraction of the range of a pixel.
 
     Raises:
-        ValueError: if it is neither, negative, or more than the whole range. Also for a number between 0 and 0.1, which
-            is sooner meant as a fraction than as a tenth of a level.
+        ValueError: if the text is no number, or the size is negative or above the whole range. Also for a number
+            between 0 and 0.1 without a slash, which is more likely a fraction than a tenth of a level.
     """
     numerator, slash, denominator = str(text).partition('/')
     try:
         value = float(numerator) / (float(denominator) if slash else PIXEL_LEVELS)
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f'{text!r} is no size: give levels of a pixel, such as 8, or a fraction, such as 8/255.') from None
+            f'{text!r} is not a size: give levels of a pixel, such as 8, or a fraction, such as 8/255.') from None
     if not slash and 0 < float(numerator) < 0.1:
         raise ValueError(f'{text} of {PIXEL_LEVELS} levels changes nothing: write it as a fraction, such as 8/255.')
     if not 0 <= value <= 1:
@@ -32,13 +33,19 @@ def parse_epsilon(text: str) -> float:
     return value
 
 
-def _loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Log-odds against the true class, for each image. Cross-entropy is softplus of it: gradients have the same sign.
-
-    That of cross-entropy vanishes in a confident model, which would seem robust for no other reason.
-    """
+def _log_odds(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Log-odds against the true class (b,). Cross-entropy is softplus of it."""
     target = target[:, None]
     return logits.scatter(1, target, -torch.inf).logsumexp(1) - logits.gather(1, target)[:, 0]
+
+
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, target, reduction='none')
+
+
+# Cross-entropy increases with the log-odds, so both gradients have the same sign. In floating point the gradient of
+# cross-entropy underflows to zero for confident predictions, and the attack then leaves the image as it is.
+ATTACK_LOSSES = {'log-odds': _log_odds, 'cross-entropy': _cross_entropy}
 
 
 def _perturb(perturb: Callable[..., torch.Tensor], images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,22 +54,30 @@ def _perturb(perturb: Callable[..., torch.Tensor], images: torch.Tensor, *args: 
         return perturb(images.detach().clone(), *args, **kwargs).detach()
 
 
-def fgsm(model: nn.Module, images: torch.Tensor, target: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Images after the fast gradient sign method (Goodfellow et al., 2015).
+def fgsm(
+        model: nn.Module,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        epsilon: float,
+        loss: str = 'log-odds',
+) -> torch.Tensor:
+    """Fast gradient sign method (Goodfellow et al., 2015).
 
     Args:
-        model: Takes images in [0, 1], returns logits (b, c); in evaluation mode.
+        model: Maps images in [0, 1] to logits (b, c); in evaluation mode.
         images: Images (b, ...) in [0, 1].
         target: Class indices (b,).
         epsilon: Size of the step, as a fraction of the range of a pixel.
+        loss: Loss whose gradient is followed: 'log-odds' against the true class, which does not vanish for confident
+            predictions, or 'cross-entropy', as in published results.
 
     Returns:
-        Images in [0, 1] that differ by epsilon at most.
+        Images in [0, 1] that differ from the given ones by at most epsilon.
     """
     from captum.robust import FGSM  # slow to import
 
-    attack = FGSM(model, _loss, 0.0, 1.0)
-    attack.zero_thresh = 0.0  # it would leave pixels of small gradient alone, and with them whole confident images
+    attack = FGSM(model, ATTACK_LOSSES[loss], 0.0, 1.0)
+    attack.zero_thresh = 0.0  # captum's default treats gradients below 1e-6 as zero
     return _perturb(attack.perturb, images, epsilon, target)
 
 
@@ -74,23 +89,25 @@ def pgd(
         step_size: float,
         num_steps: int,
         random_start: bool = True,
+        loss: str = 'log-odds',
 ) -> torch.Tensor:
-    """Images after projected gradient ascent in the maximum norm (Madry et al., 2018).
+    """Projected gradient descent in the maximum norm (Madry et al., 2018).
 
     Args:
-        model: Takes images in [0, 1], returns logits (b, c); in evaluation mode.
+        model: Maps images in [0, 1] to logits (b, c); in evaluation mode.
         images: Images (b, ...) in [0, 1].
         target: Class indices (b,).
         epsilon: Radius of the ball, as a fraction of the range of a pixel.
-        step_size: Size of a step, likewise.
+        step_size: Size of a step, as a fraction of the range of a pixel.
         num_steps: Number of steps.
-        random_start: Start at a random point of the ball, from the global random state; else at the images.
+        random_start: Start from a random point of the ball, drawn from the global random state, instead of the images.
+        loss: As for fgsm.
 
     Returns:
-        Images in [0, 1] that differ by epsilon at most.
+        Images in [0, 1] that differ from the given ones by at most epsilon.
     """
     from captum.robust import PGD  # slow to import
 
-    attack = PGD(model, _loss, 0.0, 1.0)
+    attack = PGD(model, ATTACK_LOSSES[loss], 0.0, 1.0)
     attack.fgsm.zero_thresh = 0.0
     return _perturb(attack.perturb, images, epsilon, step_size, num_steps, target, random_start=random_start)

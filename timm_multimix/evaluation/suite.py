@@ -1,4 +1,4 @@
-"""Everything that is measured of one model."""
+"""All measurements of one model."""
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ from ..layouts import grid_size
 from ..positions import position_features
 from ..training.calibration import share_images
 from ..training.errors import UsageError
-from . import between, geometry, ood, robustness
+from . import between, corruptions, geometry, ood, robustness
 from .batches import Embedder, InParts, predict, progress
 from .images import Images, Source, choose
 from .metrics import Tempered, classification_metrics, cross_fit, reliability
@@ -21,28 +21,31 @@ from .models import Candidate
 
 _logger = logging.getLogger(__name__)
 
-PARTS = ('attacks', 'ood', 'embeddings', 'between', 'attention')
+PARTS = ('attacks', 'corruptions', 'ood', 'embeddings', 'between', 'attention')
 _NUM_ATTENTION_IMAGES = 8
 _NUM_PICTURED = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how.
+    """Settings of an evaluation.
 
     Attributes:
-        source: The images to evaluate on.
-        calibration: Images to fit a temperature to, None to fit it on halves of the evaluated ones.
-        parts: Those of PARTS that are wanted.
+        source: Images to evaluate on.
+        calibration: Images to fit a temperature on; None for cross-fitting on halves of the evaluated images.
+        parts: Measurements beyond accuracy and calibration, from PARTS.
         epsilons: Sizes of attacks, as fractions of the range of a pixel.
         pgd_steps: Steps of PGD.
-        pgd_step_size: Their size, likewise; None for 2.5 epsilon / steps, which reaches every point of the ball.
-        outside: Sources of images of other kinds, and names of noises.
-        batch_size: Images in a batch.
-        workers: Processes that decode.
-        max_images: Images at most, None for all.
-        sample: Images for all that takes many passes: attacks, embeddings, pairs.
-        seed: Of everything that is random.
+        pgd_step_size: Size of a step, as a fraction of the range of a pixel; None for 2.5 epsilon / steps, with which
+            PGD can reach every point of the ball.
+        attack_loss: Loss whose gradient attacks follow, from robustness.ATTACK_LOSSES.
+        outside: Sources of out-of-distribution images, and names of noises.
+        batch_size: Images per batch.
+        workers: Processes that load images.
+        max_images: Maximum number of images, None for all.
+        sample: Maximum number of images for measurements that take many passes: attacks, corruptions, embeddings,
+            mixed images.
+        seed: Seed of samples, random starts and noise.
     """
     source: Source
     calibration: Source | None = None
@@ -50,6 +53,7 @@ class Settings:
     epsilons: tuple[float, ...] = ()
     pgd_steps: int = 10
     pgd_step_size: float | None = None
+    attack_loss: str = 'log-odds'
     outside: tuple[Source | str, ...] = ()
     batch_size: int = 32
     workers: int = 0
@@ -60,24 +64,28 @@ class Settings:
 
 @dataclass
 class Result:
-    """What was measured of a model.
+    """Measurements of a model.
 
     Attributes:
-        name: The model.
-        values: Everything that goes into JSON, in sections.
-        pictures: What only pictures show: 'scores' (of images inside and outside), 'points' and 'classes' (of the
-            picture of embeddings), 'images' and 'maps' (of attention).
+        name: Name of the model.
+        values: Everything that is written to results.json, by section.
+        pictures: Data of figures only: 'scores' of OOD detection, 'points' and 'classes' of the embeddings, 'images'
+            and 'maps' of attention.
     """
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Any] = field(default_factory=dict)
 
 
+def _percent(hits: Sequence[torch.Tensor]) -> float:
+    return 100 * torch.cat(list(hits)).double().mean().item()
+
+
 class _Evaluation:
     """Evaluates one model.
 
     Raises:
-        UsageError: if its images do not suit it, or are those that the temperature is fitted on.
+        UsageError: if the images do not suit the model, or if the temperature would be fitted on the evaluated images.
     """
 
     def __init__(self, candidate: Candidate, settings: Settings, device: torch.device):
@@ -93,7 +101,7 @@ class _Evaluation:
             if share_images(self.calibration.dataset, self.images.dataset):
                 raise UsageError(
                     f'--calibration-split {settings.calibration.split}: these are the images that are evaluated. Leave '
-                    'it out, and each half of them gets the temperature of the other.')
+                    'out the option to fit the temperature of each half of the images on the other half.')
         self.outside: dict[str, Images | str] = {
             str(source): source if isinstance(source, str) else self._images(source, settings.max_images, False)
             for source in settings.outside if 'ood' in settings.parts}
@@ -109,8 +117,8 @@ class _Evaluation:
         logits, target = predict(candidate, self.images, self.in_parts, 'images')
         if len(bad := target[(target < 0) | (target >= candidate.num_classes)]):
             raise UsageError(
-                f'Data {self.settings.source}: label {int(bad[0])}, and the classes of {candidate.name} are 0 to '
-                f'{candidate.num_classes - 1}.')
+                f'Data {self.settings.source}: label {int(bad[0])} is not a class of {candidate.name}, whose classes '
+                f'are 0 to {candidate.num_classes - 1}.')
         result.values.update(
             num_images=len(target),
             metrics=classification_metrics(logits, target),
@@ -118,9 +126,10 @@ class _Evaluation:
             tempered=self._tempered(logits, target))
         measures: dict[str, Callable[[], None]] = dict(
             attacks=lambda: self._attacks(result),
+            corruptions=lambda: self._corruptions(result),
             ood=lambda: self._ood(result, logits),
             embeddings=lambda: self._embeddings_and_pairs(result),
-            between=lambda: None,  # shares its pass with the embeddings
+            between=lambda: None,  # measured together with the embeddings
             attention=lambda: self._attention(result),
         )
         for part in PARTS:
@@ -141,36 +150,61 @@ class _Evaluation:
         metrics = classification_metrics(tempered.logits, target)
         return dict(
             temperatures=list(tempered.temperatures), fitted_on=tempered.fitted_on,
-            **{name: metrics[name] for name in ('nll', 'brier', 'ece')},
+            **{name: metrics[name] for name in ('nll', 'brier', 'ece', 'adaptive_ece', 'classwise_ece')},
             reliability=asdict(reliability(tempered.logits, target)))
 
     def _accuracy(self, what: str, attack: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        """Top-1 accuracy in percent on attacked images of the sample."""
         def correct(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            attacked = attack(images, target)
-            with torch.no_grad():
-                return self.candidate.pixel_model(attacked).argmax(1) == target
+            return self._is_correct(attack(images, target), target)
 
         hits = [
             self.in_parts(correct, images.to(self.device), target.to(self.device)).cpu()
             for images, target in progress(self.sample, f'{self.candidate.name}: {what}')]
-        return 100 * torch.cat(hits).double().mean().item()
+        return _percent(hits)
+
+    @torch.no_grad()
+    def _is_correct(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.candidate.pixel_model(images).argmax(1) == target
 
     def _attacks(self, result: Result) -> None:
-        settings, model = self.settings, self.candidate.pixel_model
+        settings, model, loss = self.settings, self.candidate.pixel_model, self.settings.attack_loss
         clean = self._accuracy('sample', lambda images, target: images)
         curves = dict(fgsm=[clean], pgd=[clean])
-        for epsilon in settings.epsilons:
+        step_sizes = [settings.pgd_step_size or 2.5 * epsilon / settings.pgd_steps for epsilon in settings.epsilons]
+        for epsilon, step_size in zip(settings.epsilons, step_sizes, strict=True):
             shown = f'{epsilon * robustness.PIXEL_LEVELS:g}/{robustness.PIXEL_LEVELS}'
-            step_size = settings.pgd_step_size or 2.5 * epsilon / settings.pgd_steps
             torch.manual_seed(settings.seed)  # for the random start
             curves['fgsm'].append(self._accuracy(
-                f'FGSM {shown}', lambda x, y, e=epsilon: robustness.fgsm(model, x, y, e)))
+                f'FGSM {shown}', lambda x, y, e=epsilon: robustness.fgsm(model, x, y, e, loss)))
             curves['pgd'].append(self._accuracy(
-                f'PGD {shown}',
-                lambda x, y, e=epsilon, s=step_size: robustness.pgd(model, x, y, e, s, settings.pgd_steps)))
+                f'PGD {shown}', lambda x, y, e=epsilon, s=step_size: robustness.pgd(
+                    model, x, y, e, s, settings.pgd_steps, loss=loss)))
         result.values['attacks'] = dict(
+            num_images=min(result.values['num_images'], settings.sample),
+            loss=loss,
             epsilon_of_255=[0.0, *(epsilon * robustness.PIXEL_LEVELS for epsilon in settings.epsilons)],
-            pgd_steps=settings.pgd_steps, **curves)
+            pgd_steps=settings.pgd_steps,
+            pgd_step_size_of_255=[size * robustness.PIXEL_LEVELS for size in step_sizes],
+            **curves)
+
+    def _corruptions(self, result: Result) -> None:
+        cells = [(kind, severity) for kind in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES]
+        generators = {cell: torch.Generator('cpu').manual_seed(self.settings.seed) for cell in cells}
+        clean, hits = [], {cell: [] for cell in cells}
+        for images, target in progress(self.sample, f'{self.candidate.name}: corruptions'):
+            target = target.to(self.device)
+            clean.append(self.in_parts(self._is_correct, images.to(self.device), target).cpu())
+            for cell in cells:
+                corrupted = corruptions.corrupt(images, *cell, generators[cell]).to(self.device)
+                hits[cell].append(self.in_parts(self._is_correct, corrupted, target).cpu())
+        top1 = {
+            kind: [_percent(hits[kind, severity]) for severity in corruptions.SEVERITIES]
+            for kind in corruptions.CORRUPTIONS}
+        accuracies = [accuracy for curve in top1.values() for accuracy in curve]
+        result.values['corruptions'] = dict(
+            num_images=sum(map(len, clean)), severities=list(corruptions.SEVERITIES), clean_top1=_percent(clean),
+            mean_top1=sum(accuracies) / len(accuracies), top1=top1)
 
     def _noise(self, kind: str, count: int):
         size = tuple(self.candidate.data_config['input_size'])
@@ -234,7 +268,7 @@ class _Evaluation:
                 for some in pairs.split(self.settings.batch_size)]))
             for values, value in zip((confidence, entropy), between.confidence_and_entropy(logits), strict=True):
                 values.append(value)
-            if 0 < share < 1:  # the ends are no mixes
+            if 0 < share < 1:  # at the ends are the images themselves
                 of_embeddings = between.mix(embeddings[pairs[:, 0]], embeddings[pairs[:, 1]], share)
                 counts['misses'] += between.count_misses(logits, targets)
                 counts['intrusions_of_images'] += between.count_intrusions(mixed, targets, embeddings, target)
@@ -265,15 +299,15 @@ class _Evaluation:
 
 
 def evaluate_models(candidates: Sequence[Candidate], settings: Settings, device: torch.device) -> Iterator[Result]:
-    """Evaluate models, one after the other, when the images of all have been looked at.
+    """Evaluate models one after the other. The images of all models are checked first.
 
     Args:
-        candidates: The models; each is brought to the device, and back to the CPU.
-        settings: What to measure.
-        device: Where.
+        candidates: The models. Each is moved to the device, and back to the CPU.
+        settings: Settings of the evaluation.
+        device: Device to evaluate on.
 
     Raises:
-        UsageError: if the data do not suit a model.
+        UsageError: if the images do not suit a model.
     """
     for evaluation in [_Evaluation(candidate, settings, device) for candidate in candidates]:
         pixel_model = evaluation.candidate.pixel_model.to(device)

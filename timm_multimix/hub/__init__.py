@@ -8,23 +8,27 @@ From Python: `push_to_hub(model, 'user/name')`. For the folder of a run:
 The token comes from `hf auth login` or HF_TOKEN, and is never an argument.
 """
 from .card import CARD_NAME, CURVE_NAME, Evaluation, check_fields, dataset_type, model_card
+from .markdown import code
 from .models import check_rebuilds, push_to_hub, save_config, save_weights
 from .repository import (
     CONFIG_NAME,
+    PATIENCE,
     RETRY_WAITS,
     WEIGHTS_NAME,
     HubError,
     HubRepository,
     download,
     is_hub_name,
-    redact,
+    limit_waiting,
     with_retries,
 )
+from .secrets import contains_token, redact
 
 __all__ = [
     'CARD_NAME',
     'CONFIG_NAME',
     'CURVE_NAME',
+    'PATIENCE',
     'RETRY_WAITS',
     'WEIGHTS_NAME',
     'Evaluation',
@@ -32,9 +36,12 @@ __all__ = [
     'HubRepository',
     'check_fields',
     'check_rebuilds',
+    'code',
+    'contains_token',
     'dataset_type',
     'download',
     'is_hub_name',
+    'limit_waiting',
     'model_card',
     'push_to_hub',
     'redact',

@@ -3,4 +3,5 @@ import sys
 
 from ..training.hub import command  # builds on this package
 
-sys.exit(command())
+if __name__ == '__main__':
+    sys.exit(command())

@@ -1,4 +1,4 @@
-"""The card of a model on the Hub: README.md with metadata, written from what a run did."""
+"""The card of a model on the Hub: README.md with metadata."""
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..version import __version__
+from .markdown import code, code_block, escape, one_line, table
 
 CARD_NAME = 'README.md'
 CURVE_NAME = 'training_curve.png'
@@ -93,6 +94,9 @@ def check_fields(fields: Any) -> None:
         if not isinstance(value, expected) or (expected is list and not all(isinstance(item, str) for item in value)):
             raise ValueError(f'card: {name} must be {"a list of strings" if expected is list else "a string"}, '
                              f'got {value!r}.')
+        texts = value if expected is list else [value]
+        if name != 'description' and any(text != one_line(text) for text in texts):
+            raise ValueError(f'card: {name} must be one line of printable characters, got {value!r}.')
 
 
 def is_ours(card: str | None) -> bool:
@@ -121,7 +125,8 @@ def _results(evaluation: Evaluation) -> list[EvalResult]:
         kind, shown, percent = _METRICS.get(name, (name, name, 1))
         results.append(EvalResult(
             task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
-            dataset_name=evaluation.dataset_name, dataset_split=evaluation.split, metric_type=kind, metric_name=shown,
+            dataset_name=one_line(evaluation.dataset_name) or evaluation.dataset_type,
+            dataset_split=one_line(evaluation.split), metric_type=one_line(kind), metric_name=one_line(shown),
             metric_value=round(value / percent, 6)))
     return results
 
@@ -144,45 +149,58 @@ probabilities = model(transform(image).unsqueeze(0)).softmax(-1)  # image: a PIL
 def _input(config: Mapping[str, Any]) -> str:
     data = config['pretrained_cfg']
     rows = {
-        'architecture': f'`{config["architecture"]}`',
+        'architecture': code(config['architecture']),
         'classes': str(config['num_classes']),
         'input': ' x '.join(map(str, data['input_size'])),
-        'resizing': f'{data["interpolation"]}, centre crop of {data["crop_pct"]:g}',
+        'resizing': f'{escape(data["interpolation"])}, centre crop of {data["crop_pct"]:g}',
         'pixel mean': ', '.join(f'{value:.4g}' for value in data['mean']),
         'pixel standard deviation': ', '.join(f'{value:.4g}' for value in data['std']),
     }
     names = config.get('label_names')
     if names and len(names) <= 30:
-        rows['class names'] = ', '.join(str(name).replace('|', '\\|') for name in names)
-    return _table('## The model', ('', ''), rows.items())
-
-
-def _table(title: str, header: Sequence[str], rows) -> str:
-    lines = [f'| {" | ".join(header)} |', '|' + '---|' * len(header), *(f'| {" | ".join(row)} |' for row in rows)]
-    return f'{title}\n\n' + '\n'.join(lines)
+        rows['class names'] = ', '.join(map(escape, names))
+    return '## The model\n\n' + table(('', ''), rows.items())
 
 
 def _evaluation(evaluation: Evaluation) -> str:
     rows = []
     for name, value in evaluation.metrics.items():
         _, shown, percent = _METRICS.get(name, (name, name, 1))
-        rows.append((shown, f'{value:.2f} %' if percent == 100 else f'{value:.4g}'))
-    return _table(
-        f'## Results\n\nOn {evaluation.dataset_name}, split `{evaluation.split}`:', ('metric', 'value'), rows)
+        rows.append((escape(shown), f'{value:.2f} %' if percent == 100 else f'{value:.4g}'))
+    title = f'## Results\n\nOn {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
+    return f'{title}\n\n{table(("metric", "value"), rows)}'
 
 
-def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str]) -> str:
+def _yaml(options: Mapping[str, Any]) -> str:
+    return code_block(
+        yaml.safe_dump(dict(options), default_flow_style=None, sort_keys=True, width=100).strip(), 'yaml')
+
+
+def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str], earlier: Mapping[str, Mapping[str, Any]]) -> str:
     note = f' Options that only concern the machine it ran on are left out ({", ".join(left_out)}).' if left_out else ''
-    text = yaml.safe_dump(dict(recipe), default_flow_style=None, sort_keys=True, width=100).strip()
-    return f"""\
-## Recipe
+    use = ('Save it as `recipe.yaml` and run `python train_timm.py --config recipe.yaml`, with `--data-dir` for a '
+           f'folder of images.{note}')
+    parts = [f'{when}, the run was trained with these options instead:\n\n{_yaml(options)}'
+             for when, options in earlier.items()]
+    return '\n\n'.join(['## Recipe', use, _yaml(recipe), *parts])
 
-Save it as `recipe.yaml` and run `python train_timm.py --config recipe.yaml`, with `--data-dir` for a folder of images.{
-note}
 
-```yaml
-{text}
-```"""
+def _metadata(
+        name: str,
+        evaluation: Evaluation | None,
+        tags: Sequence[str],
+        fields: Mapping[str, Any],
+) -> ModelCardData:
+    results = _results(evaluation) if evaluation else []
+    return ModelCardData(
+        library_name='timm',
+        pipeline_tag=_TASK,
+        tags=['timm', _TASK, *tags],
+        metrics=['accuracy'] if any(result.metric_type == 'accuracy' for result in results) else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **fields,
+    )
 
 
 def model_card(
@@ -195,6 +213,7 @@ def model_card(
         multimix: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
         left_out: Sequence[str] = (),
+        earlier: Mapping[str, Mapping[str, Any]] | None = None,
         has_curve: bool = False,
         fields: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -209,6 +228,8 @@ def model_card(
         multimix: Settings of MultiMix, by name; None if it was not used.
         recipe: Options that repeat the training.
         left_out: Names of options that are not in the recipe, for privacy.
+        earlier: If a run was continued with other options: those of its earlier parts that differ from the recipe, by
+            text such as 'Before epoch 3'.
         has_curve: Whether a picture of the training lies next to the card.
         fields: License, datasets, base model and such: see CARD_FIELDS.
 
@@ -222,34 +243,27 @@ def model_card(
     check_fields(fields)
     description = fields.pop('description', '')
     fields.pop('dataset_name', None)
-    method = ['multimix'] if multimix is not None else []
-    tags = ['timm', _TASK, *method, *fields.pop('tags', [])]
+    earlier = earlier or {}
+    has_multimix = multimix is not None or any(part.get('multimix', 'off') != 'off' for part in earlier.values())
+    method = ['multimix'] if has_multimix else []
     name = repo_id.rpartition('/')[2]
-    data = ModelCardData(
-        library_name='timm',
-        pipeline_tag=_TASK,
-        tags=tags,
-        metrics=sorted({result.metric_type for result in _results(evaluation)} & {'accuracy'}) or None
-        if evaluation else None,
-        model_name=name if evaluation and evaluation.metrics else None,
-        eval_results=_results(evaluation) if evaluation and evaluation.metrics else None,
-        **fields,
-    )
+    evaluation = evaluation if evaluation and evaluation.metrics else None
+    data = _metadata(name, evaluation, [*method, *fields.pop('tags', [])], fields)
     shown = repo_id + (f'@{revision}' if revision else '')
     parts = [
         _MARK,
-        f'# {name}',
+        f'# {escape(name)}',
         description,
         summary,
         _use(shown),
-        _evaluation(evaluation) if evaluation and evaluation.metrics else '',
+        _evaluation(evaluation) if evaluation else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _input(config),
-        _table('## MultiMix', ('setting', 'value'), ((f'`{key}`', f'`{value}`') for key, value in multimix.items()))
+        '## MultiMix\n\n' + table(('setting', 'value'), ((code(name), code(value)) for name, value in multimix.items()))
         if multimix else '',
-        _recipe(recipe, left_out) if recipe else '',
+        _recipe(recipe, left_out, earlier) if recipe else '',
         f'Made with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
-        f'## Citation\n\n{_CITATION}' if multimix is not None else '',
+        f'## Citation\n\n{_CITATION}' if has_multimix else '',
     ]
     text = '\n\n'.join(part.strip() for part in parts if part.strip())
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}\n')

@@ -1,6 +1,7 @@
 """A timm model as the Hub has it: model.safetensors and timm's config.json."""
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ _OF_PRETRAINED = ('tag', 'license', 'description', 'origin_url', 'paper_name', '
 
 
 def save_weights(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Write the weights of a model as safetensors.
+    """Write the weights of a model as safetensors, with the permissions of any new file.
 
     Args:
         state_dict: As timm's model has it; tensors may share memory and have any memory layout.
@@ -30,7 +31,10 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike
     """
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in state_dict.items()}
+    Path(path).touch()
+    mode = os.stat(path).st_mode
     save_file(tensors, path, metadata={'format': 'pt'})
+    os.chmod(path, stat.S_IMODE(mode))  # safetensors lets nobody else read it
 
 
 def save_config(

@@ -1,4 +1,4 @@
-"""A model repository on the Hugging Face Hub: who may write to it, what it holds, and commits on top of that."""
+"""A model repository on the Hugging Face Hub: access rights, content, and commits on top of a known state."""
 import json
 import logging
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -22,13 +22,15 @@ from huggingface_hub.utils.sha import git_hash
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_from_hf
 
 from .card import CARD_NAME, is_ours
+from .secrets import contains_token, redact, remember_token
 
 _logger = logging.getLogger(__name__)
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = HF_SAFE_WEIGHTS_NAME
 RETRY_WAITS = (5, 20, 60, 180)  # seconds; huggingface_hub has tried several times by itself before the first of them
-_LONGEST_WAIT = 600
+_ANSWER_TIMEOUT = 90  # seconds; a gateway of the Hub gives up after 60
+PATIENCE = 600  # seconds to wait for the Hub in total
 _COMMIT_ATTEMPTS = 5
 _TOKENS_PAGE = 'https://huggingface.co/settings/tokens'
 
@@ -41,6 +43,21 @@ _PERMANENT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Asserti
                      PermissionError)
 
 T = TypeVar('T')
+
+
+def limit_waiting(seconds: float = _ANSWER_TIMEOUT) -> None:
+    """Give the requests of huggingface_hub in this process a timeout. They have none otherwise.
+
+    Args:
+        seconds: Longest time in which nothing is sent or received. A large upload may take as long as it needs.
+    """
+    from huggingface_hub.utils._http import default_client_factory  # not public
+
+    def with_timeout():
+        client = default_client_factory()
+        client.timeout = seconds
+        return client
+    set_client_factory(with_timeout)
 
 
 class HubError(RuntimeError):
@@ -57,11 +74,6 @@ class HubError(RuntimeError):
         self.is_temporary = is_temporary
         self.retry_after = retry_after
         self.status = status
-
-
-def redact(text: str) -> str:
-    """The text without any access token in it."""
-    return re.sub(r'\b(hf|api_org)_[A-Za-z0-9]{6,}', r'\1_...', text)
 
 
 def _log_in_hint() -> str:
@@ -100,7 +112,7 @@ def _explained(error: Exception, what: str) -> HubError:
     wait = answer.response.headers.get('Retry-After', '')
     return HubError(
         f'{what}: {text}{said}', is_temporary=status in (*_TEMPORARY, *_CONFLICT),
-        retry_after=min(float(wait), _LONGEST_WAIT) if wait.isdigit() else 0, status=status)
+        retry_after=min(float(wait), PATIENCE) if wait.isdigit() else 0, status=status)
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def _asking(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # of many kinds, and with other HTTP libraries from version to version
         _logger.debug('', exc_info=True)
-        raise _explained(error, what) from error
+        raise _explained(error, what) from None  # a traceback would show the text of the answer
 
 
 def with_retries(
@@ -120,23 +132,26 @@ def with_retries(
         waits: Sequence[float] = RETRY_WAITS,
         sleep: Callable[[float], Any] | None = None,
 ) -> T:
-    """Call push again after errors that may pass, with longer and longer waits in between.
+    """Call a function again after temporary errors, with increasing waits in between.
 
     Args:
-        push: What to do.
-        waits: Seconds to wait after each failure; the Hub may ask for more.
-        sleep: Waits; by default time.sleep.
+        push: The function.
+        waits: Seconds to wait after each failure. The Hub may ask for more.
+        sleep: Function that waits, by default time.sleep.
 
     Raises:
-        HubError: the last one; at once if trying again cannot help.
+        HubError: the last error, if all calls failed, the next call would begin more than 10 minutes after the first
+            failure, or trying again cannot help.
     """
+    first_failure = None
     for wait in (*waits, None):
         try:
             return push()
         except HubError as error:
-            if wait is None or not error.is_temporary:
+            first_failure = first_failure or time.monotonic()
+            wait = wait and max(wait, error.retry_after)
+            if wait is None or not error.is_temporary or time.monotonic() + wait > first_failure + PATIENCE:
                 raise
-            wait = max(wait, error.retry_after)
             _logger.warning(f'{error} Trying again in {wait:g} s.')
             (sleep or time.sleep)(wait)
     raise AssertionError('unreachable')
@@ -173,7 +188,9 @@ class HubRepository:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise HubError(f'{repo_id!r} cannot be a repository name. Give user/name. {error}') from error
+            raise HubError(f'{repo_id!r} cannot be a repository name. Give user/name. {error}') from None
+        if contains_token(repo_id) or contains_token(revision or ''):
+            raise HubError('The name of the repository or of the branch contains an access token.')
         if revision is not None and _NO_BRANCH.search(revision):
             raise HubError(
                 f'{revision!r} cannot be the name of a branch. Take letters, digits and - _ . / between them.')
@@ -199,6 +216,7 @@ class HubRepository:
             token = get_token()
         if not token:
             raise HubError(f'There is no access token for the Hugging Face Hub. {_log_in_hint()}.')
+        remember_token(token)
         with _asking('Logging in to the Hugging Face Hub'):
             user = self.api.whoami()
         role = ((user.get('auth') or {}).get('accessToken') or {}).get('role')
@@ -226,7 +244,8 @@ class HubRepository:
         self._known_weights = {seen.files.get(WEIGHTS_NAME)}
 
     def _look(self) -> _Seen:
-        info = self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True)
+        info = self.api.model_info(
+            self.repo_id, revision=self.revision, files_metadata=True, timeout=_ANSWER_TIMEOUT)
         return _Seen(info.sha, {
             file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()})
 

@@ -8,7 +8,8 @@ from timm.utils import ParseKwargs
 
 from ..hub import redact
 from ..options import add_multimix_args
-from .errors import UsageError, near_names
+from .command_line import Parser
+from .errors import UsageError
 from .saved_weights import WEIGHTS
 
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
@@ -372,15 +373,16 @@ GROUPS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, where argparse would print the names of two hundred options first."""
+class _Parser(Parser):
+    """Parser of train_timm.py. Its errors never repeat an access token."""
 
     def error(self, message: str):
-        unknown = message.removeprefix('unrecognized arguments: ')
-        hint = near_names(unknown.split()[0].split('=')[0], self._option_string_actions) if unknown != message else ''
-        if 'token' in unknown:
-            hint = ' A token for the Hub comes from `hf auth login` or HF_TOKEN: the command line is no place for it.'
-        raise UsageError(redact(f'{message}.{hint}'))
+        message = redact(message)
+        if message.startswith('unrecognized arguments') and 'token' in message:
+            raise UsageError(
+                f'{message}. A token for the Hub comes from `hf auth login` or HF_TOKEN: the command line is no place '
+                'for it.')
+        super().error(message)
 
 
 def build_parser() -> argparse.ArgumentParser:

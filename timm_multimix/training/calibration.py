@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..calibration import calibrate, scalable_classifier
 from ..data import Part
+from ..image_files import DecodingReader
 from .checkpoints import read_checkpoint
 from .errors import RunError, UsageError, blame, raise_if_interrupted
 from .files import replacing
@@ -48,6 +49,7 @@ def calibration_share(text: str) -> float | None:
 def _root(dataset: Dataset) -> str | None:
     """The folder or archive of a dataset; None for readers that keep all splits in one."""
     reader = getattr(dataset, 'reader', None)
+    reader = reader.inner if isinstance(reader, DecodingReader) else reader
     return os.path.realpath(reader.root) if isinstance(reader, _FILE_READERS) else None
 
 
@@ -182,7 +184,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     except ValueError as error:
         _logger.warning(f'Not calibrated: {error}')
         return None
-    kept = ['epoch', 'arch', 'args', 'version']
+    kept = ['epoch', 'arch', 'args', 'version', 'class_to_idx']
     if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':  # calibration changes it, and no accuracy
         kept.append('metric')
     checkpoint = dict(

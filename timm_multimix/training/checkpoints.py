@@ -16,7 +16,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
 from .checkpoint_format import wrong_entry
 from .errors import RunError, UsageError, causes, raise_if_interrupted
-from .files import duplicate, replace
+from .files import create, duplicate, replace
 from .loss_guard import normalisation_statistics
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class RunSaver(CheckpointSaver):
         metric_of: Which entry of the checkpoint gave its metric; set by whoever validates several sets of weights.
         metrics: All metrics of each of them, by the entry.
         outdated: Moves checkpoints away that the next one replaces; called once it is written.
+        class_to_idx: Class names and their indices, None if they are not known.
     """
 
     def __init__(self, *args, **kwargs):
@@ -89,6 +90,7 @@ class RunSaver(CheckpointSaver):
         # Buffers that are not finite by design, such as an attention mask with -inf.
         module = self.unwrap_fn(self.model)
         self._masks = {*_not_finite(dict(module.named_buffers()))} - normalisation_statistics(module).keys()
+        self.class_to_idx: dict[str, int] | None = None
 
     def _recoveries(self) -> list[str]:
         return glob.glob(os.path.join(
@@ -107,7 +109,7 @@ class RunSaver(CheckpointSaver):
         )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        entries = dict(progress=self.progress)
+        entries = dict(progress=self.progress, class_to_idx=self.class_to_idx)
         if metric is not None:
             entries.update(metric=metric, metric_of=self.metric_of, metrics=self.metrics)
         state.update((name, value) for name, value in entries.items() if value is not None)
@@ -131,7 +133,7 @@ class RunSaver(CheckpointSaver):
         state = self._state(epoch - is_recovery, metric)
         self._check_weights(state)
         try:
-            with open(save_path, 'wb') as file:
+            with create(save_path) as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,24 +1,31 @@
-"""What can be wrong with the options alone, told before anything is built."""
+"""Checks of the options, before data and model are built."""
 import argparse
 import logging
 import math
 import os
 
+import torch
+from PIL import Image
+from timm.data import create_transform
 from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 from timm.optim import list_optimizers
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
 from ..data import DEMOS
+from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
 from ..hub import HubRepository, is_hub_name
-from ..options import add_multimix_args, multimix_kwargs
+from ..options import add_multimix_args, multimix_kwargs, preset_options
 from .checkpoints import holds_checkpoints
+from .command_line import check_dataset_packages, check_packages
 from .errors import UsageError, blame, near_names
 from .saved_weights import AVERAGE, STUDENT, TEACHER
 
 _logger = logging.getLogger(__name__)
 
-# Options that timm takes as free text, and what its parts understand.
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+# Values of options that timm's parser takes as free text.
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
     'model_dtype': ('float32', 'float16', 'bfloat16'),
@@ -29,12 +36,27 @@ _CHOICES = {
     'train_crop_mode': ('rrc', 'rkrc', 'rkrr'),
     'worker_seeding': ('all', 'part'),
     'dist_bn': ('', 'broadcast', 'reduce'),
+    'interpolation': ('', *_INTERPOLATIONS, 'random'),
+    'train_interpolation': ('', *_INTERPOLATIONS, 'random'),
+    'lr_decay_fn': ('linear', '1-sqrt', 'cosine', 'power', 'exp'),
+    'fuser': ('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
+    'kd_loss_type': ('kl',),
 }
+# Names for suggestions only: timm decides which it takes.
+_SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
+_AUGMENTATIONS = ('v0', 'v0r', 'original', 'originalr', '3a', 'rand', 'augmix')
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
 _MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # no limit
+_PROBABILITIES = ('drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob',
+                  'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob',
+                  'model_ema_decay')
 DEFAULT_OUTPUT = os.path.join('output', 'train')
-DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+# Options for several positions: pooled MultiMix has one, and so no attention.
+_DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
+NEED_FOLDER = ('torch', 'wds')
+_TORCH_DATASETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist', 'image_folder', 'folder',
+                   'inaturalist', 'places365', 'imagenet')
 
 
 def _option(name: str) -> str:
@@ -46,7 +68,7 @@ def _check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value not in choices:
             shown = ', '.join(choice or "''" for choice in choices)
-            raise UsageError(f'{_option(name)} must be one of {shown}, got {value!r}.')
+            raise UsageError(f'{_option(name)} must be one of {shown}, got {value!r}.{near_names(value, choices)}')
     for name in _AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -57,6 +79,12 @@ def _check_values(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(number, float) and math.isnan(number):
                 raise UsageError(f'{_option(name)} must be a number, got {number}.')
+    for name in _PROBABILITIES:
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f'{_option(name)} must lie between 0 and 1, got {value}.')
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
     for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix'):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
@@ -65,16 +93,19 @@ def _check_values(args: argparse.Namespace) -> None:
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if name not in _MAY_BE_INFINITE and (math.inf in numbers or -math.inf in numbers):
             raise UsageError(f'{_option(name)} must be finite, got {value}.')
+    if not 0 <= args.smoothing < 1:
+        raise UsageError(f'--smoothing must be 0 or more and below 1, got {args.smoothing}.')
     if min(args.save_epochs, default=1) < 1:
         raise UsageError('--save-epochs counts finished epochs, from 1.')
 
 
-def _check_model(model: str, option: str) -> None:
+def _check_model(model: str, option: str, others: tuple[str, ...] = ()) -> None:
+    """Check the name of a model; others are further values of the option, for suggestions."""
     with blame(option):
         source, name = parse_model_name(model)
     if source is None and not is_model(name):
         base = split_model_name_tag(name)[0]
-        raise UsageError(f'{option} {model}: timm has no such model.{near_names(base, list_models())}')
+        raise UsageError(f'{option} {model}: timm has no such model.{near_names(base, (*others, *list_models()))}')
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
@@ -83,22 +114,55 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         raise UsageError(f'--opt {args.opt}: timm has no such optimizer.{near_names(name, list_optimizers())}')
 
 
+def _check_schedule(args: argparse.Namespace) -> None:
+    """Make the schedule for a single weight: timm checks its options while it builds one."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with blame(f'--sched {args.sched}', near_names(args.sched, _SCHEDULES)):
+        create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    """Make the transform: timm checks a policy while it reads it."""
+    if args.aa:
+        with blame(f'--aa {args.aa}', near_names(args.aa.partition('-')[0], _AUGMENTATIONS)):
+            create_transform(224, is_training=True, auto_augment=args.aa)
+
+
+def dataset_suggestion(dataset: str) -> str:
+    """Suggest names for a misspelt dataset of torchvision; empty for other types, and for names that exist."""
+    kind, _, name = dataset.lower().partition('/')
+    return near_names(name, _TORCH_DATASETS) if kind == 'torch' else ''
+
+
 def _check_dataset(args: argparse.Namespace) -> None:
-    prefix = args.dataset.lower().partition('/')[0] if '/' in args.dataset else ''
+    prefix = dataset_prefix(args.dataset)
     if prefix == 'demo':
         if args.dataset.lower() not in DEMOS:
-            raise UsageError(f'--dataset {args.dataset}: the embedded datasets are {", ".join(DEMOS)}.')
+            raise UsageError(
+                f'--dataset {args.dataset}: the embedded datasets are {", ".join(DEMOS)}.'
+                f'{near_names(args.dataset.lower(), DEMOS)}')
         if args.data_dir:
             raise UsageError(
                 f'--data-dir {args.data_dir} and --dataset {args.dataset} are two datasets. To train on the folder '
                 "with a config that names the other, add --dataset ''.")
-    elif prefix not in DATASET_TYPES:
-        if not args.data_dir:
+    elif prefix in DATASET_TYPES:
+        check_dataset_packages('--dataset', args.dataset)
+        if prefix in NEED_FOLDER and not args.data_dir:
+            raise UsageError(f'--dataset {args.dataset} is read from a folder: give --data-dir too.')
+    else:
+        types = (*DATASET_TYPES, 'demo')
+        misspelt = near_names(prefix, types)
+        if misspelt or not args.data_dir:
+            hint = misspelt or near_names(args.dataset.lower(), DEMOS)
             raise UsageError(
-                f'--dataset {args.dataset}: not a dataset by itself. Give --data-dir for a folder of images, or one of '
-                f'{"/..., ".join((*DATASET_TYPES, "demo"))}/...')
+                f'--dataset {args.dataset}: no such type of dataset. Give --data-dir alone for a folder of images, or '
+                f'one of {"/..., ".join(types)}/...{"." if hint else ""}{hint}')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
+    for option, split in (('--train-split', args.train_split), ('--val-split', args.val_split)):
+        if split:
+            with blame(f'{option} {split}'):
+                check_split(args.dataset, args.data_dir, split)
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -189,7 +253,9 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
         averages = [AVERAGE] if args.model_ema and not args.model_ema_force_cpu else []
         names += [f'{who}_{name}' for who in (STUDENT, *averages, TEACHER) for name in evaluator.metric_names]
     if args.val_split and args.eval_metric not in names:
-        raise UsageError(f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.')
+        raise UsageError(
+            f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.'
+            f'{near_names(args.eval_metric, names)}')
 
 
 def check_multimix(args: argparse.Namespace) -> None:
@@ -219,19 +285,23 @@ def check_multimix(args: argparse.Namespace) -> None:
             raise UsageError(f'--multimix {args.multimix}: {message}')
     with blame(f'--multimix {args.multimix}'):
         multimix_kwargs(args)
+    if args.multimix == 'pooled':
+        _warn_of_idle_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
     if args.multimix_teacher == 'none':
-        _warn_of_idle_options(args, ('multimix_teacher', 'multimix_distill'), '--multimix-teacher ema')
+        _warn_of_idle_options(args, ('multimix_teacher', 'multimix_distill'), 'add --multimix-teacher ema')
     elif args.multimix_teacher != 'ema':
-        _check_model(args.multimix_teacher, '--multimix-teacher')
+        _check_model(args.multimix_teacher, '--multimix-teacher', ('none', 'ema'))
 
 
-def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...], remedy: str) -> None:
-    defaults = argparse.ArgumentParser(add_help=False)
-    add_multimix_args(defaults)
-    idle = [_option(name) for name, value in vars(defaults.parse_args([])).items()
-            if name.startswith(prefix) and getattr(args, name) != value]
+def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
+    """Warn of MultiMix options with this prefix that have neither their default nor the value of the preset."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_multimix_args(parser)
+    preset = preset_options(args.multimix_preset) if args.multimix != 'off' else {}
+    idle = [_option(name) for name, value in vars(parser.parse_args([])).items()
+            if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
     if idle:
-        _logger.warning(f'{", ".join(idle)}: without effect, add {remedy}.')
+        _logger.warning(f'{", ".join(idle)}: without effect, {reason}.')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:
@@ -240,14 +310,23 @@ def mixup_active(args: argparse.Namespace) -> bool:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Check everything that the options alone can tell.
+    """Check the options, without reading data or building a model.
 
     Raises:
-        UsageError: for the first thing that is wrong.
+        UsageError: for the first error.
     """
     _check_values(args)
     _check_model(args.model, '--model')
+    if args.kd_model_name:
+        _check_model(args.kd_model_name, '--kd-model-name')
+    if args.input_img_mode:
+        with blame(f'--input-img-mode {args.input_img_mode}', near_names(args.input_img_mode, Image.MODES)):
+            Image.new(args.input_img_mode, (1, 1))
     _check_optimizer(args)
+    _check_schedule(args)
+    _check_augmentation(args)
+    if args.log_wandb:
+        check_packages('--log-wandb', ['wandb'])
     _check_dataset(args)
     _check_files(args)
     _check_hub(args)
@@ -255,40 +334,4 @@ def check_args(args: argparse.Namespace) -> None:
     if args.multimix != 'off':
         check_multimix(args)
     else:
-        _warn_of_idle_options(args, '', '--multimix dense or --multimix pooled')
-
-
-def check_classes(args: argparse.Namespace, train, evaluation) -> None:
-    """Check the classes that datasets say they have, and settle the number where the user gave none.
-
-    Raises:
-        UsageError: if there is a single class, the number disagrees with the user's, or the splits disagree.
-    """
-    classes = getattr(getattr(train, 'reader', train), 'class_to_idx', None)
-    if not classes or args.task == 'multilabel':
-        return
-    count = max(classes.values()) + 1
-    where = args.data_dir or args.dataset
-    if count < 2:
-        raise UsageError(
-            f'{where}: a single class ({next(iter(classes))}) in split {args.train_split}. There must be a folder for '
-            'each class, with its images in it.')
-    if args.num_classes is not None and args.num_classes != count:
-        raise UsageError(f'--num-classes {args.num_classes}: {where} has {count} classes. Leave the option out.')
-    args.num_classes = count
-    others = getattr(getattr(evaluation, 'reader', evaluation), 'class_to_idx', classes)
-    if others and others != classes:
-        differing = sorted(map(str, set(classes) ^ set(others)))
-        raise UsageError(
-            f'{where}: splits {args.train_split} and {args.val_split} have different classes, so that labels would not '
-            f'match: {", ".join(differing[:5])}{", ..." if len(differing) > 5 else ""}. Give a --class-map.')
-    _warn_if_validating_on_training_images(args, train, evaluation)
-
-
-def _warn_if_validating_on_training_images(args: argparse.Namespace, train, evaluation) -> None:
-    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
-    roots = [os.path.abspath(root) for root in roots if isinstance(root, str)]
-    if len(roots) == 2 and os.path.isdir(roots[1]) and os.path.commonpath(roots) == roots[1]:
-        _logger.warning(
-            f'{args.data_dir} has no folder {args.val_split}, so validation sees the training images. Make one, name '
-            "another with --val-split, or give --val-split '' to train without validation.")
+        _warn_of_idle_options(args, '', 'add --multimix dense or --multimix pooled')

@@ -9,7 +9,8 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ..data import DEMOS
-from ..hub import check_fields
+from ..dataset_types import code_danger
+from ..hub import check_fields, contains_token
 from ..options import preset_options
 from .arguments import build_parser
 from .checks import check_args
@@ -22,6 +23,8 @@ _NOT_OF_A_RUN = ('config', 'timm_script')
 _MISSPELT = 0.8  # similarity from which on a key is taken for a misspelt option
 # A file may come from somebody else: what lets other code run is asked for on the command line.
 COMMAND_LINE_ONLY = ('dataset_trust_remote_code', 'device_modules')
+# Options that choose a dataset. Together they can name one that runs code.
+DATA_OPTIONS = ('dataset', 'data', 'data_dir', 'train_split', 'val_split', 'calibrate')
 
 
 def _scalar(action: argparse.Action, value: Any) -> Any:
@@ -63,7 +66,8 @@ def _config_value(action: argparse.Action, value: Any) -> Any:
             return [_scalar(action, item) for item in value]
         return _scalar(action, value)
     except (ValueError, TypeError) as error:
-        raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.') from error
+        hint = near_names(value, action.choices) if action.choices and isinstance(value, str) else ''
+        raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.{hint}') from error
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -132,6 +136,23 @@ def check_recorded(values: Mapping[str, Any], parser: argparse.ArgumentParser, p
                 _config_value(action, values[dest])
             except UsageError as error:
                 raise UsageError(f'{path} has wrong arguments: {error}') from error
+
+
+def dataset_danger(args: argparse.Namespace) -> str:
+    """Explain how opening the dataset of a run can run code; '' if it cannot."""
+    splits = [split for split in (args.train_split, args.val_split, args.calibrate) if split]
+    return code_danger(args.dataset, args.data_dir or args.data, splits, args.dataset_trust_remote_code)
+
+
+def _check_dataset_of_file(args: argparse.Namespace, config: str, values: dict, defaults: dict) -> None:
+    """Refuse a dataset that can run code, if a file has a part in its choice."""
+    danger = dataset_danger(args)
+    chosen = [name for name in DATA_OPTIONS if values.get(name) and values[name] != defaults[name]]
+    if danger and chosen:
+        options = ', '.join(f'--{name.replace("_", "-")}' for name in chosen)
+        raise UsageError(
+            f'--config {config}: the dataset {args.dataset} is not opened because of what a file says ({danger}). If '
+            f'you trust it, give {options} on the command line.')
 
 
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -208,6 +229,15 @@ def _settle_device(args: argparse.Namespace, is_given: bool) -> str:
     return 'No CUDA device: training on the CPU.'
 
 
+def _check_no_token(values: dict[str, Any]) -> None:
+    """Refuse access tokens in options: args.yaml, checkpoints and the history of the shell would keep them."""
+    for name, value in values.items():
+        if contains_token(str(value)):
+            raise UsageError(
+                f'--{name.replace("_", "-")} contains an access token, which would be stored with the run. Leave it '
+                'out: the token comes from `hf auth login` or HF_TOKEN.')
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line and the YAML file that it names; the command line wins.
 
@@ -223,7 +253,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     given = _given(parser, argv)
     config = given.pop('config', '')
-    values = {**(read_config(config, parser) if config else {}), **given}
+    of_file = read_config(config, parser) if config else {}
+    values = {**of_file, **given}
+    _check_no_token(values)
     if values.get('data'):
         values.setdefault('data_dir', values['data'])
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _NOT_OF_A_RUN}
@@ -231,6 +263,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     preset = _preset_defaults(values)
     args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **preset, **values})
     _settle(args, values)
+    _check_dataset_of_file(
+        args, config, {name: value for name, value in of_file.items() if name not in given}, defaults)
     device_note = _settle_device(args, 'device' in values)
     check_args(args)
     for note in filter(None, (demo_note, device_note)):

@@ -9,6 +9,9 @@ from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
+from ..hub import redact
+from .advice import for_command_line
+
 _logger = logging.getLogger(__name__)
 
 _LONGEST = 600
@@ -20,11 +23,17 @@ _LIBRARY_ERRORS = (
     SafetensorError)
 
 
+def printable(text: str) -> str:
+    """Write control characters, line breaks and undecodable bytes of a text as escapes such as `\\n`."""
+    return ''.join(
+        char if char.isprintable() else char.encode('unicode_escape').decode('ascii') for char in text)
+
+
 class _OneLine(Exception):
     """Shown as one line, without a traceback."""
 
     def __str__(self) -> str:
-        line = ' '.join(super().__str__().split())
+        line = printable(redact(' '.join(super().__str__().split()), only_certain=True))  # before it is cut
         return line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'
 
 
@@ -82,21 +91,27 @@ def heed_dead_workers() -> None:
 
 
 @contextmanager
-def blame(what: str) -> Iterator[None]:
+def blame(what: str, hint: str = '') -> Iterator[None]:
     """Turn errors of a library call into a UsageError that starts with what the user gave.
 
     Args:
         what: The option and its value, or another name for the cause.
+        hint: Appended to the message, such as near_names(...).
     """
     try:
         yield
     except _LIBRARY_ERRORS as error:
         _logger.debug('', exc_info=True)
-        text = str(error) or f'refused ({type(error).__name__}).'
-        raise UsageError(f'{what}: {text}') from error
+        text = for_command_line(str(error)) or f'refused ({type(error).__name__}).'
+        if hint and not text.endswith(('.', '?', '!')):
+            text += '.'
+        raise UsageError(f'{what}: {text}{hint}') from error
 
 
 def near_names(name: str, names, count: int = 3, cutoff: float = 0.5) -> str:
-    """A hint with the names that are close to one that does not exist, or nothing."""
+    """Suggest the names that are close to a misspelt one; empty if none is close, or if the name exists."""
+    names = list(names)
+    if name in names:
+        return ''
     matches = get_close_matches(name, names, n=count, cutoff=cutoff)
     return f' Did you mean {", ".join(matches)}?' if matches else ''

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from huggingface_hub import get_token
 from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 
+from ..class_names import dataset_classes, ordered_names
 from ..data import DEMOS
 from ..hub import (
     CARD_NAME,
@@ -26,8 +26,11 @@ from ..hub import (
     WEIGHTS_NAME,
     Evaluation,
     HubError,
+    code,
+    contains_token,
     dataset_type,
     model_card,
+    redact,
     save_config,
     save_weights,
 )
@@ -55,8 +58,11 @@ _LOCAL_OPTIONS = frozenset((
     'hub_always_push', 'hub_weights', 'hub_force', 'card'))
 
 
+_REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
+
+
 def write_config(run: Run) -> None:
-    """Write timm's config.json of the model into the folder of its run, from where it is pushed.
+    """Write timm's config.json of the model into the folder of its run.
 
     Raises:
         UsageError: if timm cannot describe the model, and the run is to be pushed.
@@ -66,23 +72,17 @@ def write_config(run: Run) -> None:
             save_config(
                 unwrap_model(run.task.get_trainable_module()), path,
                 data_config=dict(run.data_config, crop_mode='center'),  # the one that timm's validation has
-                label_names=label_names(run.loaders.train.dataset, run.args.num_classes),
+                label_names=ordered_names(run.class_to_idx, run.args.num_classes),
                 from_scratch=not (run.args.pretrained or run.args.initial_checkpoint))
     except HubError as error:
         if run.args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
-        _logger.debug(f'{CONFIG_NAME} is not written: {error}')
+        _logger.warning(f'{CONFIG_NAME} is not written, so this run cannot be exported or pushed: {error}')
 
 
 def label_names(dataset, num_classes: int) -> list[str] | None:
     """Names of the classes in order, if the dataset has one for each."""
-    while hasattr(dataset, 'dataset') and not hasattr(dataset, 'reader'):  # wrapped
-        dataset = dataset.dataset
-    indices = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
-    names = {index: str(name) for name, index in indices.items()}
-    if sorted(names) != list(range(num_classes)) or len(names) != len(indices):
-        return None
-    return [names[index] for index in range(num_classes)]
+    return ordered_names(dataset_classes(dataset), num_classes)
 
 
 class Model(NamedTuple):
@@ -138,10 +138,12 @@ def _is_private(value: Any) -> bool:
         return False
     if value.startswith('hf-hub:'):
         return False
+    if redact(value) != value:
+        return True
     names = {socket.gethostname(), socket.gethostname().partition('.')[0], os.environ.get('WANDB_API_KEY', '')}
     with suppress(OSError, KeyError, ImportError):
         names.add(getpass.getuser())
-    looks_local = re.search(r'(^|[\s=:,])(/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\)|\\|://|\bhf_\w{6}|\b[0-9a-f]{40}\b', value)
+    looks_local = re.search(r'(^|[\s=:,])(/|~|\.\.?/|[A-Za-z]:[\\/]|\\\\)|\\|://|\b[0-9a-f]{40}\b', value)
     return bool(looks_local) or any(
         re.search(rf'(?<![\w-]){re.escape(name)}(?![\w-])', value) for name in names if len(name) > 2)
 
@@ -168,13 +170,15 @@ def _base_model(args: Mapping[str, Any]) -> str | None:
     source, name = parse_model_name(args['model'])
     start_source, start = _split(args.get('initial_checkpoint') or '')
     if start_source == 'hf-hub':
-        return start.partition('@')[0]
-    if not args.get('pretrained') or args.get('pretrained_path') or start:
+        base = start.partition('@')[0]
+    elif not args.get('pretrained') or args.get('pretrained_path') or start:
         return None
-    if source == 'hf-hub':
-        return name.partition('@')[0]
-    cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
-    return cfg.hf_hub_id if cfg is not None else None
+    elif source == 'hf-hub':
+        base = name.partition('@')[0]
+    else:
+        cfg = get_pretrained_cfg(name, allow_unregistered=True) if source is None else None
+        base = cfg.hf_hub_id if cfg is not None else None
+    return base if base and _REPOSITORY.fullmatch(base) else None
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -213,23 +217,40 @@ def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluatio
     return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown, split, metrics)
 
 
+def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options of the earlier parts of a run that was continued with other ones, by when that was."""
+    options, parts = {}, []
+    for part in reversed(args.get('earlier') or ()):
+        options = {**options, **part['options']}
+        when = f'{"Until within" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'
+        parts.append((when, {name: value for name, value in options.items()
+                             if not _is_private(value) and value != args.get(name)}))
+    return dict(reversed(parts))
+
+
+def _method(args: Mapping[str, Any]) -> str:
+    mode = args.get('multimix')
+    return f' with {mode} [MultiMix](https://arxiv.org/abs/2311.05538)' if mode in ('pooled', 'dense') else ''
+
+
 def _summary(
         args: Mapping[str, Any],
         config: Mapping[str, Any],
         checkpoint: Mapping[str, Any],
         entry: str,
         base: str | None,
+        earlier: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """A sentence or two on what was trained."""
     epoch, temperature = checkpoint.get('epoch'), checkpoint.get('temperature')
-    how = {'dense': ' with dense [MultiMix](https://arxiv.org/abs/2311.05538)',
-           'pooled': ' with pooled [MultiMix](https://arxiv.org/abs/2311.05538)'}.get(args.get('multimix'), '')
+    how = _method(args) + ''.join(f' ({when[0].lower()}{when[1:]}{_method(options) or " without MultiMix"})'
+                                  for when, options in earlier.items() if 'multimix' in options)
     start = f', fine-tuned from [{base}](https://huggingface.co/{base})' if base else ''
     when = f', after epoch {epoch} (counted from 0)' if epoch is not None else ''
     calibrated = '' if temperature is None else (
         f', calibrated: a temperature of {temperature:.4g} is folded into the classifier')
-    return (f'An image classifier for {config["num_classes"]} classes: `{config["architecture"]}`{start}, trained{how}.'
-            f' These are {described(checkpoint, entry)}{when}{calibrated}.')
+    return (f'An image classifier for {config["num_classes"]} classes: {code(config["architecture"])}{start}, '
+            f'trained{how}. These are {described(checkpoint, entry)}{when}{calibrated}.')
 
 
 def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -241,13 +262,17 @@ def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_public(text: str, folder: str) -> None:
-    """The last look at a card. What it looks for has no business there, wherever it came from."""
-    secrets = {get_token(), os.environ.get('HF_TOKEN'), os.environ.get('WANDB_API_KEY'), os.path.realpath(folder),
-               os.path.expanduser('~')}
-    for secret in secrets:
-        if secret and len(secret) > 1 and re.search(rf'(?<![\w.-]){re.escape(secret)}', text):
-            raise HubError('The card would tell something private (a token or a path of this machine): see '
-                           '`python -m timm_multimix.hub card RUN_FOLDER`.')
+    """Refuse to publish a text with an access token or a path of this machine, wherever they came from.
+
+    Raises:
+        HubError: if there is one.
+    """
+    api_key = os.environ.get('WANDB_API_KEY')
+    paths = (os.path.realpath(folder), os.path.expanduser('~'))
+    if contains_token(text) or (api_key and api_key in text) or any(
+            len(path) > 1 and re.search(rf'(?<![\w.-]){re.escape(path)}', text) for path in paths):
+        raise HubError(
+            f'{CARD_NAME} or {CONFIG_NAME} would contain something private: an access token or a path of this machine.')
 
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,6 +294,16 @@ def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:
     model = create_run_model(settings, model_options(settings))
     save_config(model, path, data_config=dict(resolve_data(settings, model), crop_mode='center'),
                 from_scratch=not (args['pretrained'] or args['initial_checkpoint']))
+
+
+def _write_config(folder: str, args: Mapping[str, Any], path: str) -> dict[str, Any]:
+    source = os.path.join(folder, CONFIG_NAME)
+    if os.path.isfile(source) and not os.path.islink(source):  # a link could lead to any file of the user
+        shutil.copyfile(source, path)
+    else:
+        _rebuilt_config(args, path)
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
 
 
 def export(
@@ -303,14 +338,7 @@ def export(
         raise UsageError(f'{folder} holds no checkpoint of a run: there is none of {", ".join(_BEST)}.')
     path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
-    config_path = os.path.join(target, CONFIG_NAME)
-    if os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-        shutil.copyfile(os.path.join(folder, CONFIG_NAME), config_path)
-    else:
-        _rebuilt_config(args, config_path)
-    with open(config_path, encoding='utf-8') as file:
-        config = json.load(file)
-
+    config = _write_config(folder, args, os.path.join(target, CONFIG_NAME))
     if not card_only:
         save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))
     epoch = checkpoint.get('epoch')
@@ -322,12 +350,13 @@ def export(
         options['model'] = config['architecture']
     metrics = _metrics(args, checkpoint, key, next((row for row in rows if row['epoch'] == epoch), {}))
     with blame('The card'):
+        earlier = _earlier(args)
         card = str(model_card(
-            repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base),
+            repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base, earlier),
             evaluation=_evaluation(args, metrics), multimix=_multimix(args), recipe=options, left_out=left_out,
-            has_curve=has_curve,
+            earlier=earlier, has_curve=has_curve,
             fields={**_dataset_fields(args), **({'base_model': base} if base else {}), **(args['card'] or {})}))
-    _check_public(card, folder)
+    _check_public(card + json.dumps(config, ensure_ascii=False), folder)
     Path(target, CARD_NAME).write_text(card, encoding='utf-8')
     name = split_metric(args.get('eval_metric', ''))[1]
     shown = f', {name} {metrics[name]:.4g}' if name in metrics else ''

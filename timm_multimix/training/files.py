@@ -1,12 +1,22 @@
-"""Writing files so that a reader, or a run that continues, finds the old one or the new one and nothing between."""
+"""Atomic file writing, folder locks and temporary folders.
+
+Nothing here writes through a symbolic link: in a folder that others can write to, a link with a predictable name could
+point to any file of the user.
+"""
+import glob
+import logging
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
+from typing import IO
 
 from .errors import UsageError
+
+_logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -15,9 +25,11 @@ except ImportError:  # Windows
 
 _TEMPORARY = '.tmp'
 _LOCK = '.lock'
+_WORK_FOLDER = '.hub-'
 _PATIENCE = 5.0  # seconds, for a process that is just ending
+_NO_FOLLOW = getattr(os, 'O_NOFOLLOW', 0)
 
-_locks: dict[str, int] = {}  # folders that this process holds, with the descriptors of their locks
+_locks: dict[str, int | None] = {}  # descriptors of the locks of this process by folder, None without locks
 
 
 def make_folder(path: str) -> str:
@@ -37,22 +49,24 @@ def make_folder(path: str) -> str:
             number += 1
 
 
-def lock_folder(folder: str) -> None:
-    """Let no other process that asks have a folder until unlock_folders, or until this one ends, however it does.
+def _open_lock(folder: str) -> int:
+    path = os.path.join(folder, _LOCK)
+    if os.path.islink(path):
+        raise UsageError(f'{path} is a symbolic link. Remove it.')
+    return os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o666)
 
-    Where the file system knows no locks, nothing is locked.
 
-    Args:
-        folder: The folder; locked by this process already, it stays so.
+def _write_holder(descriptor: int) -> None:
+    if os.fstat(descriptor).st_nlink == 1:  # a second name could be that of another file of the user
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
 
-    Raises:
-        UsageError: if another process has it, for longer than a process takes to end.
-    """
+
+def _lock(folder: str, patience: float) -> bool:
+    """Lock a folder. Returns whether it could be locked; False means that the file system has no locks."""
     name = os.path.realpath(folder)
-    if fcntl is None or name in _locks:
-        return
-    descriptor = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o666)
-    deadline = time.monotonic() + _PATIENCE
+    descriptor = _open_lock(folder)
+    deadline = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,18 +80,45 @@ def lock_folder(folder: str) -> None:
             raise UsageError(
                 f'{folder} belongs to a run that goes on: {holder}. Wait for it, stop it, or choose another '
                 '--experiment.') from None
-        except OSError:  # not supported
+        except OSError:
             os.close(descriptor)
-            return
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+            return False
+    _write_holder(descriptor)
     _locks[name] = descriptor
+    return True
+
+
+def lock_folder(folder: str) -> None:
+    """Lock the folder of a run for this process, until it calls unlock_folders or ends, even if it is killed.
+
+    Args:
+        folder: The folder. Nothing happens if this process has locked it already.
+
+    Raises:
+        UsageError: if another process holds the lock for longer than a process takes to end, or if the lock file is a
+            symbolic link.
+    """
+    name = os.path.realpath(folder)
+    if fcntl is None or name in _locks:
+        return
+    if not _lock(folder, _PATIENCE):
+        _logger.warning(f'The file system of {folder} has no locks. Do not start a second run in this folder.')
+        _locks[name] = None
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _unlock(folder: str) -> None:
+    _close(_locks.pop(os.path.realpath(folder), None))
 
 
 def unlock_folders() -> None:
-    """Let others have the folders that this process holds."""
+    """Release all locks of this process."""
     while _locks:
-        os.close(_locks.popitem()[1])
+        _close(_locks.popitem()[1])
 
 
 if hasattr(os, 'register_at_fork'):  # a lock is held as long as anybody has it open, such as workers that die later
@@ -85,7 +126,7 @@ if hasattr(os, 'register_at_fork'):  # a lock is held as long as anybody has it 
 
 
 def sync_folder(path: str) -> None:
-    """Make the names in a folder survive a power cut, where the system can."""
+    """Write the names in a folder to the disk, if the system can."""
     with suppress(OSError):
         handle = os.open(path or '.', os.O_RDONLY)
         try:
@@ -100,19 +141,33 @@ def replace(source: str, target: str) -> None:
     sync_folder(os.path.dirname(target))
 
 
+def create(path: str) -> IO[bytes]:
+    """Open a new file for writing. A file or a symbolic link of that name is removed first."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, 'xb')  # exclusive: fails if somebody makes a link meanwhile
+
+
+def _copy(source: str, target: str) -> None:
+    with open(source, 'rb') as old, create(target) as new:
+        shutil.copyfileobj(old, new)
+        new.flush()
+        os.fsync(new.fileno())
+
+
 @contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Change a file at once or not at all.
+    """Change a file completely or not at all. A symbolic link of that name is replaced and not followed.
 
     Yields:
-        Path of a copy, or of nothing if there is no such file yet; what lies there at the end becomes the file.
+        Path of a temporary copy of the file, or of no file if there is none yet. At the end it becomes the file.
     """
     temporary = path + _TEMPORARY
     with suppress(FileNotFoundError):
         os.unlink(temporary)
     try:
-        if os.path.exists(path):
-            shutil.copyfile(path, temporary)
+        if os.path.exists(path) and not os.path.islink(path):
+            _copy(path, temporary)
         yield temporary
         if os.path.exists(temporary):
             with open(temporary, 'rb+') as file:
@@ -132,9 +187,7 @@ def duplicate(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except (OSError, NotImplementedError):
-            shutil.copyfile(source, temporary)
-            with open(temporary, 'rb+') as file:
-                os.fsync(file.fileno())
+            _copy(source, temporary)
         replace(temporary, target)
     finally:
         with suppress(FileNotFoundError):  # replacing a file by a link to itself leaves both
@@ -147,3 +200,35 @@ def remove_temporary(folder: str) -> None:
         if name.endswith(_TEMPORARY):
             with suppress(OSError):
                 os.unlink(os.path.join(folder, name))
+
+
+@contextmanager
+def work_folder(parent: str) -> Iterator[str]:
+    """A temporary folder in a folder, or elsewhere if that cannot be written to.
+
+    It is locked as long as it is used, so that remove_work_folders can tell it from one that a killed process left.
+
+    Yields:
+        Path of an empty folder with the permissions of any new folder.
+    """
+    inside = parent if os.access(parent, os.W_OK) else None
+    with TemporaryDirectory(prefix=_WORK_FOLDER, dir=inside, ignore_cleanup_errors=True) as path:
+        try:
+            if fcntl is not None:
+                _lock(path, 0)
+            folder = os.path.join(path, 'files')
+            os.mkdir(folder)
+            yield folder
+        finally:
+            _unlock(path)
+
+
+def remove_work_folders(parent: str) -> None:
+    """Remove the work folders that killed processes left in a folder."""
+    for path in glob.glob(os.path.join(glob.escape(parent), _WORK_FOLDER + '*')) if fcntl is not None else ():
+        if os.path.islink(path) or not os.path.isdir(path) or os.path.realpath(path) in _locks:
+            continue
+        with suppress(UsageError, OSError):  # in use, or not ours
+            if _lock(path, 0):
+                shutil.rmtree(path, ignore_errors=True)
+                _unlock(path)

@@ -1,18 +1,19 @@
 """Pushing runs to the Hugging Face Hub: in the background while they train, or afterwards from their folder."""
 import argparse
-import glob
 import json
 import logging
 import os
 import queue
+import re
 import shlex
-import shutil
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import yaml
@@ -24,31 +25,31 @@ from ..hub import (
     CARD_NAME,
     CONFIG_NAME,
     CURVE_NAME,
+    PATIENCE,
     RETRY_WAITS,
     WEIGHTS_NAME,
     HubError,
     HubRepository,
     check_rebuilds,
+    limit_waiting,
     redact,
     with_retries,
 )
 from .errors import UsageError, blame
 from .export import export, plain_weights
-from .files import duplicate
+from .files import create, duplicate, remove_work_folders, work_folder
 from .logs import setup_logging
 from .run import Run
 from .saved_weights import WEIGHTS
 
 _logger = logging.getLogger(__name__)
 
-_WORK_FOLDER = '.hub-'
+_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
-@contextmanager
-def _work_folder(folder: str) -> Iterator[str]:
-    """A folder for a model on its way, on the disk of the run, which has room for models."""
-    with TemporaryDirectory(prefix=_WORK_FOLDER, dir=folder if os.access(folder, os.W_OK) else None) as path:
-        yield path
+def _model_folder(folder: str):
+    """A temporary folder for a model. The disk of the run has room for models, if it can be written to."""
+    return work_folder(folder if os.access(folder, os.W_OK) else gettempdir())
 
 
 def _push_command(folder: str, repository: HubRepository, weights: str) -> str:
@@ -59,25 +60,29 @@ def _push_command(folder: str, repository: HubRepository, weights: str) -> str:
 
 
 class HubPush:
-    """Pushes a run while it trains, from a thread that nothing waits for, and at its end.
+    """Pushes a run in the background while it trains, and its result at the end.
 
-    Made by `start`, in the first process only. What goes wrong after training began is told, and never stops it.
+    Made by `start`, in the first process only. Errors after training began are logged and do not stop it.
 
     Args:
         args: Arguments of the run.
-        repository: Where to; logged in.
+        repository: The repository, logged in.
     """
     retry_waits: Sequence[float] = RETRY_WAITS
+    patience: float = PATIENCE  # seconds that the end of a run waits
 
     def __init__(self, args: argparse.Namespace, repository: HubRepository):
         self.args = args
         self.repository = repository
         self.folder = ''
-        self._jobs: queue.Queue[TemporaryDirectory | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[ExitStack, str] | None] = queue.Queue()  # checkpoints to push
         self._thread = threading.Thread(target=self._work, name='hub', daemon=True)
-        self._stopped = threading.Event()
-        self._seen: tuple[int, int] | None = None  # the checkpoint that was looked at last
-        self._told = ''  # the commit that the user was told of last
+        self._stopped = threading.Event()  # no checkpoint is pushed any more
+        self._is_complete = False  # the run, so that its result is pushed last
+        self._finished = threading.Event()
+        self._error = ''  # of the last push
+        self._seen: tuple[int, int] | None = None  # the last checkpoint that was considered
+        self._logged_url = ''
 
     @classmethod
     def start(cls, args: argparse.Namespace) -> 'HubPush | None':
@@ -88,6 +93,7 @@ class HubPush:
         """
         if not args.push_to_hub or args.validate or world_info_from_env()[1] != 0:
             return None
+        limit_waiting()
         return cls(args, cls._logged_in(args, os.path.basename(args.experiment) or 'run'))
 
     @staticmethod
@@ -108,8 +114,7 @@ class HubPush:
         self.folder = run.folder
         if not self.args.hub_model_id:
             self.repository = self._logged_in(self.args, os.path.basename(run.folder))
-        for leftover in glob.glob(os.path.join(glob.escape(self.folder), _WORK_FOLDER + '*')):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed
+        remove_work_folders(self.folder)
         with blame('--push-to-hub'):
             # Here and not in the thread: making a model draws random numbers.
             check_rebuilds(self.folder, plain_weights(run.task.get_checkpoint_state()['state_dict']))
@@ -138,63 +143,81 @@ class HubPush:
             if self._seen == (saved.st_ino, saved.st_mtime_ns):
                 return  # an epoch that saved nothing
             self._seen = saved.st_ino, saved.st_mtime_ns
-            # Training goes on to replace its checkpoints; another name keeps this one.
-            job = TemporaryDirectory(prefix=_WORK_FOLDER, dir=self.folder)
-            kept = os.path.join(job.name, 'checkpoint.pth.tar')
-            duplicate(last, kept)
+            with ExitStack() as stack:
+                # Training replaces its checkpoints; a second name keeps this one.
+                path = os.path.join(stack.enter_context(work_folder(self.folder)), 'checkpoint.pth.tar')
+                duplicate(last, path)
+                self._jobs.put((stack.pop_all(), path))
         except OSError as error:
             _logger.warning(f'This checkpoint is not pushed: {error}')
-            return
-        self._jobs.put(job)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            with job[0]:
+                self._push_checkpoint(job[1])
+            self._jobs.task_done()
+        if self._is_complete:
             try:
-                if not self._stopped.is_set():
-                    self._push(os.path.join(job.name, 'checkpoint.pth.tar'), self._sleep)
-            except Exception as error:  # training goes on whatever happens here
-                if not self._stopped.is_set():
-                    _logger.warning(f'This checkpoint is not pushed: {error}')
-                    _logger.debug('', exc_info=True)
-            finally:
-                job.cleanup()
-                self._jobs.task_done()
+                self._push(None)
+            except Exception as error:  # of a library, or a full disk: the run is complete
+                _logger.debug('', exc_info=True)
+                self._error = str(error)
+        self._finished.set()
+
+    def _push_checkpoint(self, path: str) -> None:
+        try:
+            if not self._stopped.is_set():
+                self._push(path, self._sleep)
+        except Exception as error:  # must not stop training
+            if not self._stopped.is_set():
+                _logger.warning(f'This checkpoint is not pushed: {error}')
+                _logger.debug('', exc_info=True)
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise HubError('The run has ended.')
 
     def _push(self, checkpoint_path: str | None, sleep: Callable[[float], Any] | None = None) -> None:
-        with _work_folder(self.folder) as target:
+        with _model_folder(self.folder) as target:
             model = export(
                 self.folder, target, self.repository.repo_id, revision=self.repository.revision,
                 weights=self.args.hub_weights, checkpoint_path=checkpoint_path)
             url = with_retries(lambda: self.repository.commit(target, model.message), self.retry_waits, sleep)
-        if url != self._told:  # else it was there already
+        if url != self._logged_url:  # else it was there already
             _logger.info(f'Pushed {model.message}: {url}')
-        self._told = url
+        self._logged_url = url
 
     def finish(self) -> None:
-        """Push the result of the run, and wait for it. A failure is told, with the command that finishes it later."""
+        """Push the result of the run, and wait for it at most 10 minutes.
+
+        If it fails or takes longer, the command that pushes the run is logged.
+        """
         if not self.args.hub_always_push:
-            self._stopped.set()  # what waits to be pushed is older than what comes now
+            self._stopped.set()  # the checkpoints that wait are older than the result
+        self._is_complete = True
         self._jobs.put(None)
         try:
-            self._thread.join()
-            self._push(None)
+            if not self._wait():
+                self._log_command(f'The upload took longer than {self.patience / 60:g} minutes.')
+            elif self._error:
+                self._log_command(self._error)
         except KeyboardInterrupt:
-            self._tell_how_to_finish('The upload was interrupted.')
+            self._log_command('The upload was interrupted.')
             raise
-        except Exception as error:  # of a library, or a full disk: the run is complete all the same
-            _logger.debug('', exc_info=True)
-            self._tell_how_to_finish(str(error))
+
+    def _wait(self) -> bool:
+        deadline = time.monotonic() + self.patience
+        while not self._finished.wait(min(0.5, self.patience)):  # a signal to another thread does not end a wait
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def abandon(self) -> None:
         """Stop pushing, without waiting: the user stopped the run."""
         self._stopped.set()
         self._jobs.put(None)
 
-    def _tell_how_to_finish(self, why: str) -> None:
+    def _log_command(self, why: str) -> None:
         _logger.error(
             f'{why} The run itself is complete in {self.folder}. Finish the upload with\n  '
             + _push_command(self.folder, self.repository, self.args.hub_weights))
@@ -243,7 +266,7 @@ def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
         repository = HubRepository(
             repo_id, revision=args.revision, private=args.private or None, force=args.force)
         repository.log_in()
-        with _work_folder(args.folder) as target:
+        with _model_folder(args.folder) as target:
             model = export(args.folder, target, repository.repo_id, revision=args.revision, weights=args.weights)
             check_rebuilds(target, load_file(os.path.join(target, WEIGHTS_NAME)))
             repository.open(model.architecture)
@@ -264,19 +287,21 @@ def _show_card(args: argparse.Namespace, repo_id: str) -> None:
             os.makedirs(args.output, exist_ok=True)
             for name in (CARD_NAME, CURVE_NAME):
                 if os.path.isfile(os.path.join(target, name)):
-                    shutil.copy(os.path.join(target, name), args.output)
+                    with create(os.path.join(args.output, name)) as file:
+                        file.write(Path(target, name).read_bytes())
 
 
 def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
     """Write the model into a folder, which is there as a whole or not at all."""
     target = os.path.abspath(args.target)
-    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+    parent = os.path.dirname(target)
+    is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
+    if os.path.lexists(target) and not is_empty:
         raise UsageError(f'{args.target} is there already. Give a folder to make.')
     with blame(args.target):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with TemporaryDirectory(prefix=_WORK_FOLDER, dir=os.path.dirname(target)) as work:
-            written = os.path.join(work, 'model')
-            os.mkdir(written)  # open to whom new folders are
+        os.makedirs(parent, exist_ok=True)
+        remove_work_folders(parent)
+        with work_folder(parent) as written:
             model = export(args.folder, written, repo_id, revision=args.revision, weights=args.weights)
             check_rebuilds(written, load_file(os.path.join(written, WEIGHTS_NAME)))
             os.replace(written, target)
@@ -284,29 +309,60 @@ def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
 
 
+class _Terminated(KeyboardInterrupt):
+    """A signal asked the command to end."""
+
+
+@contextmanager
+def _terminated_by_signals() -> Iterator[None]:
+    """Raise _Terminated for SIGTERM and SIGHUP, so that temporary files are removed."""
+    def stop(number: int, frame: Any):
+        raise _Terminated(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, stop) for number in _SIGNALS if in_main_thread}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _run_command(argv: Sequence[str] | None) -> None:
+    args = _command_parser().parse_args(argv)
+    if not os.path.isdir(args.folder):
+        raise UsageError(f'{args.folder}: no such folder.')
+    remove_work_folders(args.folder)
+    repo_id = args.repo_id or _repo_id_of(args.folder)
+    if args.command != 'push':
+        act = _show_card if args.command == 'card' else _export_folder
+        name = re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(args.folder)))
+        act(args, repo_id or f'user/{name}')
+    elif repo_id:
+        limit_waiting()
+        _push_folder(args, repo_id)
+    else:
+        raise UsageError(f'Where to? Give a repository: push {args.folder} user/name')
+
+
 def command(argv: Sequence[str] | None = None) -> int:
     """Run `python -m timm_multimix.hub`.
 
     Returns:
-        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C.
+        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C, 143 after SIGTERM.
     """
     setup_logging()
     try:
-        args = _command_parser().parse_args(argv)
-        if not os.path.isdir(args.folder):
-            raise UsageError(f'{args.folder}: no such folder.')
-        repo_id = args.repo_id or _repo_id_of(args.folder)
-        if args.command != 'push':
-            act = _show_card if args.command == 'card' else _export_folder
-            act(args, repo_id or f'user/{os.path.basename(os.path.abspath(args.folder))}')
-        elif repo_id:
-            _push_folder(args, repo_id)
-        else:
-            raise UsageError(f'Where to? Give a repository: push {args.folder} user/name')
+        with _terminated_by_signals():
+            _run_command(argv)
     except UsageError as error:
         _logger.error(error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         _logger.error('Interrupted. The run is as it was; run the same command again.')
-        return 130
+        return 128 + (error.args[0] if isinstance(error, _Terminated) else signal.SIGINT)
     return 0
+
+
+if __name__ == '__main__':
+    sys.exit(command())

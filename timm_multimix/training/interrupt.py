@@ -1,24 +1,28 @@
-"""Stopping between updates instead of in the middle of one."""
+"""Stopping between updates instead of in the middle of one, and ending the workers of loaders."""
 import logging
+import multiprocessing
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from .errors import ignore_dead_workers
+
 _logger = logging.getLogger(__name__)
 
-_GRACE = 60  # seconds that a worker outlives SIGTERM
+_PATIENCE = 5  # seconds to wait for the end of a worker that was killed
 
 
 class SteadyWorker:
     """Starts a worker of a loader that leaves signals to the process it loads for.
 
     Ctrl-C, and SIGTERM from a scheduler, go to a whole group of processes. A worker that ended at once would take from
-    its run the batch that it needs to stop between updates. The run ends its workers itself.
+    its run the batch that it needs to stop between updates. The run ends its workers itself, see ending_workers.
 
     Args:
         init: What else starts a worker.
@@ -29,10 +33,29 @@ class SteadyWorker:
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, 'alarm'):
-            signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.init is not None:
             self.init(worker)
+
+
+@contextmanager
+def ending_workers() -> Iterator[None]:
+    """Kill the workers that a run leaves behind when it fails or is stopped.
+
+    They may be in the middle of a batch, or blocked by a file system, and would keep the process from ending.
+    """
+    before = {process.pid for process in multiprocessing.active_children()}
+    try:
+        yield
+    except BaseException:
+        workers = [process for process in multiprocessing.active_children() if process.pid not in before]
+        if workers:
+            ignore_dead_workers()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(_PATIENCE)
+        raise
 
 
 class StopRequest:

@@ -1,7 +1,7 @@
 """Datasets and loaders of a run, made by timm."""
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
 from ..data import create_dataset, default_img_mode
+from ..image_files import UnreadableImages, unreadable_images
 from ..options import batch_schedule
 from ..views import add_second_view
-from .checks import mixup_active
+from .checks import dataset_suggestion, mixup_active
 from .errors import UsageError, blame
 from .interrupt import SteadyWorker
 from .resumable import ResumableLoader
+from .unreadable import TRAINING, VALIDATION
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Loaders:
         resumable: The part of train that knows its place in an epoch, None if there is none.
         validated: Whether a validation took place, in this process or before the run continued in it.
         calibration: Batches to fit a temperature on, all of them in every process; None without --calibrate.
+        unreadable: The unreadable images of training and validation, where they are recorded.
     """
     train: Any
     evaluation: Any
@@ -51,6 +54,7 @@ class Loaders:
     resumable: ResumableLoader | None = None
     validated: bool = False
     calibration: Any = None
+    unreadable: dict[str, UnreadableImages] = field(default_factory=dict)
 
     def forget_validation_seed(self) -> None:
         """Let a continued run's validation draw no seed for its workers, since it drew one before."""
@@ -90,7 +94,7 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
         trust_remote_code=args.dataset_trust_remote_code,
         **target_options,
     )
-    with blame(f'{what} data {args.data_dir or args.dataset}'):
+    with blame(f'{what} data {args.data_dir or args.dataset}', dataset_suggestion(args.dataset)):
         return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
 
 
@@ -327,4 +331,6 @@ def build_loaders(
         if isinstance(inner, DataLoader):
             inner.worker_init_fn = SteadyWorker(inner.worker_init_fn)
     loader, resumable = _make_resumable(loader, device)
-    return Loaders(loader, loader_eval, mixup_fn, batch_size, batch_schedule(args), resumable)
+    records = {TRAINING: unreadable_images(train), VALIDATION: unreadable_images(evaluation)}
+    unreadable = {part: record for part, record in records.items() if record is not None}
+    return Loaders(loader, loader_eval, mixup_fn, batch_size, batch_schedule(args), resumable, unreadable=unreadable)

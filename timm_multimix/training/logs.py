@@ -10,16 +10,18 @@ import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
+from ..hub import redact
+
 _logger = logging.getLogger(__name__)
 
 MAX_PENDING_VALUES = 4096
 
 
 class _LineFormatter(logging.Formatter):
-    """Information as it is, everything else with its level, and errors with the process if there are several."""
+    """Adds the level to all but information, and the process to errors of several processes. Hides access tokens."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = redact(super().format(record), only_certain=True)
         _, rank, world_size = world_info_from_env()
         if record.levelno >= logging.ERROR and world_size > 1:
             text = f'[rank {rank} of {world_size}] {text}'

@@ -15,9 +15,11 @@ from torch import nn
 
 from .checkpoints import RunSaver
 from .errors import RunError
+from .files import create
 from .logs import Averages, EpochReporter
 from .progress import take_progress
 from .run import Run
+from .unreadable import TRAINING, begin_epoch, count_unreadable
 
 _logger = logging.getLogger(__name__)
 
@@ -205,19 +207,12 @@ def _save_recovery(run: Run, epoch: int, update: int, averages: Averages, saver:
         raise KeyboardInterrupt
 
 
-def _num_unreadable(run: Run) -> int:
-    """Images of the epoch that could not be read and were replaced, over all processes."""
-    count = torch.tensor(0 if run.loaders.resumable is None else run.loaders.resumable.unreadable, device=run.device)
-    if run.args.distributed:
-        torch.distributed.all_reduce(count)
-    return int(count)
-
-
 def _save_images(run: Run, input: Any, batch: int) -> None:
     path = os.path.join(run.folder, f'train-batch-{batch}.jpg')
     views = run.args.multimix_views if run.args.multimix != 'off' else 1
     images = input.unflatten(1, (views, -1)).flatten(0, 1)
-    torchvision.utils.save_image(images, path, padding=0, normalize=True)
+    with create(path) as file:
+        torchvision.utils.save_image(images, file, format='jpeg', padding=0, normalize=True)
 
 
 def _epoch_metrics(run: Run, epoch: int, averages: Averages) -> dict[str, float]:
@@ -227,7 +222,7 @@ def _epoch_metrics(run: Run, epoch: int, averages: Averages) -> dict[str, float]
             f'No loss of epoch {epoch} was finite, so that nothing was learned in it. Lower the learning rate, clip '
             'gradients (--clip-grad), or look for broken inputs.',
             is_shared=True)
-    return {**metrics, 'unreadable': _num_unreadable(run)}
+    return {**metrics, 'unreadable': count_unreadable(run, TRAINING)}
 
 
 def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[dict[str, float], float]:
@@ -256,6 +251,8 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     if run.interrupted is not None:
         averages.load_state_dict(run.interrupted)
         first, run.interrupted = run.progress['consumed'], None
+    else:
+        begin_epoch(run)
     run.progress = None
     reporter = EpochReporter(
         epoch, run.updates_per_epoch, args.log_interval, args.world_size, done=first // args.grad_accum_steps)

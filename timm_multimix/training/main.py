@@ -16,12 +16,13 @@ from .branches import set_aside
 from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, read_checkpoint
 from .checks import check_run_folder
-from .config import COMMAND_LINE_ONLY, parse_args
+from .config import COMMAND_LINE_ONLY, DATA_OPTIONS, dataset_danger, parse_args
 from .curve import SUMMARY_NAME, fit_columns, read_summary, trim_summary
 from .errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
 from .export import write_config
 from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .hub import HubPush
+from .interrupt import ending_workers
 from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
@@ -29,6 +30,7 @@ from .progress import restore_progress, take_progress
 from .resuming import check_architecture
 from .run import Run, build_run, compile_task
 from .saved_weights import described, saved_weights
+from .unreadable import TRAINING, VALIDATION, report_totals, warn_of_unreadable
 from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
 
 _logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
         max_history=run.args.checkpoint_hist,
         task=run.task,
     )
+    saver.class_to_idx = run.class_to_idx
     if run.resumed_from and os.path.samefile(os.path.dirname(run.resumed_from) or '.', run.folder):
         saver.outdated = set_aside(run)
         saver.load_state_dict_from_checkpoint(run.resumed_from, run.start_epoch)
@@ -140,13 +143,12 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
     """Validate, write the summary and a checkpoint, and step the schedule."""
     share_batch_norm(run, run.task.get_trainable_module())
     done = epoch + 1
-    unreadable = train_metrics['unreadable']
-    if unreadable:
-        _logger.warning(f'Epoch {epoch}: {unreadable} images could not be read, others were taken for them.')
+    warn_of_unreadable(run, TRAINING, f'Epoch {epoch}: ')
     is_milestone = done in run.args.save_epochs
     metric = None
     if done % run.args.val_interval == 0 or done == run.stop_epoch or is_milestone:
         validated, eval_metrics = validate_epoch(run), None
+        warn_of_unreadable(run, VALIDATION, f'Epoch {epoch}: ')
         if validated is None:
             metric = train_metrics[run.eval_metric]
         else:
@@ -172,6 +174,9 @@ def _command(run: Run, *options: str) -> str:
         launcher = ['torchrun', '--nproc-per-node', os.environ.get('LOCAL_WORLD_SIZE', str(run.args.world_size))]
     code = ['--dataset-trust-remote-code'] if run.args.dataset_trust_remote_code else []  # no file may ask for these
     code += ['--device-modules', *run.args.device_modules] if run.args.device_modules else []
+    if dataset_danger(run.args):
+        code += [part for name in DATA_OPTIONS if (value := getattr(run.args, name))
+                 for part in (f'--{name.replace("_", "-")}', value) if name != 'data']
     return shlex.join([*launcher, script, '--config', os.path.join(run.folder, 'args.yaml'), *options, *code])
 
 
@@ -279,6 +284,7 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     if saver is not None and run.loaders.calibration is not None and saver.best_metric is not None:
         model = utils.unwrap_model(run.task.get_eval_model())
         write_calibrated(run.folder, model, run.loaders.calibration, run.precision.autocast)
+    report_totals(run)
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(
@@ -306,6 +312,7 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
             raise
     compile_task(run.args, run.task)
     metrics = validate(run, run.task.get_eval_model())
+    warn_of_unreadable(run, VALIDATION)
     _logger.info(f'{path}: {shown(metrics)}')
     return metrics
 
@@ -343,7 +350,8 @@ def _run(argv: Sequence[str]) -> None:
 def _status(argv: Sequence[str]) -> int:
     """Run, and tell what became of it; of the run nothing is left then."""
     try:
-        _run(argv)
+        with ending_workers():
+            _run(argv)
     except UsageError as error:
         if is_first_on_machine():  # all of them see the same options and files
             _logger.error(error)
@@ -384,3 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         heed_dead_workers()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

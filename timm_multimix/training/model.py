@@ -10,6 +10,7 @@ from timm.models import create_model, resolve_model_input_args
 from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
+from ..hook import attach, outputs_in_evaluation
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .checkpoints import check_weights_file
 from .errors import UsageError, blame
@@ -96,6 +97,9 @@ def _initialise_head(args: argparse.Namespace, model: nn.Module) -> None:
 def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """Input size, pixel statistics, crop and interpolation, from the options and else from the model.
 
+    If the model has another number of channels than its pretrained weights, the statistics of all channels are their
+    mean, as in timm's loaders.
+
     Raises:
         UsageError: if --mean or --std do not fit the channels.
     """
@@ -124,6 +128,35 @@ def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: d
             parameter = next(model.parameters())
             model(torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype))
     model.train()
+
+
+@torch.no_grad()
+def report_positions(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
+    """Log the number of positions that dense MultiMix has at each image size, and warn if there is one only.
+
+    Args:
+        args: Arguments of the run.
+        model: A model that dense MultiMix can train; it is left as it is.
+        data_config: Has the input size.
+    """
+    if args.multimix != 'dense':
+        return
+    channels, *size = data_config['input_size']
+    parameter, is_training = next(model.parameters()), model.training
+    handle = None if hasattr(model, '_multimix') else attach(model)
+    model.eval()
+    for height, width in sorted({tuple(size), *((side, side) for side in args.train_img_sizes or ())}):
+        images = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+        with outputs_in_evaluation(model):
+            positions = model(images).dense_logits.shape[1]
+        _logger.info(f'Number of positions of dense MultiMix at {height} x {width} pixels: {positions}.')
+        if positions == 1:
+            _logger.warning(
+                f'--multimix dense: images of {height} x {width} pixels have a single position, so that dense is the '
+                'same as pooled. Raise --img-size, or choose a model with a smaller stride.')
+    model.train(is_training)
+    if handle is not None:
+        handle.remove()
 
 
 def place_model(

@@ -18,7 +18,7 @@ from timm.task import (
 from torch import nn
 
 from ..criteria import check_num_classes
-from ..options import multimix_kwargs
+from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
 from .checks import mixup_active
@@ -137,29 +137,18 @@ def _pretrained_teacher(model: nn.Module, shared: dict, args: argparse.Namespace
     return teacher
 
 
-def _describe_batches(args: argparse.Namespace) -> str:
-    """Which batches are MultiMix batches, and which have mixed images."""
-    kinds = [f'{name} (alpha {alpha:g})' for name, alpha in (('mixup', args.mixup), ('CutMix', args.cutmix)) if alpha]
-    if args.cutmix_minmax:
-        kinds = [*kinds[:bool(args.mixup)], f'CutMix (ratio {args.cutmix_minmax[0]:g} to {args.cutmix_minmax[-1]:g})']
-    mixing = ' or '.join(kinds)
-    if args.multimix_prob < 1:
-        return (f'Each batch is a MultiMix batch with probability {args.multimix_prob:g}; the other batches are '
-                f'trained {f"with {mixing}" if mixing else "without any mixing"}.')
-    return f'Every batch is a MultiMix batch{f", after {mixing} of its images" if mixing else ""}.'
-
-
 def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace):
     options = multimix_kwargs(args)
     if args.multimix_teacher not in ('none', 'ema'):
         path = f', --multimix-teacher-path {args.multimix_teacher_path}' if args.multimix_teacher_path else ''
         with blame(f'--multimix-teacher {args.multimix_teacher}{path}'):
             options.update(teacher=_pretrained_teacher(model, shared, args), teacher_path=None)
-    _logger.info(_describe_batches(args))
+    _logger.info(describe_batches(args))
     try:
-        return task_cls(model, **shared, **options)
-    except (ValueError, TypeError) as error:
-        if args.multimix == 'dense':
+        with errors_name_options():
+            return task_cls(model, **shared, **options)
+    except ValueError as error:
+        if args.multimix == 'dense' and 'use --multimix pooled' not in str(error):
             with suppress(ValueError, TypeError):
                 task_cls(model, **shared, **{**options, 'mode': 'pooled'})
                 raise UsageError(f'--multimix dense: {error} (--multimix pooled takes this model as it is.)') from error

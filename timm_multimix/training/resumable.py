@@ -6,7 +6,6 @@ follows from the random state of the worker that made the batch (of the process 
 with every batch, a resumed run's workers begin with it. An uninterrupted run draws what it would draw from the plain
 loader: timm's script and this one see the same images.
 """
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..image_files import unreadable_images
 from .random_state import generator_at, random_state, set_random_state
 
 
@@ -26,39 +26,15 @@ class _Report:
     Attributes:
         worker: Number of the worker, None for the process itself.
         random: The worker's random state after the batch.
-        unreadable: Images that could not be read so far, in this worker.
     """
     worker: int | None
     random: dict[str, Any] | None
-    unreadable: int
 
 
 class _Fetched(NamedTuple):
     """A batch that was fetched but not trained on yet: the state of the process before, and the batch's report."""
     before: dict[str, Any]
     report: _Report
-
-
-class _UnreadableCounter(logging.Handler):
-    """Counts the images that timm's dataset skips: its warnings are all that tells of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += str(record.msg).startswith('Skipped sample')
-
-
-_unreadable = _UnreadableCounter()
-
-
-def count_unreadable() -> _UnreadableCounter:
-    """The counter of this process, counting."""
-    logger = logging.getLogger('timm.data.dataset')
-    if _unreadable not in logger.handlers:
-        logger.addHandler(_unreadable)
-    return _unreadable
 
 
 class _ReportingCollate:
@@ -75,8 +51,8 @@ class _ReportingCollate:
         batch = None if is_placeholder else self.collate(samples)
         worker = get_worker_info()
         if worker is None:
-            return batch, _Report(None, None, count_unreadable().count)
-        return batch, _Report(worker.id, random_state(), count_unreadable().count)
+            return batch, _Report(None, None)
+        return batch, _Report(worker.id, random_state())
 
 
 class _WorkerStart:
@@ -89,7 +65,6 @@ class _WorkerStart:
     def __call__(self, worker: int) -> None:
         if self.init is not None:
             self.init(worker)
-        count_unreadable().count = 0
         if worker in self.states:
             set_random_state(self.states[worker])
 
@@ -163,11 +138,10 @@ class ResumableLoader:
         self._place: dict[str, Any] | None = None
         self._seed: dict[str, Any] | None = None  # random state that the workers' seeds were drawn from
         self._workers: dict[int, dict[str, Any]] = {}
-        self._unreadable: dict[int | None, int] = {}
+        self._unreadable = unreadable_images(loader.dataset)
         self._fetched: deque[_Fetched] = deque()
         self._epoch_start: dict[str, Any] | None = None
         self.consumed = 0
-        self._unreadable_before = 0
 
     @staticmethod
     def can_wrap(loader: Any) -> bool:
@@ -184,15 +158,9 @@ class ResumableLoader:
     def advance(self) -> None:
         """Say that one more batch was trained on."""
         report = self._fetched.popleft().report
-        self._unreadable[report.worker] = report.unreadable
         if report.worker is not None:
             self._workers[report.worker] = report.random
         self.consumed += 1
-
-    @property
-    def unreadable(self) -> int:
-        """Images in the epoch's batches so far that could not be read, and were replaced by others."""
-        return sum(self._unreadable.values()) - self._unreadable_before
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is: between the batches trained on and those that are fetched already."""
@@ -204,7 +172,7 @@ class ResumableLoader:
             now=random_state(self.device),
             seed=self._seed,
             workers=dict(self._workers),
-            unreadable=self.unreadable,
+            unreadable=[] if self._unreadable is None else self._unreadable.in_epoch(),
         )
 
     def load_state_dict(self, state: dict[str, Any], *, same_workers: bool, in_epoch: bool) -> None:
@@ -220,6 +188,9 @@ class ResumableLoader:
             self._workers = dict(state['workers'])
             self._start.states = dict(state['workers'])
         self._place = dict(state) if in_epoch else None
+        earlier = state.get('unreadable')
+        if in_epoch and self._unreadable is not None and isinstance(earlier, list):
+            self._unreadable.update(earlier)
 
     def _draw_seed(self) -> None:
         """Draw the seed of the workers as the DataLoader would, from a copy that it can be drawn from again."""
@@ -232,16 +203,12 @@ class ResumableLoader:
         place, self._place = self._place, None
         after = None
         self.consumed, self._skip.count, self._skip.before, self._skip.device = 0, 0, None, self.device
-        if not self.num_workers:
-            self._unreadable[None] = count_unreadable().count  # other loaders of this process count there, too
-        self._unreadable_before = sum(self._unreadable.values())
         self._fetched.clear()
         if place is not None:
             after = place['now'] if place['before'] is not None else None
             set_random_state(place['epoch_start'], self.device)
             self.consumed = self._skip.count = place['consumed']
             self._skip.before = place['before'] or place['now']
-            self._unreadable_before -= place['unreadable']
         if self.num_workers:
             self._draw_seed()
         self._epoch_start = random_state(self.device)

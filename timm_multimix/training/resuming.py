@@ -16,6 +16,9 @@ from .saved_weights import arguments_of, saved_weights
 
 _logger = logging.getLogger(__name__)
 
+# Prefixes of the options of the objective, which the card of a run lists for each of its parts.
+_OBJECTIVE = ('multimix', 'no_multimix', 'mixup', 'cutmix', 'loss', 'smoothing', 'bce_', 'jsd_', 'asl_', 'poly_',
+              'twoway_', 'db_', 'kd_', 'distill_loss', 'task_loss')
 # Options that a checkpoint's optimizer keeps in its parameter groups, from where timm's schedulers take them.
 _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
 
@@ -61,6 +64,19 @@ def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dic
     return settled
 
 
+def _remember_objective(args: argparse.Namespace, checkpoint: dict[str, Any], epoch: int | None) -> None:
+    """Record in args.earlier with which options of the loss the run was trained so far, if they change now."""
+    before = arguments_of(checkpoint)
+    options = {name: before[name] for name, value in vars(args).items()
+               if name.startswith(_OBJECTIVE) and name in before and before[name] != value}
+    earlier = list(before.get('earlier') or ())
+    if options and epoch is not None:
+        in_epoch = bool((checkpoint.get('progress') or {}).get('in_epoch'))
+        earlier.append(dict(epoch=epoch, in_epoch=in_epoch, options=options))
+    if earlier:
+        args.earlier = earlier
+
+
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
     """Bring a task and its optimizer to the state in a checkpoint.
 
@@ -84,6 +100,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
         raise UsageError(f'{path} does not fit this run: {error}') from error
     if keep:
         load_optimizer(optimizer, checkpoint, path)
+    _remember_objective(args, checkpoint, epoch)
     _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
     return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
                 weights=saved_weights(checkpoint), settled=settled)

@@ -21,16 +21,26 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
+from ..data import Part
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .calibration import check_classifier, check_continues, hold_out
 from .checkpoints import newest_checkpoint
-from .checks import DEFAULT_OUTPUT, check_classes
+from .checks import DEFAULT_OUTPUT
+from .classes import check_targets, match_classes, settle_classes
 from .errors import UsageError, blame
 from .files import lock_folder
 from .interrupt import StopRequest
 from .loaders import Loaders, build_calibration_loader, build_datasets, build_loaders
 from .loss_guard import LossGuard
-from .model import check_input_sizes, create_run_model, input_channels, model_options, place_model, resolve_data
+from .model import (
+    check_input_sizes,
+    create_run_model,
+    input_channels,
+    model_options,
+    place_model,
+    report_positions,
+    resolve_data,
+)
 from .objective import build_task
 from .processes import Whereabouts, choose_device, join_processes, of_the_first
 from .progress import reading_progress, step_scheduler, usable_progress
@@ -65,6 +75,7 @@ class Run:
         task: What turns a batch into a loss; owns the model.
         loaders: Where batches come from.
         data_config: Input size, pixel statistics, crop and interpolation.
+        class_to_idx: Class names of the model and their indices, None if the data do not name them.
         optimizer: The optimizer, None for a run that only validates.
         scheduler: Schedule of the learning rate; None for --sched none.
         eval_metric: Metric that makes a checkpoint the best.
@@ -87,6 +98,7 @@ class Run:
     task: TrainingTask
     loaders: Loaders
     data_config: dict[str, Any]
+    class_to_idx: dict[str, int] | None = None
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     eval_metric: str = 'loss'
@@ -243,7 +255,10 @@ def _tell_of_changes(task: TrainingTask, args: argparse.Namespace, checkpoint: d
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     """Compile what a task runs, if --torchcompile asks for it; before distribution, which stays out of the graph."""
-    if args.torchcompile:
+    if not args.torchcompile:
+        return
+    mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
+    with blame(f'--torchcompile {args.torchcompile}{mode}'):
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if task.has_ema():
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -265,10 +280,13 @@ def build_run(args: argparse.Namespace) -> Run:
     precision = _setup_precision(args, device)
     options = model_options(args)
     train, evaluation = build_datasets(args, input_channels(options))
-    check_classes(args, train, evaluation)
+    check_targets(args, train)
+    classes, origin = settle_classes(args, train, evaluation)
     held_out = None
     if not args.validate:
         train, held_out = hold_out(args, train, evaluation, input_channels(options))
+    if classes and held_out is not None and not isinstance(held_out, Part):
+        match_classes(args, held_out, args.calibrate, classes, origin)
 
     utils.random_seed(args.seed, args.rank)
     model = create_run_model(args, options)
@@ -285,6 +303,8 @@ def build_run(args: argparse.Namespace) -> Run:
 
     run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders, data_config)
     run.eval_metric = args.eval_metric if loaders.evaluation is not None else 'loss'
+    run.class_to_idx = classes
+    report_positions(args, model, data_config)
     run.folder = _run_folder(args, data_config['input_size'][-1])
     if not args.validate:
         _build_training(run)

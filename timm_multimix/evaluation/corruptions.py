@@ -1,0 +1,85 @@
+"""Common corruptions of images in [0, 1], at five severities.
+
+Kinds and parameters follow Hendrycks & Dietterich (2019), applied to the model's input instead of the original image,
+so that accuracies are not comparable to those on ImageNet-C.
+"""
+import io
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur
+
+SEVERITIES = (1, 2, 3, 4, 5)
+_REFERENCE_SIZE = 224  # side of the images that the widths of the blur are for
+
+
+def _add_noise(images: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
+    # image by image: a generator gives other numbers for another shape
+    noise = torch.stack([torch.randn(images.shape[1:], generator=generator, device='cpu') for _ in images])
+    return images + std * noise.to(images)
+
+
+def _blur(images: torch.Tensor, sigma: float, generator: torch.Generator) -> torch.Tensor:
+    sigma = sigma * min(images.shape[-2:]) / _REFERENCE_SIZE
+    return gaussian_blur(images, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma, sigma])
+
+
+def _brighten(images: torch.Tensor, shift: float, generator: torch.Generator) -> torch.Tensor:
+    return images + shift
+
+
+def _reduce_contrast(images: torch.Tensor, factor: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.lerp(images.mean((2, 3), keepdim=True), images, factor)
+
+
+def _pixelate(images: torch.Tensor, factor: float, generator: torch.Generator) -> torch.Tensor:
+    size = images.shape[-2:]
+    small = F.interpolate(images, [max(1, round(side * factor)) for side in size], mode='area')
+    return F.interpolate(small, size, mode='nearest-exact')
+
+
+def _jpeg(levels: np.ndarray, quality: int) -> np.ndarray:
+    """Compress and decompress an image (h, w) or (h, w, 3) of uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, 'JPEG', quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def _compress(images: torch.Tensor, quality: int, generator: torch.Generator) -> torch.Tensor:
+    levels = (images * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    if levels.shape[-1] == 3:
+        compressed = np.stack([_jpeg(image, quality) for image in levels])
+    else:  # JPEG has one channel or three
+        compressed = np.stack([
+            np.stack([_jpeg(image[..., k], quality) for k in range(levels.shape[-1])], axis=-1) for image in levels])
+    return torch.from_numpy(compressed).movedim(-1, 1).to(images) / 255
+
+
+# Function, and its parameter at each severity.
+CORRUPTIONS = {
+    'gaussian noise': (_add_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    'gaussian blur': (_blur, (1.0, 2.0, 3.0, 4.0, 6.0)),
+    'brightness': (_brighten, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    'contrast': (_reduce_contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    'pixelation': (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    'JPEG compression': (_compress, (25, 18, 15, 10, 7)),
+}
+
+
+def corrupt(images: torch.Tensor, kind: str, severity: int, generator: torch.Generator) -> torch.Tensor:
+    """Corrupt images.
+
+    Args:
+        images: Images (b, c, h, w) in [0, 1].
+        kind: A key of CORRUPTIONS.
+        severity: 1 to 5.
+        generator: CPU generator of the noise. Splitting the images into batches does not change the noise.
+
+    Returns:
+        Images (b, c, h, w) in [0, 1].
+    """
+    function, parameters = CORRUPTIONS[kind]
+    return function(images, parameters[SEVERITIES.index(severity)], generator).clamp(0, 1)

@@ -1,0 +1,63 @@
+"""Messages of libraries in terms of the command line, and missing packages with the command that installs them."""
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+# Advice for Python code in messages of timm, torchvision and datasets, and the option that does the same.
+_OPTIONS_FOR_ADVICE = (
+    (r'`?\bdownload ?= ?True`?', '--dataset-download'),
+    (r'`?\btrust_remote_code ?= ?True`?', '--dataset-trust-remote-code'),
+    (r'Use `pretrained=False` for random init', 'Leave out --pretrained to start from random weights'),
+    (r"`?\bglobal_pool=''`?", "--gp ''"),
+    (r"\basl_reduction='(\w+)'", r'--asl-reduction \1'),
+    (r'\bjsd_splits\b', '--aug-splits'),
+    (r'\bclass_counts and num_samples \(see class_weights\.py\)', '--class-stats'),
+    (r'\bclass stats \(see class_weights\.py\)', '--class-stats'),
+    (r' ?See `torch._dynamo.list_backends\(\)` for available backends\.', ''),
+    (r"\(loss(?:_type=| )'bce'\) with targets \(b, 1\)", '(--loss bce)'),
+    (r'(?s)`?\bweights_only=True`? blocked loading .*',
+     'the file holds objects that are not data, such as code. They are never loaded.'),
+    (r"\bCurrently only 'kl' is supported\b", '--kd-loss-type must be kl'),
+)
+
+# Packages that a type of dataset needs beside those of timm.
+DATASET_PACKAGES = {
+    'hfds': ('datasets',),
+    'hfids': ('datasets',),
+    'tfds': ('tensorflow', 'tensorflow-datasets'),
+    'wds': ('webdataset',),
+}
+
+
+def for_command_line(message: str) -> str:
+    """Replace advice for Python code in the message of a library by the option that does the same."""
+    for advice, option in _OPTIONS_FOR_ADVICE:
+        message = re.sub(advice, option, message)
+    return message
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package.replace('-', '_')) is not None
+    except (ImportError, ValueError):  # blocked, or half imported
+        return False
+
+
+def missing_packages(purpose: str, packages: Sequence[str], extra: str | None = None) -> str | None:
+    """Describe packages that are not installed.
+
+    Args:
+        purpose: What needs the packages, such as an option and its value.
+        packages: Names of the packages, as pip takes them.
+        extra: Extra of timm-multimix that installs them, if there is one.
+
+    Returns:
+        One sentence with the command that installs what is missing, or None if nothing is.
+    """
+    missing = [package for package in packages if not _is_installed(package)]
+    if not missing:
+        return None
+    command = f"pip install 'timm-multimix[{extra}]'" if extra else f'pip install {" ".join(missing)}'
+    if len(missing) == 1:
+        return f'{purpose} needs the package {missing[0]}, which is not installed: {command}'
+    return f'{purpose} needs the packages {" and ".join(missing)}, which are not installed: {command}'

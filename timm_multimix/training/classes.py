@@ -1,0 +1,246 @@
+"""Comparison of the classes of the data with those that a checkpoint's model was trained on, by name."""
+import argparse
+import glob
+import json
+import logging
+import os
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from timm.utils import is_primary
+from torch.utils.data import Dataset
+
+from ..class_names import class_mapping, dataset_classes, map_targets, valid_classes
+from ..dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
+from ..hub import CONFIG_NAME, HubError, download, is_hub_name
+from ..image_files import listed
+from .checkpoints import read_checkpoint
+from .checks import DEFAULT_OUTPUT
+from .errors import UsageError, blame
+from .processes import of_the_first
+from .saved_weights import arguments_of
+
+_logger = logging.getLogger(__name__)
+
+CLASSES_KEY = 'class_to_idx'  # entry of a checkpoint
+
+
+class StoredClasses(NamedTuple):
+    """The classes of the model in a checkpoint.
+
+    Attributes:
+        origin: The checkpoint, as the user names it.
+        names: Index of each class name, None if the checkpoint holds none.
+        count: Number of classes, None if it is not known.
+    """
+    origin: str
+    names: dict[str, int] | None
+    count: int | None
+
+
+def _of_config(path: str) -> tuple[dict[str, int] | None, int | None]:
+    """Class names and number of classes in timm's config.json."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            config = json.load(file)
+        return valid_classes(config.get('label_names')), config.get('num_classes')
+    except (OSError, ValueError, AttributeError):
+        return None, None
+
+
+def stored_classes(path: str) -> StoredClasses:
+    """Read the classes of a model from its checkpoint, or from the config.json beside weights that were exported."""
+    if path.endswith('.safetensors'):
+        return StoredClasses(path, *_of_config(os.path.join(os.path.dirname(path), CONFIG_NAME)))
+    try:
+        checkpoint = read_checkpoint(path, verify=False)
+    except (UsageError, OSError):  # reported where its weights are loaded
+        return StoredClasses(path, None, None)
+    return StoredClasses(path, checkpoint_classes(checkpoint, path), arguments_of(checkpoint).get('num_classes'))
+
+
+def checkpoint_classes(checkpoint: dict[str, Any], path: str) -> dict[str, int] | None:
+    """The class names in a checkpoint and their indices, None if it holds none.
+
+    Raises:
+        UsageError: if they are not a mapping of names to indices.
+    """
+    if checkpoint.get(CLASSES_KEY) is None:
+        return None
+    names = valid_classes(checkpoint[CLASSES_KEY])
+    if names is None:
+        raise UsageError(f'{path}: its {CLASSES_KEY} does not map class names to indices. The file is damaged.')
+    return names
+
+
+def _stored_on_hub(name: str) -> StoredClasses:
+    with suppress(HubError):
+        return StoredClasses(name, *_of_config(download(name, CONFIG_NAME)))
+    return StoredClasses(name, None, None)
+
+
+def _stored(args: argparse.Namespace) -> tuple[str, StoredClasses] | None:
+    """The option that names the checkpoint that a run starts from, and the classes in it."""
+    for option in ('validate', 'resume', 'initial_checkpoint'):
+        path = getattr(args, option)
+        if path == 'auto' and option == 'resume':
+            folder = glob.escape(os.path.join(args.output or DEFAULT_OUTPUT, args.experiment))
+            paths = sorted(glob.glob(os.path.join(folder, '*.pth.tar')), key=os.path.getmtime, reverse=True)
+            found = [stored_classes(path) for path in paths[:3]]  # all of one run
+            path = next((stored.origin for stored in found if stored.names or stored.count), '')
+        if path:
+            return option, _stored_on_hub(path) if is_hub_name(path) else stored_classes(path)
+    return None
+
+
+def _compare_numbers(option: str, stored: StoredClasses, own: dict[str, int]) -> None:
+    count = max(own.values()) + 1
+    if stored.count not in (None, count):
+        if option == 'initial_checkpoint':
+            return  # timm reports the weights that do not fit
+        raise UsageError(f'{stored.origin} is of a model with {stored.count} classes, and the data have {count}.')
+    _logger.warning(f'{stored.origin} holds no class names: only the number of classes is compared.')
+
+
+def _known_classes(args: argparse.Namespace, own: dict[str, int] | None) -> tuple[dict[str, int] | None, str]:
+    """The classes of the model that a run trains or validates, and the checkpoint that they come from, if any."""
+    found = _stored(args) if is_primary(args) else None
+    if args.distributed:
+        found = of_the_first(found)
+    if found is None or own is None:
+        return own, ''
+    option, stored = found
+    if stored.names is None:
+        _compare_numbers(option, stored, own)
+        return own, ''
+    is_new = set(own) - set(stored.names) and len(own) != len(stored.names)
+    if option == 'initial_checkpoint' and is_new:
+        return own, ''  # a classifier of another size, which timm reports
+    return stored.names, stored.origin
+
+
+def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str, known: dict, origin: str = '') -> None:
+    """Let a dataset return the class indices of the model, by the names of the classes.
+
+    Args:
+        args: Arguments of the run.
+        dataset: The dataset; one without class names is left as it is.
+        split: Name of its split.
+        known: Class names of the model and their indices.
+        origin: The checkpoint that they come from, '' if they are those of the training data.
+
+    Raises:
+        UsageError: if the model does not know a class.
+    """
+    own = dataset_classes(dataset)
+    if own is None or own == known:
+        return
+    where = args.data_dir or args.dataset
+    unknown = [name for name in own if name not in known]
+    if unknown:
+        whose = f'the classes of {origin} are' if origin else f'the classes of split {args.train_split} are'
+        advice = '' if origin else ' Give a --class-map.'
+        raise UsageError(
+            f'{where}: split {split} has different classes, so that labels would not match. It has '
+            f'{listed(unknown)}, and {whose} {listed(list(known))}.{advice}')
+    with blame(f'{where}, split {split}'):
+        map_targets(dataset, class_mapping(own, known))
+    _logger.info(f"{where}: split {split} has {len(own)} of the model's {len(known)} classes, mapped by name.")
+
+
+def settle_classes(
+        args: argparse.Namespace,
+        train: Dataset,
+        evaluation: Dataset | None,
+) -> tuple[dict[str, int] | None, str]:
+    """Compare the classes of the datasets with those of the model, and settle the number of classes.
+
+    Args:
+        args: Arguments of the run; gets num_classes.
+        train: The training dataset.
+        evaluation: The validation dataset.
+
+    Returns:
+        Class names of the model and their indices, None if they are not known; and the checkpoint that they come from,
+        '' if they are those of the training data.
+
+    Raises:
+        UsageError: if there is a single class, the user gave another number, or the model does not know a class.
+    """
+    _compare_splits(args, train, evaluation)
+    own = dataset_classes(train)
+    known, origin = _known_classes(args, own)
+    if args.task == 'multilabel':
+        if known and own and known != own:
+            raise UsageError(f'{origin} was trained on other labels: {listed(list(known))}.')
+        return known, origin
+    if not known:
+        return None, ''
+    count, where = max(known.values()) + 1, args.data_dir or args.dataset
+    if count < 2:
+        raise UsageError(
+            f'{where}: a single class ({next(iter(known))}) in split {args.train_split}. There must be a folder for '
+            'each class, with its images in it.')
+    allowed = (None, count, max(own.values()) + 1 if own else None)  # of the data, where they lack some classes
+    if args.num_classes not in allowed:
+        raise UsageError(
+            f'--num-classes {args.num_classes}: {origin or where} has {count} classes. Leave the option out.')
+    args.num_classes = count
+    if not (args.validate and origin):
+        match_classes(args, train, args.train_split, known, origin)
+    match_classes(args, evaluation, args.val_split, known, origin)
+    _check_teacher(args, known)
+    return known, origin
+
+
+def _check_teacher(args: argparse.Namespace, known: dict[str, int]) -> None:
+    path = args.multimix_teacher_path
+    names = stored_classes(path).names if path and args.multimix != 'off' else None
+    if names and names != known:
+        raise UsageError(
+            f'--multimix-teacher-path {path}: the teacher has the classes {listed(list(names))}, and the student has '
+            f'{listed(list(known))}. They must be the same, in the same order.')
+
+
+def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
+    """Check that a dataset has multi-label targets, if the task asks for them.
+
+    Raises:
+        UsageError: if it does not.
+    """
+    if args.task != 'multilabel':
+        return
+    source = getattr(dataset, 'reader', dataset)
+    target = None
+    with suppress(Exception):  # an unreadable image, or a stream
+        target = source[0][1] if source is not dataset else dataset.targets[0]
+    if target is None:
+        return
+    where = args.data_dir or args.dataset
+    if torch.as_tensor(target).ndim == 0:
+        raise UsageError(
+            f'--task multilabel: {where} has one class for each image, as folders of classes do. Choose --task '
+            'classification, or a dataset whose targets are lists of labels.')
+    with blame(f'--task multilabel: the targets of {where}'):
+        dataset.target_transform(target)
+
+
+def _compare_splits(args: argparse.Namespace, train: Dataset, evaluation: Dataset | None) -> None:
+    """Warn of a validation on training images, and refuse to train on validation images."""
+    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
+    if not all(isinstance(root, str) and os.path.isdir(root) for root in roots):
+        return
+    whole, train_root, val_root = (os.path.realpath(path) for path in (args.data_dir, *roots))
+    common = os.path.commonpath([train_root, val_root])
+    if common == val_root:
+        missing = val_root == whole
+        reason = f'{args.data_dir} has no folder {args.val_split}, so' if missing else f'--val-split {args.val_split}:'
+        _logger.warning(
+            f'{reason} validation sees the training images. {"Make one, name" if missing else "Name"} another split '
+            "with --val-split, or give --val-split '' to train without validation.")
+    elif common == train_root:
+        synonyms = ' or '.join(TRAIN_SPLITS if train_root == whole else VALIDATION_SPLITS)
+        raise UsageError(
+            f'--train-split {args.train_split}: {args.data_dir} has no folder {synonyms}, and all of its images '
+            f'include those of validation in {roots[1]}. Name the folder of the training images with --train-split.')
