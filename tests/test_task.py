@@ -142,7 +142,7 @@ def test_refuses_impossible_settings(options):
     (dict(distill_temperature=0.0), ValueError, 'distill_temperature'),
     (dict(distill_ramp_epochs=-1), ValueError, 'ramp_epochs'),
     (dict(teacher_decay=1.0), ValueError, 'decay'),
-    (dict(off_epoch=-1), ValueError, 'off_epoch=-1'),
+    (dict(off_epoch=-1), ValueError, 'off_epoch must be 0 or more, got -1'),
 ])
 def test_wrong_options_are_errors_in_every_mode(mode, options, error, message):
     with pytest.raises(error, match=message):
