@@ -211,8 +211,7 @@ def main() -> None:
     options = ' '.join(f'--{option}' for option in ('amp', 'channels-last', 'compile')
                        if vars(args)[option.replace('-', '_')])
     print(f'{name}, PyTorch {torch.__version__}, n = {args.num_mixes}, backend {args.backend} {options}: '
-          f'{args.repetitions} rounds. Products {rates.flops / 1e9:.0f} GFlop/s '
-          f'(torch.bmm {rates.pytorch_flops / 1e9:.0f}), copies '
+          f'{args.repetitions} rounds. Products {rates.flops / 1e9:.0f} GFlop/s, copies '
           f'{rates.copied_bytes / 1e9:.1f} GB/s read and written, softmax {rates.exponentials / 1e9:.2f} G/s, weights '
           f'drawn {rates.draws / 1e6:.0f} M/s.\n', flush=True)
     rows = []

@@ -25,7 +25,6 @@ from timm_multimix import (
     reference,
     sample_weights,
 )
-from timm_multimix.products import linear, product
 
 MIB = 2 ** 20
 Action = Callable[[], object]
@@ -92,7 +91,6 @@ def peak_memory(action: Action, device: torch.device) -> float:
 class Rates:
     """What the machine does in a second: the best of several runs, for what the loss is made of."""
     flops: float
-    pytorch_flops: float
     copied_bytes: float
     exponentials: float
     draws: float
@@ -103,7 +101,6 @@ def measure_rates(device: torch.device) -> Rates:
     source, tile = torch.randn(2 ** 26, device=device), torch.randn(500, 1000, device=device)
     target = torch.empty_like(source)
     actions = {
-        'product': lambda: product(a, b),
         'bmm': lambda: torch.bmm(a, b),
         'copy': lambda: target.copy_(source),
         'softmax': lambda: tile.softmax(-1),
@@ -111,8 +108,7 @@ def measure_rates(device: torch.device) -> Rates:
     }
     best = {name: min(times.wall) for name, times in measure_times(actions, 9, device, 'rates').items()}
     return Rates(
-        flops=2 * 2048 ** 3 / best['product'],
-        pytorch_flops=2 * 2048 ** 3 / best['bmm'],
+        flops=2 * 2048 ** 3 / best['bmm'],
         copied_bytes=2 * source.nbytes / best['copy'],
         exponentials=tile.numel() / best['softmax'],
         draws=1000 * 32 * 4 / best['draws'],
@@ -299,7 +295,7 @@ class LossProblem:
 
     def fused_from_embeddings(self) -> None:
         """With the classifier at every position."""
-        self._backward(self.criterion, linear(self.z, self.classifier))  # as an attached model
+        self._backward(self.criterion, self.classifier(self.z))
 
     def _backward(self, criterion: MultiMixLoss, logits: torch.Tensor) -> None:
         self.forget()

@@ -7,7 +7,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_multimix.fused
-import timm_multimix.products
 import timm_multimix.weights
 from timm_multimix import MultiMixLoss, MultiMixOutput, SelfDistillationLoss, attach, multimix_cross_entropy
 from timm_multimix.balance import RowMoments, kappa
@@ -39,7 +38,6 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(timm_multimix.losses, '_may_look', lambda tensor: False)
     monkeypatch.setattr(timm_multimix.weights, '_can_draw_again', lambda device: False)
     monkeypatch.setattr(timm_multimix.fused, 'are_exact', lambda device: False)
-    monkeypatch.setattr(timm_multimix.products, 'HAS_ONEDNN', False)
 
 
 OPTIONS = [
@@ -131,7 +129,6 @@ def fast_products(monkeypatch):
                     return args[0].add_(product(*args[1:]))
                 return func(*args, **(kwargs or {}))
         monkeypatch.setattr(timm_multimix.fused, 'are_exact', lambda device: False)
-        monkeypatch.setattr(timm_multimix.products, 'HAS_ONEDNN', False)
         return Rounds()
     return use
 

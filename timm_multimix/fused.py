@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from .backends import uses_triton
 from .balance import RowMoments, kappa
-from .products import are_exact, product
 from .weights import attend
 
 # Elements of a tile of mixed logits, and of a block of freshly drawn weights. On the CPU a tile should fit a core's
@@ -291,7 +290,7 @@ class FusedLoss:
             mass: torch.Tensor | None,
             teacher: torch.Tensor | None,
     ) -> Anchor:
-        mixed = product(mean_row, logits)
+        mixed = torch.bmm(mean_row, logits)
         derivative = self.partition.derivative(mixed)
         if teacher is None:
             return Anchor(derivative, None)
@@ -369,7 +368,7 @@ class FusedLoss:
             m_grad: torch.Tensor | None,
     ) -> torch.Tensor:
         """_evaluate_rows of one tile; agreement is Y Lᵀ + L Yᵀ."""
-        mixed = product(tile, logits)
+        mixed = torch.bmm(tile, logits)
         derivative = self.partition.derivative(mixed)
         value = self.partition.value(mixed, derivative)
         share = self._share(teacher) if mass is None else (tile @ mass).unsqueeze(-1)
@@ -384,11 +383,11 @@ class FusedLoss:
         if anchor is not None:
             derivative = derivative.sub_(anchor.classified)
         if teacher is None:
-            slope += product((tile * share).mT, derivative)
+            slope += torch.bmm((tile * share).mT, derivative)
         else:
             if anchor is not None:
                 distilled.sub_(anchor.distilled)
-            slope += product(tile.mT, distilled.add_(derivative.mul_(share)))
+            slope += torch.bmm(tile.mT, distilled.add_(derivative.mul_(share)))
         return loss.sum(dtype=_sum_dtype(loss))
 
     def _gradient_of_rows(
@@ -433,7 +432,7 @@ class FusedLoss:
             for M that comes through q, negative (p, t, b), or None. All weighted.
         """
         weight, temperature = self.distillation
-        predicted = self.partition.derivative(product(tile, teacher))
+        predicted = self.partition.derivative(torch.bmm(tile, teacher))
         if temperature != 1:
             # the student at this temperature is another distribution than the one that classifies
             mixed = mixed.div_(temperature)
@@ -450,6 +449,15 @@ class FusedLoss:
 @cache
 def _compiled_tile() -> Callable[..., torch.Tensor]:
     return torch.compile(FusedLoss._evaluate_tile)
+
+
+def are_exact(device: torch.device) -> bool:
+    """Whether products of float32 keep its precision. On other devices they may round operands to TF32 or bfloat16.
+
+    Compiled code cannot ask.
+    """
+    is_eager = not torch.compiler.is_compiling()
+    return is_eager and device.type == 'cpu' and torch.get_float32_matmul_precision() == 'highest'
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:

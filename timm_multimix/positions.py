@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, find_head, inspect_head, mean_of_heads
 from .layouts import Features, align_streams, as_streams, grid_size
-from .products import linear
 
 WHOLE_MAPS_AT_ONCE = 4
 
@@ -64,7 +63,7 @@ def _classifier_logits(model: nn.Module, head: Head, features: torch.Tensor, pos
     classifier = model.get_submodule(head.classifier)
     if isinstance(classifier, nn.Conv2d):
         return classifier(features).flatten(2).transpose(1, 2)
-    return linear(positions, classifier)
+    return classifier(positions)
 
 
 def _has_dropout(model: nn.Module, head: Head) -> bool:
