@@ -3,7 +3,7 @@
 
     python benchmarks/speed.py                  # everything, as Markdown: the tables of docs/speed.md
     python benchmarks/speed.py --sections step --setups resnet50:224:32:1000
-    python benchmarks/speed.py --device cuda --amp --channels-last --setups resnet50:224:128:1000 --backend triton
+    python benchmarks/speed.py --device cuda --amp --channels-last --setups resnet50:224:128:1000
     python benchmarks/speed.py --output results # also results/speed.csv and results/growth.png
 
 A step is forward, loss, backward and an SGD update on random images. Methods take turns, so that they share whatever
@@ -193,7 +193,6 @@ def parse_args() -> argparse.Namespace:
     add('--growth-repetitions', type=int, default=3, help='rounds timed of every size (default: %(default)s)')
     add('--device', default='cpu', choices=('cpu', 'cuda'), help='(default: %(default)s)')
     add('--threads', type=int, help="CPU threads (default: PyTorch's)")
-    add('--backend', default='auto', help="MultiMixLoss's: auto, torch, compile or triton (default: %(default)s)")
     add('--amp', action='store_true', help='steps under autocast to bfloat16')
     add('--channels-last', action='store_true', help='channels_last layout of models and images')
     add('--compile', action='store_true', help='compile the models')
@@ -210,7 +209,7 @@ def main() -> None:
     rates = measure_rates(device)
     options = ' '.join(f'--{option}' for option in ('amp', 'channels-last', 'compile')
                        if vars(args)[option.replace('-', '_')])
-    print(f'{name}, PyTorch {torch.__version__}, n = {args.num_mixes}, backend {args.backend} {options}: '
+    print(f'{name}, PyTorch {torch.__version__}, n = {args.num_mixes} {options}: '
           f'{args.repetitions} rounds. Products {rates.flops / 1e9:.0f} GFlop/s, copies '
           f'{rates.copied_bytes / 1e9:.1f} GB/s read and written, softmax {rates.exponentials / 1e9:.2f} G/s, weights '
           f'drawn {rates.draws / 1e6:.0f} M/s.\n', flush=True)

@@ -165,7 +165,7 @@ def input_mixup(model: nn.Module, args: argparse.Namespace) -> Loss:
 def multimix(mode: str, **options: Any) -> Callable[..., Loss]:
     def method(model, args):
         attach(model, mode)
-        criterion = MultiMixLoss(args.num_mixes, backend=args.backend, **options)
+        criterion = MultiMixLoss(args.num_mixes, **options)
         run = compiled(model, args)
         return lambda images, target: criterion(run(images), target)
 
@@ -175,7 +175,7 @@ def multimix(mode: str, **options: Any) -> Callable[..., Loss]:
 def with_teacher(model: nn.Module, args: argparse.Namespace) -> Loss:
     attach(model, 'dense')
     teacher = EMATeacher(model)
-    criterion = SelfDistillationLoss(MultiMixLoss(args.num_mixes, backend=args.backend))
+    criterion = SelfDistillationLoss(MultiMixLoss(args.num_mixes))
     run = compiled(model, args)
     if args.compile:
         teacher.compile()
@@ -279,7 +279,7 @@ class LossProblem:
         self.target = torch.randint(c, (b,), device=device)
         self.attention = torch.rand(b, r, device=device).softmax(1)
         self.criterion, self.criterion_of_shared = (
-            MultiMixLoss(n, pooled_weight=0.0, backend=args.backend, shared_weights=shared) for shared in (False, True))
+            MultiMixLoss(n, pooled_weight=0.0, shared_weights=shared) for shared in (False, True))
         self.logits = torch.randn(b, r, c, device=device, requires_grad=True)
         if d is not None:
             self.z = torch.randn(b, r, d, device=device, requires_grad=True)

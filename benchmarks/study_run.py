@@ -53,7 +53,7 @@ def task_option_names() -> set[str]:
     names = {name for owner in (MultiMixTask, MultiMixLoss) for name in inspect.signature(owner).parameters}
     return names - {
         'model', 'criterion', 'criterion_kwargs', 'mode', 'device', 'dtype', 'verbose', 'options', 'smoothing', 'seed',
-        'loss_type', 'generator', 'tile_size', 'gather', 'backend', 'teacher_path', 'preset'}
+        'loss_type', 'generator', 'tile_size', 'gather', 'teacher_path', 'preset'}
 
 
 def _default_options() -> dict[str, Any]:

@@ -10,9 +10,6 @@ import torch
 
 pytest.register_assert_rewrite('training_helpers', 'hub_helpers')  # some tests import them before they are plugins
 
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # runs kernels on the CPU; Triton looks at it when it is imported
-
 # The same examples on every run: a test that fails here fails everywhere.
 hypothesis.settings.register_profile('timm_multimix', derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile('timm_multimix')

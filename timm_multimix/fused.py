@@ -17,13 +17,11 @@ logits L'. They exist tile by tile too, and share the student's tiles.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .backends import uses_triton
 from .balance import RowMoments, kappa
 from .weights import attend
 
@@ -179,7 +177,6 @@ class FusedLoss:
     logit_scale: float = 1.0
     tile_size: int | None = None
     distillation: Distillation | None = None
-    backend: str = 'auto'
 
     def block_shape(self, logits: torch.Tensor) -> tuple[int, int]:
         """Positions and rows of a block of weights: functions of the problem only, not of the tile size."""
@@ -315,17 +312,12 @@ class FusedLoss:
             The sum of the loss over rows and positions. Of the classification term this is A's part: what is linear in
             the target comes from the covariance.
         """
-        if m_grad is None and uses_triton(self.backend, logits):
-            return self._launch(m, logits, mass, teacher, anchor, slope)
         total = logits.new_zeros((), dtype=_sum_dtype(logits))
         tile_positions, tile_rows = self.tile_shape(m, logits.shape[-1])
         agreement = target @ logits.mT if m_grad is not None else None
-        compiles = self.backend == 'compile' and not torch.compiler.is_compiling()  # else it is compiled already
-        evaluate_tile = _compiled_tile() if compiles else FusedLoss._evaluate_tile
         for at in _slices(len(m), tile_positions):
             for rows in _slices(m.shape[1], tile_rows):
-                total += evaluate_tile(
-                    self,
+                total += self._evaluate_tile(
                     m[at, rows],
                     logits[at],
                     mass,
@@ -336,25 +328,6 @@ class FusedLoss:
                     m_grad[at, rows] if m_grad is not None else None,
                 )
         return total
-
-    def _launch(
-            self,
-            m: torch.Tensor,
-            logits: torch.Tensor,
-            mass: torch.Tensor | None,
-            teacher: torch.Tensor | None,
-            anchor: Anchor | None,
-            slope: torch.Tensor,
-    ) -> torch.Tensor:
-        from .kernels import evaluate_rows  # where Triton is installed
-
-        share = m.new_full(m.shape[:2], self._share(teacher)) if mass is None else m @ mass
-        weight, temperature = (0.0, 1.0) if teacher is None else self.distillation
-        classified, distilled = anchor or (None, None)
-        return evaluate_rows(
-            m, logits, share, slope,
-            sigmoid=self.partition is SIGMOID, anchor=classified, teacher=teacher, distilled_anchor=distilled,
-            distill_weight=weight, temperature=temperature)
 
     def _evaluate_tile(
             self,
@@ -444,11 +417,6 @@ class FusedLoss:
             pull = weight * temperature ** 2 * (self.partition.second(predicted, mixed) @ teacher.mT)
         agreement = mixed.mul_(predicted).sum(dim=-1)
         return weight * temperature ** 2 * (value - agreement), residual, pull
-
-
-@cache
-def _compiled_tile() -> Callable[..., torch.Tensor]:
-    return torch.compile(FusedLoss._evaluate_tile)
 
 
 def are_exact(device: torch.device) -> bool:

@@ -9,7 +9,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
-from .backends import check_backend
 from .distributed import check_same_sizes, gather_batch, mean_over_processes, num_processes, share_positions
 from .fused import (
     SIGMOID,
@@ -181,7 +180,6 @@ def _mixed_loss(
         target = _multi_hot(target, _loss_dtype(logits))
     _check_target(logits, target)
     _check_smoothing(smoothing)
-    check_backend(options['backend'])
     if logits.ndim == 2:
         logits, weights = logits.unsqueeze(1), weights.unsqueeze(0)
     return FusedLossFunction.apply(
@@ -207,7 +205,6 @@ def multimix_cross_entropy(
         distill_weight: float = 0.25,
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
-        backend: str = 'auto',
 ) -> torch.Tensor:
     """Cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, sec. 3.2 and eq. 14).
 
@@ -235,22 +232,18 @@ def multimix_cross_entropy(
         distill_weight: Share of the distillation term if there is a teacher, in [0, 1].
         distill_temperature: Divides both sides' logits in that term.
         tile_size: Mixes worked on at a time, by default what fits the cache. Does not change the result.
-        backend: What computes it: 'torch', 'compile' (the same, compiled), 'triton' (a kernel for GPUs, in float32 and
-            without attention_grad; else it is as 'torch'), or 'auto', at present 'torch' (docs/speed.md).
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits).
 
     Raises:
         ValueError: if shapes do not fit, a target is out of range, or weights are off the simplex (values are looked at
-            on CPU only, where that needs no synchronisation, and not in compiled code); or if the backend is unknown or
-            cannot run on the device.
-        ImportError: if the backend is not installed.
+            on CPU only, where that needs no synchronisation, and not in compiled code).
     """
     return _mixed_loss(
         SOFTMAX, logits, target, weights, attention_grad, smoothing, teacher_logits,
         check_distillation(distill_weight, distill_temperature),
-        balance=balance, logit_scale=logit_scale, tile_size=tile_size, backend=backend)
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
 
 
 def multimix_binary_cross_entropy(
@@ -267,7 +260,6 @@ def multimix_binary_cross_entropy(
         distill_weight: float = 0.25,
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
-        backend: str = 'auto',
 ) -> torch.Tensor:
     """Binary cross-entropy of mixed logits with mixed targets, for multi-label targets and timm's BCE training.
 
@@ -280,7 +272,7 @@ def multimix_binary_cross_entropy(
     loss = _mixed_loss(
         SIGMOID, logits, target, weights, attention_grad, smoothing, teacher_logits,
         check_distillation(distill_weight, distill_temperature),
-        balance=balance, logit_scale=logit_scale, tile_size=tile_size, backend=backend)
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
     return loss if sum_classes else loss / logits.shape[-1]
 
 
@@ -330,7 +322,6 @@ class MultiMixLoss(nn.Module):
             shared by those positions only.
         generator: Source of randomness, by default PyTorch's own for the device of the logits.
         tile_size: Mixes worked on at a time. Does not change the result.
-        backend: What computes it: 'auto', 'torch', 'compile' or 'triton', as in multimix_cross_entropy.
 
     Shapes:
         output: a MultiMixOutput, or logits (b, c).
@@ -339,7 +330,6 @@ class MultiMixLoss(nn.Module):
 
     Raises:
         ValueError: for options out of range, and for inputs whose shapes do not fit.
-        ImportError: if the backend is not installed.
     """
 
     def __init__(
@@ -362,7 +352,6 @@ class MultiMixLoss(nn.Module):
             gather: bool = False,
             generator: torch.Generator | None = None,
             tile_size: int | None = None,
-            backend: str = 'auto',
     ):
         super().__init__()
         if preset not in PRESETS:
@@ -386,7 +375,6 @@ class MultiMixLoss(nn.Module):
         if loss_type not in LOSS_TYPES:
             raise ValueError(f'loss_type must be one of {", ".join(LOSS_TYPES)}, got {loss_type!r}.')
         check_attention(attention or 'uniform', attention_norm)
-        check_backend(backend)
         _check_smoothing(smoothing)
         self.num_mixes = num_mixes
         alpha_range(alpha, 1)  # refuses what is none, before the first batch
@@ -405,7 +393,6 @@ class MultiMixLoss(nn.Module):
         self.gather = gather
         self.generator = generator
         self.tile_size = tile_size
-        self.backend = backend
 
     def extra_repr(self) -> str:
         return (
@@ -545,7 +532,6 @@ class MultiMixLoss(nn.Module):
                 scale,
                 self.tile_size,
                 distillation,
-                self.backend,
             ),
         )
         if self.logit_scale == 'auto':
