@@ -209,7 +209,9 @@ def test_memory_does_not_grow_with_the_number_of_mixes():
     (dict(attention='cam', attention_norm='l2'), 'attention norm must be one of'),
     (dict(pooled_weight=1.5), 'pooled_weight is a share'),
     (dict(clean_weight=-0.1), 'clean_weight is a share'),
-    (dict(logit_scale=0), 'logit_scale must be positive'),
+    (dict(logit_scale=0), 'logit_scale must be a positive number, got 0'),
+    (dict(logit_scale='auto'), "'auto' was removed.*--calibrate"),
+    (dict(logit_scale='2'), "logit_scale must be a positive number, got '2'"),
     (dict(smoothing=1.0), 'smoothing must lie'),
     (dict(loss_type='mse'), "must be one of ce, bce, got 'mse'"),
 ])

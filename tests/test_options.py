@@ -89,6 +89,27 @@ def test_wrong_values_are_refused(argv):
         _parser().parse_args(argv)
 
 
+@pytest.mark.parametrize('argv, message', [
+    (['--multimix-logit-scale', 'auto'], "'auto' was removed"),
+    (['--multimix-logit-scale', 'high'], "must be a number, got 'high'"),
+])
+def test_the_logit_scale_is_a_number(argv, message, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        _parser().parse_args(argv)
+    error = capsys.readouterr().err
+    assert 'argument --multimix-logit-scale:' in error and message in error
+    assert ('--calibrate' in error) == ('auto' in argv)
+
+
+def test_the_logit_scale_of_an_old_recipe_is_refused():
+    parser = _parser()
+    parser.set_defaults(multimix_logit_scale='auto')  # as timm's script does with a configuration file
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    with pytest.raises(ValueError, match=r"'auto' was removed.*--calibrate"):
+        multimix_kwargs(argparse.Namespace(**{**vars(_parser().parse_args([])), 'multimix_logit_scale': 'auto'}))
+
+
 @pytest.mark.parametrize('argv', [
     ['--multimix-n', '0'],
     ['--multimix-n', '-3'],
@@ -120,11 +141,6 @@ def test_values_out_of_range_name_their_option(argv):
     words = set(inspect.signature(MultiMixLoss).parameters) | set(inspect.signature(MultiMixTask).parameters)
     assert not [word for word in words if '_' in word and word in message] and 'None' not in message, message
 
-
-def test_a_word_for_a_number_is_refused_in_plain_words(capsys):
-    with pytest.raises(SystemExit):
-        _parser().parse_args(['--multimix-logit-scale', 'x'])
-    assert "must be a number or auto, got 'x'" in capsys.readouterr().err
 
 
 def test_options_that_a_parser_has_already_clash():

@@ -107,6 +107,7 @@ def test_files_cannot_let_other_code_run(parse, key, value, option):
 
 
 @pytest.mark.parametrize('config,word', [
+    (dict(multimix_logit_scale='auto'), 'multimix_logit_scale.*auto.*--calibrate'),
     (dict(lr='fast'), 'lr must be number'), (dict(epochs=1.5), 'epochs must be integer'), (dict(amp='yes'), 'true or'),
     (dict(train_size_schedule='x'), 'one of constant, progressive'), (dict(input_size=224), 'a list of 3 integers'),
     (dict(input_size=[3, 224]), 'a list of 3'), (dict(mean=['x']), 'list of numbers'), (dict(lr=True), 'lr'),

@@ -1,6 +1,5 @@
 """MultiMix losses: functions on logits, targets and weights, and the module that draws its own weights."""
 import math
-import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ from .fused import (
     GivenWeights,
     Partition,
 )
-from .scale import fitting_scale
 from .weights import Alpha, alpha_range, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
@@ -29,6 +27,9 @@ PRESETS = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
     'paper': dict(alpha=(0.5, 2.0), balance=False, pooled_weight=0.0),
 }
+AUTO_SCALE_REMOVED = (
+    "'auto' was removed. Give a number, or leave logit_scale out and calibrate the trained model: --calibrate on the "
+    'command line, calibrate() in Python.')
 CHECKED_ELEMENTS = 2 ** 18  # of weights, at a time
 
 
@@ -309,10 +310,7 @@ class MultiMixLoss(nn.Module):
             predicts from a class token trains that path through the pooled term only: do not set 0 there, unless other
             batches train it.
         clean_weight: Share of the plain loss on unmixed examples, in [0, 1].
-        logit_scale: Factor on mixed logits inside the loss. 'auto' is the one with which a model that fits mixes of
-            certain examples is confident, and not overconfident, on the examples themselves (fitting_scale); the
-            gradient is divided by it, so that learning rates stay what they are. It is 1 for the literal gradient and
-            for binary cross-entropy.
+        logit_scale: Factor on mixed logits inside the loss. It multiplies the gradient too.
         smoothing: Label smoothing of class indices. Soft targets, such as those of timm's Mixup, are taken as they are.
         loss_type: 'ce' for softmax cross-entropy; 'bce' for binary cross-entropy, mean over classes.
         gather: Mix the joined batch of all processes of torch.distributed instead of every process its own. Loss and,
@@ -346,7 +344,7 @@ class MultiMixLoss(nn.Module):
             balance: bool | None = None,
             pooled_weight: float | None = None,
             clean_weight: float = 0.0,
-            logit_scale: float | str = 1.0,
+            logit_scale: float = 1.0,
             smoothing: float = 0.0,
             loss_type: str = 'ce',
             gather: bool = False,
@@ -370,8 +368,10 @@ class MultiMixLoss(nn.Module):
         for name, weight in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
             if not 0 <= weight <= 1:
                 raise ValueError(f'{name} is a share and must lie in [0, 1], got {weight}.')
-        if logit_scale != 'auto' and not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
-            raise ValueError(f"logit_scale must be positive or 'auto', got {logit_scale!r}.")
+        if logit_scale == 'auto':
+            raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
+        if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
+            raise ValueError(f'logit_scale must be a positive number, got {logit_scale!r}.')
         if loss_type not in LOSS_TYPES:
             raise ValueError(f'loss_type must be one of {", ".join(LOSS_TYPES)}, got {loss_type!r}.')
         check_attention(attention or 'uniform', attention_norm)
@@ -513,12 +513,6 @@ class MultiMixLoss(nn.Module):
             generator=self.generator,
             device=logits.device,
         )
-        scale = self.logit_scale
-        if scale == 'auto':
-            fits = self.balance and self.loss_type == 'ce'
-            # Sizes that a compiler leaves open are settled here: the scale is a constant of the compiled code.
-            sizes = operator.index(num_classes), operator.index(self._tuple_length(batch_size))
-            scale = fitting_scale(*sizes, alpha_range(self.alpha, sizes[1])) if fits else 1.0
         loss = FusedLossFunction.apply(
             logits,
             attention,
@@ -529,14 +523,11 @@ class MultiMixLoss(nn.Module):
                 SOFTMAX if self.loss_type == 'ce' else SIGMOID,
                 self.num_mixes,
                 self.balance,
-                scale,
+                self.logit_scale,
                 self.tile_size,
                 distillation,
             ),
         )
-        if self.logit_scale == 'auto':
-            # What was chosen for the confidence of the model shall not change the size of its steps.
-            loss = loss.detach() + (loss - loss.detach()) / scale
         return share * (loss if self.loss_type == 'ce' else loss / num_classes)
 
     def _clean(

@@ -8,7 +8,7 @@ from typing import Any
 
 from .alternation import BatchSchedule
 from .attention import ATTENTION_NORMS, ATTENTION_QUERIES
-from .losses import PRESETS, MultiMixLoss
+from .losses import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
 from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
 
@@ -73,11 +73,13 @@ def _default(keyword: str) -> Any:
     raise KeyError(keyword)
 
 
-def _number_or_auto(text: str) -> float | str:
+def _logit_scale(text: str) -> float:
+    if text == 'auto':
+        raise argparse.ArgumentTypeError(AUTO_SCALE_REMOVED)
     try:
-        return text if text == 'auto' else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a number or auto, got {text!r}') from None
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'must be a number, got {text!r}.') from error
 
 
 def name_options(message: str) -> str:
@@ -164,10 +166,9 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
              'that path through it: leave it above 0 there. (default: 0.5)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
         help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
-    add('--multimix-logit-scale', type=_number_or_auto, default=_default('logit_scale'), metavar='S',
-        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model, below it '
-             'raises it; auto is what the number of classes, alpha and the length of mixes ask for. '
-             '(default: %(default)s)')
+    add('--multimix-logit-scale', type=_logit_scale, default=_default('logit_scale'), metavar='S',
+        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model, below 1 '
+             'it raises it. (default: %(default)s)')
     add('--multimix-gather', action='store_true', default=_default('gather'),
         help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
              'Raise --multimix-n with it.')

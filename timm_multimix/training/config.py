@@ -65,6 +65,8 @@ def _config_value(action: argparse.Action, value: Any) -> Any:
                 raise ValueError
             return [_scalar(action, item) for item in value]
         return _scalar(action, value)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f'{action.dest}: {error}') from error
     except (ValueError, TypeError) as error:
         hint = near_names(value, action.choices) if action.choices and isinstance(value, str) else ''
         raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.{hint}') from error
