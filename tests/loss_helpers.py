@@ -10,7 +10,6 @@ from timm_multimix import (
     reference,
     sample_weights,
 )
-from timm_multimix.fused import BLOCK_ELEMENTS
 
 LOSSES = {
     'ce': (multimix_cross_entropy, reference.cross_entropy),
@@ -61,11 +60,6 @@ def drawn(output, target, **options):
     logits = [tensor.detach().requires_grad_() for tensor in output[:2] if tensor is not None]
     loss = MultiMixLoss(generator=generator, **options)(MultiMixOutput(*logits, *output[len(logits):]), target)
     return loss, torch.autograd.grad(loss, logits, allow_unused=True)
-
-
-def mixes_of_several_blocks(batch_size):
-    """So many mixes that their weights are drawn in several blocks of rows, and positions one by one."""
-    return BLOCK_ELEMENTS['cpu'] // batch_size + 100
 
 
 def peak_memory(function):

@@ -9,16 +9,7 @@ import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
 from .distributed import check_same_sizes, gather_batch, mean_over_processes, num_processes, share_positions
-from .fused import (
-    SIGMOID,
-    SOFTMAX,
-    Distillation,
-    DrawnWeights,
-    FusedLoss,
-    FusedLossFunction,
-    GivenWeights,
-    Partition,
-)
+from .fused import Distillation, FusedLoss, FusedLossFunction, Partition, sigmoid_partition, softmax_partition
 from .weights import Alpha, alpha_range, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
@@ -177,7 +168,7 @@ def _mixed_loss(
         **options,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
-    if partition is SIGMOID:
+    if partition is sigmoid_partition:
         target = _multi_hot(target, _loss_dtype(logits))
     _check_target(logits, target)
     _check_smoothing(smoothing)
@@ -186,9 +177,9 @@ def _mixed_loss(
     return FusedLossFunction.apply(
         logits,
         weights if attention_grad else weights.detach(),
+        None,
         class_rows(target, logits.shape[-1], smoothing),
         _teacher_rows(logits, teacher_logits, distillation.weight),
-        GivenWeights,
         FusedLoss(partition, weights.shape[1], distillation=distillation, **options),
     )
 
@@ -209,8 +200,8 @@ def multimix_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, sec. 3.2 and eq. 14).
 
-    Works in float32 (float64 for float64 logits), under autocast too. Memory beyond that of the arguments does not grow
-    with n. Differentiable once.
+    Works in float32 (float64 for float64 logits), under autocast too. Beyond the arguments, memory grows with n only by
+    the weights of the positions that are computed together, n·b numbers for at least one position. Differentiable once.
 
     With a teacher it is the convex combination of that and of distillation (P1, eq. 9): for a mix with logits l,
     targets y and teacher's logits t, all mixed with the same weights, share w and temperature T,
@@ -232,7 +223,8 @@ def multimix_cross_entropy(
             positions alike; no gradient reaches them. None without a teacher.
         distill_weight: Share of the distillation term if there is a teacher, in [0, 1].
         distill_temperature: Divides both sides' logits in that term.
-        tile_size: Mixes worked on at a time, by default what fits the cache. Does not change the result.
+        tile_size: Number of mixes whose mixed logits are in memory together. By default they fit the cache of a CPU's
+            core. It does not change the result.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 logits).
@@ -242,7 +234,7 @@ def multimix_cross_entropy(
             on CPU only, where that needs no synchronisation, and not in compiled code).
     """
     return _mixed_loss(
-        SOFTMAX, logits, target, weights, attention_grad, smoothing, teacher_logits,
+        softmax_partition, logits, target, weights, attention_grad, smoothing, teacher_logits,
         check_distillation(distill_weight, distill_temperature),
         balance=balance, logit_scale=logit_scale, tile_size=tile_size)
 
@@ -271,14 +263,14 @@ def multimix_binary_cross_entropy(
         sum_classes: Sum over classes instead of taking their mean, as timm's BinaryCrossEntropy does.
     """
     loss = _mixed_loss(
-        SIGMOID, logits, target, weights, attention_grad, smoothing, teacher_logits,
+        sigmoid_partition, logits, target, weights, attention_grad, smoothing, teacher_logits,
         check_distillation(distill_weight, distill_temperature),
         balance=balance, logit_scale=logit_scale, tile_size=tile_size)
     return loss if sum_classes else loss / logits.shape[-1]
 
 
 class MultiMixLoss(nn.Module):
-    """MultiMix as a training loss: draws its weights, block by block, and mixes logits with them.
+    """MultiMix as a training loss. It draws the weights and mixes the logits with them.
 
     Takes what an attached model returns while training, or the plain logits of any PyTorch classifier (which makes it
     pooled MultiMix). The loss is a convex combination:
@@ -286,8 +278,8 @@ class MultiMixLoss(nn.Module):
         (1 - clean_weight) * ((1 - pooled_weight) * dense + pooled_weight * pooled) + clean_weight * plain loss
 
     where the dense term mixes the logits at every position and the pooled term the model's ordinary logits; without
-    dense logits the pooled term has all the weight. Nothing it allocates grows with the number of mixes, but
-    weights that are shared.
+    dense logits the pooled term has all the weight. Memory grows with the number of mixes only by the weights of the
+    positions that are computed together, n·b numbers for at least one position.
 
     Args:
         num_mixes: Number n of mixes, at every position. Keep it well above the batch size.
@@ -300,7 +292,7 @@ class MultiMixLoss(nn.Module):
         tuple_length: Number of examples m in a mix, None for the whole mini-batch. In a batch of fewer examples, such
             as the last one of an epoch, it is the size of the batch.
         shared_weights: Draw one set of weights for all positions, which saves time; the papers draw one for each
-            (P2, eq. 10). Attention tells positions apart all the same. It is kept while the loss is computed (n, b).
+            (P2, eq. 10). Positions still differ by their attention.
         attention: None takes the attention that comes with the output, uniform if none does. 'cam' computes it here,
             from the dense logits of the true class, which only the loss knows; 'uniform' ignores what comes.
         attention_norm: 'relu' or 'softmax', for attention computed here.
@@ -319,11 +311,12 @@ class MultiMixLoss(nn.Module):
             process draws weights for its share of the positions, so their generators should differ, and weights are
             shared by those positions only.
         generator: Source of randomness, by default PyTorch's own for the device of the logits.
-        tile_size: Mixes worked on at a time. Does not change the result.
+        tile_size: Number of mixes whose mixed logits are in memory together. It does not change the result.
 
     Shapes:
         output: a MultiMixOutput, or logits (b, c).
         target: class indices (b,), or soft or multi-hot targets (b, c). With 'bce', multi-hot targets may be integers.
+        teacher: the output of a teacher for the same examples, as `output`, or None. See `terms`.
         Returns a scalar in float32 (float64 for float64 logits).
 
     Raises:
@@ -400,8 +393,18 @@ class MultiMixLoss(nn.Module):
             f'balance={self.balance}, pooled_weight={self.pooled_weight}, clean_weight={self.clean_weight}, '
             f'logit_scale={self.logit_scale}')
 
-    def forward(self, output: MultiMixOutput | torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.terms(output, target)['loss']
+    def forward(
+            self,
+            output: MultiMixOutput | torch.Tensor,
+            target: torch.Tensor,
+            teacher: MultiMixOutput | torch.Tensor | None = None,
+            *,
+            distill_weight: float = 0.25,
+            distill_temperature: float = 1.0,
+    ) -> torch.Tensor:
+        terms = self.terms(
+            output, target, teacher, distill_weight=distill_weight, distill_temperature=distill_temperature)
+        return terms['loss']
 
     def terms(
             self,
@@ -507,7 +510,8 @@ class MultiMixLoss(nn.Module):
         batch_size, _, num_classes = logits.shape
         sample = partial(
             sample_weights,
-            batch_size=batch_size,
+            self.num_mixes,
+            batch_size,
             alpha=self.alpha,
             tuple_length=self._tuple_length(batch_size),
             generator=self.generator,
@@ -515,12 +519,12 @@ class MultiMixLoss(nn.Module):
         )
         loss = FusedLossFunction.apply(
             logits,
+            sample() if self.shared_weights else sample,
             attention,
             class_rows(target, num_classes, self.smoothing),
             teacher,
-            partial(DrawnWeights, sample=sample, num_shared=self.num_mixes if self.shared_weights else None),
             FusedLoss(
-                SOFTMAX if self.loss_type == 'ce' else SIGMOID,
+                softmax_partition if self.loss_type == 'ce' else sigmoid_partition,
                 self.num_mixes,
                 self.balance,
                 self.logit_scale,

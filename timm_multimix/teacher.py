@@ -223,11 +223,10 @@ class PretrainedTeacher(nn.Module):
 
 
 class SelfDistillationLoss(nn.Module):
-    """A MultiMix loss that learns from a teacher, too (P1, sec. 3.3, eq. 9).
+    """MultiMixLoss with a teacher. The share of distillation can grow over the first epochs (P1, sec. 3.3, eq. 9).
 
-    Every term of the loss becomes a convex combination of classification, H(Ỹ, P̃), and distillation, H(P̃', P̃): student
-    and teacher are mixed with the same weights, attended with the student's attention. Both are one pass over the
-    student's mixes.
+    Every term of the loss becomes a convex combination of classification, H(Ỹ, P̃), and distillation, H(P̃', P̃). The
+    logits of student and teacher are mixed with the same weights, attended with the student's attention.
 
     Args:
         loss: The MultiMix loss.

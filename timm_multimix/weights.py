@@ -5,6 +5,7 @@ examples, `r` positions of the feature map. Every row of weights lies on the sim
 """
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -47,8 +48,23 @@ def check_tuple_length(tuple_length: int | None, batch_size: int) -> int:
 
 
 def _can_draw_again(device: torch.device) -> bool:
-    """Whether what was rejected may be asked for: it would synchronise a GPU, and break a compiled graph."""
+    """Whether the number of rejected draws may be read: it would synchronise a GPU, and break a compiled graph."""
     return device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+def _log_uniform(size: torch.Size, options: dict[str, Any]) -> torch.Tensor:
+    """Logarithms of 1 - U, U uniform on [0, 1). They are finite."""
+    return torch.rand(size, **options).neg_().add_(1).log_()
+
+
+def _draw_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw logarithms of Gamma(a) variables with PyTorch's sampler.
+
+    A Gamma(a) variable is Gamma(a + 1) * U^(1/a). The product is formed in log space: for the smallest a, all Gamma(a)
+    variables of a row may underflow, and their ratios would be 0/0.
+    """
+    log_gamma = torch._standard_gamma((a + 1).expand(size), generator=generator).log_()
+    return log_gamma.add_(_log_uniform(size, dict(dtype=a.dtype, device=a.device, generator=generator)).div_(a))
 
 
 def _propose_log_gamma(
@@ -56,44 +72,29 @@ def _propose_log_gamma(
         size: torch.Size,
         generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Proposals for log Gamma(a), and the flat indices of those that are rejected.
+    """Propose logarithms of Gamma(a) variables, and return the flat indices of the rejected ones.
 
-    Proposals for Gamma(a + 1) are those of Marsaglia and Tsang (ACM TOMS 2000). Where one is accepted, what the uniform
-    variable of its test is of its bound is uniform again, and independent of the proposal.
+    The proposals for Gamma(a + 1) are those of Marsaglia and Tsang (ACM TOMS 2000). Given acceptance, the ratio of the
+    test's uniform variable to its bound is uniform and independent of the proposal. It is the U of _draw_log_gamma.
     """
     d = a + (1 - 1 / 3)
     options = dict(dtype=a.dtype, device=a.device, generator=generator)
     normal = torch.randn(size, **options)
-    root = normal * (9 * d).rsqrt()  # of v, less 1
-    v = (root + 1).pow_(3)
-    log_v = root.log1p_().mul_(3)  # NaN where v is not positive
-    log_uniform = torch.rand(size, **options).neg_().log1p_()  # of 1 - U, which is never 0
-    # Less the bound of its test, d (1 - v + log v) + normal² / 2.
+    root = (normal * (9 * d).rsqrt()).add_(1)
+    v = root.pow(3)
+    log_v = root.log_().mul_(3)  # NaN if v is negative
+    log_uniform = _log_uniform(size, options)
+    # Minus the bound of its test, d (1 - v + log v) + normal² / 2.
     log_uniform.addcmul_(v.sub_(log_v).sub_(1), d).addcmul_(normal, normal, value=-0.5)
-    rejected = log_uniform.clamp(min=0).flatten().nonzero().squeeze(1)  # NaN is not 0 either
+    rejected = log_uniform.clamp(min=0).flatten().nonzero().squeeze(1)  # includes NaN
     return log_v.addcdiv_(log_uniform, a).add_(d.log()), rejected
 
 
-def _draw_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
-    """Logarithms of Gamma(a) variables, by PyTorch's sampler."""
-    log_gamma = torch._standard_gamma((a + 1).expand(size), generator=generator).log_()
-    uniform = torch.rand(size, dtype=a.dtype, device=a.device, generator=generator)
-    return log_gamma.add_(uniform.neg_().log1p_().div_(a))
-
-
 def _sample_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
-    """Logarithms of Gamma(a) variables.
+    """Draw logarithms of Gamma(a) variables, for concentrations a (..., 1) and size (..., m).
 
-    A Gamma(a) variable is Gamma(a + 1) * U^(1/a). Multiplying in log space keeps rows finite for the smallest a, where
-    every Gamma(a) draw of a row may underflow and their ratio would be 0/0.
-
-    PyTorch's sampler draws them one by one on the CPU, which would be most of the time that the loss takes: there they
-    are proposed all at once, and it draws the few that are rejected. Elsewhere asking which are would synchronise.
-
-    Args:
-        a: Concentration of each row (..., 1).
-        size: (..., m).
-        generator: Source of randomness.
+    On a CPU PyTorch's sampler draws one variable at a time, which takes a large part of the loss (docs/speed.md). So
+    all variables are proposed at once, and PyTorch's sampler draws only the rejected ones.
     """
     if not _can_draw_again(a.device):
         return _draw_log_gamma(a, size, generator)
