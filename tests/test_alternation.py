@@ -368,8 +368,25 @@ def test_probability_zero_is_timms_training(script, image_folder, flags):
     assert [{name: row[name] for name in plain[0]} for row in zero] == plain
 
 
+def test_preset_of_the_command_line_replaces_that_of_a_file(script, image_folder, tmp_path):
+    def train(name, *flags):
+        assert script.train(image_folder, *flags, multimix='dense', experiment=name, epochs=1) == 0, script.text
+        args = script.checkpoint(name=name)['args']
+        return [args[key] for key in ('multimix_prob', 'multimix_alpha', 'no_multimix_balance', 'mixup', 'smoothing')]
+
+    paper, default = [0.5, [0.5, 2.0], True, 1.0, 0.0], [1.0, None, False, 0.0, 0.1]
+    assert train('default') == default
+    config = str(script.run_folder('default') / 'args.yaml')
+    assert train('paper', '--config', config, '--multimix-preset', 'paper') == paper
+    config = str(script.run_folder('paper') / 'args.yaml')
+    assert train('again', '--config', config) == paper
+    assert train('back', '--config', config, '--multimix-preset', 'default') == default
+
+
 @pytest.mark.parametrize('flags,options,word', [
-    ([], dict(multimix_prob=1.5), 'probability of a MultiMix batch'),
+    ([], dict(mixup=1.0, batch_size=7), 'even --batch-size'),
+    ([], dict(multimix_start_epoch=-1), '--multimix-start-epoch must be 0 or more'),
+    ([], dict(multimix_prob=1.5), '--multimix-prob'),
     (['--use-multi-epochs-loader'], dict(multimix_prob=0.5, mixup=1.0, workers=1), '--no-prefetcher'),
 ])
 def test_mistakes_end_in_one_line(script, image_folder, flags, options, word):

@@ -219,6 +219,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits.'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn exclude each other.'),
         (args.torchscript and args.sync_bn, '--torchscript and --sync-bn exclude each other.'),
+        (mixup_active(args) and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))),
+         'mixup and CutMix need an even --batch-size.'),
         (args.aug_splits and mixup_active(args), '--aug-splits and mixup or CutMix exclude each other.'),
         (args.aug_splits and args.no_prefetcher, '--aug-splits needs the prefetcher.'),
         (args.amp and args.model_dtype not in (None, 'float32'), '--amp needs a float32 model: omit --model-dtype.'),
@@ -297,7 +299,7 @@ def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...
     """Warn of MultiMix options with this prefix that have neither their default nor the value of the preset."""
     parser = argparse.ArgumentParser(add_help=False)
     add_multimix_args(parser)
-    preset = preset_options(args.multimix_preset) if args.multimix != 'off' else {}
+    preset = preset_options(args.multimix_preset)
     idle = [_option(name) for name, value in vars(parser.parse_args([])).items()
             if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
     if idle:

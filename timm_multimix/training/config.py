@@ -11,6 +11,7 @@ from timm.utils import ParseKwargs
 from ..data import DEMOS
 from ..dataset_types import code_danger
 from ..hub import check_fields, contains_token
+from ..losses import PRESETS
 from ..options import preset_options
 from .arguments import build_parser
 from .checks import check_args
@@ -195,6 +196,13 @@ def _preset_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return preset_options(values.get('multimix_preset', 'default'))
 
 
+def _without_preset(values: dict[str, Any], preset: str) -> dict[str, Any]:
+    """Drop the values of a file that a preset on the command line sets anew, such as those in args.yaml of a run."""
+    before = values.get('multimix_preset')
+    names = {*preset_options(preset), *(preset_options(before) if before in PRESETS else ())}
+    return {name: value for name, value in values.items() if name not in names}
+
+
 def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
     """Settle defaults that depend on other options, where the user gave none."""
     def unless_given(name: str, value: Any) -> None:
@@ -256,6 +264,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = _given(parser, argv)
     config = given.pop('config', '')
     of_file = read_config(config, parser) if config else {}
+    if 'multimix_preset' in given:
+        of_file = _without_preset(of_file, given['multimix_preset'])
     values = {**of_file, **given}
     _check_no_token(values)
     if values.get('data'):
