@@ -173,14 +173,15 @@ class FusedLoss:
         if tile.teacher is None:
             return losses, prediction
         weight, temperature = self.distillation
-        derivative = share * prediction
         _, teacher_prediction = self.partition(tile.m @ tile.teacher)
+        soft_prediction = prediction
         if temperature != 1:
             mixed = mixed / temperature
-            value, prediction = self.partition(mixed)
+            value, soft_prediction = self.partition(mixed)
         distilled = value - (teacher_prediction * mixed).sum(dim=-1, keepdim=True)
         losses = losses + weight * temperature ** 2 * distilled
-        return losses, derivative + weight * temperature * (prediction - teacher_prediction)
+        derivative = (soft_prediction - teacher_prediction).mul_(weight * temperature)
+        return losses, derivative.addcmul_(share, prediction)
 
     def gradient_of_weights(self, inputs: Inputs) -> torch.Tensor:
         """Gradient of the loss, summed over positions, for the weights M (p, n, b). It is not balanced."""

@@ -73,15 +73,6 @@ def _default(keyword: str) -> Any:
     raise KeyError(keyword)
 
 
-def _logit_scale(text: str) -> float:
-    if text == 'auto':
-        raise argparse.ArgumentTypeError(AUTO_SCALE_REMOVED)
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'must be a number, got {text!r}.') from error
-
-
 def name_options(message: str) -> str:
     """Replace keyword arguments and advice for Python code in an error message by the options of the command line."""
     for advice, option in _ADVICE:
@@ -105,6 +96,15 @@ def errors_name_options() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ValueError(name_options(str(error))) from error
+
+
+def _logit_scale(text: str) -> float:
+    if text == 'auto':
+        raise argparse.ArgumentTypeError(name_options(AUTO_SCALE_REMOVED))
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a number, got {text!r}') from None
 
 
 def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
