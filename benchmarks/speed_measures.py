@@ -22,8 +22,10 @@ from timm_multimix import (
     SelfDistillationLoss,
     attach,
     attention_map,
-    reference,
     sample_weights,
+)
+from timm_multimix.losses import (
+    reference,
 )
 
 MIB = 2 ** 20

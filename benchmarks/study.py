@@ -23,7 +23,7 @@ import yaml
 from study_plan import Study, load_results, load_study, run_missing
 from study_report import COLUMNS, page_header, plot, section
 
-from timm_multimix.training.advice import missing_packages
+from timm_multimix.common.advice import missing_packages
 
 RESULTS = Path(__file__).parent / 'results'
 

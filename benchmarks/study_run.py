@@ -14,12 +14,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_multimix import MultiMixLoss, MultiMixTask, manifold_mixup_weights, multimix_cross_entropy
-from timm_multimix.alternation import AlternatingMixup, BatchSchedule
 from timm_multimix.calibration import fit_temperature
-from timm_multimix.data import GlyphsDataset
+from timm_multimix.data.alternation import AlternatingMixup, BatchSchedule
+from timm_multimix.data.demo import GlyphsDataset
 from timm_multimix.evaluation.metrics import classification_metrics
 from timm_multimix.evaluation.robustness import fgsm
-from timm_multimix.losses import PRESETS
+from timm_multimix.losses.module import PRESETS
 
 IMAGE_SIZE = 32
 FGSM_STEP = 8 / 255  # of a pixel's range

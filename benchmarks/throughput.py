@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from timm_multimix.data import DigitsDataset
+from timm_multimix.data.demo import DigitsDataset
 
 OUR_SCRIPT = Path(__file__).resolve().parent.parent / 'train_timm.py'
 OPTIONS = ['--model', 'test_resnet', '--img-size', '32', '--batch-size', '64', '--workers', '1', '--lr', '0.1']

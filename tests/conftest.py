@@ -25,4 +25,4 @@ def compiled_gammas(monkeypatch):
     """Draw gammas in eager code as compiled code does, which does not reject and retry."""
     def sample(concentration, size, generator):
         return torch._standard_gamma(concentration.expand(size)).log_()
-    monkeypatch.setattr('timm_multimix.weights._sample_log_gamma', sample)
+    monkeypatch.setattr('timm_multimix.losses.weights._sample_log_gamma', sample)

@@ -7,8 +7,10 @@ from timm_multimix import (
     attend,
     multimix_binary_cross_entropy,
     multimix_cross_entropy,
-    reference,
     sample_weights,
+)
+from timm_multimix.losses import (
+    reference,
 )
 
 LOSSES = {

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_multimix import EMATeacher, MultiLabelMultiMixTask, MultiMixLoss, MultiMixOutput, MultiMixTask, attach
-from timm_multimix.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
+from timm_multimix.data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
 
 pytest_plugins = ['training_helpers']
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from timm_multimix import MultiMixLoss, attach
 from timm_multimix.calibration import fold_temperature, scalable_classifier
-from timm_multimix.heads import find_head
-from timm_multimix.positions import dense_logits, position_logits
+from timm_multimix.dense.heads import find_head
+from timm_multimix.dense.positions import dense_logits, position_logits
 
 BACKBONES = {
     'beit': ('beit_base_patch16_224', 32),

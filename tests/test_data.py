@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from timm.data import create_loader
 
-from timm_multimix.data import DEMOS, DigitsDataset, GlyphsDataset, LettersDataset, create_dataset
+from timm_multimix.data.demo import DEMOS, DigitsDataset, GlyphsDataset, LettersDataset, create_dataset
 
 
 @pytest.fixture(scope='module')

@@ -9,11 +9,11 @@ import torch
 import yaml
 from training_helpers import make_images
 
-from timm_multimix.data import create_dataset
-from timm_multimix.dataset_types import check_split, code_danger
+from timm_multimix.common.errors import UsageError
+from timm_multimix.data.dataset_types import check_split, code_danger
+from timm_multimix.data.demo import create_dataset
 from timm_multimix.evaluation import main as evaluate
 from timm_multimix.training.config import parse_args
-from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers']
 

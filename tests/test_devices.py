@@ -19,13 +19,13 @@ from timm_multimix import (
     detach,
 )
 from timm_multimix.calibration import fit_temperature, fold_temperature
+from timm_multimix.common.console import Averages
+from timm_multimix.data.glyphs import render_glyphs
 from timm_multimix.evaluation.between import sample_pairs
 from timm_multimix.evaluation.geometry import compactness, project, uniformity
 from timm_multimix.evaluation.images import choose
 from timm_multimix.evaluation.metrics import cross_fit, reliability
 from timm_multimix.evaluation.ood import noise_batches
-from timm_multimix.glyphs import render_glyphs
-from timm_multimix.training.logs import Averages
 
 
 class WithoutFloat64(TorchDispatchMode):

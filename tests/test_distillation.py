@@ -11,8 +11,10 @@ from timm_multimix import (
     SelfDistillationLoss,
     attend,
     multimix_cross_entropy,
-    reference,
     sample_weights,
+)
+from timm_multimix.losses import (
+    reference,
 )
 
 PREDICT = {'ce': reference.softmax, 'bce': torch.sigmoid}

@@ -12,9 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_multimix import MultiMixLoss, MultiMixOutput, MultiMixTask, attach, losses
-from timm_multimix.distributed import gather_batch, share_positions
-from timm_multimix.weights import sample_weights
+from timm_multimix import MultiMixLoss, MultiMixOutput, MultiMixTask, attach
+from timm_multimix.losses import module as losses
+from timm_multimix.losses.gather import gather_batch, share_positions
+from timm_multimix.losses.weights import sample_weights
 
 NUM_MIXES = 7
 NUM_CLASSES = 4

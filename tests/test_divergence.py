@@ -12,9 +12,9 @@ from torch import nn
 from training_helpers import same
 
 from timm_multimix import MultiMixOutput, MultiMixTask
+from timm_multimix.common.errors import RunError
 from timm_multimix.training import run
 from timm_multimix.training.checkpoints import RunSaver
-from timm_multimix.training.errors import RunError
 
 pytest_plugins = ['training_helpers']
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_multimix.calibration import fit_temperature
+from timm_multimix.common.errors import UsageError
 from timm_multimix.evaluation import main as cli
 from timm_multimix.evaluation import suite
 from timm_multimix.evaluation.batches import Embedder, InParts, predict
@@ -29,7 +30,6 @@ from timm_multimix.evaluation.models import load_candidate, load_candidates
 from timm_multimix.evaluation.names import short_names, shorten
 from timm_multimix.evaluation.report import render_html, render_table
 from timm_multimix.evaluation.suite import Result, Settings
-from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers']
 

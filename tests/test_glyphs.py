@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from timm_multimix.glyphs import FIGURES, FONTS, LETTERS, render_glyphs
+from timm_multimix.data.glyphs import FIGURES, FONTS, LETTERS, render_glyphs
 
 
 def test_no_font_is_in_two_splits():

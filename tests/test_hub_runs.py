@@ -16,10 +16,10 @@ from hub_server import File, metadata_errors
 from huggingface_hub import ModelCard
 
 from timm_multimix import push_to_hub
+from timm_multimix.common.errors import UsageError
 from timm_multimix.evaluation.models import load_candidate
 from timm_multimix.training import hub as training_hub
 from timm_multimix.training.config import parse_args
-from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers', 'hub_helpers']
 

@@ -5,8 +5,8 @@ import os
 import pytest
 from training_helpers import make_images
 
+from timm_multimix.common.files import create, duplicate, replacing
 from timm_multimix.training import hub as training_hub
-from timm_multimix.training.files import create, duplicate, replacing
 
 pytest_plugins = ['training_helpers']
 

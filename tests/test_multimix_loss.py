@@ -13,8 +13,10 @@ from timm_multimix import (
     attention_map,
     multimix_binary_cross_entropy,
     multimix_cross_entropy,
-    reference,
     sample_weights,
+)
+from timm_multimix.losses import (
+    reference,
 )
 
 

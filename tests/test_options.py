@@ -6,10 +6,10 @@ import pytest
 import timm
 import yaml
 
-from timm_multimix.losses import MultiMixLoss
+from timm_multimix.losses.module import MultiMixLoss
+from timm_multimix.losses.weights import alpha_range
 from timm_multimix.options import add_multimix_args, multimix_kwargs
 from timm_multimix.task import MultiMixTask
-from timm_multimix.weights import alpha_range
 
 OPTIONS = {
     '--multimix', '--multimix-n', '--multimix-alpha', '--multimix-tuple-length', '--multimix-attention',

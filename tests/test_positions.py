@@ -4,10 +4,10 @@ import timm
 import torch
 from torch import nn
 
-from timm_multimix.blueprint import blueprint
-from timm_multimix.heads import inspect_head
-from timm_multimix.layouts import Layout, align_streams, grid_size
-from timm_multimix.positions import dense_logits
+from timm_multimix.dense.blueprint import blueprint
+from timm_multimix.dense.heads import inspect_head
+from timm_multimix.dense.layouts import Layout, align_streams, grid_size
+from timm_multimix.dense.positions import dense_logits
 
 MODELS = {
     'linear after average pooling': ('test_resnet', {}),

@@ -6,13 +6,15 @@ from loss_helpers import PAPERS_ALPHA, literal_gradient, problem, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import timm_multimix.weights
+import timm_multimix.losses.weights
 from timm_multimix import (
     MultiMixLoss,
     MultiMixOutput,
     SelfDistillationLoss,
     attach,
     multimix_cross_entropy,
+)
+from timm_multimix.losses import (
     reference,
 )
 
@@ -40,8 +42,8 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Takes the roads that are taken on a GPU, where looking at values and drawing again would synchronise."""
-    monkeypatch.setattr(timm_multimix.losses, '_may_look', lambda tensor: False)
-    monkeypatch.setattr(timm_multimix.weights, '_can_draw_again', lambda device: False)
+    monkeypatch.setattr(timm_multimix.losses.module, '_may_look', lambda tensor: False)
+    monkeypatch.setattr(timm_multimix.losses.weights, '_can_draw_again', lambda device: False)
 
 OPTIONS = [
     dict(), dict(attention='cam'), dict(attention_grad=True), dict(tuple_length=2), dict(clean_weight=0.5),

@@ -20,7 +20,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_multimix.losses import MultiMixLoss, MultiMixOutput
+from timm_multimix.losses.module import MultiMixLoss, MultiMixOutput
 from timm_multimix.task import MultiLabelMultiMixTask, MultiMixTask, loss_options
 
 CLASSES = 5

@@ -13,10 +13,10 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
 from timm_multimix.calibration import fit_temperature
-from timm_multimix.data import DigitsDataset, Part
+from timm_multimix.common.errors import UsageError
+from timm_multimix.data.demo import DigitsDataset, Part
 from timm_multimix.training import calibration, loaders
 from timm_multimix.training.calibration import calibration_share, hold_out
-from timm_multimix.training.errors import UsageError
 from timm_multimix.training.saved_weights import weights_of_metric
 
 pytest_plugins = ['training_helpers']

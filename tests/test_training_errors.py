@@ -8,9 +8,9 @@ import timm
 import torch
 from training_helpers import make_images
 
+from timm_multimix.common.errors import RunError
 from timm_multimix.training import loop, main
 from timm_multimix.training.checkpoints import RunSaver
-from timm_multimix.training.errors import RunError
 
 pytest_plugins = ['training_helpers']
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
+from timm_multimix.common.errors import UsageError
 from timm_multimix.training.arguments import build_parser
 from timm_multimix.training.config import parse_args
-from timm_multimix.training.errors import UsageError
 
 pytest_plugins = ['training_helpers']
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from training_helpers import make_images
 
-from timm_multimix.class_names import dataset_classes
-from timm_multimix.data import Part, create_dataset
+from timm_multimix.data.class_names import dataset_classes
+from timm_multimix.data.demo import Part, create_dataset
+from timm_multimix.data.image_files import open_image, unreadable_images
 from timm_multimix.evaluation import main as evaluate
-from timm_multimix.image_files import open_image, unreadable_images
 
 pytest_plugins = ['training_helpers']
 

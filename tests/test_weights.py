@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from timm_multimix import attend, manifold_mixup_weights, sample_weights
-from timm_multimix.reference import attention_weights
-from timm_multimix.weights import _draw_log_gamma, _sample_log_gamma
+from timm_multimix.losses.reference import attention_weights
+from timm_multimix.losses.weights import _draw_log_gamma, _sample_log_gamma
 
 
 @given(

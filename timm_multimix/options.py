@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .alternation import BatchSchedule
-from .attention import ATTENTION_NORMS, ATTENTION_QUERIES
-from .losses import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
+from .data.alternation import BatchSchedule
+from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
+from .losses.module import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
 from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
 

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from .alternation import AlternatingCollateMixup, AlternatingMixup, alternate
-from .losses import PRESETS
+from .common.errors import UsageError
+from .data.alternation import AlternatingCollateMixup, AlternatingMixup, alternate
+from .data.views import add_second_view
+from .losses.module import PRESETS
 from .options import (
     add_multimix_args,
     batch_schedule,
@@ -25,9 +27,7 @@ from .options import (
 )
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
-from .training.errors import UsageError
 from .training.saved_weights import split_metric
-from .views import add_second_view
 
 _logger = logging.getLogger(__name__)
 

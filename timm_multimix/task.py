@@ -9,13 +9,14 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from .alternation import BatchSchedule
-from .attention import check_attention
 from .criteria import check_num_classes, loss_options
-from .hook import attach, detach
-from .losses import MultiMixLoss, MultiMixOutput, class_rows
+from .data.alternation import BatchSchedule
+from .data.views import split_views
+from .dense.hook import attach, detach
+from .losses.attention import check_attention
+from .losses.functional import class_rows
+from .losses.module import MultiMixLoss, MultiMixOutput
 from .teacher import EMATeacher, FrozenTeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
-from .views import split_views
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class MultiMixTask(ClassificationTask):
         distill_temperature: Divides both sides' logits in that term.
         distill_ramp_epochs: Epochs over which that share grows from 0, once set_epoch is called.
         views: Of 2 the student sees the first and the teacher the second: images are then (b, 2c, h, w), see
-            timm_multimix.views. 1 shows the same image to both.
+            timm_multimix.data.views. 1 shows the same image to both.
         device: Device for task tensors and buffers.
         dtype: Dtype for task tensors and buffers.
         verbose: Log what is trained.

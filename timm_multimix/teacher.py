@@ -6,8 +6,9 @@ from timm.task.distillation import DistillationTeacher
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 
-from .hook import outputs_in_evaluation
-from .losses import MultiMixLoss, MultiMixOutput, check_distillation
+from .dense.hook import outputs_in_evaluation
+from .losses.functional import check_distillation
+from .losses.module import MultiMixLoss, MultiMixOutput
 
 
 def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:

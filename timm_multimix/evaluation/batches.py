@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..calibration import last_layers
-from ..training.errors import UsageError
+from ..common.errors import UsageError
 from .models import Candidate
 
 

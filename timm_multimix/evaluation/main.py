@@ -12,13 +12,13 @@ from typing import Any
 import timm
 import torch
 
-from ..data import DEMO_PREFIX
-from ..dataset_types import code_danger
+from ..common.command_line import Parser, check_packages
+from ..common.console import setup_logging
+from ..common.errors import UsageError, blame
+from ..common.files import replacing
+from ..data.dataset_types import code_danger
+from ..data.demo import DEMO_PREFIX
 from ..training.calibration import CALIBRATED, share_split
-from ..training.command_line import Parser, check_packages
-from ..training.errors import UsageError, blame
-from ..training.files import replacing
-from ..training.logs import setup_logging
 from ..version import __version__
 from .batches import batch_size_for
 from .images import Source, parse_source

@@ -19,15 +19,15 @@ from timm.models import (
 )
 from torch import nn
 
-from ..class_names import valid_classes
-from ..data import default_img_mode
-from ..heads import mean_of_heads
+from ..common.errors import UsageError, blame, near_names, printable
+from ..data.class_names import valid_classes
+from ..data.demo import default_img_mode
+from ..dense.heads import mean_of_heads
 from ..training.arguments import build_parser
 from ..training.calibration import CALIBRATED
 from ..training.checkpoints import read_checkpoint
 from ..training.classes import checkpoint_classes
 from ..training.config import check_recorded
-from ..training.errors import UsageError, blame, near_names, printable
 from ..training.model import create_run_model, model_options
 from ..training.saved_weights import weights_of_metric
 

@@ -1,7 +1,7 @@
 """Names of runs and datasets for figures, tables and pages, where any character of a file name may occur."""
 from collections.abc import Sequence
 
-from ..training.errors import printable
+from ..common.errors import printable
 
 _ELLIPSIS = '\N{HORIZONTAL ELLIPSIS}'
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..attention import attention_map
 from ..calibration import fit_temperature
-from ..heads import find_head
-from ..layouts import grid_size
-from ..positions import position_features
+from ..common.errors import UsageError
+from ..dense.heads import find_head
+from ..dense.layouts import grid_size
+from ..dense.positions import position_features
+from ..losses.attention import attention_map
 from ..training.calibration import share_images
-from ..training.errors import UsageError
 from . import between, corruptions, geometry, ood, robustness
 from .batches import Embedder, InParts, predict, progress
 from .images import Images, Source, choose

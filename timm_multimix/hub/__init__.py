@@ -7,6 +7,7 @@ From Python: `push_to_hub(model, 'user/name')`. For the folder of a run:
 
 The token comes from `hf auth login` or HF_TOKEN, and is never an argument.
 """
+from ..common.secrets import contains_token, redact
 from .card import CARD_NAME, CURVE_NAME, Evaluation, check_fields, dataset_type, model_card
 from .markdown import code
 from .models import check_rebuilds, push_to_hub, save_config, save_weights
@@ -22,7 +23,6 @@ from .repository import (
     limit_waiting,
     with_retries,
 )
-from .secrets import contains_token, redact
 
 __all__ = [
     'CARD_NAME',

@@ -21,8 +21,8 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_from_hf
 
+from ..common.secrets import contains_token, redact, remember_token
 from .card import CARD_NAME, is_ours
-from .secrets import contains_token, redact, remember_token
 
 _logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from timm.data.readers.targets import TARGET_FORMATS
 from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
-from ..hub import redact
+from ..common.command_line import Parser
+from ..common.errors import UsageError
+from ..common.secrets import redact
 from ..options import add_multimix_args
-from .command_line import Parser
-from .errors import UsageError
 from .saved_weights import WEIGHTS
 
 _LOSS_SCALES = ('none', 'sqrt', 'linear')

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 
+from ..common.errors import UsageError
 from .calibration import CALIBRATED
 from .checkpoints import find_checkpoints, position
 from .curve import SUMMARY_NAME
-from .errors import UsageError
 from .run import Run
 
 _logger = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..calibration import calibrate, scalable_classifier
-from ..data import Part
-from ..image_files import DecodingReader
+from ..common.errors import RunError, UsageError, blame, raise_if_interrupted
+from ..common.files import replacing
+from ..data.demo import Part
+from ..data.image_files import DecodingReader
 from .checkpoints import read_checkpoint
-from .errors import RunError, UsageError, blame, raise_if_interrupted
-from .files import replacing
 from .loaders import build_split
 from .saved_weights import arguments_of, described, metrics_of, split_metric, weights_of_metric
 

@@ -14,9 +14,9 @@ import torch
 from timm.models import load_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata
 
+from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
+from ..common.files import create, duplicate, replace
 from .checkpoint_format import wrong_entry
-from .errors import RunError, UsageError, causes, raise_if_interrupted
-from .files import create, duplicate, replace
 from .loss_guard import normalisation_statistics
 
 _logger = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
-from ..data import DEMOS
-from ..dataset_types import DATASET_TYPES, check_split, dataset_prefix
+from ..common.command_line import check_dataset_packages, check_packages
+from ..common.errors import UsageError, blame, near_names
+from ..data.dataset_types import DATASET_TYPES, check_split, dataset_prefix
+from ..data.demo import DEMOS
 from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs, preset_options
 from .checkpoints import holds_checkpoints
-from .command_line import check_dataset_packages, check_packages
-from .errors import UsageError, blame, near_names
 from .saved_weights import AVERAGE, STUDENT, TEACHER
 
 _logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ import torch
 from timm.utils import is_primary
 from torch.utils.data import Dataset
 
-from ..class_names import class_mapping, dataset_classes, map_targets, valid_classes
-from ..dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
+from ..common.errors import UsageError, blame
+from ..data.class_names import class_mapping, dataset_classes, map_targets, valid_classes
+from ..data.dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
+from ..data.image_files import listed
 from ..hub import CONFIG_NAME, HubError, download, is_hub_name
-from ..image_files import listed
 from .checkpoints import read_checkpoint
 from .checks import DEFAULT_OUTPUT
-from .errors import UsageError, blame
 from .processes import of_the_first
 from .saved_weights import arguments_of
 

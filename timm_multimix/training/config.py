@@ -8,14 +8,15 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-from ..data import DEMOS
-from ..dataset_types import code_danger
-from ..hub import check_fields, contains_token
-from ..losses import PRESETS
+from ..common.errors import UsageError, blame, near_names
+from ..common.secrets import contains_token
+from ..data.dataset_types import code_danger
+from ..data.demo import DEMOS
+from ..hub import check_fields
+from ..losses.module import PRESETS
 from ..options import preset_options
 from .arguments import build_parser
 from .checks import check_args
-from .errors import UsageError, blame, near_names
 
 _logger = logging.getLogger(__name__)
 

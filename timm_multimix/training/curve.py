@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from .errors import UsageError
+from ..common.errors import UsageError
 from .saved_weights import split_metric
 
 SUMMARY_NAME = 'summary.csv'

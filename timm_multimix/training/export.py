@@ -17,8 +17,10 @@ import yaml
 from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 
-from ..class_names import dataset_classes, ordered_names
-from ..data import DEMOS
+from ..common.errors import UsageError, blame
+from ..common.files import replacing
+from ..data.class_names import dataset_classes, ordered_names
+from ..data.demo import DEMOS
 from ..hub import (
     CARD_NAME,
     CONFIG_NAME,
@@ -39,8 +41,6 @@ from .arguments import build_parser
 from .checkpoints import read_checkpoint
 from .config import check_recorded
 from .curve import draw_curve, read_summary
-from .errors import UsageError, blame
-from .files import replacing
 from .model import create_run_model, model_options, resolve_data
 from .run import Run
 from .saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_of_metric

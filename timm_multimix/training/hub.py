@@ -21,6 +21,9 @@ from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import load_file
 from timm.utils.distributed import world_info_from_env
 
+from ..common.console import setup_logging
+from ..common.errors import UsageError, blame
+from ..common.files import create, duplicate, remove_work_folders, work_folder
 from ..hub import (
     CARD_NAME,
     CONFIG_NAME,
@@ -35,10 +38,7 @@ from ..hub import (
     redact,
     with_retries,
 )
-from .errors import UsageError, blame
 from .export import export, plain_weights
-from .files import create, duplicate, remove_work_folders, work_folder
-from .logs import setup_logging
 from .run import Run
 from .saved_weights import WEIGHTS
 

@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from .errors import ignore_dead_workers
+from ..common.errors import ignore_dead_workers
 
 _logger = logging.getLogger(__name__)
 

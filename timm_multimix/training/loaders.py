@@ -15,13 +15,13 @@ from timm.data import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from ..alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
-from ..data import create_dataset, default_img_mode
-from ..image_files import UnreadableImages, unreadable_images
+from ..common.errors import UsageError, blame
+from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
+from ..data.demo import create_dataset, default_img_mode
+from ..data.image_files import UnreadableImages, unreadable_images
+from ..data.views import add_second_view
 from ..options import batch_schedule
-from ..views import add_second_view
 from .checks import dataset_suggestion, mixup_active
-from .errors import UsageError, blame
 from .interrupt import SteadyWorker
 from .resumable import ResumableLoader
 from .unreadable import TRAINING, VALIDATION

@@ -13,10 +13,10 @@ from timm import utils
 from timm.task import evaluation_sample_limit
 from torch import nn
 
+from ..common.console import Averages, EpochReporter
+from ..common.errors import RunError
+from ..common.files import create
 from .checkpoints import RunSaver
-from .errors import RunError
-from .files import create
-from .logs import Averages, EpochReporter
 from .progress import take_progress
 from .run import Run
 from .unreadable import TRAINING, begin_epoch, count_unreadable

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .errors import RunError
+from ..common.errors import RunError
 
 _logger = logging.getLogger(__name__)
 

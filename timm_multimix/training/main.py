@@ -12,18 +12,18 @@ import yaml
 from timm import utils
 from timm.models import clean_state_dict
 
+from ..common.console import is_first_on_machine, setup_logging
+from ..common.errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
+from ..common.files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .branches import set_aside
 from .calibration import forget_calibrated, write_calibrated
 from .checkpoints import RunSaver, read_checkpoint
 from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, DATA_OPTIONS, dataset_danger, parse_args
 from .curve import SUMMARY_NAME, fit_columns, read_summary, trim_summary
-from .errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
 from .export import write_config
-from .files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .hub import HubPush
 from .interrupt import ending_workers
-from .logs import is_first_on_machine, setup_logging
 from .loop import learning_rate, train_epoch, validate
 from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress

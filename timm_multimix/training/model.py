@@ -10,10 +10,10 @@ from timm.models import create_model, resolve_model_input_args
 from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
-from ..hook import attach, outputs_in_evaluation
+from ..common.errors import UsageError, blame
+from ..dense.hook import attach, outputs_in_evaluation
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .checkpoints import check_weights_file
-from .errors import UsageError, blame
 
 _logger = logging.getLogger(__name__)
 

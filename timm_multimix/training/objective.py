@@ -17,12 +17,12 @@ from timm.task import (
 )
 from torch import nn
 
+from ..common.errors import UsageError, blame
 from ..criteria import check_num_classes
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
 from .checks import mixup_active
-from .errors import UsageError, blame
 
 _logger = logging.getLogger(__name__)
 

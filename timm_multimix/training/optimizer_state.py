@@ -7,7 +7,7 @@ from typing import Any
 from timm.optim import get_optimizer_info
 from torch.optim import Optimizer
 
-from .errors import UsageError
+from ..common.errors import UsageError
 from .saved_weights import arguments_of
 
 _LOOKAHEAD = 'lookahead_'

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from timm import utils
 
-from .errors import UsageError
-from .logs import Averages
+from ..common.console import Averages
+from ..common.errors import UsageError
+from ..common.random_state import check_random_state, random_state, set_random_state
 from .loss_guard import normalisation_statistics
-from .random_state import check_random_state, random_state, set_random_state
 
 if TYPE_CHECKING:
     from .run import Run

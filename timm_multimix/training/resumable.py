@@ -15,8 +15,8 @@ import torch
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..image_files import unreadable_images
-from .random_state import generator_at, random_state, set_random_state
+from ..common.random_state import generator_at, random_state, set_random_state
+from ..data.image_files import unreadable_images
 
 
 @dataclass

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from torch.optim import Optimizer
 
+from ..common.errors import UsageError, blame
 from ..options import multimix_option_names
 from .checkpoints import read_checkpoint
-from .errors import UsageError, blame
 from .optimizer_state import check_optimizer, load_optimizer
 from .saved_weights import arguments_of, saved_weights
 

@@ -21,14 +21,14 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
-from ..data import Part
+from ..common.errors import UsageError, blame
+from ..common.files import lock_folder
+from ..data.demo import Part
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .calibration import check_classifier, check_continues, hold_out
 from .checkpoints import newest_checkpoint
 from .checks import DEFAULT_OUTPUT
 from .classes import check_targets, match_classes, settle_classes
-from .errors import UsageError, blame
-from .files import lock_folder
 from .interrupt import StopRequest
 from .loaders import Loaders, build_calibration_loader, build_datasets, build_loaders
 from .loss_guard import LossGuard

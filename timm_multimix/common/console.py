@@ -10,7 +10,7 @@ import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 from tqdm import tqdm
 
-from ..hub import redact
+from .secrets import redact
 
 _logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
-from .attention import attention_map, check_attention
+from ..losses.attention import attention_map, check_attention
+from ..losses.module import MultiMixOutput
 from .head_norm import check_batch_norms, restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, find_head, mean_of_heads
 from .layouts import Features, as_streams
-from .losses import MultiMixOutput
 from .positions import check_protocol, position_features, position_logits
 from .swapping import restore_class, swap_class
 

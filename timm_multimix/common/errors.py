@@ -9,8 +9,8 @@ from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
-from ..hub import redact
 from .advice import for_command_line
+from .secrets import redact
 
 _logger = logging.getLogger(__name__)
 

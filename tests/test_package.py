@@ -1,0 +1,58 @@
+"""The package as a whole: its public names, imports between its layers, and imports that are delayed."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import timm_multimix
+
+PACKAGE = Path(timm_multimix.__file__).parent
+MODULES = sorted(
+    '.'.join(path.with_suffix('').relative_to(PACKAGE.parent).parts).removesuffix('.__init__')
+    for path in PACKAGE.rglob('*.py') if path.name != '__main__.py')
+# From the bottom up. A module imports from lower layers or its own, never from a higher one.
+LAYERS = (('common', 'version'), ('losses',), ('dense', 'data'))
+HEAVY = ('timm', 'huggingface_hub', 'torchvision', 'safetensors', 'sklearn', 'matplotlib')
+
+
+def test_public_names():
+    assert set(timm_multimix.__all__) - {'__version__'} == set(timm_multimix._MODULES)
+    for name in timm_multimix.__all__:
+        assert getattr(timm_multimix, name) is getattr(timm_multimix, name)
+    assert set(timm_multimix.__all__) <= set(dir(timm_multimix))
+    with pytest.raises(AttributeError, match='no attribute'):
+        timm_multimix.multimix_entropy  # noqa: B018
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize('code', [
+    'import timm_multimix.losses', 'from timm_multimix import MultiMixLoss, attend', 'import timm_multimix'])
+def test_losses_need_torch_only(code):
+    assert run(f'import sys; {code}; print([name for name in {HEAVY} if name in sys.modules])').strip() == '[]'
+
+
+def imports(module: str) -> set[str]:
+    """First parts, below the package, of the modules of the package that a module imports."""
+    path = PACKAGE.joinpath(*module.split('.')[1:])
+    path = path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
+    package = list(path.relative_to(PACKAGE.parent).with_suffix('').parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            name = package[:len(package) - node.level + 1] + (node.module or '').split('.')
+            found.update([name[1]] if len(name) > 1 and name[1] else [alias.name for alias in node.names])
+    return found
+
+
+@pytest.mark.parametrize('layer', range(len(LAYERS)), ids=lambda index: LAYERS[index][0])
+def test_layers_import_from_below(layer):
+    allowed = {name for names in LAYERS[:layer + 1] for name in names}
+    for module in MODULES:
+        parts = module.split('.')
+        if len(parts) > 1 and parts[1] in LAYERS[layer]:
+            assert imports(module) <= allowed, module

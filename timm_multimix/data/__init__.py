@@ -1,0 +1,1 @@
+"""Embedded datasets, image files, class names, two views and batches that alternate."""
