@@ -159,7 +159,7 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
              'no_multimix_balance: false.')
     balance.add_argument(
         '--no-multimix-balance', action='store_true', dest='no_multimix_balance', default=None,
-        help='use the literal gradient of the papers. With their alpha it hardly trains on a normal schedule, the '
+        help='use the literal gradient of the papers. With their alpha on every batch it hardly trains, the '
              'balanced gradient does (see docs/method.md).')
     add('--multimix-pooled-weight', type=float, default=_default('pooled_weight'), metavar='W',
         help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
