@@ -20,6 +20,15 @@ pytest_plugins = ['training_helpers']
 PIPE = 'pipe:touch stolen #'
 
 
+@pytest.fixture(autouse=True)
+def _installed_packages(tmp_path_factory, monkeypatch):
+    """Packages of datasets can be found, so that options are checked as if they were installed."""
+    folder = tmp_path_factory.mktemp('packages')
+    for name in ('webdataset', 'tensorflow', 'tensorflow_datasets'):
+        (folder / f'{name}.py').touch()
+    monkeypatch.syspath_prepend(folder)
+
+
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
     """Parses a config file and a command line, in an empty folder."""
@@ -70,7 +79,7 @@ def test_a_folder_named_like_an_address_is_an_address(parse, tmp_path):
 
 
 @pytest.mark.parametrize('config', [
-    dict(dataset='wds/x', data_dir='.', train_split='x-{0000..0009}.tar|100'), dict(dataset='torch/cifar10'),
+    dict(dataset='wds/x', data_dir='.', train_split='x-{0000..0009}.tar|100'), dict(dataset='torch/cifar10', data_dir='.'),
     dict(dataset='demo/letters'), dict(data_dir='.'), dict(dataset='tfds/imagenet2012:5.1')])
 def test_other_datasets_may_stand_in_a_file(parse, config):
     assert vars(parse(config)).items() >= config.items()

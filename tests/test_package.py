@@ -14,7 +14,7 @@ MODULES = sorted(
     for path in PACKAGE.rglob('*.py') if path.name != '__main__.py')
 # From the bottom up. A module imports from lower layers or its own, never from a higher one.
 LAYERS = (('common', 'version'), ('losses',), ('dense', 'data'))
-HEAVY = ('timm', 'huggingface_hub', 'torchvision', 'safetensors', 'sklearn', 'matplotlib')
+HEAVY = ('timm', 'huggingface_hub', 'torchvision', 'safetensors', 'sklearn', 'scipy', 'matplotlib')
 
 
 def test_public_names():

@@ -118,7 +118,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
     """Make the schedule for a single weight: timm checks its options while it builds one."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with blame(f'--sched {args.sched}', near_names(args.sched, _SCHEDULES)):
-        create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+        create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1000)
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
