@@ -184,8 +184,8 @@ def with_teacher(model: nn.Module, args: argparse.Namespace) -> Loss:
 
     def loss(images, target):
         teacher.update(model)  # of the step before
-        taught = teacher(images)  # first: its activations are gone when the student's are made
-        return criterion(run(images), target, taught)
+        teacher_output = teacher(images)  # first: its activations are gone when the student's are made
+        return criterion(run(images), target, teacher_output)
 
     return loss
 

@@ -79,7 +79,8 @@ def test_a_folder_named_like_an_address_is_an_address(parse, tmp_path):
 
 
 @pytest.mark.parametrize('config', [
-    dict(dataset='wds/x', data_dir='.', train_split='x-{0000..0009}.tar|100'), dict(dataset='torch/cifar10', data_dir='.'),
+    dict(dataset='wds/x', data_dir='.', train_split='x-{0000..0009}.tar|100'),
+    dict(dataset='torch/cifar10', data_dir='.'),
     dict(dataset='demo/letters'), dict(data_dir='.'), dict(dataset='tfds/imagenet2012:5.1')])
 def test_other_datasets_may_stand_in_a_file(parse, config):
     assert vars(parse(config)).items() >= config.items()

@@ -42,7 +42,7 @@ LOSSES = {
 def _joined_batch(world_size, options):
     """Logits, dense logits, attention, target and teacher of all examples, the same in every process; loss options."""
     options = dict(options)
-    num_positions, soft, taught = (options.pop(name, None) for name in ('num_positions', 'soft', 'teacher'))
+    num_positions, soft, teacher_kind = (options.pop(name, None) for name in ('num_positions', 'soft', 'teacher'))
     num_positions = 5 if num_positions is None else num_positions
     torch.manual_seed(1)
     size = world_size * BATCH_SIZE
@@ -52,7 +52,7 @@ def _joined_batch(world_size, options):
         dense, teacher_dense = torch.randn(2, size, num_positions, NUM_CLASSES, dtype=torch.float64)
         attention = torch.rand(size, num_positions, dtype=torch.float64)
     target = torch.rand(size, NUM_CLASSES, dtype=torch.float64) if soft else torch.randint(NUM_CLASSES, (size,))
-    teacher = dict(dense=(teacher_logits, teacher_dense), pooled=(teacher_logits, None)).get(taught)
+    teacher = dict(dense=(teacher_logits, teacher_dense), pooled=(teacher_logits, None)).get(teacher_kind)
     return [logits, dense, attention], target, teacher, options
 
 

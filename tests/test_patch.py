@@ -109,8 +109,8 @@ def test_teacher_comes_into_the_script(stand_in, capsys, views):
     def losses(*options):
         assert patch.main([stand_in, '--multimix', 'dense', '--multimix-n', '10', '--epochs', '2', *options]) == 0
         return [result['loss'] for result in _results(capsys)]
-    taught = losses('--multimix-teacher', 'ema', '--multimix-views', views)
-    assert len(taught) == 2 and taught != losses()
+    with_teacher = losses('--multimix-teacher', 'ema', '--multimix-views', views)
+    assert len(with_teacher) == 2 and with_teacher != losses()
 
 
 def test_without_multimix_the_script_is_itself(stand_in, capsys):

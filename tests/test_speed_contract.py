@@ -102,10 +102,10 @@ LARGEST_TILE = 2 ** 19  # elements of the mixed logits that are in memory togeth
 def test_no_tensor_is_larger_than_the_weights_of_a_position(options, teacher):
     dense, target = torch.randn(8, 3, 100), torch.randint(100, (8,))
     output = MultiMixOutput(dense.mean(1), dense.clone().requires_grad_(), torch.rand(8, 3).requires_grad_())
-    taught = dict(teacher=MultiMixOutput(dense.mean(1), dense)) if teacher else {}
+    with_teacher = dict(teacher=MultiMixOutput(dense.mean(1), dense)) if teacher else {}
     def largest(n):
         with Recorder() as recorder:
-            MultiMixLoss(n, **options).terms(output, target, **taught)['loss'].backward()
+            MultiMixLoss(n, **options).terms(output, target, **with_teacher)['loss'].backward()
         return recorder.largest
     num_mixes = 100_000
     assert largest(num_mixes) <= max(LARGEST_TILE, num_mixes * (8 + 1)), 'more than the weights of one position'

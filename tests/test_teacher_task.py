@@ -344,7 +344,7 @@ def test_teacher_takes_next_to_no_memory():
     def step(**options):
         task, batch = make_task(**options), make_batch(count=32)
         return lambda: task(*batch)['loss'].backward()
-    plain, taught = (step(teacher=teacher) for teacher in ('none', 'ema'))
+    plain, with_teacher = (step(teacher=teacher) for teacher in ('none', 'ema'))
     plain()
-    taught()
-    assert peak_memory(taught) <= 1.05 * peak_memory(plain)
+    with_teacher()
+    assert peak_memory(with_teacher) <= 1.05 * peak_memory(plain)

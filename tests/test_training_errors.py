@@ -220,7 +220,7 @@ def test_error_of_a_worker_may_come_twice(script, image_folder, monkeypatch):
         assert 'ERROR: A batch could not be loaded: EOFError.' in script.lines
         assert script.lines[-1] == 'No checkpoint has been written yet.'
         # and anywhere else it ends the run in a line
-        monkeypatch.setattr(sys.modules[main.__module__], 'ignore_dead_workers', lambda: None)
+        monkeypatch.setattr(sys.modules[main.__module__], 'suppress_worker_errors', lambda: None)
         assert script.train(image_folder, experiment='other') == 1
         assert script.lines[-1] == 'ERROR: DataLoader worker (pid 1) is killed by signal: Killed.'
     finally:

@@ -241,13 +241,13 @@ class MultiMixTask(ClassificationTask):
             'loss'; 'output', the ordinary logits; and the parts of the loss in loss_names that this batch has,
             detached, for logging.
         """
-        input, taught = split_views(input) if self.views == 2 else (input, input)
+        input, teacher_input = split_views(input) if self.views == 2 else (input, input)
         is_multimix = self._decide(multimix)
         if self._handle is not None:
             self._handle.enabled = is_multimix
         teaches = is_multimix and self._is_training and self.teacher is not None and self.distillation.weight > 0
         # The teacher goes first: it keeps nothing, and the student's activations are not there yet.
-        lesson = self.teacher(taught) if teaches else None
+        teacher_output = self.teacher(teacher_input) if teaches else None
         output = self.trainable_module(input)
         if not isinstance(output, MultiMixOutput):  # a batch without MultiMix, or the task is in evaluation mode
             loss = self.criterion(output, target)
@@ -255,7 +255,7 @@ class MultiMixTask(ClassificationTask):
             return {'loss': loss, 'output': output, **parts}
         output = _without_overflow(output)
         loss = self.distillation or self.loss
-        terms = loss.terms(output, self._mixable(target, output.logits), lesson)
+        terms = loss.terms(output, self._mixable(target, output.logits), teacher_output)
         if getattr(self.criterion, 'sum_classes', False):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}
         parts = {name: term.detach() for name, term in terms.items() if name != 'loss'}

@@ -78,20 +78,20 @@ def raise_if_interrupted(error: BaseException) -> None:
             raise cause
 
 
-def ignore_dead_workers() -> None:
+def suppress_worker_errors() -> None:
     """Keep PyTorch's errors of dead workers out of the end of a run: they have been told, or matter no more."""
     if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
         _handlers.append(signal.signal(signal.SIGCHLD, signal.SIG_DFL))
 
 
-def heed_dead_workers() -> None:
-    """Undo ignore_dead_workers, when loaders and their workers are gone."""
+def restore_worker_errors() -> None:
+    """Undo suppress_worker_errors, when loaders and their workers are gone."""
     while _handlers:
         signal.signal(signal.SIGCHLD, _handlers.pop() or signal.SIG_DFL)
 
 
 @contextmanager
-def blame(what: str, hint: str = '') -> Iterator[None]:
+def usage_errors(what: str, hint: str = '') -> Iterator[None]:
     """Turn errors of a library call into a UsageError that starts with what the user gave.
 
     Args:

@@ -11,7 +11,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..common.command_line import check_dataset_packages
-from ..common.errors import UsageError, blame, near_names, printable
+from ..common.errors import UsageError, near_names, printable, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets
 from ..data.dataset_types import DATASET_TYPES, check_split, dataset_prefix
 from ..data.demo import DEMO_PREFIX, DEMOS, create_dataset
@@ -59,7 +59,7 @@ class Source:
             raise UsageError(
                 f'Data {self}: no such folder or dataset.{hint} Datasets are {", ".join(DEMOS)} and '
                 f'{"/NAME, ".join(DATASET_TYPES)}/NAME.')
-        with blame(f'Data {self}'):
+        with usage_errors(f'Data {self}'):
             check_split(self.dataset, self.root, self.split)
         check_dataset_packages('Data', self.dataset)
         if self.root is None and self.dataset.partition('/')[0].lower() in NEED_FOLDER:
@@ -74,7 +74,7 @@ class Source:
         Raises:
             UsageError: if it cannot be opened.
         """
-        with blame(f'Data {self}', dataset_suggestion(self.dataset)):
+        with usage_errors(f'Data {self}', dataset_suggestion(self.dataset)):
             return create_dataset(
                 self.dataset, root=self.root, split=self.split, input_img_mode=img_mode, **self.options)
 

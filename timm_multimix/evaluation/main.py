@@ -14,7 +14,7 @@ import torch
 
 from ..common.command_line import Parser, check_packages
 from ..common.console import setup_logging
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..common.files import replacing
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMO_PREFIX
@@ -192,7 +192,7 @@ def _finite(value: Any) -> Any:
 def _write(folder: str, name: str, text: str) -> str:
     """Write a file into the output folder, atomically."""
     path = os.path.join(folder, name)
-    with blame(f'--output {folder}'):
+    with usage_errors(f'--output {folder}'):
         os.makedirs(folder, exist_ok=True)
         with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
             file.write(text)
@@ -209,7 +209,7 @@ def _check_writable(folder: str) -> None:
 
 
 def _device(name: str | None) -> torch.device:
-    with blame(f'--device {name}'):
+    with usage_errors(f'--device {name}'):
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device)
     return device

@@ -19,7 +19,7 @@ from timm.models import (
 )
 from torch import nn
 
-from ..common.errors import UsageError, blame, near_names, printable
+from ..common.errors import UsageError, near_names, printable, usage_errors
 from ..data.class_names import valid_classes
 from ..data.demo import default_img_mode
 from ..dense.heads import mean_of_heads
@@ -101,7 +101,7 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
     if isinstance(values, argparse.Namespace):  # as timm's own script writes it
         values = vars(values)
     elif not isinstance(values, dict) and os.path.isfile(beside):
-        with blame(beside), open(beside, encoding='utf-8') as file:
+        with usage_errors(beside), open(beside, encoding='utf-8') as file:
             values = yaml.safe_load(file)
     if not isinstance(values, dict) or not values.get('model'):
         raise UsageError(
@@ -123,7 +123,7 @@ def _from_checkpoint(path: str) -> Candidate:
     key = weights_of_metric(checkpoint)
     state = {  # of the plain model: --split-bn trains with more normalisation layers than it predicts with
         name: value for name, value in clean_state_dict(checkpoint[key]).items() if 'aux_bn' not in name}
-    with blame(f'{path}, a checkpoint of {args.model}'):
+    with usage_errors(f'{path}, a checkpoint of {args.model}'):
         if args.num_classes is None:
             raise UsageError(f'{path} does not say how many classes it has.')
         model = create_run_model(args, model_options(args))
@@ -138,7 +138,7 @@ def _from_checkpoint(path: str) -> Candidate:
 def _from_name(name: str) -> Candidate:
     if ':' not in name and ('/' in name or os.sep in name):
         raise UsageError(f"{name}: no such folder or file. Models of the Hub start with 'hf-hub:'.")
-    with blame(name):
+    with usage_errors(name):
         source, base = parse_model_name(name)
     if source is None and not is_model(base):
         hint = near_names(split_model_name_tag(base)[0], list_models())
@@ -146,7 +146,7 @@ def _from_name(name: str) -> Candidate:
             f"{name}: no such folder or file, nor a model of timm.{hint} Models of the Hub start with 'hf-hub:'.")
     if source is None and not is_model_pretrained(base):
         raise UsageError(f'{name}: timm has no pretrained weights of this model. Give a run folder or a checkpoint.')
-    with blame(name):
+    with usage_errors(name):
         model = create_model(name, pretrained=True)
         config = resolve_data_config({}, model=model, verbose=False)
     candidate = _candidate(name, 'pretrained', model, config, None)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..calibration import calibrate, scalable_classifier
-from ..common.errors import RunError, UsageError, blame, raise_if_interrupted
+from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_errors
 from ..common.files import replacing
 from ..data.demo import Part
 from ..data.image_files import DecodingReader
@@ -151,7 +151,7 @@ def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tup
         return
     images = torch.rand(2, *input_size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
     parameter = next(model.parameters())
-    with blame(f'--calibrate {args.calibrate}'):
+    with usage_errors(f'--calibrate {args.calibrate}'):
         scalable_classifier(model, images.to(parameter))
 
 

@@ -14,7 +14,7 @@ from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
 from ..common.command_line import check_dataset_packages, check_packages
-from ..common.errors import UsageError, blame, near_names
+from ..common.errors import UsageError, near_names, usage_errors
 from ..data.dataset_types import DATASET_TYPES, check_split, dataset_prefix
 from ..data.demo import DEMOS
 from ..hub import HubRepository, is_hub_name
@@ -101,7 +101,7 @@ def _check_values(args: argparse.Namespace) -> None:
 
 def _check_model(model: str, option: str, others: tuple[str, ...] = ()) -> None:
     """Check the name of a model; others are further values of the option, for suggestions."""
-    with blame(option):
+    with usage_errors(option):
         source, name = parse_model_name(model)
     if source is None and not is_model(name):
         base = split_model_name_tag(name)[0]
@@ -117,14 +117,14 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 def _check_schedule(args: argparse.Namespace) -> None:
     """Make the schedule for a single weight: timm checks its options while it builds one."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    with blame(f'--sched {args.sched}', near_names(args.sched, _SCHEDULES)):
+    with usage_errors(f'--sched {args.sched}', near_names(args.sched, _SCHEDULES)):
         create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1000)
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
     """Make the transform: timm checks a policy while it reads it."""
     if args.aa:
-        with blame(f'--aa {args.aa}', near_names(args.aa.partition('-')[0], _AUGMENTATIONS)):
+        with usage_errors(f'--aa {args.aa}', near_names(args.aa.partition('-')[0], _AUGMENTATIONS)):
             create_transform(224, is_training=True, auto_augment=args.aa)
 
 
@@ -161,7 +161,7 @@ def _check_dataset(args: argparse.Namespace) -> None:
             raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
     for option, split in (('--train-split', args.train_split), ('--val-split', args.val_split)):
         if split:
-            with blame(f'{option} {split}'):
+            with usage_errors(f'{option} {split}'):
                 check_split(args.dataset, args.data_dir, split)
 
 
@@ -189,7 +189,7 @@ def _check_hub(args: argparse.Namespace) -> None:
     if given and not args.push_to_hub:
         _logger.warning(f'{", ".join(map(_option, given))}: without effect, add --push-to-hub.')
     if args.hub_model_id and args.push_to_hub:
-        with blame('--hub-model-id'):
+        with usage_errors('--hub-model-id'):
             HubRepository(args.hub_model_id, revision=args.hub_revision)
 
 
@@ -285,7 +285,7 @@ def check_multimix(args: argparse.Namespace) -> None:
     for is_wrong, message in rules:
         if is_wrong:
             raise UsageError(f'--multimix {args.multimix}: {message}')
-    with blame(f'--multimix {args.multimix}'):
+    with usage_errors(f'--multimix {args.multimix}'):
         multimix_kwargs(args)
     if args.multimix == 'pooled':
         _warn_of_idle_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
@@ -322,7 +322,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.kd_model_name:
         _check_model(args.kd_model_name, '--kd-model-name')
     if args.input_img_mode:
-        with blame(f'--input-img-mode {args.input_img_mode}', near_names(args.input_img_mode, Image.MODES)):
+        with usage_errors(f'--input-img-mode {args.input_img_mode}', near_names(args.input_img_mode, Image.MODES)):
             Image.new(args.input_img_mode, (1, 1))
     _check_optimizer(args)
     _check_schedule(args)

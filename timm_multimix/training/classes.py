@@ -11,7 +11,7 @@ import torch
 from timm.utils import is_primary
 from torch.utils.data import Dataset
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets, valid_classes
 from ..data.dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..data.image_files import listed
@@ -144,7 +144,7 @@ def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str,
         raise UsageError(
             f'{where}: split {split} has different classes, so that labels would not match. It has '
             f'{listed(unknown)}, and {whose} {listed(list(known))}.{advice}')
-    with blame(f'{where}, split {split}'):
+    with usage_errors(f'{where}, split {split}'):
         map_targets(dataset, class_mapping(own, known))
     _logger.info(f"{where}: split {split} has {len(own)} of the model's {len(known)} classes, mapped by name.")
 
@@ -222,7 +222,7 @@ def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
         raise UsageError(
             f'--task multilabel: {where} has one class for each image, as folders of classes do. Choose --task '
             'classification, or a dataset whose targets are lists of labels.')
-    with blame(f'--task multilabel: the targets of {where}'):
+    with usage_errors(f'--task multilabel: the targets of {where}'):
         dataset.target_transform(target)
 
 

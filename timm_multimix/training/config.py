@@ -8,7 +8,7 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-from ..common.errors import UsageError, blame, near_names
+from ..common.errors import UsageError, near_names, usage_errors
 from ..common.secrets import contains_token
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMOS
@@ -99,7 +99,7 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     for key, value in (config or {}).items():
         dest = str(key).replace('-', '_')
         if dest == 'card':
-            with blame(f'--config {path}'):
+            with usage_errors(f'--config {path}'):
                 check_fields(value or {})
             values[dest] = value or {}
         elif dest not in actions:
@@ -132,7 +132,7 @@ def check_recorded(values: Mapping[str, Any], parser: argparse.ArgumentParser, p
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise UsageError(f'{path} has no arguments by name.')
-    with blame(f'{path} has wrong arguments'):
+    with usage_errors(f'{path} has wrong arguments'):
         check_fields(values.get('card') or {})
     for dest, action in {action.dest: action for action in parser._actions}.items():
         if values.get(dest) is not None:

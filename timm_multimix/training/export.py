@@ -17,7 +17,7 @@ import yaml
 from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..common.files import replacing
 from ..data.class_names import dataset_classes, ordered_names
 from ..data.demo import DEMOS
@@ -349,7 +349,7 @@ def export(
     if 'model' in left_out:
         options['model'] = config['architecture']
     metrics = _metrics(args, checkpoint, key, next((row for row in rows if row['epoch'] == epoch), {}))
-    with blame('The card'):
+    with usage_errors('The card'):
         earlier = _earlier(args)
         card = str(model_card(
             repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base, earlier),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.utils.distributed import world_info_from_env
 
 from ..common.console import setup_logging
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..common.files import create, duplicate, remove_work_folders, work_folder
 from ..hub import (
     CARD_NAME,
@@ -98,7 +98,7 @@ class HubPush:
 
     @staticmethod
     def _logged_in(args: argparse.Namespace, name: str) -> HubRepository:
-        with blame('--push-to-hub'):
+        with usage_errors('--push-to-hub'):
             repository = HubRepository(
                 args.hub_model_id or name, revision=args.hub_revision, private=args.hub_private_repo or None,
                 force=args.hub_force)
@@ -115,7 +115,7 @@ class HubPush:
         if not self.args.hub_model_id:
             self.repository = self._logged_in(self.args, os.path.basename(run.folder))
         remove_work_folders(self.folder)
-        with blame('--push-to-hub'):
+        with usage_errors('--push-to-hub'):
             # Here and not in the thread: making a model draws random numbers.
             check_rebuilds(self.folder, plain_weights(run.task.get_checkpoint_state()['state_dict']))
             with open(os.path.join(self.folder, CONFIG_NAME), encoding='utf-8') as file:
@@ -262,7 +262,7 @@ def _repo_id_of(folder: str) -> str | None:
 
 
 def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
-    with blame(repo_id):
+    with usage_errors(repo_id):
         repository = HubRepository(
             repo_id, revision=args.revision, private=args.private or None, force=args.force)
         repository.log_in()
@@ -277,13 +277,13 @@ def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
 
 def _show_card(args: argparse.Namespace, repo_id: str) -> None:
     with TemporaryDirectory() as target:
-        with blame(args.folder):
+        with usage_errors(args.folder):
             model = export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
         _logger.info(f'The card of {model.origin}:')
         if args.output is None:
             sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
             return
-        with blame(f'--output {args.output}'):
+        with usage_errors(f'--output {args.output}'):
             os.makedirs(args.output, exist_ok=True)
             for name in (CARD_NAME, CURVE_NAME):
                 if os.path.isfile(os.path.join(target, name)):
@@ -298,7 +298,7 @@ def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and not is_empty:
         raise UsageError(f'{args.target} is there already. Give a folder to make.')
-    with blame(args.target):
+    with usage_errors(args.target):
         os.makedirs(parent, exist_ok=True)
         remove_work_folders(parent)
         with work_folder(parent) as written:

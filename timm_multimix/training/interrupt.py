@@ -11,14 +11,14 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from ..common.errors import ignore_dead_workers
+from ..common.errors import suppress_worker_errors
 
 _logger = logging.getLogger(__name__)
 
 _PATIENCE = 5  # seconds to wait for the end of a worker that was killed
 
 
-class SteadyWorker:
+class IgnoreSignals:
     """Starts a worker of a loader that leaves signals to the process it loads for.
 
     Ctrl-C, and SIGTERM from a scheduler, go to a whole group of processes. A worker that ended at once would take from
@@ -50,7 +50,7 @@ def ending_workers() -> Iterator[None]:
     except BaseException:
         workers = [process for process in multiprocessing.active_children() if process.pid not in before]
         if workers:
-            ignore_dead_workers()
+            suppress_worker_errors()
         for worker in workers:
             worker.kill()
         for worker in workers:

@@ -15,14 +15,14 @@ from timm.data import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
 from ..data.demo import create_dataset, default_img_mode
 from ..data.image_files import UnreadableImages, unreadable_images
 from ..data.views import add_second_view
 from ..options import batch_schedule
 from .checks import dataset_suggestion, mixup_active
-from .interrupt import SteadyWorker
+from .interrupt import IgnoreSignals
 from .resumable import ResumableLoader
 from .unreadable import TRAINING, VALIDATION
 
@@ -94,7 +94,7 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
         trust_remote_code=args.dataset_trust_remote_code,
         **target_options,
     )
-    with blame(f'{what} data {args.data_dir or args.dataset}', dataset_suggestion(args.dataset)):
+    with usage_errors(f'{what} data {args.data_dir or args.dataset}', dataset_suggestion(args.dataset)):
         return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
 
 
@@ -276,7 +276,7 @@ def build_calibration_loader(
 ):
     """Make a loader of held-out images, as validation sees its own, that is not shared between processes."""
     shared = _shared_options(args, data_config, device, dtype)
-    with blame('Loader options of calibration'):
+    with usage_errors('Loader options of calibration'):
         return create_loader(
             dataset,
             input_size=data_config['input_size'],
@@ -310,7 +310,7 @@ def build_loaders(
     own = _train_options(args, data_config)
     patch_size = patch_size or _DEFAULT_PATCH_SIZE
     mixup_fn, batch_size = None, float(args.batch_size)
-    with blame(f'Loader options{f" such as --aa {args.aa}" if args.aa else ""}'):
+    with usage_errors(f'Loader options{f" such as --aa {args.aa}" if args.aa else ""}'):
         if args.naflex_loader:
             loader = _naflex_train_loader(args, train, patch_size, shared, own)
         else:
@@ -323,13 +323,13 @@ def build_loaders(
             f'{args.batch_size}. Lower --batch-size.')
     loader_eval = None
     if evaluation is not None:
-        with blame('Loader options of validation'):
+        with usage_errors('Loader options of validation'):
             loader_eval = _evaluation_loader(
                 args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
     for made in (loader, loader_eval):
         inner = getattr(made, 'loader', made)  # inside of timm's prefetcher
         if isinstance(inner, DataLoader):
-            inner.worker_init_fn = SteadyWorker(inner.worker_init_fn)
+            inner.worker_init_fn = IgnoreSignals(inner.worker_init_fn)
     loader, resumable = _make_resumable(loader, device)
     records = {TRAINING: unreadable_images(train), VALIDATION: unreadable_images(evaluation)}
     unreadable = {part: record for part, record in records.items() if record is not None}

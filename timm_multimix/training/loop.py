@@ -154,7 +154,7 @@ def _train_step(
                 result = run.task(input, target, **decision)
             except ValueError as error:  # such as targets that mixup has made NaN
                 _logger.debug('', exc_info=True)
-                raise RunError(f'The loss cannot be computed in {run.whereabouts.place}: {error}') from error
+                raise RunError(f'The loss cannot be computed in {run.watchdog.place}: {error}') from error
         run.guard.watch(result['loss'], is_update)
         _backward(run, result['loss'] * (_gradient_scale(run, input) / accum_steps))
     batch_passed, update_passed = run.guard.passed()
@@ -261,7 +261,7 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
     try:
         for index, (input, target) in enumerate(_batches(loader), start=first):
             accum_steps, is_update = _accumulation(index, len(loader), args.grad_accum_steps)
-            run.whereabouts.move(f'epoch {epoch}, update {index // args.grad_accum_steps}')
+            run.watchdog.move(f'epoch {epoch}, update {index // args.grad_accum_steps}')
             input, target = _to_device(run, input, target)
             decision = _decide(run, epoch, index)
             if run.loaders.mixup_fn is not None:
@@ -311,7 +311,7 @@ def validate(run: Run, model: nn.Module) -> dict[str, float]:
     model.eval()
     run.loaders.validated = True
     for index, (input, target) in enumerate(_batches(loader)):
-        run.whereabouts.move(f'validation, batch {index}')
+        run.watchdog.move(f'validation, batch {index}')
         input, target = _to_device(run, input, target)
         with run.precision.autocast():
             output = model(input)

@@ -13,7 +13,14 @@ from timm import utils
 from timm.models import clean_state_dict
 
 from ..common.console import is_first_on_machine, setup_logging
-from ..common.errors import RunError, UsageError, blame, heed_dead_workers, ignore_dead_workers, is_dead_worker
+from ..common.errors import (
+    RunError,
+    UsageError,
+    is_dead_worker,
+    restore_worker_errors,
+    suppress_worker_errors,
+    usage_errors,
+)
 from ..common.files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
 from .branches import set_aside
 from .calibration import forget_calibrated, write_calibrated
@@ -79,7 +86,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
     """Make the folder of the run, on the first process; what an earlier run left there is continued, or replaced."""
     if not utils.is_primary(run.args):
         return None
-    with blame(f'--output {run.folder}'):
+    with usage_errors(f'--output {run.folder}'):
         if run.args.experiment:
             os.makedirs(run.folder, exist_ok=True)
         else:
@@ -214,14 +221,14 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
     except KeyboardInterrupt:
         if hub is not None:
             hub.abandon()
-        ignore_dead_workers()
+        suppress_worker_errors()
         _interrupt(run, epoch, saver)
         raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     except RuntimeError as error:
         if is_dead_worker(error):
             raise RunError(f'{error} Is there enough memory for {run.args.workers} --workers?') from error
         if is_lost_contact(error):
-            raise lost_contact(error, run.whereabouts.place, run.args.dist_timeout) from error
+            raise lost_contact(error, run.watchdog.place, run.args.dist_timeout) from error
         raise
 
 
@@ -264,12 +271,12 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
             f'The run in {run.folder} is complete: {run.start_epoch} of {run.stop_epoch} epochs. For more raise '
             f'{"--stop-epoch" if run.stop_epoch < run.num_epochs else "--epochs"}.')
     if run.args.distributed:
-        run.whereabouts.watch(0.9 * run.args.dist_timeout)
+        run.watchdog.watch(0.9 * run.args.dist_timeout)
     with run.stop:
         try:
             _train(run, saver, log_wandb, hub)
         except RunError as error:
-            ignore_dead_workers()
+            suppress_worker_errors()
             if saver is not None or not error.is_shared:
                 _logger.error(error)
             if saver is not None:
@@ -277,10 +284,10 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
             raise
         except Exception as error:
             if run.args.distributed and not isinstance(error, (Interrupted, UsageError)):
-                _logger.error(f'Failed in {run.whereabouts.place}.')
+                _logger.error(f'Failed in {run.watchdog.place}.')
             raise
         finally:
-            run.whereabouts.end()
+            run.watchdog.end()
     if saver is not None and run.loaders.calibration is not None and saver.best_metric is not None:
         model = utils.unwrap_model(run.task.get_eval_model())
         write_calibrated(run.folder, model, run.loaders.calibration, run.precision.autocast)
@@ -304,7 +311,7 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
     path = run.args.validate
     checkpoint = read_checkpoint(path)
     key = entry_to_validate(run, checkpoint)
-    with blame(f'{path} does not fit --model {run.args.model}'):
+    with usage_errors(f'{path} does not fit --model {run.args.model}'):
         try:
             run.task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
         except RuntimeError:
@@ -389,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _status(rest)
     finally:
         unlock_folders()
-        heed_dead_workers()
+        restore_worker_errors()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

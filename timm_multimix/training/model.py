@@ -10,7 +10,7 @@ from timm.models import create_model, resolve_model_input_args
 from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..dense.hook import attach, outputs_in_evaluation
 from ..hub import WEIGHTS_NAME, download, is_hub_name
 from .checkpoints import check_weights_file
@@ -28,7 +28,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.pretrained_path:
         # The file comes before any URL, and -1 classes let the classifier be adapted to it.
         overlay = {'file': args.pretrained_path, 'num_classes': -1, **overlay}
-    with blame(f'--model {args.model}'):
+    with usage_errors(f'--model {args.model}'):
         return resolve_model_input_args(
             args.model, vars(args), pretrained_cfg_overlay=overlay or None, **args.model_kwargs)
 
@@ -59,11 +59,11 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     }
     checkpoint_path = args.initial_checkpoint
     if is_hub_name(checkpoint_path):
-        with blame(f'--initial-checkpoint {checkpoint_path}'):
+        with usage_errors(f'--initial-checkpoint {checkpoint_path}'):
             checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, HF_WEIGHTS_NAME)
     files = ('initial_checkpoint', 'pretrained_path')
     started = ''.join(f', --{name.replace("_", "-")} {path}' for name in files if (path := getattr(args, name)))
-    with blame(f'--model {args.model}{started}'):
+    with usage_errors(f'--model {args.model}{started}'):
         try:
             model = create_model(
                 pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=checkpoint_path, **options)
@@ -76,7 +76,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     args.num_classes = model.num_classes
     _initialise_head(args, model)
     if args.grad_checkpointing:
-        with blame('--grad-checkpointing'):
+        with usage_errors('--grad-checkpointing'):
             model.set_grad_checkpointing(enable=True)
     parameters = sum(p.numel() for p in model.parameters())
     _logger.info(f'Model {args.model}: {parameters / 1e6:.1f} million parameters, {args.num_classes} classes.')
@@ -86,7 +86,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
 @torch.no_grad()
 def _initialise_head(args: argparse.Namespace, model: nn.Module) -> None:
     classifier = model.get_classifier()
-    with blame('--head-init-scale, --head-init-bias'):
+    with usage_errors('--head-init-scale, --head-init-bias'):
         if args.head_init_scale is not None:
             classifier.weight.mul_(args.head_init_scale)
             classifier.bias.mul_(args.head_init_scale)
@@ -103,7 +103,7 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     Raises:
         UsageError: if --mean or --std do not fit the channels.
     """
-    with blame('--mean and --std take one value, or one for each channel'):
+    with usage_errors('--mean and --std take one value, or one for each channel'):
         config = resolve_data_config(vars(args), model=model)
     channels = config['input_size'][0]
     for name in ('mean', 'std'):
@@ -124,7 +124,7 @@ def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: d
     channels, *size = data_config['input_size']
     model.eval()
     for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
-        with blame(f'{args.model} does not take images of {height} x {width} pixels (see --img-size)'):
+        with usage_errors(f'{args.model} does not take images of {height} x {width} pixels (see --img-size)'):
             parameter = next(model.parameters())
             model(torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype))
     model.train()
@@ -182,6 +182,6 @@ def place_model(
         model = convert_sync_batchnorm(model)
         _logger.info('BatchNorm is synchronised. Layers whose scale starts at zero, as in ResNets, may train worse.')
     if args.torchscript:
-        with blame('--torchscript'):
+        with usage_errors('--torchscript'):
             model = torch.jit.script(model)
     return model

@@ -17,7 +17,7 @@ from timm.task import (
 )
 from torch import nn
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..criteria import check_num_classes
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
@@ -56,7 +56,7 @@ def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: if class weights cannot be read, or do not fit the classes.
     """
-    with blame('--class-stats, --loss-pos-weight or --loss-class-weight'):
+    with usage_errors('--class-stats, --loss-pos-weight or --loss-class-weight'):
         stats = load_class_stats(args.class_stats)
         options = dict(
             loss_type=args.loss,
@@ -103,7 +103,7 @@ def build_task(
     """
     shared = dict(criterion_kwargs=criterion_options(args), device=device, dtype=dtype, verbose=False)
     if args.kd_model_name:
-        with blame(f'--kd-model-name {args.kd_model_name}'):
+        with usage_errors(f'--kd-model-name {args.kd_model_name}'):
             task = _distillation_task(args, model, **shared)
             check_num_classes(task.criterion, args.num_classes)
             return task
@@ -111,12 +111,12 @@ def build_task(
     if multi_label:
         shared['threshold'] = args.multilabel_threshold
     # With MultiMix in two steps, so that each error names its cause.
-    with blame(f'--loss {args.loss or "(default)"}'):
+    with usage_errors(f'--loss {args.loss or "(default)"}'):
         task = (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
         check_num_classes(task.criterion, args.num_classes)
     if args.multimix == 'off':
         return task
-    with blame(f'--multimix {args.multimix}'):
+    with usage_errors(f'--multimix {args.multimix}'):
         return _multimix_task(MultiLabelMultiMixTask if multi_label else MultiMixTask, model, shared, args)
 
 
@@ -141,7 +141,7 @@ def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict,
     options = multimix_kwargs(args)
     if args.multimix_teacher not in ('none', 'ema'):
         path = f', --multimix-teacher-path {args.multimix_teacher_path}' if args.multimix_teacher_path else ''
-        with blame(f'--multimix-teacher {args.multimix_teacher}{path}'):
+        with usage_errors(f'--multimix-teacher {args.multimix_teacher}{path}'):
             options.update(teacher=_pretrained_teacher(model, shared, args), teacher_path=None)
     _logger.info(describe_batches(args))
     try:

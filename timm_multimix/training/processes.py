@@ -70,7 +70,7 @@ def of_the_first(value: Any) -> Any:
     return values[0]
 
 
-class Whereabouts:
+class Watchdog:
     """Where in the run a process is, for messages; and a watch that tells it when the process gets no further.
 
     Collectives on a GPU that nobody answers do not fail in Python: after the timeout the process is aborted. So a

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from torch.optim import Optimizer
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..options import multimix_option_names
 from .checkpoints import read_checkpoint
 from .optimizer_state import check_optimizer, load_optimizer
@@ -117,7 +117,7 @@ def load_weights(task: TrainingTask, path: str, name: str) -> None:
     Raises:
         UsageError: if they are of another model.
     """
-    with blame(f'--resume {name} does not fit this model'):
+    with usage_errors(f'--resume {name} does not fit this model'):
         task.load_checkpoint_state(load_file(path))
     _logger.warning(f'--resume {name} holds weights alone: optimizer, schedule and epochs start anew.')
 

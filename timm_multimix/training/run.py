@@ -21,7 +21,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
-from ..common.errors import UsageError, blame
+from ..common.errors import UsageError, usage_errors
 from ..common.files import lock_folder
 from ..data.demo import Part
 from ..hub import WEIGHTS_NAME, download, is_hub_name
@@ -42,7 +42,7 @@ from .model import (
     resolve_data,
 )
 from .objective import build_task
-from .processes import Whereabouts, choose_device, join_processes, of_the_first
+from .processes import Watchdog, choose_device, join_processes, of_the_first
 from .progress import reading_progress, step_scheduler, usable_progress
 from .resuming import load_weights, resume, setup_ema
 from .saved_weights import changes, entries
@@ -90,7 +90,7 @@ class Run:
         interrupted: Averages of an epoch that goes on in its middle, None for one that begins.
         guard: What keeps losses that are not finite from the weights.
         stop: Whether the user wants it to end.
-        whereabouts: Where in the run this process is.
+        watchdog: Where in the run this process is.
     """
     args: argparse.Namespace
     device: torch.device
@@ -113,7 +113,7 @@ class Run:
     interrupted: dict[str, Any] | None = None
     guard: LossGuard | None = None
     stop: StopRequest = field(default_factory=StopRequest)
-    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def decreasing(self) -> bool:
@@ -123,17 +123,17 @@ class Run:
 
 def _setup_device(args: argparse.Namespace) -> torch.device:
     for module in args.device_modules or ():
-        with blame('--device-modules'):
+        with usage_errors('--device-modules'):
             importlib.import_module(module)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     if args.fuser:
-        with blame(f'--fuser {args.fuser}'):
+        with usage_errors(f'--fuser {args.fuser}'):
             utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
         set_fast_norm()
-    with blame(f'--device {args.device}'):
+    with usage_errors(f'--device {args.device}'):
         device = choose_device(args)
     if args.distributed:
         join_processes(device, args.rank, args.world_size, args.dist_timeout)
@@ -179,7 +179,7 @@ def _run_folder(args: argparse.Namespace, image_size: int) -> str:
 
 def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
     args = run.args
-    with blame(f'--sched {args.sched}'):
+    with usage_errors(f'--sched {args.sched}'):
         run.scheduler, run.num_epochs = create_scheduler_v2(
             run.optimizer,
             **scheduler_kwargs(args, decreasing_metric=run.decreasing),
@@ -203,12 +203,12 @@ def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
 def _build_training(run: Run) -> None:
     """Optimizer, checkpoint to continue from, average of the weights, compilation, distribution, schedule."""
     args, task = run.args, run.task
-    with blame(f'--opt {args.opt}'):
+    with usage_errors(f'--opt {args.opt}'):
         run.optimizer = create_optimizer_v2(
             task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     path = args.resume or None
     if path and utils.is_primary(args) and os.path.isdir(run.folder):
-        with blame(f'--output {run.folder}'):
+        with usage_errors(f'--output {run.folder}'):
             lock_folder(run.folder)  # no other process may write what is read from here on
     if args.resume == 'auto':
         path = newest_checkpoint(run.folder) if utils.is_primary(args) else None
@@ -217,7 +217,7 @@ def _build_training(run: Run) -> None:
     if args.distributed:
         path = of_the_first(path)
     if path and is_hub_name(path):
-        with blame(f'--resume {path}'):
+        with usage_errors(f'--resume {path}'):
             path = download(path, 'last.pth.tar', WEIGHTS_NAME)
     elif path and args.distributed and not os.path.isfile(path):
         raise UsageError(f'--resume {path}: machine {socket.gethostname()} has no such file. Share the folder.')
@@ -258,7 +258,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
     if not args.torchcompile:
         return
     mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
-    with blame(f'--torchcompile {args.torchcompile}{mode}'):
+    with usage_errors(f'--torchcompile {args.torchcompile}{mode}'):
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if task.has_ema():
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
