@@ -6,6 +6,7 @@ from loss_helpers import PAPERS_ALPHA, literal_gradient, problem, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_multimix.losses.functional
 import timm_multimix.losses.weights
 from timm_multimix import (
     MultiMixLoss,
@@ -42,7 +43,7 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Takes the roads that are taken on a GPU, where looking at values and drawing again would synchronise."""
-    monkeypatch.setattr(timm_multimix.losses.module, '_may_look', lambda tensor: False)
+    monkeypatch.setattr(timm_multimix.losses.functional, '_may_look', lambda tensor: False)
     monkeypatch.setattr(timm_multimix.losses.weights, '_can_draw_again', lambda device: False)
 
 OPTIONS = [
