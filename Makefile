@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python train_timm.py --config hfconfigs/digits_resnet18.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -242,6 +242,7 @@ def test_attach_and_remove_leave_the_model_as_it_was(backbone):
     assert [(module, type(module), set(module.__dict__)) for module in model.modules()] == before
 
 
+@pytest.mark.slow
 def test_attached_model_pickles_and_copies(backbone):
     model = build(*BACKBONES[backbone.module], device='meta')
     attach(model, attention='uniform')

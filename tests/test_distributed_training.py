@@ -219,7 +219,9 @@ def test_validation_is_that_of_one_process(tmp_path):
 
 @pytest.mark.parametrize(('signalled', 'flags', 'options'), [
     (1, ['--model-ema', '--multimix-gather'], dict(multimix='dense', aa='rand-m3')),
-    (0, [], dict(multimix='dense', multimix_prob=0.5, mixup=1.0, workers=1)),
+    (0, [], dict(multimix='dense', multimix_prob=0.5, mixup=1.0)),
+    pytest.param(
+        0, [], dict(multimix='dense', multimix_prob=0.5, mixup=1.0, workers=1), marks=pytest.mark.slow),
 ])
 def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_folder, signalled, flags, options):
     argv = arguments(image_folder, *flags, **options)

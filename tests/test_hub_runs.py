@@ -246,6 +246,7 @@ def test_signal_to_the_push_command(server, script, trained, number):
     assert server.repos['user/model'].titles == ['initial commit']
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_killed_push_command(server, script, trained):
     """The next command removes the copies of the weights that it left, and not those of a living one."""

@@ -251,6 +251,7 @@ def test_report_leaves_out_what_is_not_defined(tmp_path, baseline, ours):
     assert study_report.report(study, table, 'temperature').splitlines()[-1].split('|')[-3].strip() == ''
 
 
+@pytest.mark.slow
 def test_a_study_from_end_to_end(tmp_path):
     path, folder = write(tmp_path, seeds=2, lrs=[0.1]), tmp_path / 'results'
     first = command(path, '--results', folder, '--workers', 1, '--methods', 'dense')
@@ -275,6 +276,7 @@ def test_a_study_from_end_to_end(tmp_path):
     assert 'methods are' in command(path, '--results', folder, '--report-only', '--baseline', 'sparse').stderr
 
 
+@pytest.mark.slow
 def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
     path, folder = write(tmp_path, seeds=1000, lrs=[0.1]), tmp_path / 'results'
     study = subprocess.Popen(

@@ -218,7 +218,7 @@ def test_teacher_of_a_checkpoint_without_one_is_what_the_student_is():
     assert same(task.teacher.module, other.get_trainable_module())
 
 
-@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('shared', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles(shared):
     task, batch = make_task(), make_batch()
     reference = make_task()
