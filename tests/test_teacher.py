@@ -288,12 +288,14 @@ def test_pretrained_teacher_of_other_classes_is_refused():
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch):
-    """A loop of one's own, then a teacher in it, whose weights are those of a plain model."""
-    own, teacher = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)[:2]
-    assert 'attach(' in own and 'EMATeacher(' in teacher
+    """The README's training loop, alternation with mixup, and a teacher whose weights load into a plain model."""
+    own, alternating, teacher = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)[:3]
+    assert 'attach(' in own and 'handle.enabled' in alternating and 'EMATeacher(' in teacher
     names = dict(loader=[(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))])
     monkeypatch.chdir(tmp_path)
     exec(own.replace('resnet50', 'test_resnet').replace('handle.remove()', 'pass'), names)
+    exec(alternating, names)
+    names['handle'].enabled = True
     exec(teacher, names)
     assert names['loss'].isfinite()
     timm.create_model('test_resnet', num_classes=10).load_state_dict(
