@@ -83,7 +83,7 @@ def test_continuing_from_an_earlier_checkpoint_begins_a_branch(script, image_fol
     with stopping(updates=4):  # three updates in an epoch: in epoch 3
         argv = dict(epochs=6, lr=0.02, resume=folder / 'checkpoint-1.pth.tar')
         assert script.train(image_folder, **argv) == 143, script.text
-    assert 'The run so far is in output/train/run/recovery-3-0.pth.tar' in script.text
+    assert 'The latest checkpoint is output/train/run/recovery-3-0.pth.tar' in script.text
     moved = folder / 'superseded-1'
     assert f'moved to output/train/run/{moved.name}' in script.text
     assert {'last.pth.tar', 'checkpoint-2.pth.tar', 'checkpoint-3.pth.tar', 'checkpoint-4.pth.tar',

@@ -110,11 +110,11 @@ def test_runs_of_the_same_second_have_folders_of_their_own(script, image_folder,
 def test_a_complete_run_says_so(script, image_folder):
     assert script.train(image_folder, '--model-ema', epochs=2) == 0
     assert script.train(image_folder, '--model-ema', epochs=2, resume='auto') == 0
-    assert 'run is complete: 2 of 2 epochs. For more raise --epochs' in script.text
+    assert 'run is complete: 2 of 2 epochs. To train longer, increase --epochs' in script.text
     assert 'Continuing from output/train/run/last.pth.tar' in script.text
     assert 'Epochs' not in script.text and 'Loaded' not in script.text
     assert script.train(image_folder, '--model-ema', epochs=3, stop_epoch=2, resume='auto') == 0
-    assert 'For more raise --stop-epoch' in script.text
+    assert 'To train longer, increase --stop-epoch' in script.text
 
 
 def test_another_objective_is_told_when_a_run_continues(script, image_folder):

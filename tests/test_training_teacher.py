@@ -6,7 +6,7 @@ import timm
 import torch
 from distributed_helpers import run_script
 
-from timm_multimix.training.main import _whose
+from timm_multimix.training.main import _export_hint
 
 pytest_plugins = ['training_helpers']
 
@@ -26,7 +26,7 @@ def test_both_are_validated_and_saved(script, image_folder):
     assert not same(checkpoint['state_dict'], checkpoint['state_dict_teacher'])
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(checkpoint['state_dict_teacher'])
-    assert 'teacher_top1' in script.text and 'ship those' in script.text
+    assert 'teacher_top1' in script.text and 'Export these weights' in script.text
 
 
 @pytest.mark.parametrize('metric, entry', [
@@ -84,7 +84,7 @@ def test_all_weights_are_candidates(script, image_folder, metric, entry):
     assert best['metric'] == pytest.approx(losses[best['metric_of']])
     columns = [COLUMNS[entry]] if entry else COLUMNS.values()
     shown = min(float(row[column]) for row in script.summary() for column in columns)
-    assert best['metric'] == pytest.approx(shown) and f'({best["metric_of"]}): ship those' in script.text
+    assert best['metric'] == pytest.approx(shown) and f'({best["metric_of"]}). Export these weights' in script.text
     path = script.run_folder() / 'model_best.pth.tar'
     assert script('--config', script.run_folder() / 'args.yaml', '--validate', path) == 0
     assert f'loss {best["metric"]:.4g}' in script.text
@@ -97,7 +97,7 @@ def test_without_a_teacher_the_average_alone_counts_as_in_timm(script, image_fol
     assert checkpoint['metric_of'] == 'state_dict_ema' and not any('ema_' in name for name in row)
     losses = {entry: metrics['loss'] for entry, metrics in checkpoint['metrics'].items()}
     assert losses['state_dict'] < losses['state_dict_ema'] == pytest.approx(float(row['eval_loss']))
-    assert 'Without averaging the weights: loss' in script.text and '(state_dict_ema): ship those' in script.text
+    assert 'Without averaging the weights: loss' in script.text and '(state_dict_ema). Export' in script.text
 
 
 def test_calibrated_weights_know_whose_they_are(script, image_folder, tmp_path):
@@ -139,16 +139,16 @@ def test_resuming_tells_what_becomes_of_a_teacher(script, image_folder):
 
 
 @pytest.mark.parametrize('entry, words', [
-    ('state_dict_teacher', "the teacher's weights (state_dict_teacher): ship those"),
-    ('state_dict', 'the trained weights (state_dict): ship those'), (None, '')])
+    ('state_dict_teacher', "the teacher's weights (state_dict_teacher). Export these weights"),
+    ('state_dict', 'the trained weights (state_dict). Export these weights'), (None, '')])
 def test_weights_to_ship_are_named_whoever_trains_now(tmp_path, entry, words):
     """Also where the best checkpoint is of a teacher that the run went on without."""
     path = str(tmp_path / 'model_best.pth.tar')
     torch.save(dict(state_dict={}, state_dict_teacher={}, **({'metric_of': entry} if entry else {})), path)
-    text = _whose(SimpleNamespace(folder=str(tmp_path)), path)
+    text = _export_hint(SimpleNamespace(folder=str(tmp_path)), path)
     assert words in text and bool(text) == bool(entry)
     torch.save(dict(state_dict={}, metric_of='state_dict'), path)
-    assert _whose(SimpleNamespace(folder=str(tmp_path)), path) == ''
+    assert _export_hint(SimpleNamespace(folder=str(tmp_path)), path) == ''
 
 
 @pytest.mark.parametrize('views', [1, 2])

@@ -1,4 +1,4 @@
-"""What train_timm.py runs. Knows MultiMix through task.py and options.py only."""
+"""The training script train_timm.py. It depends on MultiMix only through task.py and options.py."""
 from .main import main
 
 __all__ = ['main']

@@ -1,4 +1,4 @@
-"""train_timm.py: from the command line to the last checkpoint."""
+"""Entry point of train_timm.py: training, validation and exit status."""
 import argparse
 import logging
 import os
@@ -42,14 +42,14 @@ from .validation import entry_to_validate, share_batch_norm, shown, validate_epo
 
 _logger = logging.getLogger(__name__)
 
-_EXIT_BY_SIGNAL = 128  # and the number of the signal, as shells count it
+_EXIT_BY_SIGNAL = 128  # plus the signal number, as in shells
 
 
 class Interrupted(Exception):
     """The user stopped the run.
 
     Attributes:
-        signal_number: How.
+        signal_number: Number of the signal.
     """
 
     def __init__(self, signal_number: int):
@@ -62,14 +62,14 @@ def _save_args(run: Run, args_text: str) -> None:
 
 
 def _start_wandb(run: Run) -> bool:
-    """Start logging to Weights & Biases, if that is asked for and possible."""
+    """Start logging to Weights & Biases if --log-wandb is given and wandb is installed."""
     args = run.args
     if not args.log_wandb:
         return False
     try:
         import wandb
     except ImportError:
-        _logger.warning('--log-wandb: the package is not installed, try `pip install wandb`. Training goes on without.')
+        _logger.warning('--log-wandb is ignored: wandb is not installed. Install it with `pip install wandb`.')
         return False
     wandb.init(
         project=args.wandb_project,
@@ -83,17 +83,17 @@ def _start_wandb(run: Run) -> bool:
 
 
 def _open_folder(run: Run, args_text: str) -> RunSaver | None:
-    """Make the folder of the run, on the first process; what an earlier run left there is continued, or replaced."""
+    """Create and lock the output folder and return its saver; return None on all processes but the first."""
     if not utils.is_primary(run.args):
         return None
     with usage_errors(f'--output {run.folder}'):
         if run.args.experiment:
             os.makedirs(run.folder, exist_ok=True)
         else:
-            run.folder = make_folder(run.folder)  # named by the time: another may have begun in the same second
+            run.folder = make_folder(run.folder)  # another run may have started in the same second
         lock_folder(run.folder)
-        check_run_folder(run.args)  # once more, now that no other run can make one there
-        read_summary(run.folder)  # raises if it cannot be continued
+        check_run_folder(run.args)  # again: another run may have written here before the lock
+        read_summary(run.folder)  # raises UsageError if the file is invalid
         remove_temporary(run.folder)
         _save_args(run, args_text)
         write_config(run)
@@ -122,7 +122,7 @@ def _of_kind(prefix: str, names: Sequence[str]) -> list[str]:
 
 
 def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
-    # Parts that are absent in some epochs keep their column, or rows would not fit the header.
+    # Loss terms that are absent in some epochs keep their column, so that all rows match the header.
     others = ('loss', 'top1', 'unreadable')
     parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name not in others])
     top1 = ['top1'] if run.args.task == 'classification' else []
@@ -142,7 +142,7 @@ def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict
             )
     except OSError as error:
         raise RunError(f'{path} could not be written: {error.strerror or error}.') from error
-    except UsageError as error:  # somebody else has written it during the run
+    except UsageError as error:  # the file was changed by another program during the run
         raise RunError(str(error)) from error
 
 
@@ -179,7 +179,7 @@ def _command(run: Run, *options: str) -> str:
     launcher = ['python']
     if run.args.distributed:
         launcher = ['torchrun', '--nproc-per-node', os.environ.get('LOCAL_WORLD_SIZE', str(run.args.world_size))]
-    code = ['--dataset-trust-remote-code'] if run.args.dataset_trust_remote_code else []  # no file may ask for these
+    code = ['--dataset-trust-remote-code'] if run.args.dataset_trust_remote_code else []  # never from a config file
     code += ['--device-modules', *run.args.device_modules] if run.args.device_modules else []
     if dataset_danger(run.args):
         code += [part for name in DATA_OPTIONS if (value := getattr(run.args, name))
@@ -188,17 +188,17 @@ def _command(run: Run, *options: str) -> str:
 
 
 def _how_to_continue(run: Run, saver: RunSaver) -> str:
-    """The last line of a run that ended early."""
+    """Return the message with the command to continue a run that ended early."""
     latest = saver.latest()
     if latest is None:
         return 'No checkpoint has been written yet.'
     parent, name = os.path.split(run.folder)
     command = _command(run, '--output', parent, '--experiment', name, '--resume', 'auto')
-    return f'The run so far is in {latest}. Continue with\n  {command}'
+    return f'The latest checkpoint is {latest}. Continue with\n  {command}'
 
 
 def _interrupt(run: Run, epoch: int, saver: RunSaver | None) -> None:
-    """Save what was trained in an epoch whose validation was interrupted, and say how to continue."""
+    """Save a recovery checkpoint if validation was interrupted, and log how to continue."""
     run.stop.ignore()
     if saver is None:
         return
@@ -226,35 +226,35 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
         raise Interrupted(run.stop.signal_number or signal.SIGINT) from None
     except RuntimeError as error:
         if is_dead_worker(error):
-            raise RunError(f'{error} Is there enough memory for {run.args.workers} --workers?') from error
+            raise RunError(f'{error} Check that there is enough memory for {run.args.workers} --workers.') from error
         if is_lost_contact(error):
             raise lost_contact(error, run.watchdog.place, run.args.dist_timeout) from error
         raise
 
 
-def _whose(run: Run, path: str) -> str:
-    """Which weights of a checkpoint its metric is of, and how to ship them, where it holds more than one set."""
+def _export_hint(run: Run, path: str) -> str:
+    """Return the weight set of the metric and its export command, or '' if there is only one weight set."""
     checkpoint = read_checkpoint(path, verify=False)
     entry = checkpoint.get('metric_of')
     if entry is None or len(set(saved_weights(checkpoint).values())) == 1:
         return ''
     command = shlex.join(
         ['python', '-m', 'timm_multimix.hub', 'export', run.folder, os.path.join(run.folder, 'model')])
-    return (f'\nThat is of {described(checkpoint, entry)} ({entry}): ship those. As a folder that timm loads:'
+    return (f'\nThe metric is for {described(checkpoint, entry)} ({entry}). Export these weights for timm with'
             f'\n  {command}')
 
 
 def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
-    """Train a run to its end, writing into its folder.
+    """Train a run to its last epoch and write its output folder.
 
     Args:
         run: The run.
-        args_text: Its arguments, as YAML.
-        hub: Pushes it; None on all processes that do not.
+        args_text: Arguments of the run, as YAML.
+        hub: Pushes the run to the Hub; None to push nothing.
 
     Raises:
-        Interrupted: if the user stopped it; what was reached is saved.
-        RunError: if it cannot go on; the last checkpoint is as it was.
+        Interrupted: if the user stopped the run. A checkpoint has been saved.
+        RunError: if the run cannot continue. The last checkpoint is unchanged.
     """
     saver = _open_folder(run, args_text)
     if saver is not None and run.start_epoch < run.stop_epoch:
@@ -265,11 +265,11 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     if run.start_epoch < run.stop_epoch:
         _logger.info(
             f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates '
-            f'each, into {run.folder}')
+            f'each. Output folder: {run.folder}')
     else:
         _logger.info(
-            f'The run in {run.folder} is complete: {run.start_epoch} of {run.stop_epoch} epochs. For more raise '
-            f'{"--stop-epoch" if run.stop_epoch < run.num_epochs else "--epochs"}.')
+            f'The run in {run.folder} is complete: {run.start_epoch} of {run.stop_epoch} epochs. To train longer, '
+            f'increase {"--stop-epoch" if run.stop_epoch < run.num_epochs else "--epochs"}.')
     if run.args.distributed:
         run.watchdog.watch(0.9 * run.args.dist_timeout)
     with run.stop:
@@ -295,7 +295,8 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(
-            f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}{_whose(run, best)}')
+            f'Best {run.eval_metric}: {saver.best_metric:.4g} in epoch {saver.best_epoch}, {best}'
+            f'{_export_hint(run, best)}')
         if run.loaders.evaluation is not None:
             _logger.info('Validate it with\n  ' + _command(run, '--validate', best))
     if hub is not None:
@@ -303,10 +304,16 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
 
 
 def validate_checkpoint(run: Run) -> dict[str, float]:
-    """Validate the checkpoint that --validate names: the weights that its metric is of.
+    """Validate the checkpoint given by --validate.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Metrics of the weights selected by entry_to_validate.
 
     Raises:
-        UsageError: if it does not fit the model.
+        UsageError: if the checkpoint does not fit the model.
     """
     path = run.args.validate
     checkpoint = read_checkpoint(path)
@@ -325,7 +332,7 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
 
 
 def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of --timm-script, and the rest of the command line."""
+    """Split the command line into the value of --timm-script and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--timm-script')
     known, rest = parser.parse_known_args(argv)
@@ -334,7 +341,7 @@ def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    kept = {name: value for name, value in vars(args).items() if name not in COMMAND_LINE_ONLY}
+    saved = {name: value for name, value in vars(args).items() if name not in COMMAND_LINE_ONLY}
     hub = HubPush.start(args)
     try:
         run = build_run(args)
@@ -351,19 +358,19 @@ def _run(argv: Sequence[str]) -> None:
             _logger.error(error)
             raise
     else:
-        fit(run, yaml.safe_dump(kept | run.settled, default_flow_style=False), hub)
+        fit(run, yaml.safe_dump(saved | run.settled, default_flow_style=False), hub)
 
 
 def _status(argv: Sequence[str]) -> int:
-    """Run, and tell what became of it; of the run nothing is left then."""
+    """Run and return the exit status. All references to the run are released on return."""
     try:
         with ending_workers():
             _run(argv)
     except UsageError as error:
-        if is_first_on_machine():  # all of them see the same options and files
+        if is_first_on_machine():  # all processes raise the same error
             _logger.error(error)
         return 2
-    except RunError:  # told already
+    except RunError:  # already logged
         return 1
     except RuntimeError as error:
         if not is_dead_worker(error):
@@ -381,15 +388,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run train_timm.py.
 
     Args:
-        argv: Command line, by default that of the process.
+        argv: Command line arguments, by default sys.argv[1:].
 
     Returns:
-        Exit status: 0, 1 for a run that could not go on, 2 for something that the user can put right, 130 after Ctrl-C,
-        143 after SIGTERM.
+        Exit status: 0 for success, 1 for a run that failed, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     script, rest = _timm_script(sys.argv[1:] if argv is None else argv)
     if script is not None:
-        from ..patch import main as run_patched  # builds on this package
+        from ..patch import main as run_patched  # imports this package
         return run_patched([script, *rest])
     setup_logging()
     try:

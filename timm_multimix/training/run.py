@@ -1,4 +1,4 @@
-"""One place where a run is built from its arguments."""
+"""Build a training run from its arguments."""
 import argparse
 import importlib
 import logging
@@ -55,9 +55,9 @@ class Precision:
     """Number formats of a run.
 
     Attributes:
-        dtype: Of model and images, None for float32.
-        autocast: Makes the context of a forward pass.
-        loss_scaler: Scales the loss of float16 training, else None.
+        dtype: Dtype of model and images, None for float32.
+        autocast: Returns the autocast context of a forward pass.
+        loss_scaler: Loss scaler for float16 autocast on CUDA, else None.
     """
     dtype: torch.dtype | None
     autocast: Callable[[], Any]
@@ -66,31 +66,31 @@ class Precision:
 
 @dataclass
 class Run:
-    """Everything that training needs; made by build_run.
+    """State of a training run, created by build_run.
 
     Attributes:
         args: Arguments, by timm's names.
         device: Device of this process.
         precision: Number formats.
-        task: What turns a batch into a loss; owns the model.
-        loaders: Where batches come from.
+        task: timm training task. It owns the model and computes the loss.
+        loaders: Training, validation and calibration loaders.
         data_config: Input size, pixel statistics, crop and interpolation.
-        class_to_idx: Class names of the model and their indices, None if the data do not name them.
+        class_to_idx: Index of each class name, None if the class names are unknown.
         optimizer: The optimizer, None for a run that only validates.
-        scheduler: Schedule of the learning rate; None for --sched none.
-        eval_metric: Metric that makes a checkpoint the best.
+        scheduler: Learning rate scheduler, None for --sched none.
+        eval_metric: Metric that selects the best checkpoint.
         updates_per_epoch: Optimizer updates in an epoch.
         start_epoch: First epoch to train.
         num_epochs: Epochs of the schedule.
-        stop_epoch: Epoch not to train any more: num_epochs or earlier.
-        folder: Where the run writes.
+        stop_epoch: Training ends before this epoch; at most num_epochs.
+        folder: Output folder.
         resumed_from: Checkpoint that the run continues from, or None.
-        settled: Options that are not what was given, because the optimizer continues with those it began with.
-        progress: The place in the run that a checkpoint of the present weights would name, None where there is none.
-        interrupted: Averages of an epoch that goes on in its middle, None for one that begins.
-        guard: What keeps losses that are not finite from the weights.
-        stop: Whether the user wants it to end.
-        watchdog: Where in the run this process is.
+        settled: Optimizer options that were reset to the values in the checkpoint.
+        progress: Progress that belongs to the current weights, None if there is none.
+        interrupted: Metric averages of an interrupted epoch to continue, None for a new epoch.
+        guard: Skips updates whose loss is not finite.
+        stop: Stop request of the user (SIGINT or SIGTERM).
+        watchdog: Current place of this process in the run.
     """
     args: argparse.Namespace
     device: torch.device
@@ -145,7 +145,7 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
 def _setup_precision(args: argparse.Namespace, device: torch.device) -> Precision:
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     if dtype == torch.float16:
-        _logger.warning('--model-dtype float16 rarely trains well: bfloat16 has the range for it.')
+        _logger.warning('Training with --model-dtype float16 is often unstable. bfloat16 has a larger range.')
     if not args.amp:
         return Precision(dtype, nullcontext, None)
     amp_dtype = getattr(torch, args.amp_dtype)
@@ -158,7 +158,7 @@ def _setup_precision(args: argparse.Namespace, device: torch.device) -> Precisio
 
 
 def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
-    """Set args.lr from --lr-base and the batch size, unless it is given."""
+    """Set args.lr from --lr-base and the global batch size, unless --lr is given."""
     if args.lr:
         return
     global_batch_size = batch_size * args.world_size * args.grad_accum_steps
@@ -186,11 +186,11 @@ def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
             updates_per_epoch=run.updates_per_epoch,
         )
     if args.stop_epoch is not None and args.stop_epoch > run.num_epochs:
-        raise UsageError(f'--stop-epoch {args.stop_epoch} lies beyond the {run.num_epochs} epochs of the run.')
+        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {run.num_epochs} epochs of the run.')
     if args.multimix != 'off' and args.multimix_start_epoch >= run.num_epochs:
         raise UsageError(
-            f'--multimix-start-epoch {args.multimix_start_epoch}: the run has {run.num_epochs} epochs, counted from 0, '
-            'and none of them would have MultiMix.')
+            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {run.num_epochs} epochs of the '
+            'run, which are counted from 0.')
     run.stop_epoch = args.stop_epoch or run.num_epochs
     resume_epoch = checkpoint.get('epoch') or 0
     run.start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
@@ -201,7 +201,7 @@ def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
 
 
 def _build_training(run: Run) -> None:
-    """Optimizer, checkpoint to continue from, average of the weights, compilation, distribution, schedule."""
+    """Build the optimizer, resume, set up EMA, compile and distribute the model, and build the schedule."""
     args, task = run.args, run.task
     with usage_errors(f'--opt {args.opt}'):
         run.optimizer = create_optimizer_v2(
@@ -209,7 +209,7 @@ def _build_training(run: Run) -> None:
     path = args.resume or None
     if path and utils.is_primary(args) and os.path.isdir(run.folder):
         with usage_errors(f'--output {run.folder}'):
-            lock_folder(run.folder)  # no other process may write what is read from here on
+            lock_folder(run.folder)  # before its checkpoints are read
     if args.resume == 'auto':
         path = newest_checkpoint(run.folder) if utils.is_primary(args) else None
         if path is None and os.path.exists(os.path.join(run.folder, 'args.yaml')):
@@ -220,7 +220,7 @@ def _build_training(run: Run) -> None:
         with usage_errors(f'--resume {path}'):
             path = download(path, 'last.pth.tar', WEIGHTS_NAME)
     elif path and args.distributed and not os.path.isfile(path):
-        raise UsageError(f'--resume {path}: machine {socket.gethostname()} has no such file. Share the folder.')
+        raise UsageError(f'--resume {path}: not found on {socket.gethostname()}. All machines must share the folder.')
     if path and path.endswith('.safetensors'):
         load_weights(task, path, args.resume)
         path = None
@@ -230,12 +230,12 @@ def _build_training(run: Run) -> None:
     run.resumed_from = path
     run.settled = checkpoint.get('settled', {})
     if args.distributed:
-        # Processes start from seeds of their own, and the average below copies weights before DDP would share them.
+        # Each process has its own seed, and setup_ema copies the weights before DDP synchronizes them.
         for tensor in task.get_trainable_module().state_dict().values():
             torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
         setup_ema(args, task, path)
-    _tell_of_changes(task, args, checkpoint)
+    _warn_of_changes(task, args, checkpoint)
     compile_task(args, task)
     if args.distributed:
         options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
@@ -246,15 +246,15 @@ def _build_training(run: Run) -> None:
     _build_schedule(run, checkpoint)
 
 
-def _tell_of_changes(task: TrainingTask, args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
-    """Warn of weights in the checkpoint to continue from that do not simply go on: its average, or its teacher."""
-    kept = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
-    for line in changes(checkpoint.get('weights', {}), entries(kept, vars(args))):
+def _warn_of_changes(task: TrainingTask, args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Warn if the EMA or teacher weights of the checkpoint are not continued unchanged."""
+    names = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
+    for line in changes(checkpoint.get('weights', {}), entries(names, vars(args))):
         _logger.warning(f'--resume: {line}')
 
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
-    """Compile what a task runs, if --torchcompile asks for it; before distribution, which stays out of the graph."""
+    """Compile the model of a task if --torchcompile is given. Call it before the model is wrapped for distribution."""
     if not args.torchcompile:
         return
     mode = f' --torchcompile-mode {args.torchcompile_mode}' if args.torchcompile_mode else ''
@@ -265,16 +265,16 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
 
 
 def build_run(args: argparse.Namespace) -> Run:
-    """Build a run. Nothing is written to disk, except that the folder of a run to continue is locked.
+    """Build a run. Nothing is written to the output folder except the lock file of a run that is continued.
 
     Args:
         args: Arguments, from parse_args.
 
     Returns:
-        The run, at the epoch to start or continue with; with --validate without what only training needs.
+        The run, ready to start or continue. With --validate it has no optimizer and no schedule.
 
     Raises:
-        UsageError: if options, data, model or checkpoint are not as they should be.
+        UsageError: if options, data, model or checkpoint are invalid.
     """
     device = _setup_device(args)
     precision = _setup_precision(args, device)
