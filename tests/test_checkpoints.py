@@ -234,7 +234,7 @@ def test_broken_progress_is_a_usage_error(script, image_folder, entry, value):
 
 
 @pytest.mark.parametrize('changed,told', [
-    (dict(workers=1), 'The same images, but augmented otherwise'), (dict(batch_size=6), 'begins again'),
+    (dict(workers=1), 'Augmentations, but not images, will differ'), (dict(batch_size=6), 'begins again'),
     (dict(grad_accum_steps=2), 'begins again')])
 def test_what_cannot_be_exact_is_told(script, image_folder, changed, told):
     with stopping(updates=5):

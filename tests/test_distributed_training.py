@@ -202,7 +202,7 @@ def test_continuing_with_another_number_of_processes(tmp_path, image_folder):
     assert [outcome.status for outcome in outcomes] == [143, 143], outcomes[0].text
     last, = run_script(tmp_path, 1, *arguments(image_folder, '--resume', 'auto', epochs=3))
     assert last.status == 0, last.text
-    assert 'begins again, with the weights as they are: processes 2 before and 1 now' in last.text
+    assert 'begins again with the current weights: processes 2 before and 1 now' in last.text
 
 
 def test_validation_is_that_of_one_process(tmp_path):

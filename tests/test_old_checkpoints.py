@@ -29,7 +29,7 @@ def test_run_continues(script, image_folder, name):
     assert script(*argv, '--stop-epoch', NUM_EPOCHS[name], '--resume', 'auto') == 0, script.text
     newest = 'recovery-1-1' if name == 'recovery' else 'last'
     assert f'Continuing from output/train/{name}/{newest}.pth.tar' in script.text
-    for words in ('random state', 'without the interruption', 'begins again', 'is lost'):
+    for words in ('random state', 'uninterrupted run', 'begins again', 'is lost'):
         assert words not in script.text
     assert [int(row['epoch']) for row in script.summary(name)] == [*range(NUM_EPOCHS[name])]
     after = script.checkpoint(name=name)

@@ -160,7 +160,7 @@ def test_continued_run_is_the_uninterrupted_one(script, image_folder, name):
         with stopping(**stop):
             assert script.train(image_folder, *flags, **options, experiment=run) == 143, (stop, script.text)
         assert script.train(image_folder, *flags, **options, experiment=run, resume='auto') == 0, (stop, script.text)
-        assert 'without the interruption' not in script.text and 'begins again' not in script.text
+        assert 'uninterrupted run' not in script.text and 'begins again' not in script.text
         for file in ('last.pth.tar', 'model_best.pth.tar'):
             whole, continued = script.checkpoint(file, 'whole'), script.checkpoint(file, run)
             for entry in ('args', 'saver'):  # the name of the run is in them

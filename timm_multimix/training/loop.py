@@ -1,4 +1,4 @@
-"""The training loop and validation."""
+"""Training loop and validation loop."""
 import logging
 import os
 import pickle
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _begin_epoch(run: Run, epoch: int) -> None:
-    """Tell everything that depends on it which epoch it is."""
+    """Set the epoch of dataset, samplers and task, and switch mixup off at --mixup-off-epoch."""
     args, loader = run.args, run.loaders.train
     for part in (loader.dataset, getattr(loader, 'batch_sampler', None), getattr(loader, 'sampler', None)):
         if hasattr(part, 'set_epoch'):
@@ -40,11 +40,7 @@ def _begin_epoch(run: Run, epoch: int) -> None:
 
 
 def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Batches of a loader, whose failures are told in one line.
-
-    Raises:
-        RunError: if a batch cannot be made.
-    """
+    """Iterate over a loader and convert its errors to a RunError with a message of one line."""
     batches = iter(loader)
     while True:
         try:
@@ -54,14 +50,14 @@ def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             _logger.debug('', exc_info=True)
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            # All but the first are what is seen of a worker that dies while it sends.
-            hint = '' if isinstance(error, RuntimeError) else ' Has a worker died, for want of memory?'
+            # OSError, EOFError and UnpicklingError occur when a worker dies while it sends a batch.
+            hint = '' if isinstance(error, RuntimeError) else ' A worker may have died for lack of memory.'
             raise RunError(f'A batch could not be loaded: {reason[0].rstrip(".")}.{hint}') from error
         yield batch
 
 
 def _to_device(run: Run, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Bring a batch to where the model is, unless timm's prefetcher has done so."""
+    """Move a batch to the device of the model, unless timm's prefetcher has already done so."""
     if run.args.no_prefetcher:
         if isinstance(input, dict):
             input = {
@@ -80,7 +76,7 @@ def _num_images(input: Any) -> int:
 
 
 def _gradient_scale(run: Run, input: Any) -> float | torch.Tensor:
-    """Factor on a batch's gradient where batches differ in size: by image size, by sequence length, between ranks."""
+    """Return the loss scale of a batch if the batch size varies with image size, sequence length or rank, else 1."""
     args, num_images = run.args, _num_images(input)
     if not args.naflex_loader and args.train_img_sizes is None:
         return 1.0
@@ -98,7 +94,7 @@ def _clip_parameters(run: Run):
 
 
 def _backward(run: Run, loss: torch.Tensor) -> None:
-    """Backward pass, without the optimizer's step: whether the loss is finite is not known yet."""
+    """Run the backward pass only: the optimizer must wait until the loss is known to be finite."""
     optimizer, scaler = run.optimizer, run.precision.loss_scaler
     second_order = getattr(optimizer, 'is_second_order', False)
     if scaler is None:
@@ -108,7 +104,7 @@ def _backward(run: Run, loss: torch.Tensor) -> None:
 
 
 def _update(run: Run) -> None:
-    """The optimizer's step. With float16's loss scaler it is left out if gradients overflowed."""
+    """Clip gradients and step the optimizer. The loss scaler skips the step if gradients overflowed."""
     args, optimizer, scaler = run.args, run.optimizer, run.precision.loss_scaler
     if scaler is not None:
         scaler = scaler._scaler  # timm's NativeScaler does not step without a backward pass
@@ -124,7 +120,7 @@ def _update(run: Run) -> None:
 
 
 def _decide(run: Run, epoch: int, index: int) -> dict[str, bool]:
-    """Whether batch index of the epoch is a MultiMix batch, as an argument of the task; before its images are mixed."""
+    """Return whether the batch uses MultiMix, as keyword arguments of the task. Call it before mixup is applied."""
     schedule = run.loaders.schedule
     if not schedule.alternates:
         return {}
@@ -141,10 +137,10 @@ def _train_step(
         accum_steps: int,
         is_update: bool,
 ) -> tuple[dict, bool, bool]:
-    """Forward and backward pass of one batch, and the update if it completes one.
+    """Run the forward and backward pass of a batch, and the update if this is its last batch.
 
     Returns:
-        What the task returned; whether the loss is finite; whether all losses of the update so far are.
+        Output of the task; whether the loss is finite; whether all losses of the update so far are finite.
     """
     run.guard.remember()
     waits = is_update or not run.args.distributed
@@ -152,7 +148,7 @@ def _train_step(
         with run.precision.autocast():
             try:
                 result = run.task(input, target, **decision)
-            except ValueError as error:  # such as targets that mixup has made NaN
+            except ValueError as error:  # such as NaN targets after mixup
                 _logger.debug('', exc_info=True)
                 raise RunError(f'The loss cannot be computed in {run.watchdog.place}: {error}') from error
         run.guard.watch(result['loss'], is_update)
@@ -164,7 +160,7 @@ def _train_step(
 
 
 def _step_metrics(result: dict, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The loss, its parts, and where targets are classes the top-1 accuracy of the ordinary prediction."""
+    """Return the loss, its terms and, for class-index targets, the top-1 accuracy of the unmixed output."""
     values = {name: value for name, value in result.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
     output = result.get('output')
     if isinstance(output, torch.Tensor) and output.ndim == 2 and target.ndim == 1:
@@ -173,20 +169,20 @@ def _step_metrics(result: dict, target: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def _accumulation(index: int, num_batches: int, accum_steps: int) -> tuple[int, bool]:
-    """How many batches share the update that batch index belongs to, and whether it is the last of them."""
+    """Return the number of batches in the update of batch `index`, and whether the batch is the last of them."""
     remainder = num_batches % accum_steps
     steps = remainder if index >= num_batches - remainder else accum_steps
     return steps, index == num_batches - 1 or (index + 1) % accum_steps == 0
 
 
 def learning_rate(run: Run) -> float:
-    """The learning rate, averaged over the groups of parameters."""
+    """Return the learning rate, averaged over the parameter groups."""
     rates = [group['lr'] for group in run.optimizer.param_groups]
     return sum(rates) / len(rates)
 
 
 def _after_update(run: Run, num_updates: int, passed: bool) -> None:
-    """Whatever follows the optimizer's step; the average does not take part in an update that was skipped."""
+    """Reset gradients, update the EMA unless the update was skipped, and step the schedule."""
     run.optimizer.zero_grad()
     if passed:
         run.task.update_ema(step=num_updates)
@@ -197,7 +193,7 @@ def _after_update(run: Run, num_updates: int, passed: bool) -> None:
 
 
 def _save_recovery(run: Run, epoch: int, update: int, averages: Averages, saver: RunSaver | None) -> None:
-    """Write a recovery checkpoint where one is due; and where the user stops the run, before doing so."""
+    """Save a recovery checkpoint at each --recovery-interval and before the run stops at the request of the user."""
     stops = run.stop.requested()
     if stops or (run.args.recovery_interval and (update + 1) % run.args.recovery_interval == 0):
         progress = take_progress(run, averages)
@@ -219,8 +215,8 @@ def _epoch_metrics(run: Run, epoch: int, averages: Averages) -> dict[str, float]
     metrics = averages.compute(run.args.distributed)
     if 'loss' not in metrics:
         raise RunError(
-            f'No loss of epoch {epoch} was finite, so that nothing was learned in it. Lower the learning rate, clip '
-            'gradients (--clip-grad), or look for broken inputs.',
+            f'No loss of epoch {epoch} was finite. Lower the learning rate, clip gradients (--clip-grad), or check the '
+            'inputs for NaN.',
             is_shared=True)
     return {**metrics, 'unreadable': count_unreadable(run, TRAINING)}
 
@@ -234,12 +230,12 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
         saver: Writes recovery checkpoints; None on all processes but the first.
 
     Returns:
-        Averages over the epoch ('loss', its parts, 'top1' where targets are classes, and 'unreadable', the number of
+        Averages over the epoch ('loss', its terms, 'top1' for class-index targets, and 'unreadable', the number of
         images that could not be read), and images per second.
 
     Raises:
-        KeyboardInterrupt: if the user stops the run; a recovery checkpoint is written.
-        RunError: if losses are not finite, a batch cannot be made, or a checkpoint cannot be written.
+        KeyboardInterrupt: if the user stops the run. A recovery checkpoint has been written.
+        RunError: if losses are not finite, a batch cannot be loaded, or a checkpoint cannot be written.
     """
     args, loader, resumable = run.args, run.loaders.train, run.loaders.resumable
     _begin_epoch(run, epoch)
@@ -291,7 +287,7 @@ def train_epoch(run: Run, epoch: int, saver: RunSaver | None = None) -> tuple[di
         images_per_second = reporter.close()
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
-    run.progress = take_progress(run, averages)  # from which validation would have to be repeated
+    run.progress = take_progress(run, averages)  # saved if validation is interrupted
     return _epoch_metrics(run, epoch, averages), images_per_second
 
 
@@ -301,10 +297,10 @@ def validate(run: Run, model: nn.Module) -> dict[str, float]:
 
     Args:
         run: The run.
-        model: The task's evaluation model, of the weights or of their average.
+        model: An evaluation model of the task: trained, EMA or teacher weights.
 
     Returns:
-        Metrics over the validation set, over all processes.
+        Metrics over the validation set, reduced over all processes.
     """
     args, loader = run.args, run.loaders.evaluation
     evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(loader))

@@ -1,4 +1,4 @@
-"""Losses that are not finite: found before they reach the weights, without keeping the device waiting."""
+"""Skip updates whose loss is not finite, without an extra device synchronization before the backward pass."""
 import logging
 
 import torch
@@ -13,23 +13,23 @@ _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 def normalisation_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers in which a module's normalisation layers keep what they have seen."""
+    """Return the running-statistics buffers of a module's normalisation layers, by name."""
     return {name: buffer for name, buffer in module.named_buffers() if name.rpartition('.')[2] in _STATISTICS}
 
 
 class LossGuard:
-    """Watches the loss of every batch, and lets no update through whose loss is not finite.
+    """Checks the loss of every batch and skips updates with a loss that is not finite.
 
-    watch() comes after the forward pass: it sends a flag to the host. passed() comes when the backward pass is queued
-    and reads the flag. The device is busy with the backward pass meanwhile, so it never runs dry for the check.
+    Call watch() after the forward pass: it copies a flag to the host asynchronously. Call passed() after the backward
+    pass is queued: it reads the flag while the device runs the backward pass, so that the device does not idle.
 
-    Of a batch that fails nothing is left: its update is not made, and normalisation statistics that it went into are
-    put back.
+    If the loss of a batch is not finite, passed() also restores the normalisation statistics from before its forward
+    pass.
 
     Args:
-        module: The model that is trained.
-        limit: Updates in a row that may fail before the run stops. With 0 nothing is watched.
-        distributed: Let all processes skip what one of them must skip.
+        module: The trained model.
+        limit: Number of consecutive skipped updates that stops the run. With 0 losses are not checked.
+        distributed: Skip an update in all processes if the loss is not finite in one of them.
     """
 
     def __init__(self, module: nn.Module, limit: int, distributed: bool = False):
@@ -38,23 +38,23 @@ class LossGuard:
         self.failed_in_a_row = 0
         self._statistics = list(normalisation_statistics(module).values()) if limit else []
         self._before = [torch.empty_like(buffer) for buffer in self._statistics]
-        self._flag: torch.Tensor | None = None  # on the host: whether this batch failed, whether the update did
+        self._flag: torch.Tensor | None = None  # on the host: (batch failed, update failed)
         self._event = None
         self._failed = torch.zeros(())
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Before a forward pass: note the statistics it will change."""
+        """Save the normalisation statistics before a forward pass."""
         if self._statistics:
             torch._foreach_copy_(self._before, self._statistics)
 
     @torch.no_grad()
     def watch(self, loss: torch.Tensor, is_update: bool) -> None:
-        """After a forward pass: look at its loss.
+        """Start the check of a loss, after the forward pass.
 
         Args:
-            loss: Scalar.
-            is_update: The last batch of an update. Processes agree on the update then.
+            loss: Scalar loss.
+            is_update: Whether this is the last batch of an update. The flag is then reduced over all processes.
         """
         if not self.limit:
             return
@@ -72,7 +72,7 @@ class LossGuard:
 
     @torch.no_grad()
     def passed(self) -> tuple[bool, bool]:
-        """Whether this batch is fine, and whether all of its update so far is."""
+        """Return whether the loss of this batch is finite, and whether all losses of the update so far are finite."""
         if not self.limit:
             return True, True
         if self._event is not None:
@@ -83,14 +83,14 @@ class LossGuard:
         return not batch_failed, not update_failed
 
     def finish_update(self, passed: bool, place: str) -> None:
-        """After the last batch of an update: count.
+        """Count consecutive skipped updates, after the last batch of an update.
 
         Args:
             passed: Whether the update was made.
-            place: Where in the run, with the learning rate, for a message.
+            place: Epoch, update and learning rate, for messages.
 
         Raises:
-            RunError: if too many updates in a row failed.
+            RunError: if `limit` consecutive updates were skipped.
         """
         if not self.limit:
             return
@@ -101,9 +101,9 @@ class LossGuard:
         self.failed_in_a_row += 1
         _logger.warning(
             f'The loss is not finite {place}: the update is skipped '
-            f'({self.failed_in_a_row} in a row, {self.limit} stop the run).')
+            f'({self.failed_in_a_row} in a row; the run stops at {self.limit}).')
         if self.failed_in_a_row >= self.limit:
             raise RunError(
                 f'The loss was not finite in {self.limit} updates in a row, last {place}. Lower the learning rate, '
-                'clip gradients (--clip-grad), or look for broken inputs.',
+                'clip gradients (--clip-grad), or check the inputs for NaN.',
                 is_shared=True)

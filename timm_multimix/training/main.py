@@ -46,11 +46,7 @@ _EXIT_BY_SIGNAL = 128  # plus the signal number, as in shells
 
 
 class Interrupted(Exception):
-    """The user stopped the run.
-
-    Attributes:
-        signal_number: Number of the signal.
-    """
+    """The user stopped the run with the signal `signal_number`."""
 
     def __init__(self, signal_number: int):
         self.signal_number = signal_number
@@ -240,8 +236,7 @@ def _export_hint(run: Run, path: str) -> str:
         return ''
     command = shlex.join(
         ['python', '-m', 'timm_multimix.hub', 'export', run.folder, os.path.join(run.folder, 'model')])
-    return (f'\nThe metric is for {described(checkpoint, entry)} ({entry}). Export these weights for timm with'
-            f'\n  {command}')
+    return f'\nThe metric is for {described(checkpoint, entry)} ({entry}). Export these weights for timm with\n  {command}'
 
 
 def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Where a run is: what it needs, beside weights and optimizer, to go on as if it had never stopped.
+"""Save and restore the progress of a run, so that a continued run equals an uninterrupted one.
 
-A checkpoint is made between two updates. Its progress holds, for every process, the random state, the place of the
-loader and the averages of the epoch so far; and what it takes to tell whether another run may go on from there.
+A checkpoint is written between two updates. Its progress contains, for every process, the random state, the position
+of the loader and the metric averages of the epoch, and the settings that must be equal to continue exactly.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _shape(run: Run) -> dict[str, int]:
-    """What has to be the same for an epoch to go on in its middle."""
+    """Return the settings that must be unchanged to continue in the middle of an epoch."""
     args = run.args
     return dict(
         processes=args.world_size,
@@ -39,7 +39,7 @@ def _shape(run: Run) -> dict[str, int]:
 
 
 def _scheduler_state(run: Run) -> dict[str, Any] | None:
-    """State of a schedule that follows a metric. All others are functions of the epoch or the update."""
+    """Return the state of a plateau schedule. All other schedules are functions of the epoch or the update."""
     inner = getattr(run.scheduler, 'lr_scheduler', None)
     if inner is None:
         return None
@@ -48,29 +48,29 @@ def _scheduler_state(run: Run) -> dict[str, Any] | None:
 
 
 def _average_generator(run: Run) -> torch.Generator | None:
-    """What rounds timm's average of bfloat16 weights."""
+    """Return the random generator of stochastic rounding in timm's EMA of bfloat16 weights."""
     return getattr(run.task.get_trainable_module(ema=True), '_sr_generator', None)
 
 
 def _own_statistics(run: Run) -> dict[str, torch.Tensor]:
-    """Normalisation statistics of this process, of the model and of averages of it.
+    """Return the normalisation statistics of this process, of the model and its averaged copies.
 
-    They differ between processes, which see different images. Averaging them after the epoch (--dist-bn reduce) needs
-    all of them, and a teacher predicts with them. The first process keeps its own here too: the weights of a checkpoint
-    that is written when validation is interrupted hold the averaged ones already.
+    They differ between processes, which train on different images. --dist-bn reduce averages them after the epoch, and
+    a teacher uses them in its forward pass. The statistics of the first process are included: the weights in a
+    checkpoint written during validation already contain the averaged statistics.
     """
     return {name.replace('_orig_mod.', ''): buffer for name, buffer in normalisation_statistics(run.task).items()}
 
 
 def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] | None:
-    """Take the progress of a run, between two updates. All processes call it.
+    """Collect the progress of a run between two updates. All processes must call it.
 
     Args:
         run: The run.
-        averages: Averages of the epoch so far; None after an epoch.
+        averages: Metric averages of the epoch so far; None after an epoch.
 
     Returns:
-        The progress, plain data; None on all processes but the first.
+        The progress as plain data; None on all processes but the first.
     """
     loader, distributed = run.loaders.resumable, run.args.distributed
     own = dict(
@@ -99,15 +99,15 @@ def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] 
 
 @contextmanager
 def reading_progress(run: Run) -> Iterator[None]:
-    """Errors of what a checkpoint holds are the checkpoint's."""
+    """Convert errors caused by an invalid progress entry to a UsageError that names the checkpoint."""
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UsageError(f'{run.resumed_from}: its record of the progress cannot be used: {error!r}') from error
+        raise UsageError(f'{run.resumed_from}: its progress entry is invalid: {error!r}') from error
 
 
 def _check_states(progress: dict[str, Any]) -> None:
-    """Read what is used later, after the run has begun to write. Raises the errors that reading_progress expects."""
+    """Validate entries that are used only after the run has started to write. Raises errors for reading_progress."""
     for process in progress['processes']:
         states, loader = [process['random']], process['loader']
         if loader is not None:
@@ -123,17 +123,21 @@ def _check_states(progress: dict[str, Any]) -> None:
 
 
 def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Say how exactly a run can continue, before it does.
+    """Check whether a run can continue from a progress entry, and log how it will differ from an uninterrupted run.
 
     Args:
         run: The run.
-        progress: Of the checkpoint that it continues.
+        progress: Progress in the checkpoint, None if it has none.
 
     Returns:
-        What of the progress can be used, None for nothing. An epoch that cannot go on in its middle begins again.
+        The progress, or None if it cannot be used. An interrupted epoch then begins again.
+
+    Raises:
+        LookupError, TypeError, ValueError, RuntimeError, AttributeError: if the progress is invalid; see
+            reading_progress.
     """
     if not progress:
-        _logger.info('The checkpoint holds no random state: the run goes on, but not as if it had never stopped.')
+        _logger.info('The checkpoint contains no random state: the results will differ from an uninterrupted run.')
         return None
     missing = {'in_epoch', 'consumed', 'processes', 'shape', 'scheduler', 'average', 'validated'} - progress.keys()
     if missing:
@@ -141,29 +145,34 @@ def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any]
     _check_states(progress)
     then, now = progress['shape'], _shape(run)
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
-    told = ', '.join(f'{name.replace("_", " ")} {old} before and {new} now' for name, (old, new) in changed.items())
+    differences = ', '.join(
+        f'{name.replace("_", " ")} {old} before and {new} now' for name, (old, new) in changed.items())
     resumable = run.loaders.resumable is not None and progress['processes'][0]['loader'] is not None
     if progress['in_epoch'] and (set(changed) - {'workers'} or not resumable):
         _logger.warning(
-            f'Epoch {run.start_epoch} was interrupted after {progress["consumed"]} batches and begins again, with the '
-            f'weights as they are: {told or "this kind of loader cannot go on in the middle of an epoch"}.')
+            f'Epoch {run.start_epoch} was interrupted after {progress["consumed"]} batches and begins again with the '
+            f'current weights: {differences or "this kind of loader cannot continue in the middle of an epoch"}.')
         return None
     if 'processes' in changed:
-        _logger.warning(f'Other images and other random numbers than without the interruption: {told}.')
+        _logger.warning(f'Images and random numbers will differ from an uninterrupted run: {differences}.')
         return None
     if 'workers' in changed:
-        _logger.warning(f'The same images, but augmented otherwise than without the interruption: {told}.')
+        _logger.warning(f'Augmentations, but not images, will differ from an uninterrupted run: {differences}.')
     elif not resumable:
-        _logger.warning('This kind of loader keeps no random state: other images than without the interruption.')
+        _logger.warning('This kind of loader saves no random state: images will differ from an uninterrupted run.')
     return progress
 
 
 def step_scheduler(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Bring the schedule to where the run continues.
+    """Set the schedule to the start of the run.
 
     Args:
-        run: The run, with its start_epoch and the progress it continues with.
-        checkpoint: What the checkpoint says beside weights, empty for a new run.
+        run: The run, with start_epoch and progress set.
+        checkpoint: Return value of resuming.resume, empty for a new run.
+
+    Raises:
+        LookupError, TypeError, ValueError, RuntimeError, AttributeError: if the state of the schedule is invalid; see
+            reading_progress.
     """
     scheduler, epoch = run.scheduler, run.start_epoch
     if scheduler is None:
@@ -190,20 +199,22 @@ def step_scheduler(run: Run, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_progress(run: Run) -> dict[str, Any] | None:
-    """Put the random state and the loader of this process where they were; last, as building a run draws numbers.
+    """Restore the random state, loader and normalisation statistics of this process.
+
+    Call it last before training, because building a run draws random numbers.
 
     Args:
-        run: The run, with the progress it continues with.
+        run: The run, with progress set.
 
     Returns:
-        Averages of the interrupted epoch, None if a new one begins.
+        Metric averages of the interrupted epoch, None if a new epoch begins.
 
     Raises:
-        UsageError: if the progress is not what a checkpoint should hold.
+        UsageError: if the progress is invalid.
     """
     progress = run.progress
     if progress is None:
-        if run.start_epoch:  # not the numbers of the first epoch once more
+        if run.start_epoch:  # do not repeat the random numbers of the first epoch
             utils.random_seed(run.args.seed + 1_000_003 * run.start_epoch, run.args.rank)
         return None
     with reading_progress(run):
