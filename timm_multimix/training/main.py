@@ -236,7 +236,7 @@ def _export_hint(run: Run, path: str) -> str:
         return ''
     command = shlex.join(
         ['python', '-m', 'timm_multimix.hub', 'export', run.folder, os.path.join(run.folder, 'model')])
-    return f'\nThe metric is for {described(checkpoint, entry)} ({entry}). Export these weights for timm with\n  {command}'
+    return f'\nMeasured with {described(checkpoint, entry)} ({entry}). Export these weights for timm with\n  {command}'
 
 
 def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
