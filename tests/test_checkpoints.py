@@ -159,8 +159,8 @@ def good(tmp_path_factory):
 
 
 @pytest.mark.parametrize('damage,reason', [
-    (lambda data: b'', 'it is empty'), (lambda data: data[:-1], 'no PyTorch checkpoint|truncated'),
-    (lambda data: data[:100], 'truncated'), (lambda data: b'noise' * 100, 'no PyTorch checkpoint'),
+    (lambda data: b'', 'it is empty'), (lambda data: data[:-1], 'not a PyTorch checkpoint|truncated'),
+    (lambda data: data[:100], 'truncated'), (lambda data: b'noise' * 100, 'not a PyTorch checkpoint'),
     (lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:], 'differs from its checksum'),
 ])
 def test_damaged_checkpoints_are_refused(good, tmp_path, damage, reason):

@@ -293,11 +293,11 @@ def test_pretrained_weights_that_hold_code(mistake, tmp_path):
 
 
 @pytest.mark.parametrize('content, reason', [
-    (b'not a checkpoint', 'is no PyTorch checkpoint'), (b'ext', 'is no PyTorch checkpoint'), (b'', 'is empty')])
+    (b'not a checkpoint', 'is not a PyTorch checkpoint'), (b'ext', 'is not a PyTorch checkpoint'), (b'', 'is empty')])
 def test_weights_that_are_none(mistake, tmp_path, content, reason):
     path = tmp_path / 'junk.txt'
     path.write_bytes(content)
-    mistake(f'junk.txt holds no weights: it {reason}.', initial_checkpoint=path)
+    mistake(f'junk.txt contains no weights: it {reason}.', initial_checkpoint=path)
 
 
 def test_weights_of_the_format_before_pytorch_1_6(script, image_folder, tmp_path):
@@ -306,7 +306,7 @@ def test_weights_of_the_format_before_pytorch_1_6(script, image_folder, tmp_path
         torch.save(state, tmp_path / f'{name}.pth', _use_new_zipfile_serialization=False)
     assert script.train(image_folder, initial_checkpoint=tmp_path / 'good.pth') == 0, script.text
     assert script.train(image_folder, initial_checkpoint=tmp_path / 'other.pth', experiment='other') == 2
-    assert 'holds no weights' not in script.text
+    assert 'contains no weights' not in script.text
 
 
 @pytest.mark.parametrize('option', ['resume', 'initial_checkpoint'])

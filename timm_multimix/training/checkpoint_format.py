@@ -1,12 +1,13 @@
-"""The entries of a training checkpoint that this package reads, and their types."""
+"""Validate the types of the checkpoint entries that this package reads."""
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-# A schema is a type, None, a dict with schemas of the entries of a dict (with the key ANY for all others), a list with
-# the schema of its items, or a tuple of alternatives. Entries may be missing: reading them raises a KeyError.
+# A schema is a type, None, a dict of schemas for the entries of a dict (the key ANY matches all other keys), a list
+# with the schema of the items, or a tuple of alternatives. Entries may be missing: the code that reads them raises
+# KeyError.
 ANY = '*'
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, None)
@@ -51,7 +52,7 @@ _ENTRIES = {
 }
 _NAMES_OF_WEIGHTS = ('state_dict', 'state_dict_ema', 'state_dict_teacher', 'model', 'model_ema')
 
-# Arguments of the run that are compared or used when its checkpoint is read.
+# Arguments that are compared or used when a checkpoint is read.
 _ARGUMENTS = {
     'model': str, 'opt': str, 'opt_kwargs': ({ANY: object}, None), 'eval_metric': str, 'seed': int,
     'lr': _OPTIONAL_NUMBER, 'weight_decay': _OPTIONAL_NUMBER, 'momentum': _OPTIONAL_NUMBER,
@@ -75,7 +76,7 @@ def _is_of(value: Any, kind: type) -> bool:
 
 
 def _mismatch(value: Any, schema: Any, name: str) -> str | None:
-    """The first place where a value differs from a schema, as a clause; None if it follows the schema."""
+    """Return the first difference between a value and a schema as a clause, None if there is none."""
     wrong = f'its {name} is of type {type(value).__name__}, not {_kind(schema)}'
     if isinstance(schema, tuple):
         mismatches = [_mismatch(value, part, name) for part in schema]
@@ -111,13 +112,13 @@ def _wrong_weights(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
-    """Check the types of a checkpoint's entries, as far as this package reads them.
+    """Check the types of the checkpoint entries that this package reads.
 
     Args:
-        checkpoint: The content of the file.
+        checkpoint: Content of the checkpoint.
 
     Returns:
-        The first wrong entry, as a clause for an error message; None if there is none.
+        A clause about the first invalid entry for an error message, None if all entries are valid.
     """
     for name, schema in _ENTRIES.items():
         if name in checkpoint and (wrong := _mismatch(checkpoint[name], schema, name)):
@@ -125,15 +126,15 @@ def wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
     args = checkpoint.get('args') or {}
     args = vars(args) if isinstance(args, Namespace) else args
     if not all(isinstance(name, str) for name in args):
-        return 'its args are not arguments by name'
+        return 'its args have keys that are not strings'
     for name, schema in _ARGUMENTS.items():
         if name in args and (wrong := _mismatch(args[name], schema, f'args[{name!r}]')):
             return wrong
     if (checkpoint.get('epoch') or 0) < -1 or ((checkpoint.get('progress') or {}).get('consumed', 0)) < 0:
-        return 'its epoch or its place in the epoch is negative'
+        return 'its epoch or its number of batches in the epoch is negative'
     for name in ('metric_of', 'weights_of'):
         if checkpoint.get(name) not in (None, *_NAMES_OF_WEIGHTS):
-            return f'its {name} names no weights'
+            return f'its {name} is not the name of a weight entry'
     saver, pairs = checkpoint.get('saver'), []
     if saver is not None:
         missing = [name for name in _SAVER if name not in saver]
@@ -142,5 +143,5 @@ def wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
         pairs = [*saver['checkpoint_files'], saver['pending']]
     if any(len(pair) != 2 or isinstance(pair[1], str) for pair in pairs) or not all(
             isinstance(pair[0], str) for pair in pairs[:-1]):
-        return 'its saver holds something other than pairs of a name and a metric'
+        return 'its saver contains entries that are not pairs of a name and a metric'
     return _wrong_weights(checkpoint)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: timm's, written and found so that an interrupted run loses nothing."""
+"""Write, read, verify and select the checkpoints of a run."""
 import glob
 import logging
 import math
@@ -22,26 +22,26 @@ from .loss_guard import normalisation_statistics
 _logger = logging.getLogger(__name__)
 
 _EXTENSION = '.pth.tar'
-_NO_CHECKPOINT = 'it is no PyTorch checkpoint'
-_OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # that timm reads, too
-# Checkpoints that a run can continue from. Others in the folder hold weights that were changed after training.
+_NO_CHECKPOINT = 'it is not a PyTorch checkpoint'
+_OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # formats that timm also reads
+# Checkpoints that a run can continue from. Others contain weights that were changed after training.
 _PATTERNS = ('last', 'recovery-*', 'checkpoint-*', 'milestone-*', 'model_best')
 
 
 def holds_checkpoints(folder: str) -> bool:
-    """Whether there are checkpoints in a folder, readable or not, except those that were not completed."""
+    """Return whether a folder contains complete checkpoint files, readable or not."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return any(name.endswith(_EXTENSION) and not name.endswith('tmp' + _EXTENSION) for name in names)
 
 
 def find_checkpoints(folder: str) -> list[str]:
-    """The checkpoints in a run folder that a run can continue from, readable or not."""
+    """Return the paths of the checkpoints in a folder that a run can continue from, readable or not."""
     stem = glob.escape(folder)
     return [path for name in _PATTERNS for path in glob.glob(os.path.join(stem, name + _EXTENSION))]
 
 
 def _why_not_written(error: BaseException) -> str:
-    """The operating system's error, which PyTorch's writer replaces by one of its own."""
+    """Return the operating system's error message, which PyTorch's writer replaces by its own."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
@@ -49,12 +49,12 @@ def _why_not_written(error: BaseException) -> str:
 
 
 def _number(metric: float | None) -> float | None:
-    """A metric, or None for NaN, which cannot be compared."""
+    """Return a metric, or None if it is NaN, which cannot be compared."""
     return None if metric is None or math.isnan(metric) else metric
 
 
 def _not_finite(weights: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors that hold infinity or NaN."""
+    """Return the names of tensors that contain infinity or NaN."""
     names = [name for name, value in weights.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if not names:
         return []
@@ -64,21 +64,21 @@ def _not_finite(weights: Mapping[str, Any]) -> list[str]:
 
 
 class RunSaver(CheckpointSaver):
-    """timm's CheckpointSaver, with all that a run needs to continue exactly, and files that are never half-written.
+    """timm's CheckpointSaver with atomic writes and the state that a run needs to continue exactly.
 
-    Beside timm's entries a checkpoint holds 'progress' (see progress.py), and where it has a metric 'metric_of' and
-    'metrics'. 'args' are a dict: nothing in the file is more than data. Whatever else a task has to keep it puts into
-    timm's 'task_state' (get_task_state).
+    In addition to timm's entries a checkpoint contains 'progress' (see progress.py), 'class_to_idx' and, if it has a
+    metric, 'metric_of' and 'metrics'. 'args' is a dict, so that the file can be loaded with weights_only=True. Tasks
+    store additional state in timm's 'task_state' (get_task_state).
 
-    timm continues after the epoch that a checkpoint names. A recovery checkpoint is written in the middle of one, and
-    names the epoch before it.
+    timm continues with the epoch after the 'epoch' of a checkpoint. A recovery checkpoint is written in the middle of
+    an epoch and therefore stores the previous epoch.
 
     Attributes:
-        progress: What the next checkpoint says of the place in the run.
-        metric_of: Which entry of the checkpoint gave its metric; set by whoever validates several sets of weights.
-        metrics: All metrics of each of them, by the entry.
-        outdated: Moves checkpoints away that the next one replaces; called once it is written.
-        class_to_idx: Class names and their indices, None if they are not known.
+        progress: Progress to store in the next checkpoint.
+        metric_of: Checkpoint entry of the weights that the metric belongs to.
+        metrics: All metrics of each validated weight entry.
+        outdated: Moves away checkpoints that the next one replaces. It is called after the next one is written.
+        class_to_idx: Index of each class name, None if the class names are unknown.
     """
 
     def __init__(self, *args, **kwargs):
@@ -115,9 +115,8 @@ class RunSaver(CheckpointSaver):
         state.update((name, value) for name, value in entries.items() if value is not None)
         return state
 
-
     def _check_weights(self, state: Mapping[str, Any]) -> None:
-        """Raise RunError instead of replacing good weights by weights that are not finite."""
+        """Raise RunError if weights are not finite, before they replace an earlier checkpoint."""
         if not self.args.max_nonfinite:
             return
         for entry, weights in state.items():
@@ -125,7 +124,7 @@ class RunSaver(CheckpointSaver):
             lost = [name for name in lost if name not in self._masks]
             if lost:
                 raise RunError(
-                    f'The weights are not finite any more ({lost[0]} in {entry}), so they are not saved. Lower the '
+                    f'The weights are not finite ({lost[0]} in {entry}) and are not saved. Lower the '
                     'learning rate, or clip gradients (--clip-grad).')
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
@@ -144,7 +143,7 @@ class RunSaver(CheckpointSaver):
             raise RunError(f'{save_path} could not be written: {_why_not_written(error)}.') from error
 
     def save_recovery(self, epoch: int, batch_idx: int = 0, progress: dict[str, Any] | None = None) -> None:
-        """Save as timm does, at a place in the epoch. Afterwards, remove recovery checkpoints of earlier processes."""
+        """Save a recovery checkpoint as timm does, then remove recovery checkpoints of earlier processes."""
         self.progress = progress
         super().save_recovery(epoch, batch_idx)
         self._remove_outdated()
@@ -153,7 +152,7 @@ class RunSaver(CheckpointSaver):
                 os.remove(path)
 
     def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None):
-        """Save as timm does, at the end of an epoch. A metric of NaN is no metric: it wins over no other."""
+        """Save a checkpoint as timm does, at the end of an epoch. A NaN metric is treated as None."""
         self.progress = progress
         saved = super().save_checkpoint(epoch, _number(metric))
         self._remove_outdated()
@@ -165,7 +164,7 @@ class RunSaver(CheckpointSaver):
         self.outdated = None
 
     def latest(self) -> str | None:
-        """The checkpoint that --resume auto would continue from, unless its weights are damaged."""
+        """Return the checkpoint that --resume auto would select. Checksums are not verified."""
         return next(_by_progress(find_checkpoints(self.checkpoint_dir)), None)
 
     def _replace(self, src: str, dst: str) -> None:
@@ -175,14 +174,14 @@ class RunSaver(CheckpointSaver):
         duplicate(src, dst)
 
     def load_state_dict_from_checkpoint(self, checkpoint_path: str, start_epoch: int | None = None) -> bool:
-        """Load the history in a checkpoint, and write model_best again if it is missing, damaged, or of another epoch.
+        """Load the saver state of a checkpoint, and restore model_best if it is missing, damaged or of another epoch.
 
         Args:
-            checkpoint_path: The checkpoint, in the folder of this run.
-            start_epoch: The epoch that the run continues with. Later ones do not belong to it.
+            checkpoint_path: A checkpoint in the folder of this run.
+            start_epoch: First epoch to train. The history from this epoch on is dropped.
 
         Returns:
-            Whether the checkpoint has a history.
+            Whether a history was loaded.
         """
         state = read_checkpoint(checkpoint_path, verify=False).get('saver')
         if state is None:
@@ -191,14 +190,14 @@ class RunSaver(CheckpointSaver):
         epoch, metric = state['pending']
         own = {}
         if _number(metric) is not None and (start_epoch is None or epoch < start_epoch):
-            own[self._checkpoint_path(epoch)] = checkpoint_path  # another copy of it, which may be the only one
+            own[self._checkpoint_path(epoch)] = checkpoint_path  # the same content, maybe the only copy
             if self.best_metric is None or self.cmp(metric, self.best_metric):
                 self.best_metric, self.best_epoch = metric, epoch
         self._restore_best(own)
         return True
 
     def _own_history(self, state: dict[str, Any], start_epoch: float) -> dict[str, Any]:
-        """The part of a history before an epoch, with checkpoints in this folder only, ranked, and without NaN."""
+        """Return a history without later epochs, files in other folders and NaN metrics, sorted by metric."""
         name = re.compile(re.escape(self.save_prefix) + r'-(\d+)' + re.escape(self.extension))
         files = [(file, _number(metric)) for file, metric in state['checkpoint_files']
                  if (match := name.fullmatch(file)) and int(match[1]) < start_epoch]
@@ -214,10 +213,10 @@ class RunSaver(CheckpointSaver):
         return own
 
     def _restore_best(self, own: Mapping[str, str]) -> None:
-        """Make model_best the checkpoint of the best epoch again, or of the best epoch whose checkpoint is left.
+        """Restore model_best from the checkpoint of the best epoch, else from the best remaining checkpoint.
 
         Args:
-            own: Files to take instead of others of the same content.
+            own: Replacement paths for checkpoints with the same content.
         """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
         if self.best_epoch is not None and _epoch_of(best) == self.best_epoch:
@@ -233,12 +232,12 @@ class RunSaver(CheckpointSaver):
                 self.best_metric, self.best_epoch = metric, epoch
                 break
         if self.best_epoch != lost and lost is not None:
-            after = 'The best from here on' if self.best_epoch is None else f'That of epoch {self.best_epoch}'
-            _logger.warning(f'The best checkpoint, of epoch {lost}, is lost. {after} takes its place.')
+            after = 'The best of the next epochs' if self.best_epoch is None else f'Epoch {self.best_epoch}'
+            _logger.warning(f'The best checkpoint (epoch {lost}) is lost. {after} replaces it.')
 
 
 def _why_damaged(path: str) -> str | None:
-    """What is wrong with the bytes of a file, None if they are as they were written. PyTorch does not check."""
+    """Return why a file is damaged, None if it is intact or of another format. PyTorch does not verify checksums."""
     if os.path.getsize(path) == 0:
         return 'it is empty'
     if zipfile.is_zipfile(path):
@@ -248,47 +247,50 @@ def _why_damaged(path: str) -> str | None:
     with open(path, 'rb') as file:
         if file.read(4) == b'PK\x03\x04':
             return 'it is truncated'
-    return None  # the format before PyTorch 1.6, or something else: reading it will tell
+    return None  # the format before PyTorch 1.6, or another format
 
 
 def _read(path: str, verify: bool) -> tuple[Any, str | None]:
-    """What PyTorch saved in a file, read as data only, or why it cannot be read."""
+    """Load a file as plain data and return (content, None), or (None, reason) if that fails."""
     try:
         reason = _why_damaged(path) if verify else None
         return (load_checkpoint_metadata(path) if reason is None else None), reason
     except (RuntimeError, pickle.UnpicklingError) as error:
-        is_foreign = 'weights' in str(error).replace(path, '').lower()  # as PyTorch says it
-        return None, 'it holds objects that are not data' if is_foreign else _NO_CHECKPOINT
-    except Exception:  # of many kinds, from unpickling something else
-        return None, 'it is no PyTorch checkpoint, or a part of one'
+        is_foreign = 'weights' in str(error).replace(path, '').lower()  # in PyTorch's message
+        return None, 'it contains objects that are not data' if is_foreign else _NO_CHECKPOINT
+    except Exception:  # unpickling other formats raises errors of many types
+        return None, 'it is not a PyTorch checkpoint, or it is incomplete'
 
 
 def check_weights_file(path: str) -> None:
-    """Check that a file that timm did not load holds weights, of whatever model.
+    """Check that a file contains weights, after timm has failed to load it into the model.
 
     Raises:
-        UsageError: if it is damaged, or of another kind.
+        UsageError: if the file is damaged or contains no weights.
     """
     if path.endswith(_OTHER_WEIGHTS):
         return
     _, reason = _read(path, verify=True)
-    if reason == _NO_CHECKPOINT:  # or one of the format before PyTorch 1.6
+    if reason == _NO_CHECKPOINT:  # maybe the format before PyTorch 1.6
         with suppress(Exception):
             load_state_dict(path)
             return
     if reason is not None:
-        raise UsageError(f'{path} holds no weights: {reason}.')
+        raise UsageError(f'{path} contains no weights: {reason}.')
 
 
 def read_checkpoint(path: str, verify: bool = True) -> dict:
-    """What a checkpoint holds, read as data only.
+    """Load a checkpoint as plain data.
 
     Args:
         path: The file.
-        verify: Read all of it and compare checksums. Else only what is no tensor is sure to be as it was written.
+        verify: Read the whole file and verify its checksums. Otherwise damaged tensors are not detected.
+
+    Returns:
+        Content of the checkpoint.
 
     Raises:
-        UsageError: if it is not a checkpoint of a model, or not as it was written.
+        UsageError: if the file is not a checkpoint of a model, or is damaged.
     """
     checkpoint, reason = _read(path, verify)
     if reason is None and (
@@ -302,7 +304,7 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
 
 
 def _epoch_of(path: str) -> int | None:
-    """Epoch of a checkpoint at whose end it was written, None if it is not there or not as it was written."""
+    """Return the last finished epoch of a checkpoint, None if the file is missing or damaged."""
     try:
         return read_checkpoint(path).get('epoch')
     except (UsageError, OSError):
@@ -310,38 +312,48 @@ def _epoch_of(path: str) -> int | None:
 
 
 def position(path: str) -> tuple[int, bool, int, float]:
-    """Position of a checkpoint in its run, for comparison: finished epochs, whether in the next epoch, its batches.
+    """Return the position of a checkpoint in its run, as a tuple that can be compared.
 
-    Of two in the middle of an epoch whose batches were not counted, the one that was written later is further.
+    The file time decides between checkpoints in the same epoch if their batches were not counted.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        Last finished epoch, whether the next epoch has begun, the batches trained in it, and the modification time of
+        the file (0 for a checkpoint at the end of an epoch).
 
     Raises:
-        UsageError: if it cannot be read.
+        UsageError: if the checkpoint cannot be read.
     """
     checkpoint = read_checkpoint(path, verify=False)
     epoch, progress = checkpoint.get('epoch'), checkpoint.get('progress') or {}
-    written = 0 if progress.get('in_epoch') is False else os.path.getmtime(path)  # copies have times of their own
+    written = 0 if progress.get('in_epoch') is False else os.path.getmtime(path)  # copies have other times
     return -1 if epoch is None else epoch, bool(progress.get('in_epoch')), progress.get('consumed', 0), written
 
 
 def _by_progress(paths: Iterable[str]) -> Iterator[str]:
-    """The readable checkpoints, the furthest first; of copies the first of the paths."""
+    """Sort the readable checkpoints by position, the furthest first; equal ones keep their order."""
     found = []
     for path in paths:
         try:
             found.append((position(path), path))
         except UsageError as error:
-            _logger.warning(f'{error} It is left out.')
+            _logger.warning(f'{error} It is skipped.')
     return (path for _, path in sorted(found, key=lambda entry: entry[0], reverse=True))
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """The checkpoint of a run to continue from: the furthest of those that are as they were written.
+    """Return the checkpoint of a run to continue from: the furthest one that is intact.
+
+    Args:
+        folder: Folder of the run.
 
     Returns:
-        Its path, None if there are no checkpoints at all.
+        Path of the checkpoint, None if the folder contains no checkpoints.
 
     Raises:
-        UsageError: if there are some, and none is good.
+        UsageError: if there are checkpoints but none can be read.
     """
     paths = find_checkpoints(folder)
     if not paths:
@@ -358,5 +370,5 @@ def newest_checkpoint(folder: str) -> str | None:
     except UsageError as error:
         raise UsageError(
             f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
-            f'another --experiment to begin again. {error}') from error
+            f'another --experiment to start a new run. {error}') from error
     return paths[0]  # repaired in the meantime
