@@ -129,12 +129,12 @@ def test_another_objective_is_told_when_a_run_continues(script, image_folder):
 def test_optimizer_options_that_do_not_count_when_a_run_continues_are_told(script, image_folder):
     assert script.train(image_folder, lr=0.1, epochs=4, stop_epoch=1) == 0
     assert script.train(image_folder, lr=0.2, epochs=4, stop_epoch=2, resume='auto') == 0
-    assert 'options it began with: --lr was 0.1 and is 0.2. For the new ones give --no-resume-opt' in script.text
+    assert 'the options in the checkpoint: --lr was 0.1 and is 0.2. To use the new' in script.text
     assert float(script.summary()[1]['lr']) < 0.1
     recorded = yaml.safe_load((script.run_folder() / 'args.yaml').read_text())
     assert script.checkpoint()['args']['lr'] == recorded['lr'] == 0.1  # what is true
     assert script.train(image_folder, '--no-resume-opt', lr=0.3, epochs=4, stop_epoch=3, resume='auto') == 0
-    assert 'it began with' not in script.text
+    assert 'the options in the checkpoint' not in script.text
     assert float(script.summary()[2]['lr']) > 0.1
 
 

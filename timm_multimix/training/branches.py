@@ -1,4 +1,4 @@
-"""Checkpoints of a run that training from an earlier checkpoint replaces."""
+"""Move checkpoints aside when a run continues from an earlier checkpoint."""
 import itertools
 import logging
 import math
@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _replaced(run: Run) -> list[str]:
-    """The checkpoints beyond the place where the run continues, the furthest first."""
+    """Return the checkpoints that are later than the start of the run, the latest first."""
     start, found = position(run.resumed_from), []
     if run.args.start_epoch is not None:
         start = run.start_epoch - 1, False, 0, math.inf
@@ -25,32 +25,32 @@ def _replaced(run: Run) -> list[str]:
         try:
             place = position(path)
         except (UsageError, OSError):
-            continue  # it cannot be selected either
-        length = 3 if path.endswith(CALIBRATED) else 4  # it is written later than the checkpoint that it was made of
+            continue  # unreadable checkpoints are never selected
+        length = 3 if path.endswith(CALIBRATED) else 4  # its file time is later than that of its source
         if place[:length] > start[:length]:
             found.append((place, path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def _move(path: str, stat: os.stat_result, folder: str) -> None:
-    """Move a file into a folder, unless another file has its name by now."""
+    """Move a file into a folder, unless it was replaced by another file meanwhile."""
     if os.path.exists(path) and os.path.samestat(stat, os.stat(path)):
         os.makedirs(folder, exist_ok=True)
         os.replace(path, os.path.join(folder, os.path.basename(path)))
 
 
 def set_aside(run: Run) -> Callable[[], None] | None:
-    """Move the checkpoints that the run is going to replace into a subfolder, so that nothing selects them any more.
+    """Move the checkpoints that the run will replace to a subfolder, so that they are not selected any more.
 
-    Training from an earlier checkpoint begins a new branch. The checkpoints of the old branch beyond that place are
-    moved to the folder superseded-1 (-2, ...) in the run folder, with a copy of summary.csv.
+    Later checkpoints than the start of the run are moved to superseded-1 (superseded-2, ...) in the run folder, with a
+    copy of summary.csv.
 
     Args:
-        run: The run, which continues from a checkpoint in its own folder.
+        run: A run that continues from a checkpoint in its own folder.
 
     Returns:
-        A function that moves the checkpoint that the run continues from, to call after the next one is written; None if
-        it stays. It does not with an earlier --start-epoch.
+        A function that moves the checkpoint that the run continues from, to call after the next checkpoint is written.
+        None if that checkpoint stays: it is moved only with an earlier --start-epoch.
     """
     names = (f'superseded-{number}' for number in itertools.count(1))
     folder = next(path for path in (os.path.join(run.folder, name) for name in names) if not os.path.exists(path))
@@ -65,6 +65,6 @@ def set_aside(run: Run) -> Callable[[], None] | None:
         for path in others:
             _move(path, os.stat(path), folder)
         _logger.warning(
-            f'The run continues from an earlier place than that of {len(others)} checkpoints in {run.folder}. They are '
-            f'moved to {folder}.')
+            f'{len(others)} checkpoints in {run.folder} are later than the start of this run. They are moved to '
+            f'{folder}.')
     return None if source is None else partial(_move, source, os.stat(source), folder)

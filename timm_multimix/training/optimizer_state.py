@@ -1,4 +1,4 @@
-"""The optimizer state in a checkpoint, and whether the optimizer of a run can continue with it."""
+"""Check and load the optimizer state of a checkpoint."""
 import argparse
 from collections.abc import Mapping
 from copy import deepcopy
@@ -11,11 +11,11 @@ from ..common.errors import UsageError
 from .saved_weights import arguments_of
 
 _LOOKAHEAD = 'lookahead_'
-_REMEDY = 'or give --no-resume-opt, which starts the optimizer anew'
+_REMEDY = 'or give --no-resume-opt, which resets the optimizer'
 
 
 def _identity(name: str, options: Mapping[str, Any]) -> tuple:
-    """Equal for two names of the same optimizer with the same --opt-kwargs."""
+    """Return a key that is equal for aliases of the same optimizer with the same --opt-kwargs."""
     name = name.lower()
     base = name.removeprefix(_LOOKAHEAD)
     try:
@@ -31,16 +31,16 @@ def _described(name: str, options: Mapping[str, Any]) -> str:
 
 
 def check_optimizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], optimizer: Optimizer, path: str) -> None:
-    """Check that a checkpoint holds the state of the optimizer that the run uses.
+    """Check that the optimizer state of a checkpoint is of the optimizer of the run.
 
     Args:
         args: Arguments of the run.
-        checkpoint: The checkpoint. One without an optimizer fits all of them.
+        checkpoint: The checkpoint. Without an optimizer state it passes the check.
         optimizer: The optimizer of the run.
-        path: Path of the checkpoint, for the error.
+        path: Path of the checkpoint, for the error message.
 
     Raises:
-        UsageError: if it is the state of another optimizer, or of one with other --opt-kwargs.
+        UsageError: if the state is of another optimizer, or of other --opt-kwargs.
     """
     if 'optimizer' not in checkpoint:
         return
@@ -50,14 +50,16 @@ def check_optimizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], opt
         if _identity(before['opt'], options) != _identity(args.opt, args.opt_kwargs):
             old, new = _described(before['opt'], options), _described(args.opt, args.opt_kwargs)
             raise UsageError(
-                f'{path} holds the optimizer state of {old}, and this run has {new}. Continue with {old}, {_REMEDY}.')
+                f'{path} contains the optimizer state of {old}, but this run uses {new}. Continue with {old}, '
+                f'{_REMEDY}.')
         return
-    # Only the names of the hyperparameters are left to compare. Schedulers and other versions of PyTorch add some.
+    # Without the name of the optimizer only the names of its hyperparameters can be compared. Schedulers and other
+    # versions of PyTorch add some.
     for saved, group in zip(checkpoint['optimizer']['param_groups'], optimizer.param_groups, strict=False):
         missing, unknown = set(group) - set(saved), set(saved) - set(group) - {'initial_lr', 'lr_scale'}
         if missing and unknown:
             raise UsageError(
-                f'{path} holds the state of another optimizer than --opt {args.opt}: it has '
+                f'{path} contains the state of an optimizer other than --opt {args.opt}: it has '
                 f'{", ".join(sorted(unknown))} and lacks {", ".join(sorted(missing))}. Continue with the optimizer '
                 f'that wrote it, {_REMEDY}.')
 
@@ -65,8 +67,13 @@ def check_optimizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], opt
 def load_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any], path: str) -> None:
     """Load the optimizer state of a checkpoint, if it has one.
 
+    Args:
+        optimizer: The optimizer.
+        checkpoint: The checkpoint.
+        path: Path of the checkpoint, for the error message.
+
     Raises:
-        UsageError: if it does not fit the parameters of the model.
+        UsageError: if the state does not fit the parameters of the model.
     """
     if 'optimizer' not in checkpoint:
         return
@@ -74,5 +81,5 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any], path: st
         optimizer.load_state_dict(deepcopy(checkpoint['optimizer']))  # the tensors of the checkpoint are memory-mapped
     except Exception as error:
         raise UsageError(
-            f'The optimizer state in {path} does not fit this run: {error}. Give the options that it was trained with, '
+            f'The optimizer state in {path} does not fit this run: {error}. Use the options of the original run, '
             f'{_REMEDY}.') from error

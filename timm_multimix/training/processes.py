@@ -1,4 +1,4 @@
-"""Several processes: how long they wait for each other, and what one tells that waits in vain."""
+"""Distributed setup: process group, timeouts, and the error raised when another process stops responding."""
 import argparse
 import logging
 import os
@@ -17,10 +17,13 @@ _logger = logging.getLogger(__name__)
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """The device of this process. Does what timm's init_distributed_device does, except to join the other processes.
+    """Select the device of this process, as timm's init_distributed_device does, without creating the process group.
 
     Args:
-        args: Arguments of the run. Gets timm's distributed, world_size, rank, local_rank and device.
+        args: Arguments of the run. Sets distributed, world_size, rank, local_rank and device, as timm does.
+
+    Returns:
+        The device.
     """
     if not is_distributed_env():
         return init_distributed_device(args)
@@ -34,17 +37,17 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 
 def join_processes(device: torch.device, rank: int, world_size: int, timeout: float) -> None:
-    """Make the process group, also where torchrun has started the processes again.
+    """Initialize the process group. This also works after torchrun has restarted the processes.
 
     Args:
-        device: The device of this process.
-        rank: Its rank.
+        device: Device of this process.
+        rank: Rank of this process.
         world_size: Number of processes.
-        timeout: Seconds that they wait for each other, now and in every collective.
+        timeout: Timeout of the initialization and of every collective, in seconds.
     """
     timeout = timedelta(seconds=timeout)
     store, *_ = next(dist.rendezvous('env://', rank, world_size, timeout=timeout))
-    # torchrun may keep its store when it starts processes again: they must not find the addresses of those that died.
+    # torchrun may keep its store over restarts. The prefix hides the addresses of the previous processes.
     attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     dist.init_process_group(
         dist.Backend.default_device_backend_map.get(device.type, 'gloo'),
@@ -52,32 +55,32 @@ def join_processes(device: torch.device, rank: int, world_size: int, timeout: fl
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that other processes do not answer. That of gloo has no type of its own."""
+    """Return whether an error means that another process does not respond. Errors of gloo are plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error))
 
 
 def lost_contact(error: BaseException, place: str, timeout: float) -> RunError:
-    """What to tell where is_lost_contact(error)."""
+    """Return the RunError for an error that is_lost_contact accepts."""
     return RunError(
-        f'Lost contact with the other processes in {place} (they have --dist-timeout {timeout:g} seconds to answer). '
-        f'Look at what they told. {error}')
+        f'Lost contact with the other processes in {place} (--dist-timeout {timeout:g} seconds). See their logs for the '
+        f'cause. {error}')
 
 
 def of_the_first(value: Any) -> Any:
-    """What the first process has for a value, in all of them."""
+    """Broadcast a value from the first process and return it."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 class Watchdog:
-    """Where in the run a process is, for messages; and a watch that tells it when the process gets no further.
+    """Records the current place in the run and logs an error if it does not change for too long.
 
-    Collectives on a GPU that nobody answers do not fail in Python: after the timeout the process is aborted. So a
-    thread speaks before.
+    A thread logs the error before --dist-timeout, because PyTorch aborts the process without a Python exception when
+    a collective on a GPU times out.
 
     Attributes:
-        place: Such as 'epoch 1, update 7'.
+        place: Current place, such as 'epoch 1, update 7'.
     """
 
     def __init__(self):
@@ -86,22 +89,22 @@ class Watchdog:
         self._ended = threading.Event()
 
     def move(self, place: str) -> None:
-        """Note progress."""
+        """Record a new place in the run."""
         self.place = place
         self._since = time.monotonic()
 
     def watch(self, patience: float) -> None:
-        """Tell from now on where the process is stuck, if nothing moves for so many seconds."""
+        """Start a thread that logs an error if the place does not change for `patience` seconds."""
         threading.Thread(target=self._watch, args=(patience,), daemon=True).start()
 
     def end(self) -> None:
-        """Watch no more."""
+        """Stop the thread."""
         self._ended.set()
 
     def _watch(self, patience: float) -> None:
-        told = None
+        reported = None
         while not self._ended.wait(patience / 20):
             since, stuck = self._since, time.monotonic() - self._since
-            if stuck > patience and told != since:
-                told = since
-                _logger.error(f'No progress for {stuck:.0f} s in {self.place}. Does another process not answer?')
+            if stuck > patience and reported != since:
+                reported = since
+                _logger.error(f'No progress for {stuck:.0f} s in {self.place}. Another process may have stopped.')

@@ -1,4 +1,4 @@
-"""Continuing a run from a checkpoint: weights, optimizer, loss scaler and average."""
+"""Resume a run from a checkpoint: weights, EMA, optimizer and loss scaler."""
 import argparse
 import logging
 from collections.abc import Iterable
@@ -16,18 +16,23 @@ from .saved_weights import arguments_of, saved_weights
 
 _logger = logging.getLogger(__name__)
 
-# Prefixes of the options of the objective, which the card of a run lists for each of its parts.
+# Prefixes of the loss options. The model card lists them for each part of a run that was trained with other values.
 _OBJECTIVE = ('multimix', 'no_multimix', 'mixup', 'cutmix', 'loss', 'smoothing', 'bce_', 'jsd_', 'asl_', 'poly_',
               'twoway_', 'db_', 'kd_', 'distill_loss', 'task_loss')
-# Options that a checkpoint's optimizer keeps in its parameter groups, from where timm's schedulers take them.
+# Options that are part of the optimizer state. timm's schedulers read them from its parameter groups.
 _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
 
 
 def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], path: str) -> None:
-    """Check that a checkpoint is of the run's model, if it says.
+    """Check that a checkpoint is of the architecture of the run, if it stores its architecture.
+
+    Args:
+        args: Arguments of the run.
+        checkpoint: The checkpoint.
+        path: Path of the checkpoint, for the error message.
 
     Raises:
-        UsageError: if not.
+        UsageError: if the architecture differs.
     """
     architecture = checkpoint.get('arch')
     if architecture not in (None, args.model):
@@ -35,37 +40,37 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
 
 
 def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Warn of options that differ from those in a checkpoint.
+    """Warn about options that differ from the checkpoint.
 
-    Options of the loss take effect from here on. Options of the optimizer have no effect, as its state holds them:
-    they are set back to the values in the checkpoint.
+    Changed loss options are used. Changed optimizer options are reset in `args` to the values in the checkpoint,
+    because they are part of the optimizer state.
 
     Returns:
-        The options that were set back.
+        The options that were reset.
     """
     before = arguments_of(checkpoint)
 
     def changed(names: Iterable[str]) -> list[str]:
         return [name for name in names if name in before and before[name] != getattr(args, name)]
 
-    def told(names: Iterable[str]) -> str:
+    def listed(names: Iterable[str]) -> str:
         return ', '.join(
             f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names)
 
     if objective := changed(multimix_option_names()):
-        _logger.warning(f'This run continues with another objective: {told(objective)}.')
-    kept = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
-    if kept:
+        _logger.warning(f'This run continues with another objective: {listed(objective)}.')
+    reset = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
+    if reset:
         _logger.warning(
-            f'The optimizer continues with the options it began with: {told(kept)}. For the new ones give '
-            '--no-resume-opt, which starts it anew.')
-    settled = {name: before[name] for name in kept}
+            f'The optimizer keeps the options in the checkpoint: {listed(reset)}. To use the new values, give '
+            '--no-resume-opt, which resets the optimizer.')
+    settled = {name: before[name] for name in reset}
     vars(args).update(settled)
     return settled
 
 
 def _remember_objective(args: argparse.Namespace, checkpoint: dict[str, Any], epoch: int | None) -> None:
-    """Record in args.earlier with which options of the loss the run was trained so far, if they change now."""
+    """Append the previous loss options to args.earlier if they change in this run."""
     before = arguments_of(checkpoint)
     options = {name: before[name] for name, value in vars(args).items()
                if name.startswith(_OBJECTIVE) and name in before and before[name] != value}
@@ -78,12 +83,18 @@ def _remember_objective(args: argparse.Namespace, checkpoint: dict[str, Any], ep
 
 
 def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
-    """Bring a task and its optimizer to the state in a checkpoint.
+    """Restore a task, its optimizer and the loss scaler from a checkpoint.
+
+    Args:
+        args: Arguments of the run. Changed optimizer options are reset to the values in the checkpoint.
+        task: The task.
+        optimizer: The optimizer. It is not restored with --no-resume-opt.
+        loss_scaler: The loss scaler, or None. It is not restored with --no-resume-opt.
+        path: The checkpoint.
 
     Returns:
-        What the checkpoint says beside weights: 'epoch' to continue with, 'progress' and 'metric', each None if it does
-        not know; 'weights', the entries of its weights by name; and 'settled', options of the optimizer that were set
-        back to those it began with.
+        A dict with 'epoch' (the epoch to continue with), 'progress' and 'metric', each None if the checkpoint does not
+        contain it; 'weights', the entry of each weight set; and 'settled', the options that were reset.
 
     Raises:
         UsageError: if the checkpoint is damaged, or of another model or optimizer.
@@ -107,23 +118,32 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
 
 
 def load_weights(task: TrainingTask, path: str, name: str) -> None:
-    """Load a file that holds nothing but weights, as the Hub has them: nothing else of the run can be continued.
+    """Load the weights of a task from a safetensors file, such as a model on the Hub.
 
     Args:
-        task: Gets the weights.
+        task: The task.
         path: The safetensors file.
-        name: What the user calls it.
+        name: Value of --resume, for messages.
 
     Raises:
-        UsageError: if they are of another model.
+        UsageError: if the weights do not fit the model.
     """
     with usage_errors(f'--resume {name} does not fit this model'):
         task.load_checkpoint_state(load_file(path))
-    _logger.warning(f'--resume {name} holds weights alone: optimizer, schedule and epochs start anew.')
+    _logger.warning(f'--resume {name} contains only weights: optimizer, schedule and epoch start from the beginning.')
 
 
 def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:
-    """Start the average of the weights, from a checkpoint if one is given."""
+    """Set up the EMA of a task.
+
+    Args:
+        args: Arguments of the run.
+        task: The task.
+        path: Checkpoint to load the EMA weights from, None to start from the current weights.
+
+    Raises:
+        UsageError: if the checkpoint does not fit the run.
+    """
     task.setup_ema(
         decay=args.model_ema_decay,
         use_warmup=args.model_ema_warmup,

@@ -1,8 +1,8 @@
-"""The sets of weights that a run keeps: their names, where checkpoints have them, whose metric is whose.
+"""Named weight sets in a checkpoint (student, EMA, teacher) and the metric recorded for each.
 
-There are the trained weights ('student'), with --model-ema their average ('ema'), and with an EMA teacher its weights
-('teacher'), which are the average where the two share one. Options and metrics call them by these names: --hub-weights
-ema, --eval-metric teacher_top1.
+The sets are the trained weights ('student'), their EMA with --model-ema ('ema') and the weights of an EMA teacher
+('teacher'), which can be the same entry as 'ema'. Options and metrics use these names, such as --hub-weights ema and
+--eval-metric teacher_top1.
 """
 import argparse
 import math
@@ -17,26 +17,26 @@ _DESCRIPTIONS = {
 
 
 def arguments_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint, none if it does not know."""
+    """Return the arguments stored in a checkpoint, an empty dict if there are none."""
     args = checkpoint.get('args') or {}
-    return vars(args) if isinstance(args, argparse.Namespace) else args  # timm's own script saves a Namespace
+    return vars(args) if isinstance(args, argparse.Namespace) else args  # timm's train.py saves a Namespace
 
 
 def split_metric(name: str) -> tuple[str | None, str]:
-    """Whose a metric is, None if nothing is said, and what it is called without that: 'teacher_top1'."""
-    who, _, metric = name.partition('_')
-    return (who, metric) if who in _ENTRIES else (None, name)
+    """Split a metric name into weight set (None without a prefix) and metric: 'teacher_top1' into 'teacher', 'top1'."""
+    weight_set, _, metric = name.partition('_')
+    return (weight_set, metric) if weight_set in _ENTRIES else (None, name)
 
 
-def entries(kept: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
-    """Where a checkpoint has the weights of each name.
+def entries(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
+    """Return the checkpoint entry of each weight set.
 
     Args:
-        kept: Names of its entries.
+        names: Names of the checkpoint's entries.
         args: Arguments of its run.
     """
-    found = {who: entry for who, entry in _ENTRIES.items() if entry in kept}
-    if STUDENT not in found and 'model' in kept:
+    found = {weight_set: entry for weight_set, entry in _ENTRIES.items() if entry in names}
+    if STUDENT not in found and 'model' in names:
         found[STUDENT] = 'model'
     teaches = args.get('multimix', 'off') != 'off' and args.get('multimix_teacher') == 'ema'
     if teaches and TEACHER not in found and AVERAGE in found:
@@ -45,59 +45,60 @@ def entries(kept: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
 
 
 def saved_weights(checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    """The entry of each set of weights that a checkpoint holds, by name. A calibrated one holds a set of another."""
+    """Return the entry of each weight set in a checkpoint. A calibrated checkpoint contains one set as 'state_dict'."""
     args = arguments_of(checkpoint)
     if 'weights_of' not in checkpoint:
         return entries(checkpoint, args)
-    return {who: 'state_dict' for who in entries([checkpoint['weights_of']], args)}
+    return {weight_set: 'state_dict' for weight_set in entries([checkpoint['weights_of']], args)}
 
 
 def weights_of_metric(checkpoint: Mapping[str, Any]) -> str:
-    """The entry of a checkpoint whose weights its metric is of: of the average, where nothing else is said."""
+    """Return the entry of the weights that a checkpoint's metric belongs to: its 'metric_of', else the EMA weights."""
     names = (checkpoint.get('metric_of'), 'state_dict_ema', 'state_dict', 'model')
     return next(name for name in names if name in checkpoint)
 
 
 def described(checkpoint: Mapping[str, Any], entry: str) -> str:
-    """What the weights in an entry are, in words."""
-    names = [who for who, where in saved_weights(checkpoint).items() if where == entry]
+    """Return a description of the weights in an entry, for messages."""
+    names = [weight_set for weight_set, saved in saved_weights(checkpoint).items() if saved == entry]
     return _DESCRIPTIONS[names[-1] if names else STUDENT]
 
 
 def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '') -> dict[str, float]:
-    """Finite metrics of the very weights in an entry, by timm's names, as far as a checkpoint knows them.
+    """Return the finite metrics that a checkpoint stores for the weights in an entry, by timm's names.
 
     Args:
         checkpoint: The checkpoint.
         entry: The entry.
-        eval_metric: Name of the checkpoint's metric, which is all that timm's own say.
+        eval_metric: Name of the checkpoint's 'metric', for checkpoints of timm without 'metrics'.
     """
     metrics = dict((checkpoint.get('metrics') or {}).get(entry, {}))
     if 'metrics' not in checkpoint and checkpoint.get('metric') is not None and entry == weights_of_metric(checkpoint):
         metrics = {split_metric(eval_metric)[1]: float(checkpoint['metric'])}
     if 'temperature' in checkpoint:
-        metrics.pop('loss', None)  # calibration changes it, and no accuracy
+        metrics.pop('loss', None)  # calibration changes the loss but not the accuracies
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What becomes of the weights in a checkpoint that a run continues from, where they are not simply continued.
+    """Describe EMA and teacher weights of a checkpoint that a run does not continue unchanged.
 
     Args:
-        before: The entries of its weights, by name.
-        now: Those of the run.
+        before: Entries of the checkpoint, by weight set.
+        now: Entries of the run, by weight set.
 
     Returns:
-        A line for each set of weights.
+        One line for each such weight set.
     """
     options = {AVERAGE: '--model-ema', TEACHER: '--multimix-teacher ema'}
     lines = []
-    for who in (AVERAGE, TEACHER):
-        what = f'{_DESCRIPTIONS[who]} ({before.get(who)})'
-        if who in before and who not in now:
-            lines.append(f'{what} in it are not continued: add {options[who]} to keep them.')
-        elif who in before and before[who] != now[who]:
-            begins = 'begin anew, as the trained weights' if now[who] == _ENTRIES[TEACHER] else (
-                'are from here on the average of --model-ema')
-            lines.append(f'{what} in it are kept as {now[who]} in this run, for its decays are others: they {begins}.')
+    for weight_set in (AVERAGE, TEACHER):
+        text = f'{_DESCRIPTIONS[weight_set]} ({before.get(weight_set)}) in the checkpoint'
+        if weight_set in before and weight_set not in now:
+            lines.append(f'{text} are not continued: add {options[weight_set]} to keep them.')
+        elif weight_set in before and before[weight_set] != now[weight_set]:
+            is_copy = now[weight_set] == _ENTRIES[TEACHER]
+            state = 'starts from the trained weights' if is_copy else 'is the average of --model-ema'
+            lines.append(
+                f'{text} are not continued: with its EMA options this run uses {now[weight_set]}, which {state}.')
     return lines
