@@ -1,4 +1,4 @@
-"""What lies in a run's folder: written at once or not at all, read as data, and found again."""
+"""Files in a run folder: atomic writes, locks, loading as plain data, and selection of the checkpoint to resume."""
 import argparse
 import errno
 import os
@@ -58,7 +58,7 @@ def test_new_folders_are_new(tmp_path):
 
 @contextmanager
 def held_by_another_process(folder):
-    """A process that has a folder, and a worker that outlives it. Yields its number."""
+    """Lock a folder in another process, which has a worker that outlives it. Yields the process ID."""
     folder.mkdir(parents=True, exist_ok=True)
     output, input = os.pipe()
     process = os.fork()
@@ -86,9 +86,9 @@ def held_by_another_process(folder):
 
 def test_folder_is_locked_until_its_process_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(files, '_PATIENCE', 0.3)
-    told = 'belongs to a run that goes on: process '
-    # It checks that the folder is free once the process was killed.
-    with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{told}{process} on '):
+    message = 'belongs to a run that goes on: process '
+    # The context manager also checks that the lock is released when the process is killed.
+    with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{message}{process} on '):
         lock_folder(str(tmp_path))
     lock_folder(str(tmp_path)), lock_folder(f'{tmp_path}/.')
     assert str(os.getpid()) in (tmp_path / '.lock').read_text()
@@ -96,7 +96,7 @@ def test_folder_is_locked_until_its_process_ends(tmp_path, monkeypatch):
 
 
 def test_folder_of_a_process_that_is_ending_is_waited_for(tmp_path, monkeypatch):
-    """The process ends when the first attempt to lock its folder has failed."""
+    """The process is killed when the first attempt to lock its folder fails."""
     flock = files.fcntl.flock
     with held_by_another_process(tmp_path) as process:
         def failing_once(descriptor, operation):
@@ -185,7 +185,7 @@ def test_auto_takes_the_furthest_that_is_good(tmp_path, good, caplog):
     for epoch, name in enumerate(('checkpoint-1', 'recovery-2-5', 'last')):
         state = {'state_dict': {}, 'epoch': 1 + (name == 'last'), 'progress': {'consumed': 5 * (epoch == 1)}}
         torch.save(state, tmp_path / f'{name}.pth.tar')
-        os.utime(tmp_path / f'{name}.pth.tar', (9 - epoch, 9 - epoch))  # a copied folder: times say nothing
+        os.utime(tmp_path / f'{name}.pth.tar', (9 - epoch, 9 - epoch))  # times in reverse order
     for name in ('last', 'recovery-2-5', 'checkpoint-1'):
         path = tmp_path / f'{name}.pth.tar'
         assert newest_checkpoint(str(tmp_path)) == str(path)
@@ -196,7 +196,7 @@ def test_auto_takes_the_furthest_that_is_good(tmp_path, good, caplog):
 
 
 def test_checkpoint_of_an_older_version_continues(script, image_folder):
-    """Arguments in a Namespace, as timm writes them, and no progress."""
+    """The arguments are a Namespace, as timm writes them, and there is no progress."""
     script.train(image_folder, epochs=2, stop_epoch=1)
     path = script.run_folder() / 'last.pth.tar'
     state = script.checkpoint()
@@ -233,14 +233,14 @@ def test_broken_progress_is_a_usage_error(script, image_folder, entry, value):
     assert 'progress' in script.lines[-1] and 'Traceback' not in script.text
 
 
-@pytest.mark.parametrize('changed,told', [
+@pytest.mark.parametrize('changed,message', [
     (dict(workers=1), 'Augmentations, but not images, will differ'), (dict(batch_size=6), 'begins again'),
     (dict(grad_accum_steps=2), 'begins again')])
-def test_what_cannot_be_exact_is_told(script, image_folder, changed, told):
+def test_what_cannot_be_exact_is_told(script, image_folder, changed, message):
     with stopping(updates=5):
         script.train(image_folder, epochs=3)
     assert script.train(image_folder, epochs=3, resume='auto', **changed) == 0, script.text
-    assert told in script.text and len(script.summary()) == 3
+    assert message in script.text and len(script.summary()) == 3
     name, value = next(iter(changed.items()))
     assert f'{name.replace("_", " ")} ' in script.text and f'and {value} now' in script.text
 
@@ -253,7 +253,7 @@ def test_a_loader_that_runs_ahead_is_told(script, image_folder):
 
 
 def test_the_checkpoint_that_a_run_continues_from_stays(script, image_folder):
-    """Though damaged ones lie beside it that look newer."""
+    """Damaged checkpoints that look newer do not replace it."""
     with stopping(updates=5):
         script.train(image_folder, epochs=3)
     good = script.run_folder() / 'recovery-1-1.pth.tar'
@@ -283,7 +283,7 @@ def test_lost_best_checkpoint_is_made_again(script, image_folder):
 
 
 def _spoil(monkeypatch, first, count=1):
-    """Batches that are not numbers, counted from 1."""
+    """Replace `count` training batches by NaN, starting with batch `first`, counted from 1."""
     to_device, seen = loop._to_device, []
 
     def spoiled(run, input, target):
@@ -309,7 +309,7 @@ def test_nothing_is_left_of_a_loss_that_is_not_finite(script, image_folder, monk
     for entry in ('state_dict', 'state_dict_ema', 'optimizer'):
         if entry in before and not (accumulated > 1 and entry == 'state_dict'):
             same(before[entry], after[entry], entry)
-    if accumulated > 1:  # its other batch went into the statistics
+    if accumulated > 1:  # its other batch changes the BatchNorm statistics
         assert all(value.isfinite().all() for value in after['state_dict'].values())
         assert torch.equal(before['state_dict']['fc.weight'], after['state_dict']['fc.weight'])
     assert 0 < float(script.summary()[0]['train_loss']) < 5

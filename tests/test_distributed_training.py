@@ -1,4 +1,4 @@
-"""The script in several processes: what one process would do, told once, stopped and continued together."""
+"""Distributed training: failures, log lines, interruption and continuation with several processes."""
 import csv
 import os
 import signal
@@ -19,7 +19,7 @@ pytest_plugins = ['training_helpers']
 
 
 def arguments(data, *flags, **options):
-    """A tiny run: `option=value` stands for `--option value`."""
+    """Command line of a tiny run: `option=value` stands for `--option value`."""
     defaults = dict(
         data_dir=data, model='test_resnet', img_size=32, batch_size=4, epochs=2, warmup_epochs=0, lr=0.01, opt='sgd',
         workers=0, experiment='run', multimix_n=20, device='cpu')
@@ -37,7 +37,7 @@ def summary(folder, name='run'):
 
 
 def _signal_at(update, signalled, rank):
-    """One process is told to stop at an update."""
+    """Send SIGTERM to the process `signalled` at an update, counted from 1."""
     requested, calls = StopRequest.requested, []
 
     def counted(self):
@@ -50,7 +50,7 @@ def _signal_at(update, signalled, rank):
 
 
 def _stop_twice_at(batch, rank):
-    """All processes get two signals at a batch of validation, counted from 1: one to stop, one to stop at once."""
+    """Send SIGTERM twice to all processes at a validation batch, counted from 1, so that they stop at once."""
     check, calls = StopRequest.check, []
 
     def counted(self):
@@ -63,7 +63,7 @@ def _stop_twice_at(batch, rank):
 
 
 def _at_update(update, sick, act, rank):
-    """Something happens to one process in the middle of an update."""
+    """Call `act` in the process `sick` in the middle of an update, counted from 1."""
     step, calls = training.loop._train_step, []
 
     def counted(*args):
@@ -76,7 +76,7 @@ def _at_update(update, sick, act, rank):
 
 
 def _spoil_first_losses(rank):
-    """The loss of the second process is not a number in the first two updates."""
+    """Make the inputs of the second process NaN in the first two updates."""
     step, calls = training.loop._train_step, []
 
     def spoiled(run, input, *args):
@@ -131,7 +131,7 @@ def test_mistakes_are_told_once(tmp_path, image_folder):
     assert not outcomes[1].text
 
 
-# A script that is train_timm.py, but one of its processes is killed once.
+# train_timm.py in which one process is killed once.
 KILLED_ONCE = """
 import os, signal, sys
 from timm_multimix import training
@@ -148,14 +148,14 @@ sys.exit(training.main())
 
 
 def torchrun(script, *argv):
-    """The command that runs a script in two processes, and starts them again once if one fails."""
+    """Command that runs a script in two processes and restarts them once if one fails."""
     return [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1',
         str(script), *map(str, argv)]
 
 
 def test_torchrun_starts_a_killed_process_again(tmp_path, image_folder):
-    """The restarted run goes on from the recovery checkpoint and ends; everything is told once."""
+    """The restarted run continues from the recovery checkpoint and completes; each message is logged once."""
     script = tmp_path / 'script.py'
     script.write_text(KILLED_ONCE)
     argv = arguments(image_folder, '--resume', 'auto', '--model-ema', multimix='dense', recovery_interval=2)
@@ -172,7 +172,7 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, image_folder):
 
 
 def test_one_process_with_losses_that_are_not_finite(tmp_path, image_folder):
-    """Its updates are skipped by all, told once, and count for nothing; log lines and averages go on."""
+    """All processes skip its updates, and each skipped update is logged once."""
     argv = arguments(image_folder, epochs=1, log_interval=1, multimix='dense')
     outcomes = run_script(tmp_path, 2, *argv, prepare=_spoil_first_losses)
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].text + outcomes[1].text
@@ -185,7 +185,7 @@ def test_one_process_with_losses_that_are_not_finite(tmp_path, image_folder):
 
 
 def test_continuing_with_another_number_of_processes(tmp_path, image_folder):
-    """At the end of an epoch that works, and says what is different; in the middle of one it is begun again."""
+    """At the end of an epoch the run continues with a warning. In the middle of an epoch the epoch begins again."""
     argv = arguments(image_folder, '--model-ema', batch_size=8, epochs=1, sched='none')
     first, = run_script(tmp_path, 1, *argv)
     assert first.status == 0, first.text
@@ -206,7 +206,7 @@ def test_continuing_with_another_number_of_processes(tmp_path, image_folder):
 
 
 def test_validation_is_that_of_one_process(tmp_path):
-    """Nine images on two processes, one of which gets an image twice to fill its share."""
+    """Nine images on two processes: the sampler repeats an image to give both the same number."""
     make_images(tmp_path / 'images' / 'train', count=4)
     make_images(tmp_path / 'images' / 'validation', count=3)
     outcomes = run_script(tmp_path, 2, *arguments(tmp_path / 'images', epochs=1))
@@ -230,7 +230,7 @@ def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_
     outcomes = run_script(tmp_path, 2, *argv, prepare=partial(_signal_at, 4, signalled))
     assert [outcome.status for outcome in outcomes] == [143, 143], outcomes[0].text + outcomes[1].text
     assert outcomes[0].text.count('Stopped in epoch 1.') == 1 and 'ERROR' not in outcomes[0].text
-    assert 'torchrun --nproc-per-node 2' in outcomes[0].text  # how to continue
+    assert 'torchrun --nproc-per-node 2' in outcomes[0].text  # command to continue
     assert not outcomes[1].text
     for outcome in run_script(tmp_path, 2, *argv, '--resume', 'auto'):
         assert outcome.status == 0, outcome.text
@@ -246,7 +246,7 @@ def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_
 ])
 def test_second_signal_in_validation_keeps_the_statistics_of_each_process(
         tmp_path, image_folder, batch, flags, options):
-    """The weights hold averaged statistics by then. Each process validates two batches with each set of weights."""
+    """The weights then contain averaged statistics. Each process validates two batches with each weight set."""
     argv = arguments(image_folder, '--no-ddp-bb', *flags, **options)
     for outcome in run_script(tmp_path, 2, *argv, '--experiment', 'whole'):
         assert outcome.status == 0, outcome.text

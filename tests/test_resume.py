@@ -1,4 +1,4 @@
-"""A run that was interrupted and continued is the run that was not: bit for bit, with all that its checkpoint holds."""
+"""A run that is interrupted and continued equals an uninterrupted run bit for bit, in every checkpoint entry."""
 import random
 import signal
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ pytest_plugins = ['training_helpers']
 
 
 class Noise(Dataset):
-    """Samples that draw from all random states there are."""
+    """Samples that draw from the random generators of Python, NumPy and PyTorch."""
 
     def __init__(self, length: int = 22):
         self.length = length
@@ -30,7 +30,7 @@ class Noise(Dataset):
 
 
 def _prefetched(loader, draws):
-    """As timm's prefetcher: a batch ahead, drawing on the process's random state."""
+    """Load one batch ahead and draw random numbers in this process, like timm's prefetcher."""
     previous = None
     for batch in loader:
         batch = batch, draws()
@@ -42,7 +42,7 @@ def _prefetched(loader, draws):
 
 
 def _epoch(loader, prefetch, start=0, stop=None):
-    """Batches of an epoch with what a training step would draw; and the place after the last of them."""
+    """Return the batches of an epoch with the random numbers of a training step, and the state if stopped early."""
     def draws():
         return random.random(), torch.rand(()).item()
 
@@ -97,7 +97,7 @@ def test_loader_goes_on_in_the_middle(workers, prefetch, places):
 
 @contextmanager
 def stopping(updates=None, validated=None):
-    """A run meets a signal after so many updates, or after so many batches of validation."""
+    """Send SIGTERM to a run after a number of updates or of validation batches."""
     def counting(limit, function):
         calls = []
 
@@ -163,7 +163,7 @@ def test_continued_run_is_the_uninterrupted_one(script, image_folder, name):
         assert 'uninterrupted run' not in script.text and 'begins again' not in script.text
         for file in ('last.pth.tar', 'model_best.pth.tar'):
             whole, continued = script.checkpoint(file, 'whole'), script.checkpoint(file, run)
-            for entry in ('args', 'saver'):  # the name of the run is in them
+            for entry in ('args', 'saver'):  # they contain the name of the run
                 whole.pop(entry), continued.pop(entry)
             same(whole, continued, f'{stop}: ')
         summaries = [(script.run_folder(folder) / 'summary.csv').read_text() for folder in ('whole', run)]

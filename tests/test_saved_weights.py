@@ -68,7 +68,7 @@ def test_metrics_are_of_the_very_weights():
     (dict(state_dict={}), ALL, []),
     (ALL, dict(state_dict={}), ['add --model-ema', 'add --multimix-teacher ema']),
     (('state_dict', 'state_dict_ema'), ALL, ['uses state_dict_teacher, which starts from']),
-    (('state_dict', 'state_dict_teacher'), ('state_dict', 'state_dict_ema'), ['uses state_dict_ema, which is the average']),
+    (('state_dict', 'state_dict_teacher'), ('state_dict', 'state_dict_ema'), ['state_dict_ema, which is the average']),
 ])
 def test_changes_on_resuming(before, now, words):
     kept = entries(now, TEACHER if len(now) > 1 else {})

@@ -1,4 +1,4 @@
-"""The training script from its command line to its files, on tiny images."""
+"""End-to-end tests of the training script on tiny images: options, log lines and files."""
 import os
 import signal
 import subprocess
@@ -78,7 +78,7 @@ def test_embedded_digits_without_any_data(script):
 
 
 def test_resume_in_place_continues_the_run(script, image_folder):
-    """Stopped after two epochs and continued: the same files, one history."""
+    """A run that is stopped after two epochs and continued has one summary and one checkpoint history."""
     options = dict(multimix='dense', epochs=4, resume='auto', checkpoint_hist=2, opt='adamw', lr=1e-3)
     script.train(image_folder, **options, stop_epoch=2)
     assert len(script.summary()) == 2 and script.checkpoint()['epoch'] == 1
@@ -132,7 +132,7 @@ def test_optimizer_options_that_do_not_count_when_a_run_continues_are_told(scrip
     assert 'the options in the checkpoint: --lr was 0.1 and is 0.2. To use the new' in script.text
     assert float(script.summary()[1]['lr']) < 0.1
     recorded = yaml.safe_load((script.run_folder() / 'args.yaml').read_text())
-    assert script.checkpoint()['args']['lr'] == recorded['lr'] == 0.1  # what is true
+    assert script.checkpoint()['args']['lr'] == recorded['lr'] == 0.1  # the value in use
     assert script.train(image_folder, '--no-resume-opt', lr=0.3, epochs=4, stop_epoch=3, resume='auto') == 0
     assert 'the options in the checkpoint' not in script.text
     assert float(script.summary()[2]['lr']) > 0.1
@@ -162,7 +162,7 @@ def test_milestones_and_validation_interval(script, image_folder):
 
 
 def test_multimix_epochs(script, image_folder):
-    """MultiMix comes and goes; the summary keeps its columns."""
+    """The summary keeps its columns when MultiMix is switched on and off."""
     script.train(image_folder, multimix='dense', epochs=3, multimix_start_epoch=1, multimix_off_epoch=2)
     rows = script.summary()
     assert [bool(row['train_dense']) for row in rows] == [False, True, False]
@@ -178,7 +178,7 @@ def test_no_accuracy_on_soft_targets(script, image_folder):
 @pytest.mark.parametrize(
     ('number', 'whole_group'), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)])
 def test_interrupted_process_ends_cleanly(tmp_path, image_folder, number, whole_group):
-    """Also if its workers get the signal too, as from a terminal or a scheduler."""
+    """The workers may also get the signal, as from a terminal or a scheduler."""
     command = [
         sys.executable, str(SCRIPT), '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32',
         '-b', '8', '--epochs', '100000', '-j', '1', '--experiment', 'run', '--log-interval', '1']
@@ -246,7 +246,7 @@ def test_training_is_the_same_for_the_same_seed(script, image_folder):
 
 
 def test_time_goes_to_training_not_to_waiting(script, image_folder, monkeypatch):
-    """Between log lines no value is fetched from the device: that would stop a GPU in every step."""
+    """No value is copied from the device between log lines, because that would synchronize a GPU in every step."""
     fetched = []
     compute = loop.Averages.compute
     monkeypatch.setattr(loop.Averages, 'compute', lambda self, *args: fetched.append(1) or compute(self, *args))
@@ -255,12 +255,12 @@ def test_time_goes_to_training_not_to_waiting(script, image_folder, monkeypatch)
     started = time.perf_counter()
     script.train(image_folder, batch_size=2, log_interval=1000, val_split='')
     assert time.perf_counter() - started < 60
-    # 12 updates: the first and the last are reported, then the epoch; a handful of items are the optimizer's.
+    # 12 updates: reports of the first, the last and the epoch, and a few calls by the optimizer.
     assert len(fetched) <= 8, len(fetched)
 
 
 class _LabelLists(torch.utils.data.Dataset):
-    """Images with several labels each, as timm's readers give them."""
+    """Images with several labels each, in the format of timm's readers."""
     transform = None
 
     def __init__(self, target_transform, **options):
@@ -306,7 +306,7 @@ def test_distillation(script, image_folder, monkeypatch, kind):
         distillation, 'create_model', lambda *args, pretrained, **options: create(*args, **options))
     flags = ['--kd-model-name', 'test_resnet', '--kd-distill-type', kind, '--task-loss-weight', '0.3']
     assert script.train(image_folder, *flags, '--model-ema') == 0, script.text
-    assert len([name for name in script.summary()[0] if name.startswith('train_')]) > 2  # the parts of the loss
+    assert len([name for name in script.summary()[0] if name.startswith('train_')]) > 2  # the terms of the loss
     timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(script.run_folder() / 'last.pth.tar'))
 
 
@@ -333,7 +333,7 @@ def test_second_signal_stops_at_once():
 
 
 def test_weights_are_those_of_a_plain_loop(script, image_folder):
-    """The script against the loop that anyone would write: accumulation with a remainder, clipping, schedule, EMA."""
+    """Compare with a plain training loop: gradient accumulation with a remainder, clipping, schedule and EMA."""
     assert script.train(
         image_folder, '--model-ema', epochs=2, grad_accum_steps=2, clip_grad=0.05, clip_mode='value', momentum=0.5,
         smoothing=0.2, model_ema_decay=0.9, val_split='', warmup_epochs=1, warmup_lr=0.005, lr=0.02) == 0

@@ -1,4 +1,4 @@
-"""--calibrate: images to fit a temperature on, and the calibrated checkpoint at the end of a run."""
+"""Temperature scaling with --calibrate: held-out images and the calibrated checkpoint."""
 import argparse
 import copy
 import logging
@@ -32,35 +32,44 @@ _FILE_READERS = (ReaderImageFolder, ReaderImageInTar, ReaderImageTar)
 
 
 def calibration_share(text: str) -> float | None:
-    """The share of the training images that --calibrate keeps, None if it names a split instead.
+    """Parse --calibrate as a share of the training images.
+
+    Args:
+        text: Value of --calibrate.
+
+    Returns:
+        The share, None if the value is the name of a split.
 
     Raises:
-        UsageError: if it is a number that is no share.
+        UsageError: if the value is a number outside of (0, 1).
     """
     try:
         share = float(text)
     except ValueError:
         return None
     if not 0 < share < 1:
-        raise UsageError(f'--calibrate {text}: a share of the training images lies between 0 and 1, such as 0.1.')
+        raise UsageError(f'--calibrate {text}: a share of the training images must be between 0 and 1, such as 0.1.')
     return share
 
 
 def _root(dataset: Dataset) -> str | None:
-    """The folder or archive of a dataset; None for readers that keep all splits in one."""
+    """Return the folder or archive of a dataset, None for readers that do not have one for each split."""
     reader = getattr(dataset, 'reader', None)
     reader = reader.inner if isinstance(reader, DecodingReader) else reader
     return os.path.realpath(reader.root) if isinstance(reader, _FILE_READERS) else None
 
 
 def share_split(first: str, second: str) -> bool:
-    """Whether two names of splits, with a slice or without, plainly overlap, such as train and train[90%:]."""
+    """Return whether two split names are known to overlap, such as train and train[90%:].
+
+    Different slices of a split are not compared.
+    """
     (name, _, part), (other_name, _, other_part) = first.partition('['), second.partition('[')
     return name == other_name and (part == other_part or not (part and other_part))
 
 
 def share_images(first: Dataset, second: Dataset) -> bool:
-    """Whether two datasets plainly hold the same images: of one folder, or embedded ones of one split."""
+    """Return whether two datasets are known to share images: one folder contains the other, or the arrays are equal."""
     roots = [_root(first), _root(second)]
     if all(roots):
         return os.path.commonpath(roots) in roots
@@ -71,8 +80,8 @@ def share_images(first: Dataset, second: Dataset) -> bool:
 def _warn_of_few(args: argparse.Namespace, held_out: Dataset) -> None:
     if not isinstance(held_out, IterableDataset) and len(held_out) < _FEW:
         _logger.warning(
-            f'--calibrate {args.calibrate}: {len(held_out)} images are few to fit a temperature on. With other images '
-            'it might be quite another.')
+            f'--calibrate {args.calibrate}: {len(held_out)} images are few to fit a temperature on. The temperature '
+            'may depend strongly on the selection of images.')
 
 
 def hold_out(
@@ -81,21 +90,21 @@ def hold_out(
         evaluation: Dataset | None,
         in_chans: int,
 ) -> tuple[Dataset, Dataset | None]:
-    """The images to train on, and those to fit a temperature on, which are neither trained on nor validated on.
+    """Separate the images for temperature scaling from the training images.
 
-    The share of --calibrate is drawn by --seed, so that a run that continues holds out the same images.
+    A share is selected with --seed, so that a continued run holds out the same images.
 
     Args:
         args: Arguments of the run.
         train: The training dataset.
-        evaluation: The validation dataset.
-        in_chans: Channels of the images.
+        evaluation: The validation dataset, or None.
+        in_chans: Number of channels of the images.
 
     Returns:
-        The two datasets; the second is None without --calibrate.
+        The dataset to train on and the dataset to calibrate on. The second is None without --calibrate.
 
     Raises:
-        UsageError: if the images cannot be held out, or are those of training or validation.
+        UsageError: if images cannot be held out, or the split is also used for training or validation.
     """
     if args.calibrate is None:
         return train, None
@@ -112,8 +121,8 @@ def hold_out(
         return train, held_out
     if isinstance(train, IterableDataset):
         raise UsageError(
-            f'--calibrate {args.calibrate}: no share of a stream can be held out. Name a split instead, such as '
-            'train[90%:], beside --train-split train[:90%], where the dataset knows slices.')
+            f'--calibrate {args.calibrate}: a share of a streamed dataset cannot be held out. Name a split instead, '
+            'such as train[90%:] with --train-split train[:90%] if the dataset supports slices.')
     generator = torch.Generator('cpu').manual_seed(args.seed)
     order = torch.randperm(len(train), generator=generator, device='cpu').tolist()
     count = round(share * len(train))
@@ -126,10 +135,14 @@ def hold_out(
 
 
 def check_continues(args: argparse.Namespace, path: str) -> None:
-    """Check that the run of a checkpoint held out the images that this one does.
+    """Check that the run of a checkpoint held out the same share of images as this run.
+
+    Args:
+        args: Arguments of the run.
+        path: The checkpoint.
 
     Raises:
-        UsageError: if the weights have been trained on them.
+        UsageError: if the weights may have been trained on the held-out images.
     """
     if args.calibrate is None or calibration_share(args.calibrate) is None:
         return
@@ -138,14 +151,19 @@ def check_continues(args: argparse.Namespace, path: str) -> None:
         raise UsageError(
             f'--calibrate {args.calibrate}: {path} was trained with --calibrate {before.get("calibrate")} --seed '
             f'{before.get("seed")}, so it may have seen the images that would be held out now. Give the same options, '
-            'or a split of its own.')
+            'or a separate split.')
 
 
 def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Check, before training, that a temperature can be folded into the model.
+    """Check before training that a temperature can be folded into the classifier of the model.
+
+    Args:
+        args: Arguments of the run. Without --calibrate nothing is checked.
+        model: The model.
+        input_size: Input size (c, h, w).
 
     Raises:
-        UsageError: if not, with the reason.
+        UsageError: if the classifier cannot be scaled.
     """
     if args.calibrate is None:
         return
@@ -156,22 +174,23 @@ def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tup
 
 
 def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Callable[[], Any]) -> str | None:
-    """Calibrate the best checkpoint of a run and write it beside it.
+    """Calibrate the best checkpoint of a run and write model_calibrated.pth.tar.
 
-    The calibrated one holds a single state_dict, for timm to load. Its 'weights_of' is the entry of the best checkpoint
-    that it was made of, 'metrics' has the accuracies of that, which are still true.
+    The calibrated checkpoint contains a single state_dict that timm can load. 'weights_of' is the entry of the best
+    checkpoint that was calibrated. 'metrics' contains its metrics without the loss, because calibration does not change
+    the others.
 
     Args:
-        folder: The run's.
-        model: The model, of which a copy is loaded with the weights that the run's metric is of.
+        folder: Folder of the run.
+        model: The model. It is not changed: the weights are loaded into a copy.
         loader: Batches of held-out images.
-        autocast: Makes the context of a forward pass, as in validation.
+        autocast: Returns the autocast context of a forward pass, as in validation.
 
     Returns:
-        Path of the calibrated checkpoint; None, with a warning, if no temperature fits.
+        Path of the calibrated checkpoint, None with a warning if no temperature can be fitted.
 
     Raises:
-        RunError: if it cannot be written.
+        RunError: if the checkpoint cannot be written.
     """
     best = read_checkpoint(os.path.join(folder, 'model_best.pth.tar'))
     model = copy.deepcopy(model)
@@ -184,11 +203,11 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     except ValueError as error:
         _logger.warning(f'Not calibrated: {error}')
         return None
-    kept = ['epoch', 'arch', 'args', 'version', 'class_to_idx']
-    if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':  # calibration changes it, and no accuracy
-        kept.append('metric')
+    names = ['epoch', 'arch', 'args', 'version', 'class_to_idx']
+    if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':  # calibration changes the loss
+        names.append('metric')
     checkpoint = dict(
-        {name: best[name] for name in kept if name in best},
+        {name: best[name] for name in names if name in best},
         state_dict=model.state_dict(), metric_of='state_dict', weights_of=entry, temperature=temperature)
     if 'metrics' in best:
         checkpoint['metrics'] = {
@@ -206,6 +225,6 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
 
 
 def forget_calibrated(folder: str) -> None:
-    """Remove the calibrated checkpoint of a run that goes on: it would not be of its best weights any more."""
+    """Remove the calibrated checkpoint of a run that continues, because its best weights may change."""
     if os.path.exists(os.path.join(folder, CALIBRATED)):
         os.remove(os.path.join(folder, CALIBRATED))

@@ -1,4 +1,4 @@
-"""What the summary of a run says, and its picture."""
+"""Read, repair and plot the summary of a run (summary.csv)."""
 import csv
 import math
 import os
@@ -13,7 +13,7 @@ _PANELS = {'loss': 'loss', 'top-1 accuracy (%)': 'top1', 'mean average precision
 
 
 def _read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a summary, none if there is no file.
+    """Return the columns and rows of a summary, empty if there is no file.
 
     Raises:
         UsageError: if it is not a CSV file in UTF-8.
@@ -29,7 +29,7 @@ def _read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
         raise UsageError(f'{path}: {error.strerror or error}.') from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(
-            f'{path} is not a CSV file in UTF-8 ({error}). Convert it, or rename it to begin a new one.') from error
+            f'{path} is not a CSV file in UTF-8 ({error}). Convert it, or rename it to start a new one.') from error
 
 
 def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
@@ -43,11 +43,14 @@ def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, 
 def read_summary(folder: str) -> list[dict[str, float]]:
     """Read summary.csv.
 
+    Args:
+        folder: Folder of the run.
+
     Returns:
-        A row for each validated epoch, in order, with its finite values; none if there is no summary.
+        The finite values of each validated epoch, in order of the file; empty if there is no summary.
 
     Raises:
-        UsageError: if it is not a CSV file in UTF-8.
+        UsageError: if summary.csv is not a CSV file in UTF-8.
     """
     rows = []
     for row in _read_table(os.path.join(folder, SUMMARY_NAME))[1]:
@@ -56,42 +59,42 @@ def read_summary(folder: str) -> list[dict[str, float]]:
             rows.append({
                 **{name: value for name, value in values.items() if math.isfinite(value)}, 'epoch': int(row['epoch'])})
         except (KeyError, TypeError, ValueError):
-            continue  # a line that is only half written
+            continue  # an incomplete line
     return rows
 
 
 def trim_summary(path: str, start_epoch: int) -> None:
-    """Remove the rows of a summary from an epoch on; as timm's, but half-written rows do no harm.
+    """Remove the rows of a summary from an epoch on, and incomplete rows.
 
     Args:
-        path: The summary, written again only if it has such rows.
+        path: The summary. It is rewritten only if rows are removed.
         start_epoch: First epoch to remove.
 
     Raises:
-        UsageError: if it is not a CSV file in UTF-8.
+        UsageError: if the summary is not a CSV file in UTF-8.
     """
     columns, rows = _read_table(path)
-    kept = []
+    valid = []
     for row in rows:
         with suppress(KeyError, TypeError, ValueError):
             if int(float(row['epoch'])) < start_epoch and None not in row:
-                kept.append(row)
-    if len(kept) < len(rows):
-        _write_table(path, columns if kept else [], kept)
+                valid.append(row)
+    if len(valid) < len(rows):
+        _write_table(path, columns if valid else [], valid)
 
 
 def fit_columns(path: str, names: Sequence[str]) -> list[str]:
-    """Give a summary all columns that its next row needs: a run may continue with other weights to validate.
+    """Add missing columns to a summary. A continued run may have other columns than before.
 
     Args:
-        path: The summary, which is written again only if it lacks columns.
-        names: Columns of the next row, of which the last one stays the last.
+        path: The summary. It is rewritten only if its columns change.
+        names: Columns of the next row.
 
     Returns:
-        All columns, with those that earlier rows have.
+        All columns of the summary, old and new.
 
     Raises:
-        UsageError: if it is not a CSV file in UTF-8.
+        UsageError: if the summary is not a CSV file in UTF-8.
     """
     before, rows = _read_table(path)
     if not before:
@@ -105,19 +108,19 @@ def fit_columns(path: str, names: Sequence[str]) -> list[str]:
 
 
 def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
-    """Draw loss and accuracy over the epochs.
+    """Plot loss, top-1 accuracy and mean average precision over the epochs.
 
     Args:
-        rows: From read_summary.
-        path: Picture to write.
+        rows: Rows returned by read_summary.
+        path: Image file to write.
 
     Returns:
-        Whether there was anything to draw.
+        Whether a plot was written. It needs at least two rows.
     """
-    from matplotlib.figure import Figure  # without pyplot, which belongs to the main thread
+    from matplotlib.figure import Figure  # without pyplot, which only works in the main thread
 
     panels = {
-        title: (f'train_{name}', *(f'eval_{who}{name}' for who in ('', 'ema_', 'teacher_')))
+        title: (f'train_{name}', *(f'eval_{prefix}{name}' for prefix in ('', 'ema_', 'teacher_')))
         for title, name in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if any(name in row for row in rows for name in names)}
     if len(rows) < 2 or not panels:
@@ -127,8 +130,8 @@ def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
         for name in names:
             points = [(row['epoch'], row[name]) for row in rows if name in row]
             if points:
-                who = split_metric(name.removeprefix('eval_'))[0]
-                label = 'training' if name.startswith('train') else f'validation, {who}' if who else 'validation'
+                source = split_metric(name.removeprefix('eval_'))[0]
+                label = 'training' if name.startswith('train') else f'validation, {source}' if source else 'validation'
                 axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < 20 else None)
         axes.set(xlabel='epoch', title=title)
         axes.grid(alpha=0.3)

@@ -62,8 +62,8 @@ def is_lost_contact(error: BaseException) -> bool:
 def lost_contact(error: BaseException, place: str, timeout: float) -> RunError:
     """Return the RunError for an error that is_lost_contact accepts."""
     return RunError(
-        f'Lost contact with the other processes in {place} (--dist-timeout {timeout:g} seconds). See their logs for the '
-        f'cause. {error}')
+        f'Lost contact with the other processes in {place} (--dist-timeout {timeout:g} seconds). See their logs. '
+        f'{error}')
 
 
 def of_the_first(value: Any) -> Any:
