@@ -32,13 +32,7 @@ _FILE_READERS = (ReaderImageFolder, ReaderImageInTar, ReaderImageTar)
 
 
 def calibration_share(text: str) -> float | None:
-    """Parse --calibrate as a share of the training images.
-
-    Args:
-        text: Value of --calibrate.
-
-    Returns:
-        The share, None if the value is the name of a split.
+    """Parse the value of --calibrate as a share of the training images. Returns None for the name of a split.
 
     Raises:
         UsageError: if the value is a number outside of (0, 1).
@@ -137,10 +131,6 @@ def hold_out(
 def check_continues(args: argparse.Namespace, path: str) -> None:
     """Check that the run of a checkpoint held out the same share of images as this run.
 
-    Args:
-        args: Arguments of the run.
-        path: The checkpoint.
-
     Raises:
         UsageError: if the weights may have been trained on the held-out images.
     """
@@ -155,12 +145,7 @@ def check_continues(args: argparse.Namespace, path: str) -> None:
 
 
 def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Check before training that a temperature can be folded into the classifier of the model.
-
-    Args:
-        args: Arguments of the run. Without --calibrate nothing is checked.
-        model: The model.
-        input_size: Input size (c, h, w).
+    """Check before training with --calibrate that a temperature can be folded into the classifier of the model.
 
     Raises:
         UsageError: if the classifier cannot be scaled.

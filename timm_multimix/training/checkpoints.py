@@ -316,9 +316,6 @@ def position(path: str) -> tuple[int, bool, int, float]:
 
     The file time decides between checkpoints in the same epoch if their batches were not counted.
 
-    Args:
-        path: The checkpoint.
-
     Returns:
         Last finished epoch, whether the next epoch has begun, the batches trained in it, and the modification time of
         the file (0 for a checkpoint at the end of an epoch).
@@ -345,9 +342,6 @@ def _by_progress(paths: Iterable[str]) -> Iterator[str]:
 
 def newest_checkpoint(folder: str) -> str | None:
     """Return the checkpoint of a run to continue from: the furthest one that is intact.
-
-    Args:
-        folder: Folder of the run.
 
     Returns:
         Path of the checkpoint, None if the folder contains no checkpoints.

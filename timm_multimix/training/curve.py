@@ -41,10 +41,7 @@ def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, 
 
 
 def read_summary(folder: str) -> list[dict[str, float]]:
-    """Read summary.csv.
-
-    Args:
-        folder: Folder of the run.
+    """Read summary.csv in the folder of a run.
 
     Returns:
         The finite values of each validated epoch, in order of the file; empty if there is no summary.

@@ -299,13 +299,7 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
 
 
 def validate_checkpoint(run: Run) -> dict[str, float]:
-    """Validate the checkpoint given by --validate.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Metrics of the weights selected by entry_to_validate.
+    """Validate the checkpoint given by --validate and return its metrics.
 
     Raises:
         UsageError: if the checkpoint does not fit the model.

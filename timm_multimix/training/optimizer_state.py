@@ -67,11 +67,6 @@ def check_optimizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], opt
 def load_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any], path: str) -> None:
     """Load the optimizer state of a checkpoint, if it has one.
 
-    Args:
-        optimizer: The optimizer.
-        checkpoint: The checkpoint.
-        path: Path of the checkpoint, for the error message.
-
     Raises:
         UsageError: if the state does not fit the parameters of the model.
     """

@@ -99,7 +99,7 @@ def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] 
 
 @contextmanager
 def reading_progress(run: Run) -> Iterator[None]:
-    """Convert errors caused by an invalid progress entry to a UsageError that names the checkpoint."""
+    """Convert errors of usable_progress, step_scheduler and restore_progress to a UsageError about the checkpoint."""
     try:
         yield
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -131,10 +131,6 @@ def usable_progress(run: Run, progress: dict[str, Any] | None) -> dict[str, Any]
 
     Returns:
         The progress, or None if it cannot be used. An interrupted epoch then begins again.
-
-    Raises:
-        LookupError, TypeError, ValueError, RuntimeError, AttributeError: if the progress is invalid; see
-            reading_progress.
     """
     if not progress:
         _logger.info('The checkpoint contains no random state: the results will differ from an uninterrupted run.')
@@ -169,10 +165,6 @@ def step_scheduler(run: Run, checkpoint: dict[str, Any]) -> None:
     Args:
         run: The run, with start_epoch and progress set.
         checkpoint: Return value of resuming.resume, empty for a new run.
-
-    Raises:
-        LookupError, TypeError, ValueError, RuntimeError, AttributeError: if the state of the schedule is invalid; see
-            reading_progress.
     """
     scheduler, epoch = run.scheduler, run.start_epoch
     if scheduler is None:

@@ -26,11 +26,6 @@ _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 
 def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], path: str) -> None:
     """Check that a checkpoint is of the architecture of the run, if it stores its architecture.
 
-    Args:
-        args: Arguments of the run.
-        checkpoint: The checkpoint.
-        path: Path of the checkpoint, for the error message.
-
     Raises:
         UsageError: if the architecture differs.
     """
@@ -134,12 +129,7 @@ def load_weights(task: TrainingTask, path: str, name: str) -> None:
 
 
 def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:
-    """Set up the EMA of a task.
-
-    Args:
-        args: Arguments of the run.
-        task: The task.
-        path: Checkpoint to load the EMA weights from, None to start from the current weights.
+    """Set up the EMA of a task, with the weights of a checkpoint if a path is given.
 
     Raises:
         UsageError: if the checkpoint does not fit the run.
