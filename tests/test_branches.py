@@ -35,7 +35,7 @@ def test_run_stopped_in_its_first_epoch_is_not_overwritten(script, image_folder)
     assert {name for name in before if name.endswith('.pth.tar')} == {'recovery-0-1.pth.tar'}
     for options in (dict(), dict(seed=7)):
         assert script.train(image_folder, epochs=2, **options) == 2, script.text
-        assert 'holds a run' in script.lines[-1] and '--resume auto' in script.lines[-1]
+        assert 'contains a run' in script.lines[-1] and '--resume auto' in script.lines[-1]
         assert files(script.run_folder()) == before
     assert script.train(image_folder, epochs=2, resume='auto') == 0, script.text
     assert 'Continuing from output/train/run/recovery-0-1.pth.tar' in script.text
@@ -49,7 +49,7 @@ def test_folder_with_any_checkpoint_is_refused(script, image_folder, tmp_path, n
     torch.save({'state_dict': {}}, tmp_path / 'other.pth.tar')
     for options in (dict(), dict(resume=tmp_path / 'other.pth.tar')):
         assert script.train(image_folder, **options) == 2
-        assert 'holds a run' in script.lines[-1] and '--resume auto' in script.lines[-1]
+        assert 'contains a run' in script.lines[-1] and '--resume auto' in script.lines[-1]
     assert [path.name for path in script.run_folder().iterdir()] == [f'{name}.pth.tar']
 
 

@@ -129,7 +129,7 @@ def test_run_that_another_has_just_made_is_not_overwritten(script, image_folder,
         (Path(folder) / 'last.pth.tar').write_text('')
     monkeypatch.setattr(sys.modules[main.__module__], 'lock_folder', other)
     assert script.train(image_folder) == 2
-    assert 'holds a run' in script.lines[-1]
+    assert 'contains a run' in script.lines[-1]
     assert [path.name for path in script.run_folder().iterdir()] == ['last.pth.tar']
 
 

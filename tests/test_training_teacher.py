@@ -194,7 +194,7 @@ def test_another_model_teaches(script, image_folder, tmp_path):
 
 @pytest.mark.parametrize('options, message', [
     (('--multimix-views', '2'), '--multimix-views 2 is for a teacher'),
-    ((*TEACHER, '--multimix-views', '2', '--aug-splits', '2', '--aa', 'augmix'), '--aug-splits are views already'),
+    ((*TEACHER, '--multimix-views', '2', '--aug-splits', '2', '--aa', 'augmix'), '--aug-splits already creates views'),
     ((*TEACHER, '--multimix-teacher-decay', '1'), 'a share below 1'),
     ((*TEACHER, '--multimix-distill-weight', '-1'), '--multimix-distill-weight is a share'),
     (('--multimix-teacher', 'test_resnot'), '--multimix-teacher test_resnot: timm has no such model'),

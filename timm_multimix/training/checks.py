@@ -1,4 +1,4 @@
-"""Checks of the options, before data and model are built."""
+"""Checks of the options before data are read and the model is built."""
 import argparse
 import logging
 import math
@@ -25,7 +25,7 @@ from .saved_weights import AVERAGE, STUDENT, TEACHER
 _logger = logging.getLogger(__name__)
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-# Values of options that timm's parser takes as free text.
+# Allowed values of options that are free text in timm's parser.
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
     'model_dtype': ('float32', 'float16', 'bfloat16'),
@@ -42,17 +42,17 @@ _CHOICES = {
     'fuser': ('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
     'kd_loss_type': ('kl',),
 }
-# Names for suggestions only: timm decides which it takes.
+# Names for suggestions in error messages. timm validates the values.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 _AUGMENTATIONS = ('v0', 'v0r', 'original', 'originalr', '3a', 'rand', 'augmix')
 _AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
                  'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
-_MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # no limit
+_MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # infinity means no limit
 _PROBABILITIES = ('drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob',
                   'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob',
                   'model_ema_decay')
 DEFAULT_OUTPUT = os.path.join('output', 'train')
-# Options for several positions: pooled MultiMix has one, and so no attention.
+# Options that need several positions. Pooled MultiMix has one.
 _DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
 NEED_FOLDER = ('torch', 'wds')
 _TORCH_DATASETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist', 'image_folder', 'folder',
@@ -82,7 +82,7 @@ def _check_values(args: argparse.Namespace) -> None:
     for name in _PROBABILITIES:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
-            raise UsageError(f'{_option(name)} must lie between 0 and 1, got {value}.')
+            raise UsageError(f'{_option(name)} must be between 0 and 1, got {value}.')
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
     for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix'):
@@ -96,11 +96,11 @@ def _check_values(args: argparse.Namespace) -> None:
     if not 0 <= args.smoothing < 1:
         raise UsageError(f'--smoothing must be 0 or more and below 1, got {args.smoothing}.')
     if min(args.save_epochs, default=1) < 1:
-        raise UsageError('--save-epochs counts finished epochs, from 1.')
+        raise UsageError('--save-epochs must be at least 1: it counts finished epochs.')
 
 
 def _check_model(model: str, option: str, others: tuple[str, ...] = ()) -> None:
-    """Check the name of a model; others are further values of the option, for suggestions."""
+    """Check that timm has the model. `others` are more names for suggestions."""
     with usage_errors(option):
         source, name = parse_model_name(model)
     if source is None and not is_model(name):
@@ -115,21 +115,21 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 
 
 def _check_schedule(args: argparse.Namespace) -> None:
-    """Make the schedule for a single weight: timm checks its options while it builds one."""
+    """Build the schedule for a single parameter, so that timm validates its options."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with usage_errors(f'--sched {args.sched}', near_names(args.sched, _SCHEDULES)):
         create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1000)
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
-    """Make the transform: timm checks a policy while it reads it."""
+    """Build the transform, so that timm validates the policy."""
     if args.aa:
         with usage_errors(f'--aa {args.aa}', near_names(args.aa.partition('-')[0], _AUGMENTATIONS)):
             create_transform(224, is_training=True, auto_augment=args.aa)
 
 
 def dataset_suggestion(dataset: str) -> str:
-    """Suggest names for a misspelt dataset of torchvision; empty for other types, and for names that exist."""
+    """Suggest names for a misspelt torchvision dataset. Returns '' for other types and for existing names."""
     kind, _, name = dataset.lower().partition('/')
     return near_names(name, _TORCH_DATASETS) if kind == 'torch' else ''
 
@@ -143,8 +143,8 @@ def _check_dataset(args: argparse.Namespace) -> None:
                 f'{near_names(args.dataset.lower(), DEMOS)}')
         if args.data_dir:
             raise UsageError(
-                f'--data-dir {args.data_dir} and --dataset {args.dataset} are two datasets. To train on the folder '
-                "with a config that names the other, add --dataset ''.")
+                f'--data-dir {args.data_dir} and --dataset {args.dataset} are two datasets. To train on the folder, '
+                "add --dataset ''.")
     elif prefix in DATASET_TYPES:
         check_dataset_packages('--dataset', args.dataset)
         if prefix in NEED_FOLDER and not args.data_dir:
@@ -155,7 +155,7 @@ def _check_dataset(args: argparse.Namespace) -> None:
         if misspelt or not args.data_dir:
             hint = misspelt or near_names(args.dataset.lower(), DEMOS)
             raise UsageError(
-                f'--dataset {args.dataset}: no such type of dataset. Give --data-dir alone for a folder of images, or '
+                f'--dataset {args.dataset}: unknown type of dataset. Give only --data-dir for a folder of images, or '
                 f'one of {"/..., ".join(types)}/...{"." if hint else ""}{hint}')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
@@ -172,12 +172,12 @@ def _check_files(args: argparse.Namespace) -> None:
         if name in ('initial_checkpoint', 'resume') and is_hub_name(path):
             continue
         if path and not (name == 'resume' and path == 'auto') and not os.path.isfile(path):
-            wrong = ' is a folder: name a file in it.' if os.path.isdir(path) else ': no such file.'
+            wrong = ' is a folder: give a file.' if os.path.isdir(path) else ': no such file.'
             raise UsageError(f'{_option(name)} {path}{wrong}')
     if args.resume == 'auto' and not args.experiment:
-        raise UsageError('--resume auto continues the run of an --experiment: name it.')
+        raise UsageError('--resume auto needs --experiment, the name of the run to continue.')
     if args.wandb_resume_id and not args.resume:
-        raise UsageError('--wandb-resume-id continues a run: give --resume too.')
+        raise UsageError('--wandb-resume-id needs --resume.')
     if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
         raise UsageError(f'--output {args.output}: not a folder.')
     check_run_folder(args)
@@ -194,51 +194,52 @@ def _check_hub(args: argparse.Namespace) -> None:
 
 
 def check_run_folder(args: argparse.Namespace) -> None:
-    """Check that a run continues in its own folder or overwrites none, and that no name leads out of --output.
+    """Check that the run folder is inside --output and does not contain another run.
 
     Raises:
-        UsageError: if not.
+        UsageError: if --experiment is outside of --output, or its folder contains checkpoints of a run that the
+            options do not continue.
     """
     if os.path.isabs(args.experiment) or '..' in args.experiment.replace('\\', '/').split('/'):
         raise UsageError(
-            f'--experiment {args.experiment} leads out of the output folder: name a folder in it, or give --output.')
+            f'--experiment {args.experiment} is outside of the output folder: give a folder name, or change --output.')
     if not args.experiment or args.validate or args.resume == 'auto':
         return
     folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
     continues = args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
     if not continues and holds_checkpoints(folder):
         raise UsageError(
-            f'--experiment {args.experiment}: {folder} holds a run. Continue it with --resume auto, or choose another '
-            'name.')
+            f'--experiment {args.experiment}: {folder} contains a run. Continue it with --resume auto, or choose '
+            'another name.')
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
     rules = (
-        (args.aug_splits == 1 or args.aug_splits < 0, '--aug-splits must be 0, or 2 and more.'),
-        (args.loss == 'jsd' and args.aug_splits < 2, '--loss jsd compares --aug-splits: give 2 of them or more.'),
+        (args.aug_splits == 1 or args.aug_splits < 0, '--aug-splits must be 0, or 2 or more.'),
+        (args.loss == 'jsd' and args.aug_splits < 2, '--loss jsd needs --aug-splits 2 or more.'),
         (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits.'),
-        (args.split_bn and args.sync_bn, '--split-bn and --sync-bn exclude each other.'),
-        (args.torchscript and args.sync_bn, '--torchscript and --sync-bn exclude each other.'),
+        (args.split_bn and args.sync_bn, '--split-bn and --sync-bn cannot be combined.'),
+        (args.torchscript and args.sync_bn, '--torchscript and --sync-bn cannot be combined.'),
         (mixup_active(args) and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))),
          'mixup and CutMix need an even --batch-size.'),
-        (args.aug_splits and mixup_active(args), '--aug-splits and mixup or CutMix exclude each other.'),
+        (args.aug_splits and mixup_active(args), '--aug-splits and mixup or CutMix cannot be combined.'),
         (args.aug_splits and args.no_prefetcher, '--aug-splits needs the prefetcher.'),
         (args.amp and args.model_dtype not in (None, 'float32'), '--amp needs a float32 model: omit --model-dtype.'),
-        (args.naflex_loader and args.train_img_sizes, '--naflex-loader and --train-img-sizes exclude each other.'),
+        (args.naflex_loader and args.train_img_sizes, '--naflex-loader and --train-img-sizes cannot be combined.'),
         (args.naflex_loader and args.use_multi_epochs_loader,
-         '--naflex-loader and --use-multi-epochs-loader exclude each other.'),
-        (args.naflex_loader and args.aug_splits, '--naflex-loader and --aug-splits exclude each other.'),
-        (args.task == 'multilabel' and args.kd_model_name, '--task multilabel has no distillation.'),
+         '--naflex-loader and --use-multi-epochs-loader cannot be combined.'),
+        (args.naflex_loader and args.aug_splits, '--naflex-loader and --aug-splits cannot be combined.'),
+        (args.task == 'multilabel' and args.kd_model_name, '--task multilabel does not support distillation.'),
         (args.task == 'multilabel' and not args.num_classes, '--task multilabel needs --num-classes.'),
         (args.task == 'classification' and args.target_format != 'indices',
          '--target-format multihot is for --task multilabel.'),
         (args.task == 'classification' and ',' in (args.target_key or ''),
          '--target-key with several fields is for --task multilabel.'),
-        (not 0 < args.multilabel_threshold < 1, '--multilabel-threshold must lie between 0 and 1.'),
+        (not 0 < args.multilabel_threshold < 1, '--multilabel-threshold must be between 0 and 1.'),
         (args.calibrate is not None and args.task != 'classification',
-         '--calibrate is for --task classification: a temperature is fitted to one class for each image.'),
+         '--calibrate is for --task classification: it fits a temperature to one class per image.'),
         (args.calibrate is not None and (args.naflex_loader or args.torchscript),
-         '--calibrate goes neither with --naflex-loader nor with --torchscript.'),
+         '--calibrate cannot be combined with --naflex-loader or --torchscript.'),
         (args.validate and not args.val_split, '--validate needs a --val-split.'),
     )
     for is_wrong, message in rules:
@@ -251,9 +252,9 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
     evaluator = MultiLabelClassificationEvaluator if args.task == 'multilabel' else ClassificationEvaluator
     names = list(evaluator.metric_names)
     if args.multimix != 'off' and args.multimix_teacher == 'ema':
-        # by themselves they are those of the best of them
+        # a metric without a prefix is the best over all weights
         averages = [AVERAGE] if args.model_ema and not args.model_ema_force_cpu else []
-        names += [f'{who}_{name}' for who in (STUDENT, *averages, TEACHER) for name in evaluator.metric_names]
+        names += [f'{weights}_{name}' for weights in (STUDENT, *averages, TEACHER) for name in evaluator.metric_names]
     if args.val_split and args.eval_metric not in names:
         raise UsageError(
             f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.'
@@ -261,26 +262,26 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
 
 
 def check_multimix(args: argparse.Namespace) -> None:
-    """Check what MultiMix cannot be combined with.
+    """Check that the other options can be combined with MultiMix.
 
     Raises:
-        UsageError: for the first combination that is refused, with the reason.
+        UsageError: for the first invalid combination, with the reason.
     """
     batch_size = min([args.batch_size, *(getattr(args, 'train_batch_sizes', None) or ())])
     if args.multimix_gather:
         batch_size *= world_info_from_env()[2]
     length = args.multimix_tuple_length
     rules = (
-        (args.torchscript, 'TorchScript cannot return what MultiMix needs: use --torchcompile.'),
-        (args.kd_model_name, 'distillation has a training task of its own: leave one of the two out.'),
+        (args.torchscript, 'TorchScript cannot return the outputs that MultiMix needs: use --torchcompile.'),
+        (args.kd_model_name, 'distillation uses another training task: remove one of the two options.'),
         (getattr(args, 'naflex_loader', False),
-         'NaFlex sequences differ in length and hold padding, whose logits must not be mixed.'),
+         'NaFlex sequences contain padding, and logits of padding must not be mixed.'),
         (args.jsd_loss or getattr(args, 'loss', None) == 'jsd',
-         'the jsd loss compares copies of an image and MultiMix mixes images.'),
-        (batch_size < 2, 'there is nothing to mix in a batch of 1: raise --batch-size.'),
+         'the jsd loss compares views of an image, and MultiMix mixes images.'),
+        (batch_size < 2, 'a batch of 1 image cannot be mixed: raise --batch-size.'),
         (length is not None and not 1 <= length <= batch_size,
-         f'--multimix-tuple-length must lie between 1 and the batch size {batch_size}, got {length}.'),
-        (args.multimix_views == 2 and args.aug_splits, '--aug-splits are views already: take --multimix-views 1.'),
+         f'--multimix-tuple-length must be between 1 and the batch size {batch_size}, got {length}.'),
+        (args.multimix_views == 2 and args.aug_splits, '--aug-splits already creates views: use --multimix-views 1.'),
     )
     for is_wrong, message in rules:
         if is_wrong:
@@ -288,26 +289,26 @@ def check_multimix(args: argparse.Namespace) -> None:
     with usage_errors(f'--multimix {args.multimix}'):
         multimix_kwargs(args)
     if args.multimix == 'pooled':
-        _warn_of_idle_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
+        _warn_of_unused_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
     if args.multimix_teacher == 'none':
-        _warn_of_idle_options(args, ('multimix_teacher', 'multimix_distill'), 'add --multimix-teacher ema')
+        _warn_of_unused_options(args, ('multimix_teacher', 'multimix_distill'), 'add --multimix-teacher ema')
     elif args.multimix_teacher != 'ema':
         _check_model(args.multimix_teacher, '--multimix-teacher', ('none', 'ema'))
 
 
-def _warn_of_idle_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
-    """Warn of MultiMix options with this prefix that have neither their default nor the value of the preset."""
+def _warn_of_unused_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
+    """Warn of MultiMix options with this prefix whose value is neither the default nor that of the preset."""
     parser = argparse.ArgumentParser(add_help=False)
     add_multimix_args(parser)
     preset = preset_options(args.multimix_preset)
-    idle = [_option(name) for name, value in vars(parser.parse_args([])).items()
+    unused = [_option(name) for name, value in vars(parser.parse_args([])).items()
             if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
-    if idle:
-        _logger.warning(f'{", ".join(idle)}: without effect, {reason}.')
+    if unused:
+        _logger.warning(f'{", ".join(unused)}: without effect, {reason}.')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:
-    """Whether timm's mixup or CutMix of images is on."""
+    """Return whether image mixup or CutMix is enabled."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
@@ -315,7 +316,7 @@ def check_args(args: argparse.Namespace) -> None:
     """Check the options, without reading data or building a model.
 
     Raises:
-        UsageError: for the first error.
+        UsageError: for the first invalid option.
     """
     _check_values(args)
     _check_model(args.model, '--model')
@@ -336,4 +337,4 @@ def check_args(args: argparse.Namespace) -> None:
     if args.multimix != 'off':
         check_multimix(args)
     else:
-        _warn_of_idle_options(args, '', 'add --multimix dense or --multimix pooled')
+        _warn_of_unused_options(args, '', 'add --multimix dense or --multimix pooled')

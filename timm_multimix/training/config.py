@@ -1,4 +1,4 @@
-"""From the command line and a YAML file to the arguments of a run."""
+"""Combine the command line and a YAML file into the arguments of a run."""
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,18 +21,18 @@ from .checks import check_args
 _logger = logging.getLogger(__name__)
 
 _NOT_GIVEN = object()
-_NOT_OF_A_RUN = ('config', 'timm_script')
-_MISSPELT = 0.8  # similarity from which on a key is taken for a misspelt option
-# A file may come from somebody else: what lets other code run is asked for on the command line.
+_SCRIPT_ONLY = ('config', 'timm_script')
+_MISSPELT_CUTOFF = 0.8  # minimum similarity between an unknown key and an option to report a misspelling
+# Options that let other code run. A file may come from an untrusted source, so they must be on the command line.
 COMMAND_LINE_ONLY = ('dataset_trust_remote_code', 'device_modules')
-# Options that choose a dataset. Together they can name one that runs code.
+# Options that select a dataset, which can run code.
 DATA_OPTIONS = ('dataset', 'data', 'data_dir', 'train_split', 'val_split', 'calibrate')
 
 
 def _scalar(action: argparse.Action, value: Any) -> Any:
-    """Convert one YAML value as the command line would. YAML reads 3e-4 as a string, so numbers come in both forms."""
+    """Convert one YAML value like argparse. Numbers can be strings, because YAML parses 3e-4 as a string."""
     if value is False and action.choices and 'off' in action.choices:
-        return 'off'  # YAML reads a bare off as false
+        return 'off'  # YAML parses a bare off as False
     convert = action.type or str
     if isinstance(value, (bool, list, dict)) or (convert is int and isinstance(value, float)):
         raise ValueError
@@ -62,7 +62,7 @@ def _config_value(action: argparse.Action, value: Any) -> Any:
             return value
         if isinstance(action.nargs, int) or action.nargs in ('+', '*'):
             if isinstance(action.nargs, str) and not isinstance(value, list):
-                value = [value]  # one, as on the command line
+                value = [value]  # a single value, as on the command line
             if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
                 raise ValueError
             return [_scalar(action, item) for item in value]
@@ -75,15 +75,21 @@ def _config_value(action: argparse.Action, value: Any) -> Any:
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read a YAML file of options, named as on the command line with underscores for dashes.
+    """Read a YAML file of options. Keys are the names of options, with underscores or dashes.
 
-    Empty values stand for the default. Keys that are no option are skipped with a warning, so that a file may serve
-    other scripts too; but not those that look like a misspelt option. `card` holds what the card of the model says on
-    the Hub, beside what the run knows.
+    An empty value selects the default. Unknown keys are skipped with a warning, so that other scripts can use the same
+    file. An unknown key that is similar to an option is an error. `card` contains additional fields of the model card.
+
+    Args:
+        path: The YAML file.
+        parser: Parser with the options.
+
+    Returns:
+        Values of the options by destination name.
 
     Raises:
-        UsageError: if the file cannot be read, is no YAML mapping, or holds a value that its option does not take; for
-            a misspelt option, or one that lets other code run.
+        UsageError: if the file cannot be read, is not a YAML mapping, or contains an invalid value, a misspelt option
+            or an option that lets other code run.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -93,8 +99,8 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f'--config {path} is not valid YAML: {error}') from error
     if not isinstance(config or {}, dict):
-        raise UsageError(f'--config {path} must hold options as "name: value" lines.')
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', *_NOT_OF_A_RUN)}
+        raise UsageError(f'--config {path} must contain options as "name: value" lines.')
+    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', *_SCRIPT_ONLY)}
     values = {}
     for key, value in (config or {}).items():
         dest = str(key).replace('-', '_')
@@ -103,14 +109,14 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
                 check_fields(value or {})
             values[dest] = value or {}
         elif dest not in actions:
-            misspelt = near_names(dest, actions, cutoff=_MISSPELT)
+            misspelt = near_names(dest, actions, cutoff=_MISSPELT_CUTOFF)
             if misspelt:
-                raise UsageError(f'--config {path}: no option is called {key}.{misspelt}')
-            _logger.warning(f'--config {path}: no option is called {key}, skipped.{near_names(dest, actions)}')
+                raise UsageError(f'--config {path}: unknown option {key}.{misspelt}')
+            _logger.warning(f'--config {path}: unknown option {key} is skipped.{near_names(dest, actions)}')
         elif dest in COMMAND_LINE_ONLY and value:
             raise UsageError(
-                f'--config {path}: {key} lets code run that is not part of this program. If that is what you want, '
-                f'leave it out of the file and give --{dest.replace("_", "-")} on the command line.')
+                f'--config {path}: {key} lets other code run and is not allowed in a file. Remove it and, if you '
+                f'trust the code, give --{dest.replace("_", "-")} on the command line.')
         elif value is not None:
             try:
                 values[dest] = _config_value(actions[dest], value)
@@ -120,56 +126,56 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def check_recorded(values: Mapping[str, Any], parser: argparse.ArgumentParser, path: str) -> None:
-    """Check the arguments that a checkpoint holds, as read_config does those of a YAML file. Unknown ones are skipped.
+    """Check the arguments stored in a checkpoint like the options of a YAML file. Unknown arguments are skipped.
 
     Args:
-        values: The arguments, by name.
-        parser: The parser of the script.
-        path: The checkpoint or run, for the error.
+        values: Arguments by name.
+        parser: Parser with the options.
+        path: Checkpoint or run that is named in the error message.
 
     Raises:
-        UsageError: for a value that its option does not take.
+        UsageError: if an argument has an invalid value.
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise UsageError(f'{path} has no arguments by name.')
-    with usage_errors(f'{path} has wrong arguments'):
+        raise UsageError(f'{path}: the arguments are not a mapping of names to values.')
+    with usage_errors(f'{path} contains invalid arguments'):
         check_fields(values.get('card') or {})
     for dest, action in {action.dest: action for action in parser._actions}.items():
         if values.get(dest) is not None:
             try:
                 _config_value(action, values[dest])
             except UsageError as error:
-                raise UsageError(f'{path} has wrong arguments: {error}') from error
+                raise UsageError(f'{path} contains invalid arguments: {error}') from error
 
 
 def dataset_danger(args: argparse.Namespace) -> str:
-    """Explain how opening the dataset of a run can run code; '' if it cannot."""
+    """Describe how opening the dataset of a run can run code. Returns '' if it cannot."""
     splits = [split for split in (args.train_split, args.val_split, args.calibrate) if split]
     return code_danger(args.dataset, args.data_dir or args.data, splits, args.dataset_trust_remote_code)
 
 
-def _check_dataset_of_file(args: argparse.Namespace, config: str, values: dict, defaults: dict) -> None:
-    """Refuse a dataset that can run code, if a file has a part in its choice."""
+def _check_dataset_source(args: argparse.Namespace, config: str, values: dict, defaults: dict) -> None:
+    """Refuse a dataset that can run code if a config file contributes to its selection."""
     danger = dataset_danger(args)
     chosen = [name for name in DATA_OPTIONS if values.get(name) and values[name] != defaults[name]]
     if danger and chosen:
         options = ', '.join(f'--{name.replace("_", "-")}' for name in chosen)
         raise UsageError(
-            f'--config {config}: the dataset {args.dataset} is not opened because of what a file says ({danger}). If '
-            f'you trust it, give {options} on the command line.')
+            f'--config {config}: the dataset {args.dataset} is not opened: it can run code ({danger}), and the file '
+            f'sets {options}. If you trust it, give {options} on the command line.')
 
 
-def _given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """What stands on the command line, without any defaults."""
+def _parse_given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Parse the command line without filling in defaults."""
     blank = argparse.Namespace(**{action.dest: _NOT_GIVEN for action in parser._actions})
     given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not _NOT_GIVEN}
-    if given.get('data') is None:  # argparse fills in an optional positional even so
+    if given.get('data') is None:  # argparse sets a missing optional positional to None
         given.pop('data', None)
     return given
 
 
 def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Without a dataset: the embedded one. For an embedded dataset: defaults that suit it, and a line that says so."""
+    """Return the defaults of an embedded dataset and a log line. The dataset is demo/digits if none is given."""
     empty = [name for name in ('data_dir', 'dataset') if values.get(name) == '']
     named = values.get('data_dir') or values.get('dataset')
     if empty and not named:
@@ -186,26 +192,26 @@ def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     shown = ' '.join(f'{name}={value}' for name, value in unset.items())
     note = (
         f'{"Training" if named else "No --data-dir and no --dataset: training"} on {dataset}, {demo.name}, {demo.size}'
-        f'{", with these options unless you say otherwise: " if shown else ""}{shown}')
+        f'{", with these default options: " if shown else ""}{shown}')
     return dict(unset, dataset=dataset), note
 
 
 def _preset_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The options that --multimix-preset sets. Nothing without MultiMix."""
+    """Return the options that --multimix-preset sets, or none without MultiMix."""
     if values.get('multimix', 'off') == 'off':
         return {}
     return preset_options(values.get('multimix_preset', 'default'))
 
 
 def _without_preset(values: dict[str, Any], preset: str) -> dict[str, Any]:
-    """Drop the values of a file that a preset on the command line sets anew, such as those in args.yaml of a run."""
+    """Drop the file values that a preset on the command line overrides. args.yaml of a run contains such values."""
     before = values.get('multimix_preset')
     names = {*preset_options(preset), *(preset_options(before) if before in PRESETS else ())}
     return {name: value for name, value in values.items() if name not in names}
 
 
-def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
-    """Settle defaults that depend on other options, where the user gave none."""
+def _resolve_defaults(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Set the defaults that depend on other options, unless the user gave a value."""
     def unless_given(name: str, value: Any) -> None:
         if name not in values:
             setattr(args, name, value)
@@ -216,7 +222,7 @@ def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
         unless_given('smoothing', 0.0)
         unless_given('eval_metric', 'map')
     if args.sched in ('wsd', 'rsqrt'):
-        unless_given('decay_epochs', None)  # timm then takes a part of the schedule
+        unless_given('decay_epochs', None)  # timm's default for these schedules
     if not args.val_split:
         unless_given('eval_metric', 'loss')
     for flag, loss in (('jsd_loss', 'jsd'), ('bce_loss', 'bce')):
@@ -226,12 +232,12 @@ def _settle(args: argparse.Namespace, values: dict[str, Any]) -> None:
             args.loss = loss
     if args.bce_pos_weight is not None:
         if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
-            raise UsageError('--bce-pos-weight and --loss-pos-weight are two names for one thing: give one of them.')
+            raise UsageError('--bce-pos-weight and --loss-pos-weight are the same option: give only one of them.')
         args.loss_pos_weight = str(args.bce_pos_weight)
 
 
-def _settle_device(args: argparse.Namespace, is_given: bool) -> str:
-    """Take the CPU where there is no CUDA, unless the user asked for it; returns a line that says so."""
+def _resolve_device(args: argparse.Namespace, is_given: bool) -> str:
+    """Fall back to the CPU if CUDA is not available and the user did not ask for it. Returns a log line or ''."""
     if args.device_modules or not args.device.startswith('cuda') or torch.cuda.is_available():
         return ''
     if is_given:
@@ -241,44 +247,44 @@ def _settle_device(args: argparse.Namespace, is_given: bool) -> str:
 
 
 def _check_no_token(values: dict[str, Any]) -> None:
-    """Refuse access tokens in options: args.yaml, checkpoints and the history of the shell would keep them."""
+    """Refuse access tokens in options, because args.yaml, checkpoints and the shell history would store them."""
     for name, value in values.items():
         if contains_token(str(value)):
             raise UsageError(
-                f'--{name.replace("_", "-")} contains an access token, which would be stored with the run. Leave it '
-                'out: the token comes from `hf auth login` or HF_TOKEN.')
+                f'--{name.replace("_", "-")} contains an access token, which would be stored with the run. Remove '
+                'it, and use `hf auth login` or set HF_TOKEN.')
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line and the YAML file that it names; the command line wins.
+    """Parse and check the command line and its YAML file. The command line takes precedence.
 
     Args:
-        argv: Command line, by default that of the process.
+        argv: Command-line arguments. Default: the arguments of the process.
 
     Returns:
-        The arguments of a run, by timm's names.
+        The arguments of a run, with timm's names.
 
     Raises:
-        UsageError: if an option, a value or a combination of them is wrong.
+        UsageError: if an option, a value or a combination of options is invalid.
     """
     parser = build_parser()
-    given = _given(parser, argv)
+    given = _parse_given(parser, argv)
     config = given.pop('config', '')
-    of_file = read_config(config, parser) if config else {}
+    file_values = read_config(config, parser) if config else {}
     if 'multimix_preset' in given:
-        of_file = _without_preset(of_file, given['multimix_preset'])
-    values = {**of_file, **given}
+        file_values = _without_preset(file_values, given['multimix_preset'])
+    values = {**file_values, **given}
     _check_no_token(values)
     if values.get('data'):
         values.setdefault('data_dir', values['data'])
-    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _NOT_OF_A_RUN}
+    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _SCRIPT_ONLY}
     demo, demo_note = _demo_defaults(values)
     preset = _preset_defaults(values)
     args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **preset, **values})
-    _settle(args, values)
-    _check_dataset_of_file(
-        args, config, {name: value for name, value in of_file.items() if name not in given}, defaults)
-    device_note = _settle_device(args, 'device' in values)
+    _resolve_defaults(args, values)
+    _check_dataset_source(
+        args, config, {name: value for name, value in file_values.items() if name not in given}, defaults)
+    device_note = _resolve_device(args, 'device' in values)
     check_args(args)
     for note in filter(None, (demo_note, device_note)):
         _logger.info(note)
