@@ -98,7 +98,7 @@ def test_other_order_is_mapped_by_name(script, run, folder, image_folder, tmp_pa
 def test_checkpoint_without_names(script, folder, image_folder, option):
     path = folder / 'nameless' / 'last.pth.tar'
     assert train(script, image_folder, **{option: path}) == 0, script.text
-    assert 'nameless/last.pth.tar holds no class names: only the number of classes is compared' in script.text
+    assert 'nameless/last.pth.tar contains no class names: only the number of classes is compared' in script.text
     assert train(script, folder / 'subset', **{option: path}, experiment='other') == 2
     assert '3' in script.lines[-1] and '2' in script.lines[-1]
 

@@ -184,7 +184,7 @@ def test_synonyms_and_folders_without_splits(tmp_path):
 
 def test_validation_on_the_training_split_is_named(script, image_folder):
     assert script.train(image_folder, val_split='train') == 0
-    line = next(line for line in script.lines if 'sees the training images' in line)
+    line = next(line for line in script.lines if 'uses the training images' in line)
     assert '--val-split train' in line and 'no folder' not in line
 
 

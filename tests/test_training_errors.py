@@ -324,4 +324,4 @@ def test_output_that_cannot_be_written(script, image_folder):
 def test_validation_on_training_images_is_told(script, tmp_path):
     make_images(tmp_path / 'data' / 'train', ['a', 'b'])
     assert script.train(tmp_path / 'data') == 0
-    assert 'sees the training images' in script.text
+    assert 'uses the training images' in script.text

@@ -1,4 +1,4 @@
-"""Comparison of the classes of the data with those that a checkpoint's model was trained on, by name."""
+"""Compare the class names of the datasets with the class names stored in a checkpoint."""
 import argparse
 import glob
 import json
@@ -30,17 +30,17 @@ class StoredClasses(NamedTuple):
     """The classes of the model in a checkpoint.
 
     Attributes:
-        origin: The checkpoint, as the user names it.
-        names: Index of each class name, None if the checkpoint holds none.
-        count: Number of classes, None if it is not known.
+        origin: Path or Hub name of the checkpoint.
+        names: Mapping from class names to indices, None if the checkpoint contains no class names.
+        count: Number of classes, None if unknown.
     """
     origin: str
     names: dict[str, int] | None
     count: int | None
 
 
-def _of_config(path: str) -> tuple[dict[str, int] | None, int | None]:
-    """Class names and number of classes in timm's config.json."""
+def _config_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
+    """Read the class names and the number of classes from timm's config.json."""
     try:
         with open(path, encoding='utf-8') as file:
             config = json.load(file)
@@ -50,21 +50,21 @@ def _of_config(path: str) -> tuple[dict[str, int] | None, int | None]:
 
 
 def stored_classes(path: str) -> StoredClasses:
-    """Read the classes of a model from its checkpoint, or from the config.json beside weights that were exported."""
+    """Read the classes of a model from its checkpoint, or from the config.json next to a safetensors file."""
     if path.endswith('.safetensors'):
-        return StoredClasses(path, *_of_config(os.path.join(os.path.dirname(path), CONFIG_NAME)))
+        return StoredClasses(path, *_config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME)))
     try:
         checkpoint = read_checkpoint(path, verify=False)
-    except (UsageError, OSError):  # reported where its weights are loaded
+    except (UsageError, OSError):  # reported when the weights are loaded
         return StoredClasses(path, None, None)
     return StoredClasses(path, checkpoint_classes(checkpoint, path), arguments_of(checkpoint).get('num_classes'))
 
 
 def checkpoint_classes(checkpoint: dict[str, Any], path: str) -> dict[str, int] | None:
-    """The class names in a checkpoint and their indices, None if it holds none.
+    """Return the mapping from class names to indices in a checkpoint, None if there is none.
 
     Raises:
-        UsageError: if they are not a mapping of names to indices.
+        UsageError: if the entry is not a mapping from names to indices.
     """
     if checkpoint.get(CLASSES_KEY) is None:
         return None
@@ -76,18 +76,18 @@ def checkpoint_classes(checkpoint: dict[str, Any], path: str) -> dict[str, int] 
 
 def _stored_on_hub(name: str) -> StoredClasses:
     with suppress(HubError):
-        return StoredClasses(name, *_of_config(download(name, CONFIG_NAME)))
+        return StoredClasses(name, *_config_classes(download(name, CONFIG_NAME)))
     return StoredClasses(name, None, None)
 
 
 def _stored(args: argparse.Namespace) -> tuple[str, StoredClasses] | None:
-    """The option that names the checkpoint that a run starts from, and the classes in it."""
+    """Return the option that names the initial checkpoint of a run, and the classes in the checkpoint."""
     for option in ('validate', 'resume', 'initial_checkpoint'):
         path = getattr(args, option)
         if path == 'auto' and option == 'resume':
             folder = glob.escape(os.path.join(args.output or DEFAULT_OUTPUT, args.experiment))
             paths = sorted(glob.glob(os.path.join(folder, '*.pth.tar')), key=os.path.getmtime, reverse=True)
-            found = [stored_classes(path) for path in paths[:3]]  # all of one run
+            found = [stored_classes(path) for path in paths[:3]]  # checkpoints of the same run
             path = next((stored.origin for stored in found if stored.names or stored.count), '')
         if path:
             return option, _stored_on_hub(path) if is_hub_name(path) else stored_classes(path)
@@ -98,13 +98,13 @@ def _compare_numbers(option: str, stored: StoredClasses, own: dict[str, int]) ->
     count = max(own.values()) + 1
     if stored.count not in (None, count):
         if option == 'initial_checkpoint':
-            return  # timm reports the weights that do not fit
-        raise UsageError(f'{stored.origin} is of a model with {stored.count} classes, and the data have {count}.')
-    _logger.warning(f'{stored.origin} holds no class names: only the number of classes is compared.')
+            return  # timm reports the mismatched weights
+        raise UsageError(f'{stored.origin} contains a model with {stored.count} classes, but the data have {count}.')
+    _logger.warning(f'{stored.origin} contains no class names: only the number of classes is compared.')
 
 
 def _known_classes(args: argparse.Namespace, own: dict[str, int] | None) -> tuple[dict[str, int] | None, str]:
-    """The classes of the model that a run trains or validates, and the checkpoint that they come from, if any."""
+    """Return the classes of the model, and the checkpoint that contains them or ''."""
     found = _stored(args) if is_primary(args) else None
     if args.distributed:
         found = of_the_first(found)
@@ -116,22 +116,22 @@ def _known_classes(args: argparse.Namespace, own: dict[str, int] | None) -> tupl
         return own, ''
     is_new = set(own) - set(stored.names) and len(own) != len(stored.names)
     if option == 'initial_checkpoint' and is_new:
-        return own, ''  # a classifier of another size, which timm reports
+        return own, ''  # the classifiers differ in size, which timm reports
     return stored.names, stored.origin
 
 
 def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str, known: dict, origin: str = '') -> None:
-    """Let a dataset return the class indices of the model, by the names of the classes.
+    """Map the targets of a dataset to the class indices of the model, by class name.
 
     Args:
         args: Arguments of the run.
-        dataset: The dataset; one without class names is left as it is.
-        split: Name of its split.
-        known: Class names of the model and their indices.
-        origin: The checkpoint that they come from, '' if they are those of the training data.
+        dataset: The dataset, changed in place. A dataset without class names is not changed.
+        split: Name of the split.
+        known: Mapping from the model's class names to indices.
+        origin: Checkpoint that contains these names, '' for the names of the training data.
 
     Raises:
-        UsageError: if the model does not know a class.
+        UsageError: if the dataset has a class that the model does not have.
     """
     own = dataset_classes(dataset)
     if own is None or own == known:
@@ -139,11 +139,11 @@ def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str,
     where = args.data_dir or args.dataset
     unknown = [name for name in own if name not in known]
     if unknown:
-        whose = f'the classes of {origin} are' if origin else f'the classes of split {args.train_split} are'
+        owner = origin or f'split {args.train_split}'
         advice = '' if origin else ' Give a --class-map.'
         raise UsageError(
-            f'{where}: split {split} has different classes, so that labels would not match. It has '
-            f'{listed(unknown)}, and {whose} {listed(list(known))}.{advice}')
+            f'{where}: split {split} has different classes, so labels would not match. It has {listed(unknown)}, and '
+            f'the classes of {owner} are {listed(list(known))}.{advice}')
     with usage_errors(f'{where}, split {split}'):
         map_targets(dataset, class_mapping(own, known))
     _logger.info(f"{where}: split {split} has {len(own)} of the model's {len(known)} classes, mapped by name.")
@@ -154,35 +154,36 @@ def settle_classes(
         train: Dataset,
         evaluation: Dataset | None,
 ) -> tuple[dict[str, int] | None, str]:
-    """Compare the classes of the datasets with those of the model, and settle the number of classes.
+    """Compare the classes of the datasets with those of the model, and set the number of classes.
 
     Args:
-        args: Arguments of the run; gets num_classes.
+        args: Arguments of the run. `num_classes` is set.
         train: The training dataset.
         evaluation: The validation dataset.
 
     Returns:
-        Class names of the model and their indices, None if they are not known; and the checkpoint that they come from,
-        '' if they are those of the training data.
+        The mapping from the model's class names to indices, None if unknown, and the checkpoint that contains the
+        names, '' for the names of the training data.
 
     Raises:
-        UsageError: if there is a single class, the user gave another number, or the model does not know a class.
+        UsageError: if there is only one class, --num-classes is wrong, or a dataset has a class that the model does
+            not have.
     """
     _compare_splits(args, train, evaluation)
     own = dataset_classes(train)
     known, origin = _known_classes(args, own)
     if args.task == 'multilabel':
         if known and own and known != own:
-            raise UsageError(f'{origin} was trained on other labels: {listed(list(known))}.')
+            raise UsageError(f'{origin} was trained on different labels: {listed(list(known))}.')
         return known, origin
     if not known:
         return None, ''
     count, where = max(known.values()) + 1, args.data_dir or args.dataset
     if count < 2:
         raise UsageError(
-            f'{where}: a single class ({next(iter(known))}) in split {args.train_split}. There must be a folder for '
-            'each class, with its images in it.')
-    allowed = (None, count, max(own.values()) + 1 if own else None)  # of the data, where they lack some classes
+            f'{where}: split {args.train_split} has a single class ({next(iter(known))}). Each class needs a folder '
+            'with its images.')
+    allowed = (None, count, max(own.values()) + 1 if own else None)  # the data may have fewer classes than the model
     if args.num_classes not in allowed:
         raise UsageError(
             f'--num-classes {args.num_classes}: {origin or where} has {count} classes. Leave the option out.')
@@ -204,30 +205,30 @@ def _check_teacher(args: argparse.Namespace, known: dict[str, int]) -> None:
 
 
 def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
-    """Check that a dataset has multi-label targets, if the task asks for them.
+    """Check that a dataset has multi-label targets if the task is multilabel.
 
     Raises:
-        UsageError: if it does not.
+        UsageError: if it has one class per image, or targets of another format.
     """
     if args.task != 'multilabel':
         return
     source = getattr(dataset, 'reader', dataset)
     target = None
-    with suppress(Exception):  # an unreadable image, or a stream
+    with suppress(Exception):  # unreadable image or stream
         target = source[0][1] if source is not dataset else dataset.targets[0]
     if target is None:
         return
     where = args.data_dir or args.dataset
     if torch.as_tensor(target).ndim == 0:
         raise UsageError(
-            f'--task multilabel: {where} has one class for each image, as folders of classes do. Choose --task '
-            'classification, or a dataset whose targets are lists of labels.')
+            f'--task multilabel: {where} has one class for each image. Choose --task classification, or a dataset with '
+            'lists of labels as targets.')
     with usage_errors(f'--task multilabel: the targets of {where}'):
         dataset.target_transform(target)
 
 
 def _compare_splits(args: argparse.Namespace, train: Dataset, evaluation: Dataset | None) -> None:
-    """Warn of a validation on training images, and refuse to train on validation images."""
+    """Warn if validation uses the training images. Raise an error if training uses the validation images."""
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
     if not all(isinstance(root, str) and os.path.isdir(root) for root in roots):
         return
@@ -237,10 +238,10 @@ def _compare_splits(args: argparse.Namespace, train: Dataset, evaluation: Datase
         missing = val_root == whole
         reason = f'{args.data_dir} has no folder {args.val_split}, so' if missing else f'--val-split {args.val_split}:'
         _logger.warning(
-            f'{reason} validation sees the training images. {"Make one, name" if missing else "Name"} another split '
+            f'{reason} validation uses the training images. {"Make one, name" if missing else "Name"} another split '
             "with --val-split, or give --val-split '' to train without validation.")
     elif common == train_root:
         synonyms = ' or '.join(TRAIN_SPLITS if train_root == whole else VALIDATION_SPLITS)
         raise UsageError(
-            f'--train-split {args.train_split}: {args.data_dir} has no folder {synonyms}, and all of its images '
-            f'include those of validation in {roots[1]}. Name the folder of the training images with --train-split.')
+            f'--train-split {args.train_split}: {args.data_dir} has no folder {synonyms}, and its images '
+            f'include the validation images in {roots[1]}. Name the folder of the training images with --train-split.')

@@ -1,4 +1,4 @@
-"""The model of a run, made by timm."""
+"""Create the model of a run with timm."""
 import argparse
 import logging
 from typing import Any
@@ -19,14 +19,14 @@ _logger = logging.getLogger(__name__)
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for timm's create_model, with the input size where the architecture depends on it.
+    """Return arguments for timm's create_model, with the input size if the architecture depends on it.
 
     Raises:
-        UsageError: if options contradict each other or the model's configuration cannot be read.
+        UsageError: if options are contradictory, or the configuration of the model cannot be read.
     """
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
-        # The file comes before any URL, and -1 classes let the classifier be adapted to it.
+        # A file takes precedence over a URL. timm adapts the classifier if num_classes is -1.
         overlay = {'file': args.pretrained_path, 'num_classes': -1, **overlay}
     with usage_errors(f'--model {args.model}'):
         return resolve_model_input_args(
@@ -34,17 +34,17 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def input_channels(options: dict[str, Any]) -> int:
-    """Channels of the images that a model made with these options takes."""
+    """Return the number of input channels of a model that is created with these options."""
     return options.get('in_chans') or (options['pretrained_cfg'].get('input_size') or (3,))[0]
 
 
 def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Module:
-    """Make the model, on the CPU; settles args.num_classes if neither user nor data did.
+    """Create the model on the CPU, and set args.num_classes to its number of classes.
 
     Raises:
-        UsageError: if timm cannot make it.
+        UsageError: if timm cannot create the model, or the model has no classifier.
     """
-    # The user's --model-kwargs are among the options, and win.
+    # `options` contains --model-kwargs, which take precedence.
     options = {
         **dict(
             num_classes=args.num_classes,
@@ -72,7 +72,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
                 check_weights_file(checkpoint_path)
             raise
     if not getattr(model, 'num_classes', 0):
-        raise UsageError(f'--model {args.model}: the model has no classifier, or does not tell its number of classes.')
+        raise UsageError(f'--model {args.model}: the model has no classifier, or does not report num_classes.')
     args.num_classes = model.num_classes
     _initialise_head(args, model)
     if args.grad_checkpointing:
@@ -95,19 +95,19 @@ def _initialise_head(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Input size, pixel statistics, crop and interpolation, from the options and else from the model.
+    """Return input size, pixel statistics, crop and interpolation from the options, or from the model by default.
 
-    If the model has another number of channels than its pretrained weights, the statistics of all channels are their
-    mean, as in timm's loaders.
+    If the number of channels differs from that of the pretrained weights, the pixel statistics are averaged over
+    channels, as in timm's loaders.
 
     Raises:
-        UsageError: if --mean or --std do not fit the channels.
+        UsageError: if --mean or --std does not match the number of channels.
     """
     with usage_errors('--mean and --std take one value, or one for each channel'):
         config = resolve_data_config(vars(args), model=model)
     channels = config['input_size'][0]
     for name in ('mean', 'std'):
-        if len(config[name]) != channels:  # as timm's loaders do, which warn each time
+        if len(config[name]) != channels:  # timm's loaders do the same, with a warning each time
             config[name] = (sum(config[name]) / len(config[name]),) * channels
     _logger.info(f'Input {" x ".join(map(str, config["input_size"]))}, crop {config["crop_pct"]}, '
                  f'{config["interpolation"]}, mean {config["mean"]}, std {config["std"]}.')
@@ -116,15 +116,15 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
-    """Run the model once on an empty image of every size, so that a size it refuses is told before training.
+    """Run the model on a zero image of each size, so that an unsupported size is reported before training.
 
     Raises:
-        UsageError: if it refuses one.
+        UsageError: if the model does not accept a size.
     """
     channels, *size = data_config['input_size']
     model.eval()
     for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
-        with usage_errors(f'{args.model} does not take images of {height} x {width} pixels (see --img-size)'):
+        with usage_errors(f'{args.model} does not accept images of {height} x {width} pixels (see --img-size)'):
             parameter = next(model.parameters())
             model(torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype))
     model.train()
@@ -132,12 +132,12 @@ def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: d
 
 @torch.no_grad()
 def report_positions(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
-    """Log the number of positions that dense MultiMix has at each image size, and warn if there is one only.
+    """Log the number of positions of dense MultiMix at each image size, and warn if there is only one.
 
     Args:
         args: Arguments of the run.
-        model: A model that dense MultiMix can train; it is left as it is.
-        data_config: Has the input size.
+        model: A model that dense MultiMix can train. It is unchanged afterwards.
+        data_config: Data configuration with the input size.
     """
     if args.multimix != 'dense':
         return
@@ -152,7 +152,7 @@ def report_positions(args: argparse.Namespace, model: nn.Module, data_config: di
         _logger.info(f'Number of positions of dense MultiMix at {height} x {width} pixels: {positions}.')
         if positions == 1:
             _logger.warning(
-                f'--multimix dense: images of {height} x {width} pixels have a single position, so that dense is the '
+                f'--multimix dense: images of {height} x {width} pixels have a single position, so dense is the '
                 'same as pooled. Raise --img-size, or choose a model with a smaller stride.')
     model.train(is_training)
     if handle is not None:
@@ -165,10 +165,10 @@ def place_model(
         device: torch.device,
         dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Convert the model's BatchNorm as asked for, and bring it to its device, dtype and memory layout.
+    """Convert BatchNorm layers, and move the model to its device, dtype and memory format.
 
     Raises:
-        UsageError: if the model or the device cannot have it so.
+        UsageError: if the device does not support --sync-bn, or the model cannot be scripted.
     """
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
@@ -178,7 +178,7 @@ def place_model(
     if args.distributed and args.sync_bn:
         if device.type == 'cpu':
             raise UsageError('--sync-bn works on accelerators only.')
-        args.dist_bn = ''  # nothing is left to share after the epoch
+        args.dist_bn = ''  # statistics are already synchronised
         model = convert_sync_batchnorm(model)
         _logger.info('BatchNorm is synchronised. Layers whose scale starts at zero, as in ResNets, may train worse.')
     if args.torchscript:
