@@ -1,4 +1,4 @@
-"""Stopping between updates instead of in the middle of one, and ending the workers of loaders."""
+"""Stop a run between two updates on SIGINT or SIGTERM, and kill data loading workers."""
 import logging
 import multiprocessing
 import signal
@@ -15,17 +15,17 @@ from ..common.errors import suppress_worker_errors
 
 _logger = logging.getLogger(__name__)
 
-_PATIENCE = 5  # seconds to wait for the end of a worker that was killed
+_JOIN_TIMEOUT = 5  # seconds to wait for a killed worker
 
 
 class IgnoreSignals:
-    """Starts a worker of a loader that leaves signals to the process it loads for.
+    """DataLoader worker_init_fn that makes a worker ignore SIGINT and SIGTERM.
 
-    Ctrl-C, and SIGTERM from a scheduler, go to a whole group of processes. A worker that ended at once would take from
-    its run the batch that it needs to stop between updates. The run ends its workers itself, see ending_workers.
+    Ctrl-C and job schedulers signal the whole process group. The run needs the next batch of its workers to stop
+    between two updates, so workers must not exit on the signal. The run kills them itself, see ending_workers.
 
     Args:
-        init: What else starts a worker.
+        init: Another worker_init_fn to call, or None.
     """
 
     def __init__(self, init: Callable[[int], None] | None):
@@ -40,9 +40,9 @@ class IgnoreSignals:
 
 @contextmanager
 def ending_workers() -> Iterator[None]:
-    """Kill the workers that a run leaves behind when it fails or is stopped.
+    """Context manager that kills the workers started inside it if an exception is raised.
 
-    They may be in the middle of a batch, or blocked by a file system, and would keep the process from ending.
+    A worker may be loading a batch or be blocked by a file system, which would prevent the process from exiting.
     """
     before = {process.pid for process in multiprocessing.active_children()}
     try:
@@ -54,20 +54,20 @@ def ending_workers() -> Iterator[None]:
         for worker in workers:
             worker.kill()
         for worker in workers:
-            worker.join(_PATIENCE)
+            worker.join(_JOIN_TIMEOUT)
         raise
 
 
 class StopRequest:
-    """Notes Ctrl-C (SIGINT) and SIGTERM, for the loop to act on between two updates.
+    """Context manager that records SIGINT (Ctrl-C) and SIGTERM, so that the loop can stop between two updates.
 
-    An exception raised wherever the signal happens to arrive could leave an optimizer step or a checkpoint half done,
-    or be lost in a callback. A second signal raises one even so, for a step that never ends.
+    An exception raised by the signal handler could interrupt an optimizer step or the writing of a checkpoint, or be
+    lost in a callback. Only a second signal raises KeyboardInterrupt, in case the step does not end.
 
-    Used as a context manager; outside of the main thread, where Python allows no signal handlers, it does nothing.
+    Outside of the main thread it does nothing, because Python does not allow signal handlers there.
 
     Attributes:
-        signal_number: The signal that came, or None.
+        signal_number: Number of the received signal, or None.
     """
 
     def __init__(self):
@@ -89,25 +89,25 @@ class StopRequest:
         if self.signal_number is not None:
             raise KeyboardInterrupt
         self.signal_number = number
-        _logger.info('Stopping after this step. Once more to stop at once.')
+        _logger.info('Stopping after this step. Send the signal again to stop immediately.')
 
     def ignore(self) -> None:
-        """Let no more signals through: the last checkpoint is being written."""
+        """Ignore further signals, while the last checkpoint is written."""
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
 
     def connect(self, timeout: float) -> None:
-        """Stop all processes of the default group at the same update; called by each of them.
+        """Make all processes of the default group stop at the same update. All processes must call it.
 
         Args:
-            timeout: Seconds to wait for the others.
+            timeout: Timeout of the communication in seconds.
         """
         self._group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
 
     def requested(self) -> bool:
-        """Whether to stop here. Connected processes call it equally often, and get the same answer.
+        """Return whether to stop. Connected processes must call it equally often, and get the same result.
 
-        They learn of each other's signals one call later: then the exchange has long been made, and nobody waits.
+        The result includes the signals up to the previous call: the exchange is asynchronous, so no process waits.
         """
         if self._group is None:
             return self.signal_number is not None
@@ -122,6 +122,6 @@ class StopRequest:
         return agreed != 0
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came; called where a single process may stop on its own."""
+        """Raise KeyboardInterrupt if a signal was received and the process is not connected to others."""
         if self._group is None and self.signal_number is not None:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Datasets and loaders of a run, made by timm."""
+"""Create the datasets and data loaders of a run with timm."""
 import argparse
 import logging
 from dataclasses import dataclass, field
@@ -33,18 +33,18 @@ _DEFAULT_PATCH_SIZE = (16, 16)
 
 @dataclass
 class Loaders:
-    """Where batches come from.
+    """Data loaders of a run.
 
     Attributes:
-        train: Training batches.
-        evaluation: Validation batches, None without a validation split.
-        mixup_fn: Mixes batches on the device; None where the loader does it, or where nothing is mixed.
-        batch_size: Average size of a training batch on one device.
-        schedule: Decides which batches are MultiMix batches.
-        resumable: The part of train that knows its place in an epoch, None if there is none.
-        validated: Whether a validation took place, in this process or before the run continued in it.
-        calibration: Batches to fit a temperature on, all of them in every process; None without --calibrate.
-        unreadable: The unreadable images of training and validation, where they are recorded.
+        train: Loader of training batches.
+        evaluation: Loader of validation batches, None without a validation split.
+        mixup_fn: Mixup of batches on the device, None if the loader mixes images or mixup is disabled.
+        batch_size: Average size of a training batch per device.
+        schedule: Schedule that selects the MultiMix batches.
+        resumable: The part of `train` that can resume within an epoch, None if it cannot.
+        validated: Whether validation ran, in this process or before the run was resumed.
+        calibration: Loader of batches for temperature fitting, the same in every process. None without --calibrate.
+        unreadable: Records of unreadable images in training and validation.
     """
     train: Any
     evaluation: Any
@@ -57,7 +57,7 @@ class Loaders:
     unreadable: dict[str, UnreadableImages] = field(default_factory=dict)
 
     def forget_validation_seed(self) -> None:
-        """Let a continued run's validation draw no seed for its workers, since it drew one before."""
+        """Prevent the validation of a resumed run from drawing the seed of its workers a second time."""
         self.validated = True
         loader = getattr(self.evaluation, 'loader', self.evaluation)
         if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
@@ -65,22 +65,22 @@ class Loaders:
 
 
 def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, **own: Any) -> Dataset:
-    """Make the dataset of one split.
+    """Create the dataset of one split.
 
     Args:
         args: Arguments of the run.
-        in_chans: Channels of the images.
+        in_chans: Number of image channels.
         split: Name of the split.
-        what: What it is for, in an error.
-        **own: More arguments of create_dataset.
+        what: Purpose of the split, for error messages.
+        **own: Additional arguments of create_dataset.
 
     Raises:
-        UsageError: if it cannot be made, or holds no images.
+        UsageError: if the dataset cannot be created or contains no images.
     """
     target_transform = None
     if args.task == 'multilabel':
         target_transform = MultiLabelTarget(args.num_classes, dense=args.target_format == 'multihot')
-    # Not every reader knows of targets in other formats.
+    # Only some readers accept target_format.
     target_options = {} if args.target_format == 'indices' else dict(target_format=args.target_format)
     options = dict(
         root=args.data_dir,
@@ -99,10 +99,10 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
 
 
 def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
-    """Make the training and the validation dataset; the latter is None without a validation split.
+    """Create the training and validation datasets. The latter is None without a validation split.
 
     Raises:
-        UsageError: if a dataset cannot be made, or holds no images.
+        UsageError: if a dataset cannot be created or contains no images.
     """
     train = build_split(
         args, in_chans, args.train_split, 'Training', is_training=True, seed=args.seed, repeats=args.epoch_repeats,
@@ -169,7 +169,7 @@ def _train_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any
 def _evaluation_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any]:
     workers = args.workers
     if args.distributed and args.dataset.partition('/')[0].lower() in ('tfds', 'wds'):
-        workers = min(2, workers)  # every worker of these readers pads its share
+        workers = min(2, workers)  # each worker of these readers pads its samples
     return dict(
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
@@ -180,7 +180,7 @@ def _evaluation_options(args: argparse.Namespace, data_config: dict) -> dict[str
 
 
 def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_size, shared: dict, own: dict):
-    """The usual loader, also with scheduled sizes, augmentation splits, and mixup of images."""
+    """Create the standard loader, with scheduled sizes, augmentation splits and image mixup."""
     mixup_fn = collate_fn = None
     if mixup_active(args):
         if args.no_prefetcher:
@@ -224,7 +224,7 @@ def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size,
     mixup_fn = None
     if mixup_active(args):
         options = _mixup_options(args)
-        del options['mode'], options['cutmix_minmax']  # it has neither
+        del options['mode'], options['cutmix_minmax']  # not supported by NaFlexMixup
         mixup_fn = NaFlexMixup(mixup_off_epoch=args.mixup_off_epoch, **options)
     patches = dict(patch_size=patch_size)
     if args.naflex_patch_sizes:
@@ -256,8 +256,8 @@ def _evaluation_loader(args: argparse.Namespace, dataset: Dataset, input_size, p
 
 
 def _make_resumable(loader: Any, device: torch.device) -> tuple[Any, ResumableLoader | None]:
-    """Wrap the DataLoader in a training loader, if its place can be known."""
-    inner = getattr(loader, 'loader', loader)  # inside of timm's prefetcher
+    """Wrap the DataLoader of a training loader in a ResumableLoader if possible."""
+    inner = getattr(loader, 'loader', loader)  # the DataLoader inside timm's prefetcher
     if not ResumableLoader.can_wrap(inner):
         return loader, None
     resumable = ResumableLoader(inner, device)
@@ -274,7 +274,7 @@ def build_calibration_loader(
         device: torch.device,
         dtype: torch.dtype | None,
 ):
-    """Make a loader of held-out images, as validation sees its own, that is not shared between processes."""
+    """Create a loader of the held-out images, with the transforms of validation. Every process loads all images."""
     shared = _shared_options(args, data_config, device, dtype)
     with usage_errors('Loader options of calibration'):
         return create_loader(
@@ -292,18 +292,18 @@ def build_loaders(
         dtype: torch.dtype | None,
         patch_size: tuple[int, int] | None,
 ) -> Loaders:
-    """Make the loaders of a run.
+    """Create the data loaders of a run.
 
     Args:
         args: Arguments of the run.
-        datasets: Training and validation dataset.
+        datasets: Training and validation datasets.
         data_config: Input size, pixel statistics and interpolation, from timm's resolve_data_config.
         device: Device of the batches.
         dtype: Dtype of the images, None for float32.
-        patch_size: The model's patch size, for NaFlex.
+        patch_size: Patch size of the model, for NaFlex.
 
     Raises:
-        UsageError: if timm refuses the options, or the data do not fill one batch.
+        UsageError: if timm rejects the options, or the training images do not fill one batch.
     """
     train, evaluation = datasets
     shared = _shared_options(args, data_config, device, dtype)
@@ -326,8 +326,8 @@ def build_loaders(
         with usage_errors('Loader options of validation'):
             loader_eval = _evaluation_loader(
                 args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
-    for made in (loader, loader_eval):
-        inner = getattr(made, 'loader', made)  # inside of timm's prefetcher
+    for outer in (loader, loader_eval):
+        inner = getattr(outer, 'loader', outer)  # the DataLoader inside timm's prefetcher
         if isinstance(inner, DataLoader):
             inner.worker_init_fn = IgnoreSignals(inner.worker_init_fn)
     loader, resumable = _make_resumable(loader, device)

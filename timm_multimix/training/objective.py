@@ -1,4 +1,4 @@
-"""The training task of a run: timm's, or MultiMix's in its place."""
+"""Create the training task of a run: a timm task, or the MultiMix task that replaces it."""
 import argparse
 import logging
 from contextlib import suppress
@@ -26,7 +26,7 @@ from .checks import mixup_active
 
 _logger = logging.getLogger(__name__)
 
-# Options with a twin of the same name among the arguments of create_classification_loss, and the loss they are for.
+# Options of each loss. create_classification_loss has arguments with the same names.
 _LOSS_OPTIONS = {
     'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
     'poly': ('poly_epsilon', 'poly_gamma', 'poly_alpha'),
@@ -51,10 +51,10 @@ def _class_weights(args: argparse.Namespace, kind: str, stats: tuple[torch.Tenso
 
 
 def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments for timm's create_classification_loss.
+    """Return arguments for timm's create_classification_loss.
 
     Raises:
-        UsageError: if class weights cannot be read, or do not fit the classes.
+        UsageError: if class weights cannot be read, or do not match the number of classes.
     """
     with usage_errors('--class-stats, --loss-pos-weight or --loss-class-weight'):
         stats = load_class_stats(args.class_stats)
@@ -96,10 +96,10 @@ def build_task(
         device: torch.device,
         dtype: torch.dtype | None,
 ) -> TrainingTask:
-    """Make the training task: what turns a batch into a loss.
+    """Create the training task, which computes the loss of a batch.
 
     Raises:
-        UsageError: if loss, teacher or MultiMix options are refused, or the model cannot be trained with them.
+        UsageError: if the loss, teacher or MultiMix options are invalid, or do not fit the model.
     """
     shared = dict(criterion_kwargs=criterion_options(args), device=device, dtype=dtype, verbose=False)
     if args.kd_model_name:
@@ -110,7 +110,7 @@ def build_task(
     multi_label = args.task == 'multilabel'
     if multi_label:
         shared['threshold'] = args.multilabel_threshold
-    # With MultiMix in two steps, so that each error names its cause.
+    # With MultiMix, build the plain task first, so that an error names either --loss or --multimix.
     with usage_errors(f'--loss {args.loss or "(default)"}'):
         task = (MultiLabelClassificationTask if multi_label else ClassificationTask)(model, **shared)
         check_num_classes(task.criterion, args.num_classes)
@@ -151,5 +151,5 @@ def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict,
         if args.multimix == 'dense' and 'use --multimix pooled' not in str(error):
             with suppress(ValueError, TypeError):
                 task_cls(model, **shared, **{**options, 'mode': 'pooled'})
-                raise UsageError(f'--multimix dense: {error} (--multimix pooled takes this model as it is.)') from error
+                raise UsageError(f'--multimix dense: {error} (--multimix pooled supports this model.)') from error
         raise

@@ -1,10 +1,9 @@
-"""A loader that can go on in the middle of an epoch, exactly.
+"""Data loader that can resume in the middle of an epoch with the same batches as an uninterrupted run.
 
-Two things are random about a batch: which images are in it, and how they are augmented. The first follows from the
-random state in which the epoch began, so the batches that were trained on are skipped without loading them. The second
-follows from the random state of the worker that made the batch (of the process itself without workers): workers tell it
-with every batch, a resumed run's workers begin with it. An uninterrupted run draws what it would draw from the plain
-loader: timm's script and this one see the same images.
+The selection of images depends on the random state at the start of the epoch, so batches that were trained on are
+skipped without loading them. Augmentation depends on the random state of the worker, or of the main process without
+workers. Workers return their random state with every batch, and the workers of a resumed run start from it. An
+uninterrupted run draws the same random numbers as with a plain DataLoader, so it sees the same images as timm's script.
 """
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,31 +20,31 @@ from ..data.image_files import unreadable_images
 
 @dataclass
 class _Report:
-    """What a batch says about its making; no tuple, whose items a pinning thread would visit one by one.
+    """Origin of a batch. Not a tuple, because the pin-memory thread would visit the items of a tuple.
 
     Attributes:
-        worker: Number of the worker, None for the process itself.
-        random: The worker's random state after the batch.
+        worker: Index of the worker, None for the main process.
+        random: Random state of the worker after the batch, None for the main process.
     """
     worker: int | None
     random: dict[str, Any] | None
 
 
 class _Fetched(NamedTuple):
-    """A batch that was fetched but not trained on yet: the state of the process before, and the batch's report."""
+    """Report of a batch that was fetched but not trained on, and the random state of the main process before it."""
     before: dict[str, Any]
     report: _Report
 
 
 class _ReportingCollate:
-    """Makes a batch as another collate function does, and adds a report. Runs in the workers."""
+    """Collate function that calls another one and adds a _Report to the batch. It runs in the workers."""
 
     def __init__(self, collate: Callable):
         self.collate = collate
         self.mixup_enabled = SharedCount(1)
 
     def __call__(self, samples: Any) -> tuple[Any, _Report]:
-        if hasattr(self.collate, 'mixup_enabled'):  # a worker's copy would never hear that mixup ended
+        if hasattr(self.collate, 'mixup_enabled'):  # each worker has its own copy, which does not see changes
             self.collate.mixup_enabled = bool(self.mixup_enabled.value)
         is_placeholder = samples is None or (isinstance(samples, list) and not samples)
         batch = None if is_placeholder else self.collate(samples)
@@ -56,7 +55,7 @@ class _ReportingCollate:
 
 
 class _WorkerStart:
-    """Starts a worker as timm does, then puts it where an interrupted run left it."""
+    """Worker init function that calls another one, then restores the random state of an interrupted run."""
 
     def __init__(self, init: Callable | None):
         self.init = init
@@ -70,7 +69,7 @@ class _WorkerStart:
 
 
 class _Skip:
-    """How an iteration begins in the middle: batches to leave out, and the random state to go on with."""
+    """Number of batches to skip at the start of an iteration, and the random state to restore after them."""
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -80,12 +79,12 @@ class _Skip:
 
     @property
     def placeholders(self) -> int:
-        """Empty batches that keep the turns of the workers: batch i is always made by worker i modulo their number."""
+        """Number of empty batches that preserve the order of the workers: worker i % workers loads batch i."""
         return self.count % self.workers if self.workers else 0
 
 
 class _Batches:
-    """The batches of a batch sampler, as lists of indices, from a place in the epoch on."""
+    """Batch sampler that skips the first batches of another one."""
 
     def __init__(self, batch_sampler, skip: _Skip):
         self.batch_sampler = batch_sampler
@@ -95,7 +94,7 @@ class _Batches:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[list]:
-        batches = list(self.batch_sampler)  # now: whatever is random about the order is drawn before the first image
+        batches = list(self.batch_sampler)  # draws the random order before the first image is loaded
         skip = self.skip
         yield from [[]] * skip.placeholders
         if skip.before is not None:
@@ -104,21 +103,21 @@ class _Batches:
 
 
 class ResumableLoader:
-    """A DataLoader with a place: state_dict() says where it is, load_state_dict() goes there.
+    """DataLoader that saves and restores its position in an epoch with state_dict() and load_state_dict().
 
-    Wraps one of timm's DataLoaders over a dataset with indices, inside of timm's prefetcher if there is one.
+    It wraps a DataLoader of timm over a map-style dataset. timm's prefetcher, if used, wraps this loader.
 
     Args:
-        loader: The loader. What it yields is unchanged.
-        device: Device whose random state counts too, where the prefetcher draws on it.
+        loader: The DataLoader. Its batches are not changed.
+        device: Device whose random state is also saved, for a prefetcher that draws random numbers on it.
 
     Attributes:
-        consumed: Batches of the epoch that were trained on, as told by advance().
+        consumed: Number of batches in the epoch that were trained on, counted by advance().
     """
 
     def __init__(self, loader: DataLoader, device: torch.device | None = None):
         if not self.can_wrap(loader):
-            raise ValueError('A resumable loader needs a dataset with indices, and workers that live as long as it.')
+            raise ValueError('ResumableLoader needs a DataLoader with a map-style dataset and no workers or persistent ones.')
         self.dataset, self.sampler, self.batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
         self.collate_fn = loader.collate_fn
         self.num_workers = loader.num_workers
@@ -135,8 +134,8 @@ class ResumableLoader:
             worker_init_fn=self._start,
             persistent_workers=loader.persistent_workers,
         )
-        self._place: dict[str, Any] | None = None
-        self._seed: dict[str, Any] | None = None  # random state that the workers' seeds were drawn from
+        self._position: dict[str, Any] | None = None
+        self._seed: dict[str, Any] | None = None  # random state from which the worker seeds were drawn
         self._workers: dict[int, dict[str, Any]] = {}
         self._unreadable = unreadable_images(loader.dataset)
         self._fetched: deque[_Fetched] = deque()
@@ -145,7 +144,7 @@ class ResumableLoader:
 
     @staticmethod
     def can_wrap(loader: Any) -> bool:
-        """Whether a loader's place can be known: no stream, no workers that begin anew or ahead of an epoch."""
+        """Return whether a loader is a plain DataLoader over a map-style dataset, with persistent workers or none."""
         return (
             type(loader) is DataLoader
             and not isinstance(loader.dataset, IterableDataset)
@@ -156,18 +155,18 @@ class ResumableLoader:
         return len(self._loader)
 
     def advance(self) -> None:
-        """Say that one more batch was trained on."""
+        """Record that one more batch was trained on."""
         report = self._fetched.popleft().report
         if report.worker is not None:
             self._workers[report.worker] = report.random
         self.consumed += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is: between the batches trained on and those that are fetched already."""
+        """Return the position after the last batch that was trained on. Later batches may already be fetched."""
         return dict(
             consumed=self.consumed,
             epoch_start=self._epoch_start,
-            # Of a batch that was made already and has to be made again, and of the run after it was made.
+            # A fetched batch has to be made again: `before` is the state before it, `now` the state to continue from.
             before=self._fetched[0].before if self._fetched else None,
             now=random_state(self.device),
             seed=self._seed,
@@ -176,39 +175,39 @@ class ResumableLoader:
         )
 
     def load_state_dict(self, state: dict[str, Any], *, same_workers: bool, in_epoch: bool) -> None:
-        """Go on from a place, with the next iteration.
+        """Restore a position. It takes effect in the next iteration.
 
         Args:
-            state: From state_dict.
-            same_workers: Whether there are as many workers as there were: only then their random states fit.
-            in_epoch: Go on in the middle of the epoch; else begin a new one.
+            state: Result of state_dict().
+            same_workers: Whether the number of workers is unchanged. Only then are their random states restored.
+            in_epoch: Continue in the middle of the epoch instead of starting a new one.
         """
         if same_workers:
             self._seed = state['seed']
             self._workers = dict(state['workers'])
             self._start.states = dict(state['workers'])
-        self._place = dict(state) if in_epoch else None
+        self._position = dict(state) if in_epoch else None
         earlier = state.get('unreadable')
         if in_epoch and self._unreadable is not None and isinstance(earlier, list):
             self._unreadable.update(earlier)
 
     def _draw_seed(self) -> None:
-        """Draw the seed of the workers as the DataLoader would, from a copy that it can be drawn from again."""
+        """Draw the seed of the workers like DataLoader, from a saved state so that a resumed run draws it again."""
         if self._seed is None:
             self._seed = random_state()
             torch.empty((), dtype=torch.int64).random_()
         self._loader.generator = generator_at(self._seed)
 
     def __iter__(self) -> Iterator[Any]:
-        place, self._place = self._place, None
+        position, self._position = self._position, None
         after = None
         self.consumed, self._skip.count, self._skip.before, self._skip.device = 0, 0, None, self.device
         self._fetched.clear()
-        if place is not None:
-            after = place['now'] if place['before'] is not None else None
-            set_random_state(place['epoch_start'], self.device)
-            self.consumed = self._skip.count = place['consumed']
-            self._skip.before = place['before'] or place['now']
+        if position is not None:
+            after = position['now'] if position['before'] is not None else None
+            set_random_state(position['epoch_start'], self.device)
+            self.consumed = self._skip.count = position['consumed']
+            self._skip.before = position['before'] or position['now']
         if self.num_workers:
             self._draw_seed()
         self._epoch_start = random_state(self.device)
@@ -223,6 +222,6 @@ class ResumableLoader:
                 continue
             self._fetched.append(_Fetched(before, report))
             yield batch
-            if after is not None:  # the batch that was on its way is so again: go on from where the run was
+            if after is not None:  # the fetched batch was made again
                 set_random_state(after, self.device)
                 after = None

@@ -1,4 +1,4 @@
-"""Reports of images that could not be read in training and validation."""
+"""Report images that could not be read in training and validation."""
 from __future__ import annotations
 
 import logging
@@ -15,13 +15,13 @@ TRAINING, VALIDATION = 'training', 'validation'
 
 
 def begin_epoch(run: Run) -> None:
-    """Start the count of an epoch."""
+    """Reset the counts of unreadable images for a new epoch."""
     for record in run.loaders.unreadable.values():
         record.begin_epoch()
 
 
 def count_unreadable(run: Run, part: str) -> int:
-    """Count the images of this epoch that could not be read, over all processes. All processes call it.
+    """Count the unreadable images of this epoch over all processes. All processes must call it.
 
     Args:
         run: The run.
@@ -39,17 +39,17 @@ def count_unreadable(run: Run, part: str) -> int:
 
 
 def warn_of_unreadable(run: Run, part: str, when: str = '') -> None:
-    """Name the images of this epoch that could not be read. All processes call it."""
+    """Log a warning with the names of the unreadable images of this epoch. All processes must call it."""
     count = count_unreadable(run, part)
     if count:
         record = run.loaders.unreadable[part]
         _logger.warning(
-            f'{when}{count} images could not be read in {part}, the next ones took their place: '
+            f'{when}{count} images could not be read in {part} and were replaced by the next images: '
             f'{record.names(record.in_epoch())}')
 
 
 def report_totals(run: Run) -> None:
-    """Report how many images could not be read in the whole run, if there were any."""
+    """Log the number of unreadable images of the whole run, if there are any."""
     totals = []
     for part, record in run.loaders.unreadable.items():
         found = record.in_run()
