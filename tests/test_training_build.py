@@ -1,4 +1,4 @@
-"""Options reach timm's parts: what create_model, create_loader and the factories are called with."""
+"""Options are passed to timm: arguments of create_model, create_loader and the optimizer and scheduler factories."""
 import importlib
 
 import pytest
@@ -34,7 +34,7 @@ SCHEDULE = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Keyword arguments of every call to the named functions."""
+    """Record the keyword arguments of calls to timm's factory functions."""
     seen = {}
 
     def spy(owner, name):
@@ -52,7 +52,7 @@ def calls(monkeypatch):
     return seen
 
 
-def test_options_reach_timms_parts(script, image_folder, calls):
+def test_options_are_passed_to_timm(script, image_folder, calls):
     scalars = {**TRAIN_LOADER, **OPTIMIZER, **SCHEDULE}
     argv = [part for name, (value, _) in scalars.items() for part in (f'--{name}', value)]
     argv += [part for name, (values, _) in LISTS.items() for part in (f'--{name}', *values)]
@@ -86,7 +86,7 @@ def test_options_reach_timms_parts(script, image_folder, calls):
     ([], 0.1 * 16 / 256), (['--opt', 'adamw'], 0.1 * (16 / 256) ** 0.5), (['--grad-accum-steps', '2'], 0.1 * 32 / 256),
     (['--lr-base', '0.5', '--lr-base-size', '64', '--lr-base-scale', 'sqrt'], 0.5 * 0.5), (['--lr', '0.3'], 0.3),
 ])
-def test_learning_rate_grows_with_the_batch(script, image_folder, calls, options, lr):
+def test_learning_rate_scales_with_the_batch_size(script, image_folder, calls, options, lr):
     assert script('--data-dir', image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '16', '-j', '0',
                   '--epochs', '1', '--warmup-epochs', '0', *options) == 0, script.text
     assert calls['create_optimizer_v2'][0]['lr'] == pytest.approx(lr)
@@ -99,14 +99,14 @@ def test_schedule_per_update_or_per_epoch(script, image_folder):
     assert [float(row['lr']) for row in script.summary('updates')] == pytest.approx([0.005, 0.0], abs=1e-9)
 
 
-def test_resumed_schedule_is_the_uninterrupted_one(script, image_folder):
+def test_resumed_schedule_matches_the_uninterrupted_one(script, image_folder):
     script.train(image_folder, epochs=4)
     expected = [row['lr'] for row in script.summary()]
     script.train(image_folder, epochs=4, stop_epoch=2, experiment='halves')
     script.train(image_folder, epochs=4, resume='auto', experiment='halves')
     assert [row['lr'] for row in script.summary('halves')] == expected
     script.train(image_folder, epochs=4, start_epoch=3, resume='auto', experiment='halves')
-    # Of a folder's rows, those from that epoch on are redone.
+    # The rows of summary.csv from --start-epoch on are written again.
     assert [row['lr'] for row in script.summary('halves')] == expected
     assert sum(line.startswith('Epoch ') and 'training' in line for line in script.lines) == 1
 
@@ -135,7 +135,7 @@ def test_mixup_ends_and_smooths(script, image_folder, monkeypatch, flags):
 
 
 def test_views_of_a_validation_image_are_averaged(script, image_folder, monkeypatch):
-    """With two equal views of every image the metrics are those of one."""
+    """With two equal views of every image, the metrics are the same as with one view."""
     script.train(image_folder, seed=3)
     expected = script.summary()[0]
     validate = loop.validate
@@ -159,7 +159,7 @@ def test_views_of_a_validation_image_are_averaged(script, image_folder, monkeypa
 
 
 def test_auto_augment_policies_work_at_every_magnitude():
-    """timm's posterize keeps 0 bits at full magnitude, which some versions of Pillow refuse."""
+    """timm's posterize keeps 0 bits at full magnitude, which some versions of Pillow reject."""
     augment = rand_augment_transform('rand-m10-n8-inc1', {})
     for _ in range(30):
         augment(Image.new('RGB', (8, 8), (200, 100, 50)))

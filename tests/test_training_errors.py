@@ -1,4 +1,4 @@
-"""Mistakes end in one line that says what to do, with status 2, before anything is written."""
+"""User errors end the script with a one-line message and exit status 2, before files are written."""
 import argparse
 import signal
 import sys
@@ -17,15 +17,15 @@ pytest_plugins = ['training_helpers']
 WRONG_OPTIONS = {
     'misspelt option': (['--multimx', 'dense'], 'Did you mean --multimix'),
     'misspelt model': (['--model', 'resnt50'], 'Did you mean resnet50'),
-    'model by path': (['--model', 'timm/resnet50'], 'hf-hub:timm/resnet50'),
+    'model name with a slash': (['--model', 'timm/resnet50'], 'hf-hub:timm/resnet50'),
     'wrong choice': (['--multimix', 'sparse'], 'invalid choice'),
     'wrong number': (['--lr', 'fast'], 'invalid float'),
     'batch of one': (['--multimix', 'dense', '-b', '1'], '--batch-size'),
     'scheduled batch of one': (
         ['--multimix', 'dense', '--train-img-sizes', '32', '64', '--train-batch-sizes', '8', '1'], '--batch-size'),
     'long tuples': (['--multimix', 'pooled', '--multimix-tuple-length', '9', '-b', '8'], 'batch size 8, got 9'),
-    'bad share': (['--multimix', 'dense', '--multimix-clean-weight', '2'], ': --multimix-clean-weight is a'),
-    'bad alpha': (['--multimix', 'dense', '--multimix-alpha', '2', '1'], ': --multimix-alpha must be'),
+    'clean weight above 1': (['--multimix', 'dense', '--multimix-clean-weight', '2'], ': --multimix-clean-weight is a'),
+    'decreasing alpha range': (['--multimix', 'dense', '--multimix-alpha', '2', '1'], ': --multimix-alpha must be'),
     'no epoch left': (['--multimix', 'dense', '--multimix-start-epoch', '2', '--multimix-off-epoch', '1'],
                       'and --multimix-off-epoch 1 leave no epoch'),
     'MultiMix with TorchScript': (['--multimix', 'dense', '--torchscript'], 'torchcompile'),
@@ -70,7 +70,7 @@ WRONG_OPTIONS = {
     'missing weights': (['--initial-checkpoint', 'nothing.pth'], 'nothing.pth'),
     'nothing to resume': (['--resume', 'auto'], '--experiment'),
     'unknown optimizer': (['--model', 'test_resnet', '--opt', 'sdg'], 'Did you mean sgd'),
-    'unknown optimizer inside of lookahead': (['--opt', 'lookahead_adamv'], 'Did you mean adam'),
+    'unknown optimizer in lookahead': (['--opt', 'lookahead_adamv'], 'Did you mean adam'),
     'experiment above the output folder': (['--experiment', '../../x'], 'outside of the output folder'),
     'experiment elsewhere': (['--experiment', '/tmp/x'], 'outside of the output folder'),
     'negative limit': (['--max-nonfinite', '-1'], '--max-nonfinite'),
@@ -85,28 +85,28 @@ WRONG_OPTIONS = {
     'jsd without splits': (['--jsd-loss'], '--aug-splits'),
     'two losses': (['--bce-loss', '--loss', 'asl'], '--loss asl'),
     'image smaller than a patch': (['--model', 'test_vit', '--img-size', '8'], '8'),
-    'size that the model refuses': (
+    'size that the model does not accept': (
         ['--model', 'test_vit', '--img-size', '40', '--model-kwargs', 'img_size=32'], 'img'),
     'mean of too many channels': (['--model', 'test_resnet', '--mean', '1', '2'], '--mean'),
-    'class token without one': (
+    'attention by a missing class token': (
         ['--model', 'test_resnet', '--multimix', 'dense', '--multimix-attention', 'token'], 'class token'),
     'batch larger than the data': (['--model', 'test_resnet', '-b', '2000'], '--batch-size'),
     'zero epochs': (['--epochs', '0'], '--epochs'),
-    'learning rate that is no number': (['--lr', 'nan'], '--lr must be a number'),
+    'learning rate that is not a number': (['--lr', 'nan'], '--lr must be a number'),
     'negative learning rate': (['--lr', '-1'], '--lr must be 0 or more, got -1'),
     'infinite learning rate': (['--lr-base', 'inf'], '--lr-base must be 0 or more'),
     'infinite mixup': (['--mixup', 'inf'], '--mixup must be 0 or more, got inf'),
     'negative mixup': (['--mixup', '-1'], '--mixup must be 0 or more'),
     'infinite momentum': (['--momentum=-inf'], '--momentum must be finite'),
-    'infinite number among others': (['--cutmix-minmax', '0.1', 'inf'], '--cutmix-minmax must be finite'),
-    'number among others that is none': (['--opt-betas', '0.9', 'nan'], '--opt-betas must be a number'),
-    'weight decay that is no number': (['--weight-decay', 'nan'], '--weight-decay must be a number'),
+    'list with an infinite value': (['--cutmix-minmax', '0.1', 'inf'], '--cutmix-minmax must be finite'),
+    'list with a value that is not a number': (['--opt-betas', '0.9', 'nan'], '--opt-betas must be a number'),
+    'weight decay that is not a number': (['--weight-decay', 'nan'], '--weight-decay must be a number'),
     'weights in a folder': (['--initial-checkpoint', '.'], '. is a folder'),
 }
 
 
 @pytest.mark.parametrize('argv,word', WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
-def test_mistake_ends_in_one_line(script, argv, word):
+def test_user_error_is_one_line(script, argv, word):
     assert script(*argv) == 2
     errors = [line for line in script.lines if line.startswith('ERROR')]
     assert len(errors) == 1 and script.lines[-1] == errors[0], script.text
@@ -201,8 +201,8 @@ def _failing(monkeypatch):
     monkeypatch.setattr(loop, '_batches', failing)
 
 
-def test_error_of_a_worker_may_come_twice(script, image_folder, monkeypatch):
-    """PyTorch raises its own wherever the process happens to be, such as while the run ends because of the other."""
+def test_worker_error_during_shutdown(script, image_folder, monkeypatch):
+    """PyTorch raises the error of a dead worker at any point of the main process, such as while the run is ending."""
     def handler(number, frame):
         raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')
 
@@ -219,7 +219,7 @@ def test_error_of_a_worker_may_come_twice(script, image_folder, monkeypatch):
         assert signal.getsignal(signal.SIGCHLD) is handler
         assert 'ERROR: A batch could not be loaded: EOFError.' in script.lines
         assert script.lines[-1] == 'No checkpoint has been written yet.'
-        # and anywhere else it ends the run in a line
+        # without suppression the error ends the run with one line
         monkeypatch.setattr(sys.modules[main.__module__], 'suppress_worker_errors', lambda: None)
         assert script.train(image_folder, experiment='other') == 1
         assert script.lines[-1] == 'ERROR: DataLoader worker (pid 1) is killed by signal: Killed.'
@@ -227,28 +227,28 @@ def test_error_of_a_worker_may_come_twice(script, image_folder, monkeypatch):
         signal.signal(signal.SIGCHLD, previous)
 
 
-def test_failure_of_validate_is_told(script, image_folder, monkeypatch):
+def test_failure_of_validate_is_reported(script, image_folder, monkeypatch):
     assert script.train(image_folder) == 0
     _failing(monkeypatch)
     assert script.train(image_folder, validate=script.run_folder() / 'last.pth.tar') == 1
     assert script.lines[-1] == 'ERROR: A batch could not be loaded: EOFError.'
 
 
-def test_multimix_options_without_multimix_are_told(script, image_folder):
+def test_multimix_options_without_multimix_are_reported(script, image_folder):
     assert script.train(image_folder, '--no-multimix-balance') == 0
     assert any('--no-multimix-balance' in line and 'without effect' in line for line in script.lines)
 
 
-def test_cuda_that_is_not_there(script):
+def test_unavailable_cuda(script):
     if torch.cuda.is_available():
-        pytest.skip('there is one')
+        pytest.skip('CUDA is available')
     assert script('--device', 'cuda') == 2
     assert '--device cpu' in script.text
 
 
 @pytest.fixture
 def mistake(script, tmp_path):
-    """Expects one error line about a folder of images."""
+    """Return a function that trains on a folder of images and expects one error line."""
     def check(word, *argv, classes=('a', 'b'), **options):
         make_images(tmp_path / 'data' / 'train', classes)
         assert script.train(tmp_path / 'data', *argv, **options) == 2, script.text
@@ -276,25 +276,25 @@ def test_number_of_classes_that_disagrees(mistake):
     mistake('has 2 classes', num_classes=5)
 
 
-def test_checkpoint_that_is_none(mistake, tmp_path):
+def test_file_that_is_not_a_checkpoint(mistake, tmp_path):
     path = tmp_path / 'junk.pth.tar'
     path.write_bytes(b'not a checkpoint')
     mistake('junk.pth.tar', resume=path)
 
 
-def test_checkpoint_that_holds_code(mistake, tmp_path):
+def test_checkpoint_with_code(mistake, tmp_path):
     torch.save({'state_dict': print}, tmp_path / 'evil.pth.tar')
     mistake('evil.pth.tar', resume=tmp_path / 'evil.pth.tar')
 
 
-def test_pretrained_weights_that_hold_code(mistake, tmp_path):
+def test_pretrained_weights_with_code(mistake, tmp_path):
     torch.save({'state_dict': print}, tmp_path / 'evil.pth')
     mistake('objects that are not data', '--pretrained', pretrained_path=tmp_path / 'evil.pth')
 
 
 @pytest.mark.parametrize('content, reason', [
     (b'not a checkpoint', 'is not a PyTorch checkpoint'), (b'ext', 'is not a PyTorch checkpoint'), (b'', 'is empty')])
-def test_weights_that_are_none(mistake, tmp_path, content, reason):
+def test_file_that_does_not_contain_weights(mistake, tmp_path, content, reason):
     path = tmp_path / 'junk.txt'
     path.write_bytes(content)
     mistake(f'junk.txt contains no weights: it {reason}.', initial_checkpoint=path)
@@ -321,7 +321,7 @@ def test_output_that_cannot_be_written(script, image_folder):
     assert 'not a folder' in script.lines[-1]
 
 
-def test_validation_on_training_images_is_told(script, tmp_path):
+def test_validation_on_training_images_is_reported(script, tmp_path):
     make_images(tmp_path / 'data' / 'train', ['a', 'b'])
     assert script.train(tmp_path / 'data') == 0
     assert 'uses the training images' in script.text

@@ -1,4 +1,4 @@
-"""The script's parser, held to the facts of timm's, and its YAML files."""
+"""Options of the training script compared with those of timm's script, and YAML files of options."""
 import argparse
 import csv
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_option_is_timms(facts):
     assert _facts(actions[0]) == facts
 
 
-def test_all_options_explain_themselves():
+def test_all_options_have_a_help_text():
     for action in build_parser()._actions:
         assert action.help, action.dest
     assert '--multimix {off,pooled,dense}' in build_parser().format_help()
@@ -54,37 +54,37 @@ def parse(tmp_path, image_folder):
     return run
 
 
-def test_defaults_are_timms_with_data_of_ones_own(parse):
+def test_defaults_are_timms_with_user_data(parse):
     args = vars(parse())
     for name, value in vars(build_parser().parse_args([])).items():
         if name not in ('config', 'timm_script', 'data_dir', 'device'):
             assert args[name] == value, name
 
 
-def test_command_line_wins_over_file(parse):
+def test_command_line_takes_precedence_over_file(parse):
     args = parse(dict(lr=0.5, opt='adamw', mean=[0.1]), '--lr', '0.25')
     assert (args.lr, args.opt, args.mean) == (0.25, 'adamw', [0.1])
 
 
-def test_file_accepts_what_options_mean(parse):
+def test_file_values_are_converted(parse):
     args = parse("""
-lr: 3e-4              # a string to YAML
+lr: 3e-4              # YAML parses a string
 epochs: '10'
 decay-milestones: [1, '2']
-multimix: off         # false to YAML
+multimix: off         # YAML parses False
 amp: true
 opt_kwargs: {eps: 1.0e-7}
 experiment: 7
 stop_epoch:
 input_size: [3, 32, 32]
-multimix_alpha: 0.3   # one of possibly more
+multimix_alpha: 0.3   # a single value of a list option
 """)
     assert (args.lr, args.epochs, args.decay_milestones, args.multimix) == (3e-4, 10, [1, 2], 'off')
     assert (args.amp, args.opt_kwargs, args.experiment, args.stop_epoch) == (True, {'eps': 1e-7}, '7', None)
     assert (args.input_size, args.multimix_alpha) == ([3, 32, 32], [0.3])
 
 
-def test_unknown_keys_of_a_file_are_told(parse, caplog):
+def test_unknown_keys_of_a_file_are_reported(parse, caplog):
     assert parse(dict(lr=0.5, cluster_name='x')).lr == 0.5
     assert 'cluster_name' in caplog.text
 
@@ -98,7 +98,7 @@ def test_misspelt_keys_of_a_file_are_refused(parse, key, option):
 
 @pytest.mark.parametrize('key,value,option', [
     ('dataset_trust_remote_code', True, '--dataset-trust-remote-code'), ('device_modules', ['os'], '--device-modules')])
-def test_files_cannot_let_other_code_run(parse, key, value, option):
+def test_files_cannot_allow_other_code_to_run(parse, key, value, option):
     with pytest.raises(UsageError, match=option):
         parse({key: value})
     argv = [option] if value is True else [option, *value]
@@ -114,18 +114,18 @@ def test_files_cannot_let_other_code_run(parse, key, value, option):
     (dict(model=['resnet50']), 'model'), (dict(opt_kwargs='a=b'), 'mapping'), ('- a\n- b', 'name: value'),
     ('a: [1', 'not valid YAML'), ('!!python/object/apply:os.system ["true"]', 'not valid YAML'),
 ])
-def test_wrong_files_are_refused(parse, config, word):
+def test_invalid_files_are_refused(parse, config, word):
     with pytest.raises(UsageError, match=word):
         parse(config)
 
 
-def test_args_of_a_run_are_a_config(parse, tmp_path):
+def test_args_of_a_run_are_a_valid_config(parse, tmp_path):
     args = parse(None, '--bce-loss', '--bce-pos-weight', '2', '--multimix-alpha', '1', '--aug-splits', '2')
     again = parse(vars(args))
     assert args == again and args.loss == 'bce' and args.loss_pos_weight == '2.0'
 
 
-def test_demo_defaults_yield_to_the_user(tmp_path):
+def test_user_options_override_demo_defaults(tmp_path):
     args = parse_args([])
     assert (args.dataset, args.num_classes, args.img_size, args.opt) == ('demo/digits', 10, 64, 'adamw')
     args = parse_args(['--dataset', 'demo/digits', '--img-size', '32', '--opt', 'sgd', '--epochs', '300'])

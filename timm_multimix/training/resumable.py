@@ -117,7 +117,7 @@ class ResumableLoader:
 
     def __init__(self, loader: DataLoader, device: torch.device | None = None):
         if not self.can_wrap(loader):
-            raise ValueError('ResumableLoader needs a DataLoader with a map-style dataset and no workers or persistent ones.')
+            raise ValueError('ResumableLoader needs a map-style dataset, and persistent workers or none.')
         self.dataset, self.sampler, self.batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
         self.collate_fn = loader.collate_fn
         self.num_workers = loader.num_workers
