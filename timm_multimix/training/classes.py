@@ -136,17 +136,17 @@ def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str,
     own = dataset_classes(dataset)
     if own is None or own == known:
         return
-    where = args.data_dir or args.dataset
+    data = args.data_dir or args.dataset
     unknown = [name for name in own if name not in known]
     if unknown:
         owner = origin or f'split {args.train_split}'
         advice = '' if origin else ' Give a --class-map.'
         raise UsageError(
-            f'{where}: split {split} has different classes, so labels would not match. It has {listed(unknown)}, and '
+            f'{data}: split {split} has different classes, so labels would not match. It has {listed(unknown)}, and '
             f'the classes of {owner} are {listed(list(known))}.{advice}')
-    with usage_errors(f'{where}, split {split}'):
+    with usage_errors(f'{data}, split {split}'):
         map_targets(dataset, class_mapping(own, known))
-    _logger.info(f"{where}: split {split} has {len(own)} of the model's {len(known)} classes, mapped by name.")
+    _logger.info(f"{data}: split {split} has {len(own)} of the model's {len(known)} classes, mapped by name.")
 
 
 def settle_classes(
@@ -178,15 +178,15 @@ def settle_classes(
         return known, origin
     if not known:
         return None, ''
-    count, where = max(known.values()) + 1, args.data_dir or args.dataset
+    count, data = max(known.values()) + 1, args.data_dir or args.dataset
     if count < 2:
         raise UsageError(
-            f'{where}: split {args.train_split} has a single class ({next(iter(known))}). Each class needs a folder '
+            f'{data}: split {args.train_split} has a single class ({next(iter(known))}). Each class needs a folder '
             'with its images.')
     allowed = (None, count, max(own.values()) + 1 if own else None)  # the data may have fewer classes than the model
     if args.num_classes not in allowed:
         raise UsageError(
-            f'--num-classes {args.num_classes}: {origin or where} has {count} classes. Leave the option out.')
+            f'--num-classes {args.num_classes}: {origin or data} has {count} classes. Leave the option out.')
     args.num_classes = count
     if not (args.validate and origin):
         match_classes(args, train, args.train_split, known, origin)
@@ -218,12 +218,12 @@ def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
         target = source[0][1] if source is not dataset else dataset.targets[0]
     if target is None:
         return
-    where = args.data_dir or args.dataset
+    data = args.data_dir or args.dataset
     if torch.as_tensor(target).ndim == 0:
         raise UsageError(
-            f'--task multilabel: {where} has one class for each image. Choose --task classification, or a dataset with '
+            f'--task multilabel: {data} has one class for each image. Choose --task classification, or a dataset with '
             'lists of labels as targets.')
-    with usage_errors(f'--task multilabel: the targets of {where}'):
+    with usage_errors(f'--task multilabel: the targets of {data}'):
         dataset.target_transform(target)
 
 

@@ -180,7 +180,7 @@ def place_model(
             raise UsageError('--sync-bn works on accelerators only.')
         args.dist_bn = ''  # statistics are already synchronised
         model = convert_sync_batchnorm(model)
-        _logger.info('BatchNorm is synchronised. Layers whose scale starts at zero, as in ResNets, may train worse.')
+        _logger.info('BatchNorm is synchronised. Zero-initialised BatchNorm scales, as in ResNets, may train worse.')
     if args.torchscript:
         with usage_errors('--torchscript'):
             model = torch.jit.script(model)
