@@ -164,10 +164,10 @@ def test_process_ends_while_the_hub_is_silent(server, script, image_folder):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(token=None), 'hf auth login'),
-    (dict(token=READ_TOKEN), 'may only read'),
-    (dict(hub_model_id='somebody/model'), 'namespace of yours'),
+    (dict(token=READ_TOKEN), 'is read-only'),
+    (dict(hub_model_id='somebody/model'), 'your own namespace'),
     (dict(hub_model_id='user/a--b'), 'repository name'),
-    (dict(taken=True), 'holds a test_convnext'),
+    (dict(taken=True), 'contains a test_convnext'),
     (dict(down=True), '503'),
     (dict(hub_revision='0' * 40), 'Invalid branch name'),
 ])
@@ -314,7 +314,7 @@ def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_fol
     card = script.capsys.readouterr().out
     recipe, before = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
     assert recipe['multimix'] == 'pooled' and before == dict(multimix='dense', smoothing=0.1)
-    assert 'Before epoch 2, the run was trained with these options instead' in card
+    assert 'Before epoch 2, the run used these options instead' in card
     assert 'trained with pooled [MultiMix]' in card and '(before epoch 2 with dense [MultiMix]' in card
 
 
@@ -334,7 +334,7 @@ def test_push_command(server, trained, script, tmp_path):
     assert 'does not hold the weights of the teacher. Choose others: best, or ema or student' in told
     assert 'user/x' not in server.repos
     assert training_hub.command(['push', str(trained), 'user/x', '--revision', 'bad branch~']) == 2
-    assert 'name of a branch' in script.capsys.readouterr().err and 'user/x' not in server.repos
+    assert 'valid branch name' in script.capsys.readouterr().err and 'user/x' not in server.repos
 
 
 def test_metrics_are_those_of_the_weights_that_are_pushed(server, trained, script):

@@ -1,11 +1,11 @@
-"""Trained models on the Hugging Face Hub, pushed so that plain timm loads them.
+"""Push trained models to the Hugging Face Hub in the format that timm loads.
 
-From Python: `push_to_hub(model, 'user/name')`. For the folder of a run:
+In Python, call `push_to_hub(model, 'user/name')`. For a run folder, use the command line:
 
     python -m timm_multimix.hub push RUN_FOLDER user/name
     python -m timm_multimix.hub card RUN_FOLDER
 
-The token comes from `hf auth login` or HF_TOKEN, and is never an argument.
+The access token comes from `hf auth login` or HF_TOKEN. It is never an argument.
 """
 from ..common.secrets import contains_token, redact
 from .card import CARD_NAME, CURVE_NAME, Evaluation, check_fields, dataset_type, model_card

@@ -1,7 +1,7 @@
-"""`python -m timm_multimix.hub`."""
+"""Entry point of `python -m timm_multimix.hub`."""
 import sys
 
-from ..training.hub import command  # builds on this package
+from ..training.hub import command
 
 if __name__ == '__main__':
     sys.exit(command())

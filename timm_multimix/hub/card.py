@@ -1,4 +1,4 @@
-"""The card of a model on the Hub: README.md with metadata."""
+"""Model card for the Hugging Face Hub: README.md with metadata."""
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ CURVE_NAME = 'training_curve.png'
 _MARK = '<!-- Written by timm-multimix. Without this line the card is yours, and is not written again. -->'
 _TASK = 'image-classification'
 
-# What the `card:` section of a recipe may hold, and its type.
+# Fields of the `card:` section of a recipe, and their types.
 CARD_FIELDS = {
     'license': str,
     'license_name': str,
@@ -30,7 +30,7 @@ CARD_FIELDS = {
     'description': str,
 }
 
-# What the Hub calls the metrics of timm: type, name, and what one of them is in percent.
+# For each metric of timm: type on the Hub, displayed name, and divisor that converts timm's value to the Hub's.
 _METRICS = {
     'top1': ('accuracy', 'Top-1 accuracy', 100),
     'top5': ('accuracy', 'Top-5 accuracy', 100),
@@ -59,19 +59,19 @@ _CITATION = """\
 }
 ```
 
-MultiMix is the work of Shashanka Venkataramanan, Ewa Kijak, Laurent Amsaleg and Yannis Avrithis;
-[timm](https://github.com/huggingface/pytorch-image-models) is by Ross Wightman and contributors. timm-multimix, which
-trained this model, is an independent implementation of the former for the latter."""
+MultiMix is by Shashanka Venkataramanan, Ewa Kijak, Laurent Amsaleg and Yannis Avrithis.
+[timm](https://github.com/huggingface/pytorch-image-models) is by Ross Wightman and contributors. This model was trained
+with timm-multimix, an independent implementation of MultiMix for timm."""
 
 
 class Evaluation(NamedTuple):
-    """How well a model does.
+    """Evaluation results of a model.
 
     Attributes:
-        dataset_type: The dataset, as the Hub names it.
-        dataset_name: The dataset, as people do.
-        split: Its split.
-        metrics: By timm's names: 'top1', 'top5', 'map', 'loss' and such.
+        dataset_type: Identifier of the dataset on the Hub.
+        dataset_name: Displayed name of the dataset.
+        split: Split of the dataset.
+        metrics: Values by timm's metric names, such as 'top1', 'top5', 'map' and 'loss'.
     """
     dataset_type: str
     dataset_name: str
@@ -83,13 +83,14 @@ def check_fields(fields: Any) -> None:
     """Check the `card:` section of a recipe.
 
     Raises:
-        ValueError: for the first thing that is wrong with it.
+        ValueError: if a field is unknown, has the wrong type, or is not one line of printable characters. Only the
+            description can have several lines.
     """
     if not isinstance(fields, Mapping):
-        raise ValueError(f'card must hold "name: value" lines, got {fields!r}.')
+        raise ValueError(f'card must contain "name: value" lines, got {fields!r}.')
     for name, value in fields.items():
         if name not in CARD_FIELDS:
-            raise ValueError(f'card has no field {name!r}: there are {", ".join(CARD_FIELDS)}.')
+            raise ValueError(f'card has no field {name!r}. Choose from {", ".join(CARD_FIELDS)}.')
         expected = CARD_FIELDS[name]
         if not isinstance(value, expected) or (expected is list and not all(isinstance(item, str) for item in value)):
             raise ValueError(f'card: {name} must be {"a list of strings" if expected is list else "a string"}, '
@@ -100,21 +101,21 @@ def check_fields(fields: Any) -> None:
 
 
 def is_ours(card: str | None) -> bool:
-    """Whether a card may be written again: there is none, it was written by this module, or it is metadata only."""
+    """Return whether a card can be replaced: it is missing, was written by this module, or contains only metadata."""
     return not card or _MARK in card or not re.sub(r'\A---\n.*?\n---', '', card.strip(), flags=re.DOTALL).strip()
 
 
 def dataset_type(name: str) -> str:
-    """A dataset's name, made one that the Hub takes.
+    """Convert the name of a dataset to an identifier that is valid on the Hub.
 
     Args:
-        name: As the script takes it (`hfds/user/name`, `torch/cifar10`, `demo/digits`), '' for a folder of images.
+        name: Value of --dataset, such as `hfds/user/name`, `torch/cifar10` or `demo/digits`; '' for an image folder.
     """
-    kind, _, rest = name.partition('/')
+    prefix, _, rest = name.partition('/')
     rest = rest.partition(':')[0]
-    if kind.lower() == 'wds':
+    if prefix.lower() == 'wds':
         return 'webdataset'
-    if not rest or kind.lower() not in _NAMED_DATASETS:
+    if not rest or prefix.lower() not in _NAMED_DATASETS:
         return 'imagefolder'
     return rest if _DATASET_TYPE.fullmatch(rest) else re.sub(r'[^\w.-]+', '_', rest) or 'imagefolder'
 
@@ -122,20 +123,20 @@ def dataset_type(name: str) -> str:
 def _results(evaluation: Evaluation) -> list[EvalResult]:
     results = []
     for name, value in evaluation.metrics.items():
-        kind, shown, percent = _METRICS.get(name, (name, name, 1))
+        metric_type, displayed, divisor = _METRICS.get(name, (name, name, 1))
         results.append(EvalResult(
             task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
             dataset_name=one_line(evaluation.dataset_name) or evaluation.dataset_type,
-            dataset_split=one_line(evaluation.split), metric_type=one_line(kind), metric_name=one_line(shown),
-            metric_value=round(value / percent, 6)))
+            dataset_split=one_line(evaluation.split), metric_type=one_line(metric_type),
+            metric_name=one_line(displayed), metric_value=round(value / divisor, 6)))
     return results
 
 
-def _use(name: str) -> str:
+def _usage(name: str) -> str:
     return f"""\
-## Use it
+## Usage
 
-It is a plain [timm](https://github.com/huggingface/pytorch-image-models) model:
+Load the model with [timm](https://github.com/huggingface/pytorch-image-models):
 
 ```python
 import timm
@@ -146,7 +147,7 @@ probabilities = model(transform(image).unsqueeze(0)).softmax(-1)  # image: a PIL
 ```"""
 
 
-def _input(config: Mapping[str, Any]) -> str:
+def _model_table(config: Mapping[str, Any]) -> str:
     data = config['pretrained_cfg']
     rows = {
         'architecture': code(config['architecture']),
@@ -159,15 +160,15 @@ def _input(config: Mapping[str, Any]) -> str:
     names = config.get('label_names')
     if names and len(names) <= 30:
         rows['class names'] = ', '.join(map(escape, names))
-    return '## The model\n\n' + table(('', ''), rows.items())
+    return '## Model\n\n' + table(('', ''), rows.items())
 
 
 def _evaluation(evaluation: Evaluation) -> str:
     rows = []
     for name, value in evaluation.metrics.items():
-        _, shown, percent = _METRICS.get(name, (name, name, 1))
-        rows.append((escape(shown), f'{value:.2f} %' if percent == 100 else f'{value:.4g}'))
-    title = f'## Results\n\nOn {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
+        _, displayed, divisor = _METRICS.get(name, (name, name, 1))
+        rows.append((escape(displayed), f'{value:.2f} %' if divisor == 100 else f'{value:.4g}'))
+    title = f'## Results\n\nEvaluated on {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
     return f'{title}\n\n{table(("metric", "value"), rows)}'
 
 
@@ -177,12 +178,11 @@ def _yaml(options: Mapping[str, Any]) -> str:
 
 
 def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str], earlier: Mapping[str, Mapping[str, Any]]) -> str:
-    note = f' Options that only concern the machine it ran on are left out ({", ".join(left_out)}).' if left_out else ''
-    use = ('Save it as `recipe.yaml` and run `python train_timm.py --config recipe.yaml`, with `--data-dir` for a '
-           f'folder of images.{note}')
-    parts = [f'{when}, the run was trained with these options instead:\n\n{_yaml(options)}'
-             for when, options in earlier.items()]
-    return '\n\n'.join(['## Recipe', use, _yaml(recipe), *parts])
+    note = f' Options with private values are omitted: {", ".join(left_out)}.' if left_out else ''
+    usage = ('To repeat the training, save these options as `recipe.yaml` and run '
+             f'`python train_timm.py --config recipe.yaml`. Add `--data-dir` for an image folder.{note}')
+    parts = [f'{when}, the run used these options instead:\n\n{_yaml(options)}' for when, options in earlier.items()]
+    return '\n\n'.join(['## Recipe', usage, _yaml(recipe), *parts])
 
 
 def _metadata(
@@ -217,27 +217,27 @@ def model_card(
         has_curve: bool = False,
         fields: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Write a card.
+    """Create a model card.
 
     Args:
-        repo_id: 'user/name'.
-        config: The model's config.json.
-        revision: Branch of the model, None for main.
-        summary: What was trained, on what, and how, in a sentence or two.
-        evaluation: How well it does.
-        multimix: Settings of MultiMix, by name; None if it was not used.
+        repo_id: Repository, 'user/name'.
+        config: Content of the model's config.json.
+        revision: Branch of the model; None for main.
+        summary: Description of the model and its training.
+        evaluation: Evaluation results.
+        multimix: MultiMix settings by name; None if MultiMix was not used.
         recipe: Options that repeat the training.
-        left_out: Names of options that are not in the recipe, for privacy.
-        earlier: If a run was continued with other options: those of its earlier parts that differ from the recipe, by
-            text such as 'Before epoch 3'.
-        has_curve: Whether a picture of the training lies next to the card.
-        fields: License, datasets, base model and such: see CARD_FIELDS.
+        left_out: Names of options that are omitted from the recipe for privacy.
+        earlier: For a run that was resumed with other options: for each earlier part, the options that differ from the
+            recipe. A key is text such as 'Before epoch 3'.
+        has_curve: Whether training_curve.png is stored next to the card.
+        fields: Card fields such as license, datasets and base_model; see CARD_FIELDS.
 
     Returns:
-        The card; its text is `str(card)`.
+        The card. `str(card)` is its text.
 
     Raises:
-        ValueError: if a field is unknown or of the wrong type.
+        ValueError: if a field is unknown or invalid.
     """
     fields = dict(fields or {})
     check_fields(fields)
@@ -249,20 +249,20 @@ def model_card(
     name = repo_id.rpartition('/')[2]
     evaluation = evaluation if evaluation and evaluation.metrics else None
     data = _metadata(name, evaluation, [*method, *fields.pop('tags', [])], fields)
-    shown = repo_id + (f'@{revision}' if revision else '')
+    source = repo_id + (f'@{revision}' if revision else '')
     parts = [
         _MARK,
         f'# {escape(name)}',
         description,
         summary,
-        _use(shown),
+        _usage(source),
         _evaluation(evaluation) if evaluation else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
-        _input(config),
+        _model_table(config),
         '## MultiMix\n\n' + table(('setting', 'value'), ((code(name), code(value)) for name, value in multimix.items()))
         if multimix else '',
         _recipe(recipe, left_out, earlier) if recipe else '',
-        f'Made with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
+        f'Exported with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
         f'## Citation\n\n{_CITATION}' if has_multimix else '',
     ]
     text = '\n\n'.join(part.strip() for part in parts if part.strip())

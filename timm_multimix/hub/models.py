@@ -1,4 +1,4 @@
-"""A timm model as the Hub has it: model.safetensors and timm's config.json."""
+"""Save and push timm models in the format of the Hub: model.safetensors and timm's config.json."""
 import json
 import os
 import stat
@@ -18,23 +18,23 @@ from torch import nn
 from .card import CARD_NAME, model_card
 from .repository import CONFIG_NAME, WEIGHTS_NAME, HubError, HubRepository, with_retries
 
-# What a pretrained_cfg says of the weights themselves.
-_OF_PRETRAINED = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+# Fields of a pretrained_cfg that describe the pretrained weights.
+_PRETRAINED_FIELDS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 def save_weights(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Write the weights of a model as safetensors, with the permissions of any new file.
+    """Save the weights of a model as safetensors, with the default permissions of a new file.
 
     Args:
-        state_dict: As timm's model has it; tensors may share memory and have any memory layout.
-        path: File to write.
+        state_dict: State dict of a timm model. Tensors may share memory and have any memory format.
+        path: Output file.
     """
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in state_dict.items()}
     Path(path).touch()
     mode = os.stat(path).st_mode
     save_file(tensors, path, metadata={'format': 'pt'})
-    os.chmod(path, stat.S_IMODE(mode))  # safetensors lets nobody else read it
+    os.chmod(path, stat.S_IMODE(mode))  # safetensors creates files that only the owner can read
 
 
 def save_config(
@@ -46,55 +46,55 @@ def save_config(
         model_args: Mapping[str, Any] | None = None,
         from_scratch: bool = False,
 ) -> None:
-    """Write timm's config.json, from which create_model makes the model again.
+    """Save timm's config.json, from which create_model rebuilds the model.
 
     Args:
         model: A timm model.
-        path: File to write.
-        data_config: Input size, pixel statistics, interpolation and crop that the model was evaluated with, as
-            timm's resolve_data_config returns them; by default the model's own.
-        label_names: Names of the classes, in order.
-        model_args: Arguments of create_model that timm has not recorded, or replacements for some that are not JSON.
-        from_scratch: Say nothing of the pretrained weights that timm has for this architecture, such as their license.
+        path: Output file.
+        data_config: Input size, pixel statistics, interpolation and crop of the evaluation, in the format of timm's
+            resolve_data_config. The default is the configuration of the model.
+        label_names: Class names in order.
+        model_args: Arguments of create_model that timm has not recorded, or JSON replacements for recorded ones.
+        from_scratch: Omit the fields that describe timm's pretrained weights, such as their license.
 
     Raises:
-        HubError: if timm cannot write the model's arguments down.
+        HubError: if timm cannot write the configuration of the model.
     """
     try:
         save_config_for_hf(
             model, path, model_config=dict(label_names=list(label_names)) if label_names else None,
             model_args=dict(model_args) if model_args else None, data_config=dict(data_config) if data_config else None)
     except (ValueError, TypeError, AttributeError) as error:
-        raise HubError(f'timm cannot describe this model for the Hub: {error}') from error
+        raise HubError(f'timm cannot write the configuration of this model: {error}') from error
     if from_scratch:
         config = json.loads(Path(path).read_text())
         config['pretrained_cfg'] = {
-            name: value for name, value in config['pretrained_cfg'].items() if name not in _OF_PRETRAINED}
+            name: value for name, value in config['pretrained_cfg'].items() if name not in _PRETRAINED_FIELDS}
         Path(path).write_text(json.dumps(config, indent=2))
 
 
 def check_rebuilds(folder: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Check that timm makes the same model again from a folder with config.json.
+    """Check that timm rebuilds a model from its config.json.
 
     Args:
-        folder: The folder.
-        state_dict: The model's weights.
+        folder: Folder with config.json.
+        state_dict: Weights of the model.
 
     Raises:
-        HubError: if it does not.
+        HubError: if timm cannot build a model, or if the names or shapes of its weights differ.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # training that follows must not notice
+        with torch.random.fork_rng(devices=[]):  # preserves the random state of a training run
             model = create_model(f'local-dir:{Path(folder).absolute()}', pretrained=False)
-    except Exception as error:  # whatever a model's constructor raises
-        raise HubError(f'timm cannot make this model again from its configuration: {error}') from error
+    except Exception as error:  # constructors of models raise exceptions of many types
+        raise HubError(f'timm cannot rebuild this model from its configuration: {error}') from error
     shapes = {name: value.shape for name, value in state_dict.items()}
     rebuilt = {name: value.shape for name, value in model.state_dict().items()}
     differing = sorted(name for name in shapes.keys() | rebuilt.keys() if shapes.get(name) != rebuilt.get(name))
     if differing:
         raise HubError(
-            f'timm makes another model from the configuration of this one: {", ".join(differing[:3])} '
-            f'{"differs" if len(differing) == 1 else "differ"}. Give create_model arguments for all that you changed.')
+            f'timm builds another model from the configuration of this model: {", ".join(differing[:3])} '
+            f'{"differs" if len(differing) == 1 else "differ"}. Configure all changes with arguments of create_model.')
 
 
 def push_to_hub(
@@ -111,29 +111,29 @@ def push_to_hub(
         card: str | None = None,
         card_fields: Mapping[str, Any] | None = None,
 ) -> str:
-    """Push a timm model, so that `timm.create_model('hf-hub:user/name', pretrained=True)` gives it back.
+    """Push a timm model to the Hub. `timm.create_model('hf-hub:user/name', pretrained=True)` then loads it.
 
     Args:
-        model: A timm model, trained with this package or not; wrapped by DDP or torch.compile, or attached, or not.
-        repo_id: 'user/name', or 'name' for a repository of your own. It is made if there is none.
-        commit_message: What the commit is.
-        revision: Branch to push to, made if it does not exist; None for main.
-        private: Whether a repository that is made here is private; None for the namespace's default.
-        force: Push over another architecture.
-        label_names: Names of the classes, in order.
-        data_config: Input size, pixel statistics, interpolation and crop, as timm's resolve_data_config returns them;
-            by default the model's own.
+        model: A timm model, trained with any package. It can be wrapped by DDP or torch.compile, or attached.
+        repo_id: 'user/name', or 'name' for your own namespace. The repository is created if it does not exist.
+        commit_message: Commit message.
+        revision: Branch to push to. It is created if it does not exist. None for main.
+        private: Whether a new repository is private; None for the default of the namespace.
+        force: Overwrite another architecture.
+        label_names: Class names in order.
+        data_config: Input size, pixel statistics, interpolation and crop, in the format of timm's resolve_data_config.
+            The default is the configuration of the model.
         model_args: Arguments of create_model that timm has not recorded.
-        card: Text of README.md, with metadata; by default a short card that says how to load the model.
-        card_fields: For the default card: license, datasets, base_model, tags and such.
+        card: Text of README.md with metadata. The default is a short card with an example that loads the model.
+        card_fields: Fields of the default card, such as license, datasets, base_model and tags.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        HubError: if there is no token that may write, the name is not free, the repository holds another
-            architecture, or the Hub cannot be reached.
-        ValueError: if a card field is unknown.
+        HubError: if there is no token with write access, the name is invalid or belongs to another user, timm cannot
+            rebuild the model, the repository contains another architecture, or the Hub cannot be reached.
+        ValueError: if a card field or the metadata of the card is invalid.
 
     Examples:
 
@@ -152,7 +152,7 @@ def push_to_hub(
         repository.log_in()
         if card is None:
             card = str(model_card(repository.repo_id, config, revision=revision, fields=card_fields))
-        ModelCard(card)  # raises a ValueError for metadata that is none
+        ModelCard(card)  # raises a ValueError for invalid metadata
         (Path(folder) / CARD_NAME).write_text(card, encoding='utf-8')
         save_weights(state_dict, Path(folder) / WEIGHTS_NAME)
         repository.open(config['architecture'])

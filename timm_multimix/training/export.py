@@ -1,4 +1,4 @@
-"""From the folder of a run to a model as the Hugging Face Hub has it: weights, config.json and card."""
+"""Export a run folder to the format of the Hugging Face Hub: weights, config.json and model card."""
 import argparse
 import getpass
 import json
@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 _BEST = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
 
-# Options that say where and on what a run runs, not what it trains.
+# Options that do not affect the trained model.
 _LOCAL_OPTIONS = frozenset((
     'config', 'timm_script', 'data', 'data_dir', 'class_map', 'output', 'experiment', 'resume', 'no_resume_opt',
     'start_epoch', 'stop_epoch', 'validate', 'local_rank', 'device', 'device_modules', 'log_wandb', 'wandb_project',

@@ -1,4 +1,4 @@
-"""Pushing runs to the Hugging Face Hub: in the background while they train, or afterwards from their folder."""
+"""Push runs to the Hugging Face Hub, in the background during training or later from the run folder."""
 import argparse
 import json
 import logging
@@ -48,7 +48,7 @@ _SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(s
 
 
 def _model_folder(folder: str):
-    """A temporary folder for a model. The disk of the run has room for models, if it can be written to."""
+    """Create a temporary folder for a model, on the disk of the run if it is writable."""
     return work_folder(folder if os.access(folder, os.W_OK) else gettempdir())
 
 
@@ -60,16 +60,17 @@ def _push_command(folder: str, repository: HubRepository, weights: str) -> str:
 
 
 class HubPush:
-    """Pushes a run in the background while it trains, and its result at the end.
+    """Push checkpoints of a run in the background, and the final model at its end.
 
-    Made by `start`, in the first process only. Errors after training began are logged and do not stop it.
+    Create it with `start`. Only the first process pushes. Errors after the start of training are logged and do not
+    stop the run.
 
     Args:
         args: Arguments of the run.
-        repository: The repository, logged in.
+        repository: Repository after `log_in`.
     """
     retry_waits: Sequence[float] = RETRY_WAITS
-    patience: float = PATIENCE  # seconds that the end of a run waits
+    patience: float = PATIENCE  # seconds to wait for the last upload
 
     def __init__(self, args: argparse.Namespace, repository: HubRepository):
         self.args = args
@@ -77,19 +78,22 @@ class HubPush:
         self.folder = ''
         self._jobs: queue.Queue[tuple[ExitStack, str] | None] = queue.Queue()  # checkpoints to push
         self._thread = threading.Thread(target=self._work, name='hub', daemon=True)
-        self._stopped = threading.Event()  # no checkpoint is pushed any more
-        self._is_complete = False  # the run, so that its result is pushed last
+        self._stopped = threading.Event()  # queued checkpoints are not pushed
+        self._is_complete = False  # the run has ended normally
         self._finished = threading.Event()
-        self._error = ''  # of the last push
-        self._seen: tuple[int, int] | None = None  # the last checkpoint that was considered
+        self._error = ''  # error of the last push
+        self._last_saved: tuple[int, int] | None = None  # inode and time of the last checkpoint in the queue
         self._logged_url = ''
 
     @classmethod
     def start(cls, args: argparse.Namespace) -> 'HubPush | None':
-        """Log in, before anything is built. Returns None unless this process is to push.
+        """Check the repository name and log in, before the model is built.
+
+        Returns:
+            None if this process does not push.
 
         Raises:
-            UsageError: if there is no token that may write, or the name cannot be one.
+            UsageError: if there is no token with write access, or if the name is invalid.
         """
         if not args.push_to_hub or args.validate or world_info_from_env()[1] != 0:
             return None
@@ -106,31 +110,31 @@ class HubPush:
         return repository
 
     def begin(self, run: Run) -> None:
-        """Open the repository, and start the thread; call it before training, when the folder holds config.json.
+        """Open the repository and start the thread. Call it before training, after config.json was written.
 
         Raises:
-            UsageError: if the model cannot be pushed there.
+            UsageError: if the model cannot be pushed to the repository.
         """
         self.folder = run.folder
         if not self.args.hub_model_id:
             self.repository = self._logged_in(self.args, os.path.basename(run.folder))
         remove_work_folders(self.folder)
         with usage_errors('--push-to-hub'):
-            # Here and not in the thread: making a model draws random numbers.
+            # Not in the thread, because building a model draws random numbers.
             check_rebuilds(self.folder, plain_weights(run.task.get_checkpoint_state()['state_dict']))
             with open(os.path.join(self.folder, CONFIG_NAME), encoding='utf-8') as file:
                 self.repository.open(json.load(file)['architecture'])
-        _logger.info(f'Pushing to {self.repository.api.endpoint}/{self.repository.repo_id} '
-                     + {'end': 'at the end.', 'best': 'every new best.', 'every_save': 'every checkpoint.'}[
-                         self.args.hub_strategy])
-        disable_progress_bars()  # two bars on one terminal are none
+        pushed = {'end': 'the final model', 'best': 'every new best checkpoint', 'every_save': 'every checkpoint'}[
+            self.args.hub_strategy]
+        _logger.info(f'Pushing {pushed} to {self.repository.api.endpoint}/{self.repository.repo_id}')
+        disable_progress_bars()  # they would overwrite the progress bar of the epoch
         self._thread.start()
 
     def after_save(self, is_best: bool) -> None:
-        """Push the last checkpoint in the background, if it is new and the strategy says so; returns at once.
+        """Push the last checkpoint in the background if it is new and --hub-strategy selects it. Returns immediately.
 
         Args:
-            is_best: Whether it is the best so far.
+            is_best: Whether the checkpoint is the best one so far.
         """
         strategy = self.args.hub_strategy
         if strategy == 'end' or (strategy == 'best' and not is_best):
@@ -140,16 +144,16 @@ class HubPush:
         last = os.path.join(self.folder, 'last.pth.tar')
         try:
             saved = os.stat(last)
-            if self._seen == (saved.st_ino, saved.st_mtime_ns):
-                return  # an epoch that saved nothing
-            self._seen = saved.st_ino, saved.st_mtime_ns
+            if self._last_saved == (saved.st_ino, saved.st_mtime_ns):
+                return  # this epoch saved no checkpoint
+            self._last_saved = saved.st_ino, saved.st_mtime_ns
             with ExitStack() as stack:
-                # Training replaces its checkpoints; a second name keeps this one.
+                # A second link preserves the checkpoint when training replaces it.
                 path = os.path.join(stack.enter_context(work_folder(self.folder)), 'checkpoint.pth.tar')
                 duplicate(last, path)
                 self._jobs.put((stack.pop_all(), path))
         except OSError as error:
-            _logger.warning(f'This checkpoint is not pushed: {error}')
+            _logger.warning(f'The checkpoint was not pushed: {error}')
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -159,7 +163,7 @@ class HubPush:
         if self._is_complete:
             try:
                 self._push(None)
-            except Exception as error:  # of a library, or a full disk: the run is complete
+            except Exception as error:  # logged by finish(), because the run itself is complete
                 _logger.debug('', exc_info=True)
                 self._error = str(error)
         self._finished.set()
@@ -170,7 +174,7 @@ class HubPush:
                 self._push(path, self._sleep)
         except Exception as error:  # must not stop training
             if not self._stopped.is_set():
-                _logger.warning(f'This checkpoint is not pushed: {error}')
+                _logger.warning(f'The checkpoint was not pushed: {error}')
                 _logger.debug('', exc_info=True)
 
     def _sleep(self, seconds: float) -> None:
@@ -183,17 +187,17 @@ class HubPush:
                 self.folder, target, self.repository.repo_id, revision=self.repository.revision,
                 weights=self.args.hub_weights, checkpoint_path=checkpoint_path)
             url = with_retries(lambda: self.repository.commit(target, model.message), self.retry_waits, sleep)
-        if url != self._logged_url:  # else it was there already
+        if url != self._logged_url:  # unchanged if there was nothing to commit
             _logger.info(f'Pushed {model.message}: {url}')
         self._logged_url = url
 
     def finish(self) -> None:
-        """Push the result of the run, and wait for it at most 10 minutes.
+        """Push the final model, and wait at most 10 minutes for the upload.
 
-        If it fails or takes longer, the command that pushes the run is logged.
+        If the upload fails or takes longer, the command that pushes the run is logged.
         """
         if not self.args.hub_always_push:
-            self._stopped.set()  # the checkpoints that wait are older than the result
+            self._stopped.set()  # the final model replaces queued checkpoints
         self._is_complete = True
         self._jobs.put(None)
         try:
@@ -207,19 +211,19 @@ class HubPush:
 
     def _wait(self) -> bool:
         deadline = time.monotonic() + self.patience
-        while not self._finished.wait(min(0.5, self.patience)):  # a signal to another thread does not end a wait
+        while not self._finished.wait(min(0.5, self.patience)):  # a signal to another thread does not interrupt wait()
             if time.monotonic() > deadline:
                 return False
         return True
 
     def abandon(self) -> None:
-        """Stop pushing, without waiting: the user stopped the run."""
+        """Stop pushing without waiting, after the user stopped the run."""
         self._stopped.set()
         self._jobs.put(None)
 
-    def _log_command(self, why: str) -> None:
+    def _log_command(self, reason: str) -> None:
         _logger.error(
-            f'{why} The run itself is complete in {self.folder}. Finish the upload with\n  '
+            f'{reason} The run itself is complete in {self.folder}. Finish the upload with\n  '
             + _push_command(self.folder, self.repository, self.args.hub_weights))
 
 
@@ -231,25 +235,25 @@ class _Parser(argparse.ArgumentParser):
 def _command_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog='python -m timm_multimix.hub',
-        description='Push the model of a run to the Hugging Face Hub, write it into a folder as it would be there, or '
-                    'show its card. The token comes from `hf auth login` or HF_TOKEN; only push needs it.')
+        description='Push the model of a run to the Hugging Face Hub, export it to a folder in the same format, or '
+                    'print its model card. Only push needs an access token, from `hf auth login` or HF_TOKEN.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='{push,export,card}', parser_class=_Parser)
-    push = commands.add_parser('push', help='push the model of a run, or finish an upload that failed')
-    files = commands.add_parser('export', help='write the model of a run into a folder that timm loads')
-    card = commands.add_parser('card', help='show the card that it would have; needs no network')
+    push = commands.add_parser('push', help='push the model of a run, or repeat a failed upload')
+    files = commands.add_parser('export', help='export the model of a run to a folder that timm can load')
+    card = commands.add_parser('card', help='print the model card; needs no network')
     for command in (push, files, card):
-        command.add_argument('folder', metavar='RUN_FOLDER', help='folder of the run, with its checkpoints')
+        command.add_argument('folder', metavar='RUN_FOLDER', help='run folder with checkpoints')
         if command is files:
-            command.add_argument('target', metavar='TARGET_FOLDER', help='folder to make')
+            command.add_argument('target', metavar='TARGET_FOLDER', help='new or empty folder')
         command.add_argument('repo_id', nargs='?', metavar='USER/NAME',
                              help='repository (default: --hub-model-id of the run)')
         command.add_argument('--revision', metavar='BRANCH', help='branch (default: main)')
         command.add_argument('--weights', default='best', choices=('best', *WEIGHTS),
-                             help='which weights: those that gave the metric (best), the trained ones, their average, '
-                                  "or the teacher's (default: %(default)s)")
-    push.add_argument('--private', action='store_true', help='make the repository private, if it is made now')
-    push.add_argument('--force', action='store_true', help='push over another architecture, or the weights of others')
-    card.add_argument('--output', metavar='DIR', help='write the card and its picture here instead of printing it')
+                             help='weights to use: the evaluated weights of the best metric (best), the trained '
+                                  'weights (student), their average (ema) or the teacher (default: %(default)s)')
+    push.add_argument('--private', action='store_true', help='create the repository as a private one')
+    push.add_argument('--force', action='store_true', help='overwrite another architecture, or weights of other users')
+    card.add_argument('--output', metavar='DIR', help='write the card and its image to this folder')
     return parser
 
 
@@ -279,7 +283,7 @@ def _show_card(args: argparse.Namespace, repo_id: str) -> None:
     with TemporaryDirectory() as target:
         with usage_errors(args.folder):
             model = export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
-        _logger.info(f'The card of {model.origin}:')
+        _logger.info(f'Model card for {model.origin}:')
         if args.output is None:
             sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
             return
@@ -292,25 +296,25 @@ def _show_card(args: argparse.Namespace, repo_id: str) -> None:
 
 
 def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
-    """Write the model into a folder, which is there as a whole or not at all."""
+    """Export the model to a folder. After an error there is no incomplete folder."""
     target = os.path.abspath(args.target)
     parent = os.path.dirname(target)
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and not is_empty:
-        raise UsageError(f'{args.target} is there already. Give a folder to make.')
+        raise UsageError(f'{args.target} already exists. Give a new or empty folder.')
     with usage_errors(args.target):
         os.makedirs(parent, exist_ok=True)
         remove_work_folders(parent)
-        with work_folder(parent) as written:
-            model = export(args.folder, written, repo_id, revision=args.revision, weights=args.weights)
-            check_rebuilds(written, load_file(os.path.join(written, WEIGHTS_NAME)))
-            os.replace(written, target)
-    _logger.info(f'Wrote {model.message} into {args.target}: {model.origin}.')
+        with work_folder(parent) as temporary:
+            model = export(args.folder, temporary, repo_id, revision=args.revision, weights=args.weights)
+            check_rebuilds(temporary, load_file(os.path.join(temporary, WEIGHTS_NAME)))
+            os.replace(temporary, target)
+    _logger.info(f'Exported {model.message} to {args.target}: {model.origin}.')
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
 
 
 class _Terminated(KeyboardInterrupt):
-    """A signal asked the command to end."""
+    """SIGTERM or SIGHUP was received."""
 
 
 @contextmanager
@@ -342,14 +346,14 @@ def _run_command(argv: Sequence[str] | None) -> None:
         limit_waiting()
         _push_folder(args, repo_id)
     else:
-        raise UsageError(f'Where to? Give a repository: push {args.folder} user/name')
+        raise UsageError(f'No repository is given. Give its name: push {args.folder} user/name')
 
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Run `python -m timm_multimix.hub`.
 
     Returns:
-        Exit status: 0, 2 for something that the user can put right, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C, 143 after SIGTERM.
     """
     setup_logging()
     try:
@@ -359,7 +363,7 @@ def command(argv: Sequence[str] | None = None) -> int:
         _logger.error(error)
         return 2
     except KeyboardInterrupt as error:
-        _logger.error('Interrupted. The run is as it was; run the same command again.')
+        _logger.error('Interrupted. The run folder is unchanged; run the same command again.')
         return 128 + (error.args[0] if isinstance(error, _Terminated) else signal.SIGINT)
     return 0
 
