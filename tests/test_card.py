@@ -1,4 +1,4 @@
-"""The card of a model: what it says, what the Hub takes, and what it must not tell."""
+"""Model cards: content, metadata that the Hub accepts, and removal of private data."""
 import argparse
 import getpass
 import json
@@ -76,7 +76,7 @@ def test_names_from_elsewhere_are_shown_as_they_are(name):
         'user/model', {**CONFIG, 'label_names': ['first', 'last']}, multimix=dict(setting='x'), recipe=dict(aa='x'),
         summary='What it is.', evaluation=Evaluation('imagefolder', 'x', 'x', {'top1': 50.0, 'y': 1.0})))
     body, plain_body = (part.split('---\n', 2)[2] for part in (text, plain))
-    # The same headings and tables, with the same number of cells.
+    # Headings and tables are the same, with the same number of cells.
     outside_code = [re.sub(r'(?ms)^(````*)(?:yaml|python|bibtex)$.*?^\1$', '', part) for part in (body, plain_body)]
     outside_spans = [re.sub(r'(`+)(?!`).*?(?<!`)\1(?!`)', '', part) for part in outside_code]
     structure = [[line for line in part.splitlines() if line.startswith(('|', '#', '-', '>', '```'))]
@@ -139,7 +139,7 @@ def test_dataset_types_are_what_the_hub_takes(name, expected):
 # Of a run.
 
 def write_run(folder: Path, checkpoint: dict | None = None, args: dict | None = None, **entries) -> Path:
-    """The folder of a run, without having run it."""
+    """Write a run folder without training."""
     folder.mkdir(exist_ok=True)
     settled = {**vars(build_parser().parse_args([])), 'card': {}, 'model': 'test_resnet', 'num_classes': 3,
                'img_size': 32, 'multimix': 'dense', 'eval_metric': 'top1', **(args or {})}
@@ -169,7 +169,7 @@ def test_card_tells_the_metrics_of_the_weights_that_are_pushed(tmp_path):
     assert {result.metric_name: result.metric_value for result in data.eval_results} == {
         'Loss': 0.8, 'Top-1 accuracy': 0.815}
     assert (tmp_path / 'card' / 'training_curve.png').stat().st_size > 5000
-    # The summary has those of other weights, calibration changes the loss.
+    # The summary contains metrics of other weights. Calibration changes the loss.
     other = write_run(tmp_path / 'other', dict(metric=83.0))
     data = ModelCard(card_of(other, tmp_path / 'card')).data
     assert {result.metric_name: result.metric_value for result in data.eval_results} == {'Top-1 accuracy': 0.83}
@@ -185,7 +185,7 @@ def results_of(card: str) -> dict:
 
 
 def test_card_tells_whose_weights_and_metrics_these_are(tmp_path, no_picture):
-    """Of several that were validated, and of calibrated ones."""
+    """Several sets of weights were validated, and one was calibrated."""
     model = timm.create_model('test_resnet', num_classes=3).state_dict()
     run = write_run(tmp_path / 'run', dict(
         metric=14.08, metric_of='state_dict_teacher', state_dict_ema=model, state_dict_teacher=model, metrics=dict(
@@ -193,12 +193,12 @@ def test_card_tells_whose_weights_and_metrics_these_are(tmp_path, no_picture):
         args=dict(multimix_teacher='ema', eval_metric='teacher_top1', dataset='demo/digits'))
     card = card_of(run, tmp_path / 'card')
     assert results_of(card) == {'Top-1 accuracy': 0.1408, 'Loss': 2.0} and '14.08 %' in card and '80.56' not in card
-    assert "These are the teacher's weights, after epoch 1" in card and 'calibrated' not in card
+    assert "contains the teacher's weights after epoch 1" in card and 'calibrated' not in card
     assert ModelCard(card).data.eval_results[0].dataset_name == 'handwritten digits'
     card = card_of(run, tmp_path / 'card', weights='student')
-    assert results_of(card) == {'Top-1 accuracy': 0.8056, 'Loss': 0.5} and 'These are the trained weights' in card
+    assert results_of(card) == {'Top-1 accuracy': 0.8056, 'Loss': 0.5} and 'contains the trained weights' in card
     card = card_of(run, tmp_path / 'card', weights='ema')  # not validated
-    assert results_of(card) == {} and '14.08' not in card and 'These are the average of the weights' in card
+    assert results_of(card) == {} and '14.08' not in card and 'contains the average of the weights' in card
 
     write_run(tmp_path / 'made', dict(
         metric=14.08, metric_of='state_dict', weights_of='state_dict_teacher', temperature=0.9,
@@ -207,8 +207,8 @@ def test_card_tells_whose_weights_and_metrics_these_are(tmp_path, no_picture):
     for weights in ('best', 'teacher'):
         card = card_of(run, tmp_path / 'card', weights=weights)
         assert results_of(card) == {'Top-1 accuracy': 0.1408} and 'teacher_top1' not in card.split('## Recipe')[0]
-        assert "These are the teacher's weights, after epoch 1" in card
-        assert 'calibrated: a temperature of 0.9 is folded into the classifier' in card
+        assert "contains the teacher's weights after epoch 1" in card
+        assert 'calibrated: a temperature of 0.9 is folded into its classifier' in card
     card = card_of(run, tmp_path / 'card', weights='student')  # these are not calibrated
     assert results_of(card) == {'Top-1 accuracy': 0.8056, 'Loss': 0.5} and 'calibrated' not in card
 
@@ -228,7 +228,7 @@ def test_base_model(tmp_path, no_picture, args, expected):
 
 
 def test_card_of_a_run_that_was_resumed_with_other_options(tmp_path, no_picture):
-    """It describes all parts, each with the options that differ from the last ones."""
+    """The card describes all parts, each with the options that differ from the last part."""
     earlier = [
         dict(epoch=2, in_epoch=False, options=dict(multimix='dense', multimix_n=10, loss_pos_weight='/home/alice/w')),
         dict(epoch=5, in_epoch=True, options=dict(multimix='pooled', mixup=0.2))]
@@ -237,8 +237,9 @@ def test_card_of_a_run_that_was_resumed_with_other_options(tmp_path, no_picture)
     last, first, second = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
     assert 'multimix' not in last and last['multimix_n'] == 20
     assert first == dict(multimix='dense', multimix_n=10, mixup=0.2) and second == dict(multimix='pooled', mixup=0.2)
-    assert 'Before epoch 2, the run was trained' in card and 'Until within epoch 5, the run was trained' in card
-    assert 'trained (before epoch 2 with dense [MultiMix]' in card and '## Citation' in card and 'alice' not in card
+    assert 'Before epoch 2, the run used' in card and 'Until partway through epoch 5, the run used' in card
+    assert 'It was trained without MultiMix. Before epoch 2, it was trained with dense [MultiMix]' in card
+    assert '## Citation' in card and 'alice' not in card
     assert metadata_errors(card) == [] and 'multimix' in ModelCard(card).data.tags
 
 
@@ -255,7 +256,7 @@ def test_recipe_repeats_the_training(tmp_path):
 
 
 def test_nothing_private_is_told(tmp_path, monkeypatch, no_picture):
-    """Every option that takes text gets something private, and a card is written from it."""
+    """Each option with a text value is set to private data, and a card is written from these options."""
     monkeypatch.setattr(socket, 'gethostname', lambda: SECRETS['host'])
     monkeypatch.setattr(getpass, 'getuser', lambda: SECRETS['user'])
     monkeypatch.setenv('WANDB_API_KEY', SECRETS['wandb'])

@@ -1,4 +1,4 @@
-"""Runs that push to a Hub on loopback, the command, and loading from there."""
+"""Runs that push to a Hub on loopback, the command line, and loading from the Hub."""
 import _thread
 import os
 import signal
@@ -34,8 +34,8 @@ def test_run_is_pushed_at_its_end(server, script, image_folder, tmp_path):
     best = script.checkpoint('model_best.pth.tar')
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(best['state_dict'])
-    there, data, names = load_elsewhere(server, 'hf-hub:user/model', tmp_path, size=32)
-    assert torch.equal(there, logits(model, 32)) and names == ['a', 'b', 'c']
+    loaded, data, names = load_elsewhere(server, 'hf-hub:user/model', tmp_path, size=32)
+    assert torch.equal(loaded, logits(model, 32)) and names == ['a', 'b', 'c']
     assert data == dict(input_size=[3, 32, 32], interpolation='bilinear', mean=[0.4] * 3, std=[0.5] * 3,
                         crop_pct=0.9, crop_mode='center')
     assert f'epoch {best["epoch"]}, top1 {best["metric"]:.4g}' in server.repos['user/model'].head().title
@@ -52,13 +52,13 @@ def test_strategies(server, script, image_folder, strategy):
     epochs = [int(title.split('epoch ')[1].split(',')[0]) for title in server.repos['user/model'].titles[1:]]
     during = [0, 1, 2] if strategy == 'every_save' else bests
     assert epochs[:len(during)] == during
-    assert epochs[len(during):] in ([], [bests[-1]])  # the best one at the end, with the whole curve
+    assert epochs[len(during):] in ([], [bests[-1]])  # the best checkpoint again, with the complete curve
     assert epochs[-1] == bests[-1]
     assert script.status == 0 and 'Finish the upload' not in script.text
 
 
 def test_a_push_under_way_is_not_waited_for(server, script, image_folder, monkeypatch):
-    """Training ends while the first upload hangs; what was skipped is covered by the last push."""
+    """Training ends while the first upload blocks. The last push replaces the skipped ones."""
     server.gate = threading.Event()
     at_the_end = []
     finish = training_hub.HubPush.finish
@@ -111,7 +111,7 @@ def test_stopped_run_is_left_alone(server, script, image_folder, monkeypatch):
 
 
 def join_hub_threads() -> None:
-    """Wait for uploads that runs in this process gave up."""
+    """Wait for abandoned uploads of runs in this process."""
     for thread in threading.enumerate():
         if thread.name == 'hub':
             thread.join()
@@ -131,7 +131,7 @@ def test_interrupt_while_the_last_upload_is_under_way(server, script, image_fold
 @pytest.mark.parametrize('method, path', [
     ('POST', '/commit/'), ('PUT', '/'), ('POST', '/preupload/'), ('GET', '/revision|/api/models/user/model$')])
 def test_end_of_a_run_does_not_wait_without_limit(server, script, image_folder, monkeypatch, method, path):
-    """The Hub does what it is asked for and never answers: the run ends, and names the command that pushes it."""
+    """The Hub carries out a request without a response. The run ends and logs the command that pushes it."""
     monkeypatch.setattr(training_hub.HubPush, 'patience', 0.5)
     begin = training_hub.HubPush.begin
 
@@ -146,12 +146,12 @@ def test_end_of_a_run_does_not_wait_without_limit(server, script, image_folder, 
     server.unmute.set()
     join_hub_threads()
     assert training_hub.command(script.lines[-1].split()[3:]) == 0
-    assert len(server.repos['user/model'].titles) == 2  # the answer was lost, not the commit
+    assert len(server.repos['user/model'].titles) == 2  # only the response to the commit was lost
 
 
 @pytest.mark.slow
 def test_process_ends_while_the_hub_is_silent(server, script, image_folder):
-    """No thread of the upload keeps the process alive."""
+    """The upload thread does not keep the process alive."""
     server.fail('POST', '/commit/', 'mute')
     code = ('import sys; from timm_multimix.training import hub, main; hub.HubPush.patience = 0.1; '
             'sys.exit(main(sys.argv[1:]))')
@@ -205,7 +205,7 @@ def environment(server, script) -> dict[str, str]:
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_killed_while_uploading(server, script, image_folder):
-    """SIGKILL in the middle of an upload: the run continues from its files, and what the upload left is removed."""
+    """After SIGKILL during an upload, the run can be resumed, and the files of the upload are removed."""
     server.gate = threading.Event()  # the first upload never ends
     uploading = threading.Event()
     server.fail('PUT', '/', uploading.set)
@@ -230,7 +230,7 @@ def test_killed_while_uploading(server, script, image_folder):
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGHUP', None)])
 def test_signal_to_the_push_command(server, script, trained, number):
-    """It leaves no copies of the weights, and other handlers as they were."""
+    """The command removes its copies of the weights and restores the signal handlers."""
     server.gate = threading.Event()
     copies = []
 
@@ -249,7 +249,7 @@ def test_signal_to_the_push_command(server, script, trained, number):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='signals')
 def test_killed_push_command(server, script, trained):
-    """The next command removes the copies of the weights that it left, and not those of a living one."""
+    """The next command removes the copies of the weights of a killed command, but not of a running one."""
     server.gate = threading.Event()
     uploading = threading.Event()
     server.fail('PUT', '/', uploading.set)
@@ -300,7 +300,7 @@ def test_training_is_the_same_with_uploads(server, script, image_folder):
 
 
 def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_folder, trained):
-    """Also if it was interrupted and continued in between; checkpoints of the first part describe that part only."""
+    """The run can be interrupted between two resumes. Checkpoints of the first part describe only that part."""
     first = {path.name: torch.load(path, weights_only=True)['args'] for path in trained.glob('*.pth.tar')}
     assert not any('earlier' in args for args in first.values())
     for epochs in (3, 4):
@@ -315,7 +315,7 @@ def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_fol
     recipe, before = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
     assert recipe['multimix'] == 'pooled' and before == dict(multimix='dense', smoothing=0.1)
     assert 'Before epoch 2, the run used these options instead' in card
-    assert 'trained with pooled [MultiMix]' in card and '(before epoch 2 with dense [MultiMix]' in card
+    assert 'trained with pooled [MultiMix]' in card and 'Before epoch 2, it was trained with dense [MultiMix]' in card
 
 
 # The command.
@@ -330,8 +330,8 @@ def test_push_command(server, trained, script, tmp_path):
         model.load_state_dict(checkpoint[key])
         assert torch.equal(logits(timm.create_model(f'hf-hub:user/{weights}', pretrained=True)), logits(model))
     assert training_hub.command(['push', str(trained), 'user/x', '--weights', 'teacher']) == 2
-    told = script.capsys.readouterr().err
-    assert 'does not hold the weights of the teacher. Choose others: best, or ema or student' in told
+    output = script.capsys.readouterr().err
+    assert 'does not contain the teacher weights. Choose from best, ema, student.' in output
     assert 'user/x' not in server.repos
     assert training_hub.command(['push', str(trained), 'user/x', '--revision', 'bad branch~']) == 2
     assert 'valid branch name' in script.capsys.readouterr().err and 'user/x' not in server.repos
@@ -365,22 +365,22 @@ def test_what_is_there_already_is_not_committed_again(server, script, image_fold
 
 
 def test_export_command(server, script, trained, tmp_path):
-    """Exactly the weights to ship, as a folder that plain timm loads; without a network."""
+    """Without a network, the command exports the selected weights to a folder that timm loads."""
     server.close()
     checkpoint = script.checkpoint('model_best.pth.tar')
     model = timm.create_model('test_resnet', num_classes=3)
     for weights, key in dict(best='state_dict_ema', student='state_dict').items():
         target = tmp_path / 'models' / weights
         assert training_hub.command(['export', str(trained), str(target), '--weights', weights]) == 0
-        told = script.capsys.readouterr().err
+        output = script.capsys.readouterr().err
         model.load_state_dict(checkpoint[key])
-        there, data, names = load_elsewhere(server, f'local-dir:{target}', tmp_path)
-        assert torch.equal(there, logits(model)) and names == ['a', 'b', 'c'] and data['crop_pct'] == 0.9
-        assert f"timm.create_model('local-dir:{target}', pretrained=True)" in told and 'model_best.pth.tar' in told
+        loaded, data, names = load_elsewhere(server, f'local-dir:{target}', tmp_path)
+        assert torch.equal(loaded, logits(model)) and names == ['a', 'b', 'c'] and data['crop_pct'] == 0.9
+        assert f"timm.create_model('local-dir:{target}', pretrained=True)" in output and 'model_best.pth.tar' in output
     assert {'model.safetensors', 'config.json', 'README.md'} <= {path.name for path in target.iterdir()}
     assert sorted(path.name for path in target.parent.iterdir()) == ['best', 'student'] and not server.requests
     assert training_hub.command(['export', str(trained), str(target)]) == 2
-    assert 'is there already' in script.capsys.readouterr().err
+    assert 'already exists' in script.capsys.readouterr().err
     (tmp_path / 'empty').mkdir()
     assert training_hub.command(['export', str(trained), str(tmp_path / 'empty'), '--weights', 'teacher']) == 2
     assert not list((tmp_path / 'empty').iterdir())
@@ -412,7 +412,7 @@ def test_weights_that_gave_the_metric_and_calibrated_ones_come_first(server, scr
 
 
 def test_folder_of_timms_own_script(server, script, trained):
-    """It has no config.json: the model is made again from the arguments in the checkpoint."""
+    """Without config.json, the model is rebuilt from the arguments in the checkpoint."""
     (trained / 'config.json').unlink()
     assert training_hub.command(['push', str(trained), 'user/model']) == 0
     loaded = timm.create_model('hf-hub:user/model', pretrained=True)
@@ -425,7 +425,7 @@ def test_folder_of_timms_own_script(server, script, trained):
 @pytest.mark.parametrize('argv, message', [
     (['push', 'nowhere', 'user/model'], 'no such folder'),
     (['push', '.', 'user/model'], 'no checkpoint of a run'),
-    (['push', '.'], 'Where to'),
+    (['push', '.'], 'No repository is given'),
     (['pull', '.'], 'invalid choice'),
     ([], 'required'),
 ])
@@ -438,8 +438,8 @@ def test_card_needs_no_network(trained, script, server, tmp_path):
     server.close()
     script.capsys.readouterr()
     assert training_hub.command(['card', str(trained)]) == 0
-    card, told = script.capsys.readouterr()
-    assert 'The card of the average of the weights, from' in told and 'model_best.pth.tar' in told
+    card, output = script.capsys.readouterr()
+    assert 'Model card for the average of the weights, from' in output and 'model_best.pth.tar' in output
     assert metadata_errors(card) == [] and '# run' in card and not server.requests
     assert training_hub.command(['card', str(trained), 'user/model', '--output', str(tmp_path / 'card')]) == 0
     assert {path.name for path in (tmp_path / 'card').iterdir()} == {'README.md', 'training_curve.png'}
@@ -458,7 +458,7 @@ def test_initial_checkpoint_from_the_hub(server, script, image_folder):
 
 
 def test_resume_from_the_hub(server, script, image_folder, tmp_path):
-    """Weights alone start anew, and say so; a checkpoint in the repository is continued with all of its state."""
+    """Without a checkpoint in the repository only the weights are loaded, with a log line. A checkpoint is resumed."""
     model = small_model()
     push_to_hub(model, 'user/model')
     assert script.train(image_folder, '--model-ema', lr=1e-12, weight_decay=0, resume='hf-hub:user/model') == 0, \

@@ -109,4 +109,4 @@ def test_exports_do_not_follow_links(script, few_images, tmp_path):
     (tmp_path / 'elsewhere').mkdir()
     os.symlink(tmp_path / 'elsewhere', tmp_path / 'link')
     assert training_hub.command(['export', str(script.run_folder()), str(tmp_path / 'link')]) == 2
-    assert 'is there already' in script.capsys.readouterr().err and not list((tmp_path / 'elsewhere').iterdir())
+    assert 'already exists' in script.capsys.readouterr().err and not list((tmp_path / 'elsewhere').iterdir())

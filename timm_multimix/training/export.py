@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 _BEST = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
 
-# Options that do not affect the trained model.
+# Options that depend on the machine, or control output and uploads. A recipe does not contain them.
 _LOCAL_OPTIONS = frozenset((
     'config', 'timm_script', 'data', 'data_dir', 'class_map', 'output', 'experiment', 'resume', 'no_resume_opt',
     'start_epoch', 'stop_epoch', 'validate', 'local_rank', 'device', 'device_modules', 'log_wandb', 'wandb_project',
@@ -57,41 +57,40 @@ _LOCAL_OPTIONS = frozenset((
     'save_epochs', 'pretrained_path', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'hub_revision',
     'hub_always_push', 'hub_weights', 'hub_force', 'card'))
 
-
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 
 
 def write_config(run: Run) -> None:
-    """Write timm's config.json of the model into the folder of its run.
+    """Write timm's config.json of the model to the run folder.
 
     Raises:
-        UsageError: if timm cannot describe the model, and the run is to be pushed.
+        UsageError: if timm cannot write the configuration and --push-to-hub is set.
     """
     try:
         with replacing(os.path.join(run.folder, CONFIG_NAME)) as path:
             save_config(
                 unwrap_model(run.task.get_trainable_module()), path,
-                data_config=dict(run.data_config, crop_mode='center'),  # the one that timm's validation has
+                data_config=dict(run.data_config, crop_mode='center'),  # as in timm's validation
                 label_names=ordered_names(run.class_to_idx, run.args.num_classes),
                 from_scratch=not (run.args.pretrained or run.args.initial_checkpoint))
     except HubError as error:
         if run.args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
-        _logger.warning(f'{CONFIG_NAME} is not written, so this run cannot be exported or pushed: {error}')
+        _logger.warning(f'{CONFIG_NAME} was not written. This run cannot be exported or pushed: {error}')
 
 
 def label_names(dataset, num_classes: int) -> list[str] | None:
-    """Names of the classes in order, if the dataset has one for each."""
+    """Class names in order; None if the dataset does not name each class."""
     return ordered_names(dataset_classes(dataset), num_classes)
 
 
 class Model(NamedTuple):
-    """A model of a run, ready to be pushed: what lies in a folder, and what it is.
+    """An exported model of a run.
 
     Attributes:
-        architecture: timm's name.
-        message: A commit message.
-        origin: Which weights of which checkpoint it is, in words.
+        architecture: timm's name of the model.
+        message: Commit message.
+        origin: Description of the weights and their checkpoint.
     """
     architecture: str
     message: str
@@ -99,37 +98,37 @@ class Model(NamedTuple):
 
 
 def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the plain timm model: without wrappers' names, and without the extra BatchNorms of --split-bn."""
+    """Weights of the plain timm model, without wrapper prefixes and the auxiliary BatchNorms of --split-bn."""
     return {name: value for name, value in clean_state_dict(state_dict).items() if 'aux_bn' not in name}
 
 
-def _find_weights(paths: Sequence[str], which: str) -> tuple[str, dict[str, Any], str]:
-    """The first checkpoint that holds certain weights.
+def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, Any], str]:
+    """Find the first checkpoint that contains a set of weights.
 
     Args:
         paths: Checkpoints.
-        which: Whose weights: what the checkpoint says gave its metric ('best'), 'student', 'ema' or 'teacher'.
+        weights: 'best' (the weights that the checkpoint's metric belongs to), 'student', 'ema' or 'teacher'.
 
     Returns:
-        Its path, what it holds, and the entry with the weights.
+        Path of the checkpoint, its content, and the entry with the weights.
 
     Raises:
-        UsageError: if none of them does.
+        UsageError: if no checkpoint contains the weights.
     """
-    there: set[str] = set()
+    available: set[str] = set()
     for path in paths:
         checkpoint = read_checkpoint(path)
         saved = saved_weights(checkpoint)
-        entry = weights_of_metric(checkpoint) if which == 'best' else saved.get(which)
+        entry = weights_of_metric(checkpoint) if weights == 'best' else saved.get(weights)
         if entry is not None:
             return path, checkpoint, entry
-        there |= saved.keys()
+        available |= saved.keys()
     raise UsageError(
-        f"{paths[-1]} does not hold the weights of the {which}. Choose others: best, or {' or '.join(sorted(there))}.")
+        f'{paths[-1]} does not contain the {weights} weights. Choose from {", ".join(["best", *sorted(available)])}.')
 
 
 def _is_private(value: Any) -> bool:
-    """Whether an option's value may tell something of this machine or its user."""
+    """Return whether the value of an option can reveal private data, such as a path, a host name or a token."""
     if isinstance(value, Mapping):
         return any(map(_is_private, value.values())) or any(map(_is_private, value))
     if isinstance(value, (list, tuple)):
@@ -153,10 +152,10 @@ def _public(value: str | None, otherwise: str) -> str:
 
 
 def recipe(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The options that repeat a training, without those that are private.
+    """Select the options that repeat a training run, without private values.
 
     Returns:
-        Options that differ from their defaults; names of those that are left out because of what they say.
+        Options that differ from their defaults, and the names of options that are omitted as private.
     """
     defaults = vars(build_parser().parse_args([]))
     given = {name: value for name, value in args.items()
@@ -166,7 +165,7 @@ def recipe(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _base_model(args: Mapping[str, Any]) -> str | None:
-    """The model on the Hub that a run started from."""
+    """Repository on the Hub of the pretrained weights that a run started from; None if there is none."""
     source, name = parse_model_name(args['model'])
     start_source, start = _split(args.get('initial_checkpoint') or '')
     if start_source == 'hf-hub':
@@ -192,7 +191,7 @@ def _metrics(
         entry: str,
         row: Mapping[str, float],
 ) -> dict[str, float]:
-    """Metrics of the very weights in an entry; where timm wrote the checkpoint, the summary may tell more of them."""
+    """Metrics of the weights in an entry. The matching summary row completes those of timm's own checkpoints."""
     if not args.get('val_split'):
         return {}
     prefix, metrics = 'eval_', metrics_of(checkpoint, entry, args.get('eval_metric', ''))
@@ -213,16 +212,16 @@ def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluatio
     demo = DEMOS.get(dataset.lower())
     fields = args.get('card') or {}
     kind = dataset_type(dataset)
-    shown = demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
-    return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown, split, metrics)
+    name = demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
+    return Evaluation((fields.get('datasets') or [kind])[0], fields.get('dataset_name') or name, split, metrics)
 
 
 def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Options of the earlier parts of a run that was continued with other ones, by when that was."""
+    """Options of the earlier parts of a run that was resumed with other options. Keys such as 'Before epoch 3'."""
     options, parts = {}, []
     for part in reversed(args.get('earlier') or ()):
         options = {**options, **part['options']}
-        when = f'{"Until within" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'
+        when = f'{"Until partway through" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'
         parts.append((when, {name: value for name, value in options.items()
                              if not _is_private(value) and value != args.get(name)}))
     return dict(reversed(parts))
@@ -241,16 +240,23 @@ def _summary(
         base: str | None,
         earlier: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """A sentence or two on what was trained."""
+    """Describe the model and its training in a few sentences."""
     epoch, temperature = checkpoint.get('epoch'), checkpoint.get('temperature')
-    how = _method(args) + ''.join(f' ({when[0].lower()}{when[1:]}{_method(options) or " without MultiMix"})'
-                                  for when, options in earlier.items() if 'multimix' in options)
-    start = f', fine-tuned from [{base}](https://huggingface.co/{base})' if base else ''
-    when = f', after epoch {epoch} (counted from 0)' if epoch is not None else ''
-    calibrated = '' if temperature is None else (
-        f', calibrated: a temperature of {temperature:.4g} is folded into the classifier')
-    return (f'An image classifier for {config["num_classes"]} classes: {code(config["architecture"])}{start}, '
-            f'trained{how}. These are {described(checkpoint, entry)}{when}{calibrated}.')
+    methods = {when: _method(options) or ' without MultiMix' for when, options in earlier.items()
+               if 'multimix' in options}
+    verb = f'fine-tuned from [{base}](https://huggingface.co/{base})' if base else 'trained'
+    sentences = [
+        f'This image classifier has {config["num_classes"]} classes and the architecture '
+        f'{code(config["architecture"])}.',
+        f'It was {verb}{_method(args) or (" without MultiMix" if methods else "")}.',
+        *(f'{when}, it was trained{method}.' for when, method in methods.items()),
+        f'{code(WEIGHTS_NAME)} contains {described(checkpoint, entry)}'
+        f'{"" if epoch is None else f" after epoch {epoch} (counted from 0)"}.',
+    ]
+    if temperature is not None:
+        sentences.append(
+            f'The model is calibrated: a temperature of {temperature:.4g} is folded into its classifier.')
+    return ' '.join(sentences)
 
 
 def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -262,34 +268,34 @@ def _multimix(args: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_public(text: str, folder: str) -> None:
-    """Refuse to publish a text with an access token or a path of this machine, wherever they came from.
+    """Check that a text contains no access token and no path of this machine.
 
     Raises:
-        HubError: if there is one.
+        HubError: if it contains one.
     """
     api_key = os.environ.get('WANDB_API_KEY')
     paths = (os.path.realpath(folder), os.path.expanduser('~'))
     if contains_token(text) or (api_key and api_key in text) or any(
             len(path) > 1 and re.search(rf'(?<![\w.-]){re.escape(path)}', text) for path in paths):
         raise HubError(
-            f'{CARD_NAME} or {CONFIG_NAME} would contain something private: an access token or a path of this machine.')
+            f'{CARD_NAME} or {CONFIG_NAME} would contain private data: an access token or a path of this machine.')
 
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the run in a folder, settled ones where they are known."""
+    """Arguments of a run, from its checkpoint or else from args.yaml."""
     args, parser = arguments_of(checkpoint), build_parser()
     if not args:
         try:
             with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
                 args = yaml.safe_load(file)
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f'{folder} has no readable args.yaml: it is not the folder of a run.') from error
+            raise UsageError(f'{folder} is not a run folder: it contains no readable args.yaml.') from error
     check_recorded(args, parser, f'The run in {folder}')
     return {**vars(parser.parse_args([])), 'card': {}, **args}
 
 
-def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:
-    """Write config.json for a run of timm's own script, which leaves none."""
+def _rebuild_config(args: Mapping[str, Any], path: str) -> None:
+    """Write config.json for a run of timm's own script, which does not write it."""
     settings = argparse.Namespace(**{**args, 'pretrained': False, 'initial_checkpoint': '', 'pretrained_path': None})
     model = create_run_model(settings, model_options(settings))
     save_config(model, path, data_config=dict(resolve_data(settings, model), crop_mode='center'),
@@ -298,10 +304,10 @@ def _rebuilt_config(args: Mapping[str, Any], path: str) -> None:
 
 def _write_config(folder: str, args: Mapping[str, Any], path: str) -> dict[str, Any]:
     source = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(source) and not os.path.islink(source):  # a link could lead to any file of the user
+    if os.path.isfile(source) and not os.path.islink(source):  # a link could point to any file of the user
         shutil.copyfile(source, path)
     else:
-        _rebuilt_config(args, path)
+        _rebuild_config(args, path)
     with open(path, encoding='utf-8') as file:
         return json.load(file)
 
@@ -316,26 +322,26 @@ def export(
         checkpoint_path: str | None = None,
         card_only: bool = False,
 ) -> Model:
-    """Write the model of a run as the Hub has it: model.safetensors, config.json, README.md and training_curve.png.
+    """Export the model of a run as model.safetensors, config.json, README.md and training_curve.png.
 
     Args:
-        folder: The folder of the run.
-        target: An empty folder.
-        repo_id: 'user/name'.
-        revision: Branch, for the card.
-        weights: 'best', those that gave the checkpoint its metric; or 'student', 'ema' or 'teacher'.
-        checkpoint_path: Checkpoint to take, by default the calibrated one, else the best, else the last, that holds
-            these weights.
-        card_only: Leave the weights out.
+        folder: Run folder.
+        target: Empty output folder.
+        repo_id: Repository in the card, 'user/name'.
+        revision: Branch in the card.
+        weights: 'best' (the weights that the checkpoint's metric belongs to), 'student', 'ema' or 'teacher'.
+        checkpoint_path: Checkpoint to export. The default is the first one that contains the weights: the calibrated,
+            the best or the last checkpoint.
+        card_only: Do not write the weights.
 
     Raises:
-        UsageError: if the folder holds no such run.
-        HubError: if timm cannot describe the model.
+        UsageError: if the folder contains no run with these weights, or if a card field is invalid.
+        HubError: if timm cannot write the configuration of the model, or if the files would contain private data.
     """
     paths = [checkpoint_path] if checkpoint_path else [os.path.join(folder, name) for name in _BEST]
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
-        raise UsageError(f'{folder} holds no checkpoint of a run: there is none of {", ".join(_BEST)}.')
+        raise UsageError(f'{folder} contains no checkpoint of a run. It has none of the files {", ".join(_BEST)}.')
     path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
     config = _write_config(folder, args, os.path.join(target, CONFIG_NAME))
@@ -349,7 +355,7 @@ def export(
     if 'model' in left_out:
         options['model'] = config['architecture']
     metrics = _metrics(args, checkpoint, key, next((row for row in rows if row['epoch'] == epoch), {}))
-    with usage_errors('The card'):
+    with usage_errors('The model card'):
         earlier = _earlier(args)
         card = str(model_card(
             repo_id, config, revision=revision, summary=_summary(args, config, checkpoint, key, base, earlier),
@@ -359,9 +365,9 @@ def export(
     _check_public(card + json.dumps(config, ensure_ascii=False), folder)
     Path(target, CARD_NAME).write_text(card, encoding='utf-8')
     name = split_metric(args.get('eval_metric', ''))[1]
-    shown = f', {name} {metrics[name]:.4g}' if name in metrics else ''
+    metric = f', {name} {metrics[name]:.4g}' if name in metrics else ''
     return Model(
-        config['architecture'], f'{config["architecture"]}, epoch {epoch}{shown}',
+        config['architecture'], f'{config["architecture"]}, epoch {epoch}{metric}',
         f'{described(checkpoint, key)}{", calibrated" if "temperature" in checkpoint else ""}, from {path}')
 
 

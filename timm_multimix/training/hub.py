@@ -60,7 +60,7 @@ def _push_command(folder: str, repository: HubRepository, weights: str) -> str:
 
 
 class HubPush:
-    """Push checkpoints of a run in the background, and the final model at its end.
+    """Push checkpoints of a run in the background, and its result at the end.
 
     Create it with `start`. Only the first process pushes. Errors after the start of training are logged and do not
     stop the run.
@@ -124,8 +124,8 @@ class HubPush:
             check_rebuilds(self.folder, plain_weights(run.task.get_checkpoint_state()['state_dict']))
             with open(os.path.join(self.folder, CONFIG_NAME), encoding='utf-8') as file:
                 self.repository.open(json.load(file)['architecture'])
-        pushed = {'end': 'the final model', 'best': 'every new best checkpoint', 'every_save': 'every checkpoint'}[
-            self.args.hub_strategy]
+        pushed = {'end': 'the best checkpoint at the end', 'best': 'every new best checkpoint',
+                  'every_save': 'every checkpoint'}[self.args.hub_strategy]
         _logger.info(f'Pushing {pushed} to {self.repository.api.endpoint}/{self.repository.repo_id}')
         disable_progress_bars()  # they would overwrite the progress bar of the epoch
         self._thread.start()
@@ -192,12 +192,12 @@ class HubPush:
         self._logged_url = url
 
     def finish(self) -> None:
-        """Push the final model, and wait at most 10 minutes for the upload.
+        """Push the result of the run, and wait at most 10 minutes for the upload.
 
         If the upload fails or takes longer, the command that pushes the run is logged.
         """
         if not self.args.hub_always_push:
-            self._stopped.set()  # the final model replaces queued checkpoints
+            self._stopped.set()  # queued checkpoints are older than the result
         self._is_complete = True
         self._jobs.put(None)
         try:
@@ -251,7 +251,7 @@ def _command_parser() -> argparse.ArgumentParser:
         command.add_argument('--weights', default='best', choices=('best', *WEIGHTS),
                              help='weights to use: the evaluated weights of the best metric (best), the trained '
                                   'weights (student), their average (ema) or the teacher (default: %(default)s)')
-    push.add_argument('--private', action='store_true', help='create the repository as a private one')
+    push.add_argument('--private', action='store_true', help='make a new repository private')
     push.add_argument('--force', action='store_true', help='overwrite another architecture, or weights of other users')
     card.add_argument('--output', metavar='DIR', help='write the card and its image to this folder')
     return parser
