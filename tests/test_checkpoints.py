@@ -86,7 +86,7 @@ def held_by_another_process(folder):
 
 def test_folder_is_locked_until_its_process_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(files, '_PATIENCE', 0.3)
-    message = 'belongs to a run that goes on: process '
+    message = 'is in use by another run: process '
     # The context manager also checks that the lock is released when the process is killed.
     with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{message}{process} on '):
         lock_folder(str(tmp_path))
@@ -119,7 +119,7 @@ def test_second_run_in_a_folder_is_refused(script, image_folder, monkeypatch):
             (script.run_folder() / 'half.tmp').write_text('of the other')
             before = {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')}
             assert script.train(image_folder, epochs=2, **options) == 2, script.text
-            assert 'belongs to a run that goes on' in script.lines[-1]
+            assert 'in use by another run' in script.lines[-1]
             assert {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')} == before
     assert script.train(image_folder, epochs=2, resume='auto') == 0, script.text
 
@@ -138,7 +138,7 @@ def test_trains_where_nothing_can_be_locked(script, image_folder, monkeypatch):
         raise OSError(errno.ENOTSUP, 'not supported')
     monkeypatch.setattr(files.fcntl, 'flock', flock)
     assert script.train(image_folder) == 0
-    assert script.text.count('has no locks') == 1
+    assert script.text.count('does not support locks') == 1
     monkeypatch.setattr(files, 'fcntl', None)
     assert script.train(image_folder, epochs=2, resume='auto') == 0
 

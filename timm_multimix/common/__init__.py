@@ -1,1 +1,1 @@
-"""Errors, atomic file writing, console output and random state, used by the whole package."""
+"""Errors, file operations, console output and random state for the whole package."""

@@ -1,9 +1,9 @@
-"""Messages of libraries in terms of the command line, and missing packages with the command that installs them."""
+"""Convert messages of libraries to terms of the command line, and report missing packages."""
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-# Advice for Python code in messages of timm, torchvision and datasets, and the option that does the same.
+# Python code in messages of timm, torchvision and datasets, and the equivalent option.
 _OPTIONS_FOR_ADVICE = (
     (r'`?\bdownload ?= ?True`?', '--dataset-download'),
     (r'`?\btrust_remote_code ?= ?True`?', '--dataset-trust-remote-code'),
@@ -16,11 +16,11 @@ _OPTIONS_FOR_ADVICE = (
     (r' ?See `torch._dynamo.list_backends\(\)` for available backends\.', ''),
     (r"\(loss(?:_type=| )'bce'\) with targets \(b, 1\)", '(--loss bce)'),
     (r'(?s)`?\bweights_only=True`? blocked loading .*',
-     'the file holds objects that are not data, such as code. They are never loaded.'),
+     'the file contains objects that are not data, such as code. They are never loaded.'),
     (r"\bCurrently only 'kl' is supported\b", '--kd-loss-type must be kl'),
 )
 
-# Packages that a type of dataset needs beside those of timm.
+# Packages that a type of dataset needs in addition to timm's.
 DATASET_PACKAGES = {
     'hfds': ('datasets',),
     'hfids': ('datasets',),
@@ -30,7 +30,7 @@ DATASET_PACKAGES = {
 
 
 def for_command_line(message: str) -> str:
-    """Replace advice for Python code in the message of a library by the option that does the same."""
+    """Replace Python code in the message of a library by the equivalent option."""
     for advice, option in _OPTIONS_FOR_ADVICE:
         message = re.sub(advice, option, message)
     return message
@@ -39,7 +39,7 @@ def for_command_line(message: str) -> str:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package.replace('-', '_')) is not None
-    except (ImportError, ValueError):  # blocked, or half imported
+    except (ImportError, ValueError):  # a blocked or incompletely imported package
         return False
 
 
@@ -47,12 +47,12 @@ def missing_packages(purpose: str, packages: Sequence[str], extra: str | None = 
     """Describe packages that are not installed.
 
     Args:
-        purpose: What needs the packages, such as an option and its value.
-        packages: Names of the packages, as pip takes them.
-        extra: Extra of timm-multimix that installs them, if there is one.
+        purpose: Option or feature that needs the packages.
+        packages: Names of the packages for pip.
+        extra: Extra of timm-multimix that installs the packages, if there is one.
 
     Returns:
-        One sentence with the command that installs what is missing, or None if nothing is.
+        One sentence with the command that installs the missing packages; None if all are installed.
     """
     missing = [package for package in packages if not _is_installed(package)]
     if not missing:

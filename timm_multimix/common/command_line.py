@@ -1,4 +1,4 @@
-"""Argument parser whose errors are one line with suggestions, and checks of optional packages."""
+"""Argument parser with one-line errors and suggestions, and checks of optional packages."""
 import argparse
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ _UNKNOWN = 'unrecognized arguments: '
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError with a suggestion, where argparse prints the usage and exits."""
+    """Argument parser that raises UsageError with a suggestion instead of exiting."""
 
     def error(self, message: str):
         message = message.rstrip('.')
@@ -30,7 +30,7 @@ def check_packages(purpose: str, packages: Sequence[str], extra: str | None = No
     """Check that packages are installed; see missing_packages.
 
     Raises:
-        UsageError: if one is missing, with the command that installs it.
+        UsageError: if a package is missing.
     """
     message = missing_packages(purpose, packages, extra)
     if message:
@@ -38,14 +38,14 @@ def check_packages(purpose: str, packages: Sequence[str], extra: str | None = No
 
 
 def check_dataset_packages(option: str, dataset: str) -> None:
-    """Check that the packages which read a type of dataset are installed.
+    """Check that the packages for a type of dataset are installed.
 
     Args:
-        option: The option that names the dataset.
+        option: Option of the dataset, for the message.
         dataset: Name of the dataset, TYPE/NAME.
 
     Raises:
-        UsageError: if one is missing, with the command that installs it.
+        UsageError: if a package is missing.
     """
     kind = dataset.partition('/')[0].lower() if '/' in dataset else ''
     check_packages(f'{option} {dataset}', DATASET_PACKAGES.get(kind, ()))

@@ -1,4 +1,4 @@
-"""What a run tells: averages kept on the device, log lines, and a progress bar on a terminal."""
+"""Console output of a run: logging, running averages and the progress of an epoch."""
 import logging
 import sys
 import time
@@ -18,7 +18,7 @@ MAX_PENDING_VALUES = 4096
 
 
 class _LineFormatter(logging.Formatter):
-    """Adds the level to all but information, and the process to errors of several processes. Hides access tokens."""
+    """Format log records: level except for INFO, rank for errors of distributed runs, access tokens redacted."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = redact(super().format(record), only_certain=True)
@@ -29,42 +29,42 @@ class _LineFormatter(logging.Formatter):
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes lines above a progress bar instead of through it."""
+    """Write log lines above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def is_first_on_machine() -> bool:
-    """Whether this is the only process, or the first of those on this machine."""
+    """Return whether this is the first process on this machine (local rank 0)."""
     return world_info_from_env()[0] == 0
 
 
 def setup_logging() -> None:
-    """Log to stderr, from the first process only; the others tell errors."""
+    """Log to stderr. Processes other than the first one log only errors."""
     handler = _ConsoleHandler()
     handler.setFormatter(_LineFormatter())
     logging.root.handlers[:] = [handler]
     is_primary = world_info_from_env()[1] == 0
     logging.root.setLevel(logging.INFO if is_primary else logging.ERROR)
     if not is_primary:
-        warnings.simplefilter('ignore')  # libraries': all processes have the same
-    # Lists of all checkpoints after every epoch, what is said already, and names of temporary files.
+        warnings.simplefilter('ignore')  # all processes get the same warnings
+    # Checkpoint lists after every epoch, repeated information, and names of temporary files.
     for name in ('timm.utils.checkpoint_saver', 'timm.task._helpers', 'timm.utils.summary'):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ('httpx', 'httpx2'):  # every request, with addresses that hold short-lived credentials
+    for name in ('httpx', 'httpx2'):  # every request, with URLs that contain short-lived credentials
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class Averages:
-    """Averages of scalars in float64, each over the examples of the batches that have it.
+    """Running averages of scalars in float64, weighted by the number of examples.
 
-    Values stay on their device, and are copied to the CPU and added up there when the sums are read, so that a training
-    step does not wait for the device. The device does not need to support float64, which MPS does not.
+    The values stay on their device until the averages are read, so that a training step does not wait for the device.
+    The sums are computed on the CPU, because MPS does not support float64.
 
     Args:
-        device: The device of the scalars.
-        names: Names that come first, in this order, whichever a batch has.
+        device: Device of the scalars.
+        names: Names of the first scalars, in order. Other names are appended.
     """
 
     def __init__(self, device: torch.device, names: Iterable[str] = ()):
@@ -75,9 +75,9 @@ class Averages:
         self._pending: list[tuple[str, torch.Tensor, int]] = []
 
     def update(self, values: Mapping[str, torch.Tensor], count: int) -> None:
-        """Add the means of a batch of count examples. With a count of 0 the values are ignored."""
+        """Add the mean values of a batch of `count` examples. Values with a count of 0 are ignored."""
         for name, value in values.items():
-            self.sums.setdefault(name, 0.0)  # also without examples: all processes need the same names
+            self.sums.setdefault(name, 0.0)  # even without examples, because all processes need the same names
             self.counts[name] = self.counts.get(name, 0) + count
             if count:
                 self.latest[name] = value.detach()
@@ -93,18 +93,18 @@ class Averages:
             self._pending.clear()
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The sums and counts as numbers."""
+        """Return the sums and counts."""
         self._add_pending()
         return dict(sums=dict(self.sums), counts=dict(self.counts))
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Continue from the sums of an earlier process."""
+        """Restore the sums and counts of state_dict()."""
         self._pending.clear()
         self.sums = dict(state['sums'])
         self.counts = dict(state['counts'])
 
     def compute(self, distributed: bool = False) -> dict[str, float]:
-        """The averages so far, over all processes if distributed."""
+        """Return the averages, over all processes if distributed."""
         self._add_pending()
         totals, counts = list(self.sums.values()), list(self.counts.values())
         if distributed and totals:
@@ -116,14 +116,14 @@ class Averages:
 
 
 class EpochReporter:
-    """Tells the progress of a training epoch: a bar on a terminal, timm-like lines otherwise.
+    """Report the progress of a training epoch: a progress bar on a terminal, otherwise log lines in timm's format.
 
     Args:
         epoch: Number of the epoch.
-        num_updates: Optimizer updates in it.
-        interval: Updates between lines.
-        world_size: Processes that train; each counts its own examples.
-        done: Updates that an interrupted run has made.
+        num_updates: Optimizer updates per epoch.
+        interval: Updates between reports.
+        world_size: Number of training processes.
+        done: Updates of this epoch that were made before a resume.
     """
 
     def __init__(self, epoch: int, num_updates: int, interval: int, world_size: int, done: int = 0):
@@ -147,7 +147,7 @@ class EpochReporter:
         self.data_time += data_time
 
     def is_due(self, update: int) -> bool:
-        """Whether update, counted from 0 in its epoch, is one to report."""
+        """Return whether to report after this update, counted from 0 in the epoch."""
         return update % self.interval == 0 or update == self.num_updates - 1
 
     def step(self) -> None:
@@ -156,12 +156,19 @@ class EpochReporter:
         self.bar.update()
 
     def report(self, update: int, latest: Mapping[str, float], averages: Mapping[str, float], lr: float) -> None:
-        """Tell the state after an update."""
+        """Report the state after an update.
+
+        Args:
+            update: Number of the update in the epoch.
+            latest: Values of the latest batch.
+            averages: Averages so far.
+            lr: Learning rate.
+        """
         elapsed = time.perf_counter() - self.window_started
         speed = self.images / elapsed
         if not self.bar.disable:
-            shown = [f'{name} {value:#.3g}' for name, value in averages.items()]
-            self.bar.set_postfix_str(', '.join([*shown, f'{speed:.0f} images/s', f'lr {lr:.1e}']))
+            values = [f'{name} {value:#.3g}' for name, value in averages.items()]
+            self.bar.set_postfix_str(', '.join([*values, f'{speed:.0f} images/s', f'lr {lr:.1e}']))
         else:
             updates = max(self.updates, 1)
             parts = [f'Loss: {latest["loss"]:#.3g} ({averages["loss"]:#.3g})']
@@ -177,6 +184,6 @@ class EpochReporter:
         self.window_started = time.perf_counter()
 
     def close(self) -> float:
-        """Remove the bar. Returns images per second over the epoch."""
+        """Remove the progress bar. Return the mean images per second of the epoch."""
         self.bar.close()
         return self.total_images / max(time.perf_counter() - self.started, 1e-9)

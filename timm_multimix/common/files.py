@@ -1,7 +1,7 @@
 """Atomic file writing, folder locks and temporary folders.
 
-Nothing here writes through a symbolic link: in a folder that others can write to, a link with a predictable name could
-point to any file of the user.
+No function writes through a symbolic link. In a folder that other users can write to, a link with a predictable name
+could point to any file of the user.
 """
 import glob
 import logging
@@ -26,17 +26,17 @@ except ImportError:  # Windows
 _TEMPORARY = '.tmp'
 _LOCK = '.lock'
 _WORK_FOLDER = '.hub-'
-_PATIENCE = 5.0  # seconds, for a process that is just ending
+_PATIENCE = 5.0  # seconds to wait for a process that is about to end
 _NO_FOLLOW = getattr(os, 'O_NOFOLLOW', 0)
 
 _locks: dict[str, int | None] = {}  # descriptors of the locks of this process by folder, None without locks
 
 
 def make_folder(path: str) -> str:
-    """Make a folder that was not there before, with a number after its name if need be.
+    """Create a new folder. If the path exists, append a number to it.
 
     Returns:
-        Its path.
+        Path of the new folder.
     """
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     number = 1
@@ -57,13 +57,13 @@ def _open_lock(folder: str) -> int:
 
 
 def _write_holder(descriptor: int) -> None:
-    if os.fstat(descriptor).st_nlink == 1:  # a second name could be that of another file of the user
+    if os.fstat(descriptor).st_nlink == 1:  # a hard link could be another file of the user
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
 
 
 def _lock(folder: str, patience: float) -> bool:
-    """Lock a folder. Returns whether it could be locked; False means that the file system has no locks."""
+    """Lock a folder. Return False if the file system does not support locks."""
     name = os.path.realpath(folder)
     descriptor = _open_lock(folder)
     deadline = time.monotonic() + patience
@@ -78,7 +78,7 @@ def _lock(folder: str, patience: float) -> bool:
             holder = os.read(descriptor, 1000).decode(errors='replace') or 'another process'
             os.close(descriptor)
             raise UsageError(
-                f'{folder} belongs to a run that goes on: {holder}. Wait for it, stop it, or choose another '
+                f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another '
                 '--experiment.') from None
         except OSError:
             os.close(descriptor)
@@ -89,20 +89,20 @@ def _lock(folder: str, patience: float) -> bool:
 
 
 def lock_folder(folder: str) -> None:
-    """Lock the folder of a run for this process, until it calls unlock_folders or ends, even if it is killed.
+    """Lock a run folder until unlock_folders is called or the process ends.
 
     Args:
-        folder: The folder. Nothing happens if this process has locked it already.
+        folder: Run folder. It can be locked by this process already.
 
     Raises:
-        UsageError: if another process holds the lock for longer than a process takes to end, or if the lock file is a
-            symbolic link.
+        UsageError: if another process holds the lock for 5 seconds, or if the lock file is a symbolic link.
     """
     name = os.path.realpath(folder)
     if fcntl is None or name in _locks:
         return
     if not _lock(folder, _PATIENCE):
-        _logger.warning(f'The file system of {folder} has no locks. Do not start a second run in this folder.')
+        _logger.warning(
+            f'The file system of {folder} does not support locks. Do not start a second run in this folder.')
         _locks[name] = None
 
 
@@ -121,12 +121,12 @@ def unlock_folders() -> None:
         _close(_locks.popitem()[1])
 
 
-if hasattr(os, 'register_at_fork'):  # a lock is held as long as anybody has it open, such as workers that die later
+if hasattr(os, 'register_at_fork'):  # otherwise workers could keep a lock after the main process has ended
     os.register_at_fork(after_in_child=unlock_folders)
 
 
 def sync_folder(path: str) -> None:
-    """Write the names in a folder to the disk, if the system can."""
+    """Write the entries of a folder to the disk, if the system supports it."""
     with suppress(OSError):
         handle = os.open(path or '.', os.O_RDONLY)
         try:
@@ -136,16 +136,16 @@ def sync_folder(path: str) -> None:
 
 
 def replace(source: str, target: str) -> None:
-    """Give a complete, flushed file its name, in place of another of that name."""
+    """Rename a flushed file. An existing target is replaced."""
     os.replace(source, target)
     sync_folder(os.path.dirname(target))
 
 
 def create(path: str) -> IO[bytes]:
-    """Open a new file for writing. A file or a symbolic link of that name is removed first."""
+    """Open a new file for writing. An existing file or symbolic link is removed first."""
     with suppress(FileNotFoundError):
         os.unlink(path)
-    return open(path, 'xb')  # exclusive: fails if somebody makes a link meanwhile
+    return open(path, 'xb')  # fails if a link was created in the meantime
 
 
 def _copy(source: str, target: str) -> None:
@@ -157,10 +157,10 @@ def _copy(source: str, target: str) -> None:
 
 @contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Change a file completely or not at all. A symbolic link of that name is replaced and not followed.
+    """Replace a file atomically. A symbolic link is replaced and not followed.
 
     Yields:
-        Path of a temporary copy of the file, or of no file if there is none yet. At the end it becomes the file.
+        Path of a temporary copy of the file, or of a new file if there is none. Without an error it replaces the file.
     """
     temporary = path + _TEMPORARY
     with suppress(FileNotFoundError):
@@ -179,7 +179,7 @@ def replacing(path: str) -> Iterator[str]:
 
 
 def duplicate(source: str, target: str) -> None:
-    """Give a file a second name, in place of another file of that name; copies it where links are not supported."""
+    """Create a hard link to a file, or a copy if links are not supported. An existing target is replaced."""
     temporary = target + _TEMPORARY
     with suppress(FileNotFoundError):
         os.unlink(temporary)
@@ -190,12 +190,12 @@ def duplicate(source: str, target: str) -> None:
             _copy(source, temporary)
         replace(temporary, target)
     finally:
-        with suppress(FileNotFoundError):  # replacing a file by a link to itself leaves both
+        with suppress(FileNotFoundError):  # os.replace keeps both names if they are links to the same file
             os.unlink(temporary)
 
 
 def remove_temporary(folder: str) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove incomplete files of killed processes."""
     for name in os.listdir(folder):
         if name.endswith(_TEMPORARY):
             with suppress(OSError):
@@ -204,12 +204,12 @@ def remove_temporary(folder: str) -> None:
 
 @contextmanager
 def work_folder(parent: str) -> Iterator[str]:
-    """A temporary folder in a folder, or elsewhere if that cannot be written to.
+    """Create a temporary folder in `parent`, or in the system's temporary folder if `parent` is not writable.
 
-    It is locked as long as it is used, so that remove_work_folders can tell it from one that a killed process left.
+    The folder is locked while it is in use, so that remove_work_folders removes only folders of killed processes.
 
     Yields:
-        Path of an empty folder with the permissions of any new folder.
+        Path of an empty folder with the default permissions of a new folder.
     """
     inside = parent if os.access(parent, os.W_OK) else None
     with TemporaryDirectory(prefix=_WORK_FOLDER, dir=inside, ignore_cleanup_errors=True) as path:
@@ -224,11 +224,11 @@ def work_folder(parent: str) -> Iterator[str]:
 
 
 def remove_work_folders(parent: str) -> None:
-    """Remove the work folders that killed processes left in a folder."""
+    """Remove work folders of killed processes from a folder."""
     for path in glob.glob(os.path.join(glob.escape(parent), _WORK_FOLDER + '*')) if fcntl is not None else ():
         if os.path.islink(path) or not os.path.isdir(path) or os.path.realpath(path) in _locks:
             continue
-        with suppress(UsageError, OSError):  # in use, or not ours
+        with suppress(UsageError, OSError):  # in use, or owned by another user
             if _lock(path, 0):
                 shutil.rmtree(path, ignore_errors=True)
                 _unlock(path)

@@ -1,4 +1,4 @@
-"""The random state of a process, as plain data: Python's, NumPy's, PyTorch's, and the device's."""
+"""Random state of a process as plain data: Python, NumPy, PyTorch and the device."""
 import random
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 
 
 def _device_module(device: torch.device | None):
-    """PyTorch's module for a device with a random state of its own, or None."""
+    """PyTorch's module for a device with its own random state; None for other devices."""
     if device is None or device.type == 'cpu':
         return None
     module = torch.get_device_module(device)
@@ -15,13 +15,13 @@ def _device_module(device: torch.device | None):
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
-    """Take the random state of this process.
+    """Get the random state of this process.
 
     Args:
-        device: Also of this device. The state lies on the host: reading it waits for nothing.
+        device: Device whose state is included. Reading it does not synchronize the device.
 
     Returns:
-        Numbers, strings, tuples and bytes only, so that a checkpoint can hold it as data.
+        Dict of numbers, strings, tuples and bytes, which can be loaded without running code.
     """
     kind, keys, *rest = np.random.get_state()
     state = dict(
@@ -40,14 +40,14 @@ def _as_tensor(state: bytes) -> torch.Tensor:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device | None = None) -> None:
-    """Put this process into a random state. That of another kind of device is left alone.
+    """Set the random state of this process. The state of another type of device is ignored.
 
     Args:
-        state: From random_state.
-        device: Also set the state of this device.
+        state: Result of random_state.
+        device: Device whose state is set too.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: if it is no random state.
+        KeyError, TypeError, ValueError, RuntimeError: if the state is invalid.
     """
     random.setstate(state['python'])
     kind, keys, *rest = state['numpy']
@@ -59,10 +59,10 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
 
 
 def check_random_state(state: dict[str, Any]) -> None:
-    """Check a random state without changing that of the process.
+    """Check a random state without setting it.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: if it is no random state.
+        KeyError, TypeError, ValueError, RuntimeError: if the state is invalid.
     """
     random.Random().setstate(state['python'])
     kind, keys, *rest = state['numpy']
@@ -71,5 +71,5 @@ def check_random_state(state: dict[str, Any]) -> None:
 
 
 def generator_at(state: dict[str, Any]) -> torch.Generator:
-    """A generator of its own that draws what PyTorch's would draw from a state on."""
+    """Create a CPU generator that continues from PyTorch's state in a random state."""
     return torch.Generator().set_state(_as_tensor(state['torch']))
