@@ -199,7 +199,7 @@ def test_damaged_names(script, folder, image_folder, tmp_path):
 def test_mapping():
     assert class_mapping(dict(x=0, y=1), dict(y=0, z=1, x=2)) == {0: 2, 1: 0}
     assert class_mapping(dict(x=0, y=0), dict(x=3, y=3)) == {0: 3}
-    with pytest.raises(ValueError, match='does not know 2 of them: b, c'):
+    with pytest.raises(ValueError, match='lacks 2 of the classes: b, c'):
         class_mapping(dict(a=0, b=1, c=2), dict(a=0))
     with pytest.raises(ValueError, match='two names of class 0'):
         class_mapping(dict(x=0, y=0), dict(x=0, y=1))

@@ -147,7 +147,7 @@ WRONG_SPLITS = {
     'training': (dict(train_split='trainn'), '--train-split trainn'),
     'validation': (dict(val_split='vall'), '--val-split vall'),
     'test': (dict(val_split='test'), '--val-split test'),
-    'slice': (dict(train_split='train[:90%]'), 'Slices'),
+    'slice': (dict(train_split='train[:90%]'), 'slices'),
     'calibration': (dict(calibrate='held'), "'held'"),
     'embedded': (dict(data_dir='', dataset='demo/digits', val_split='vall'), 'validation'),
     'of torchvision': (dict(data_dir='data', dataset='torch/cifar10', train_split='trainn'), '--train-split trainn'),

@@ -200,7 +200,7 @@ def test_what_a_class_map_leaves_out_is_reported(tmp_path, caplog):
     dataset = create_dataset('', root=str(tmp_path), split='train', class_map=str(tmp_path / 'map.txt'))
     assert len(dataset) == 6 and {dataset[index][1] for index in range(6)} == {0, 1}
     assert dataset_classes(dataset) == dict(c=0, a=1, z=2)
-    assert 'Their 3 images are left out: b (3 images)' in caplog.text
+    assert 'Their 3 images are ignored: b (3 images)' in caplog.text
     assert 'have no images' in caplog.text and ': z.' in caplog.text
     assert '1 of the 4 folders' in caplog.text and ': nothing.' in caplog.text
 

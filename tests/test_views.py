@@ -109,7 +109,7 @@ def test_transform_of_tensors():
 
 def test_augmentation_splits_are_refused():
     loader = make_loader(AugMixDataset(Images(), 2), num_aug_splits=2)
-    with pytest.raises(TypeError, match='AugMixDataset has no transform that could be applied twice'):
+    with pytest.raises(TypeError, match='AugMixDataset has no transform that can be applied twice'):
         add_second_view(loader)
 
 

@@ -1,1 +1,1 @@
-"""Embedded datasets, image files, class names, two views and batches that alternate."""
+"""Embedded datasets, image files, class names, two views and alternating batches."""

@@ -1,4 +1,4 @@
-"""Alternation of MultiMix batches with batches of mixed images, as in the papers' experiments (P2, appendix A.1)."""
+"""Alternation of MultiMix batches and batches with image mixing, as in the papers (P2, appendix A.1)."""
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Decides which mini-batches are MultiMix batches.
+    """Schedule that selects the MultiMix batches.
 
-    The decision is a function of seed, epoch and batch index. It is the same in every process and after a resume.
+    The selection depends only on seed, epoch and batch index. It is the same in every process and after a resume.
 
     Args:
-        prob: Probability of a MultiMix batch. With 1 every batch is one, and image mixing applies to every batch. Below
-            1 the images of MultiMix batches are not mixed, and all other batches are trained without MultiMix.
-        seed: Seed of the decisions.
+        prob: Probability of a MultiMix batch. With 1, every batch is a MultiMix batch, and image mixing applies to
+            every batch. Below 1, image mixing applies only to the other batches, which are trained without MultiMix.
+        seed: Seed of the selection.
         start_epoch: First epoch with MultiMix batches, counted from 0.
-        off_epoch: First epoch without MultiMix batches again; 0 means never.
+        off_epoch: First epoch without MultiMix batches after start_epoch; 0 means never.
 
     Raises:
-        ValueError: if prob is not a probability, or no epoch is left for MultiMix.
+        ValueError: if prob is not a probability, an epoch is negative, or no epoch has MultiMix batches.
     """
     prob: float = 1.0
     seed: int = 0
@@ -32,27 +32,27 @@ class BatchSchedule:
 
     def __post_init__(self):
         if not isinstance(self.prob, (int, float)) or not 0 <= self.prob <= 1:
-            raise ValueError(f'prob is the probability of a MultiMix batch and must lie in [0, 1], got {self.prob!r}.')
+            raise ValueError(f'prob is the probability of a MultiMix batch and must be in [0, 1], got {self.prob!r}.')
         for name in ('start_epoch', 'off_epoch'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name} must be 0 or more, got {getattr(self, name)}.')
         if 0 < self.off_epoch <= self.start_epoch:
             raise ValueError(
-                'MultiMix is on from start_epoch until off_epoch (0 for never): '
-                f'start_epoch={self.start_epoch} and off_epoch={self.off_epoch} leave no epoch to it.')
+                'MultiMix is active from start_epoch to off_epoch (0 for never), and '
+                f'start_epoch={self.start_epoch} and off_epoch={self.off_epoch} leave no epoch for it.')
 
     @property
     def alternates(self) -> bool:
-        """Whether both kinds of batches occur."""
+        """Whether both types of batches occur."""
         return 0 < self.prob < 1
 
     def is_active(self, epoch: int) -> bool:
-        """Whether an epoch can have MultiMix batches."""
+        """Return whether an epoch can have MultiMix batches."""
         ended = self.off_epoch and epoch >= self.off_epoch
         return self.prob > 0 and epoch >= self.start_epoch and not ended
 
     def is_multimix(self, epoch: int, index: int) -> bool:
-        """Whether batch `index` of an epoch is a MultiMix batch."""
+        """Return whether batch `index` of an epoch is a MultiMix batch."""
         if not self.is_active(epoch):
             return False
         if not self.alternates:
@@ -61,12 +61,12 @@ class BatchSchedule:
         return int(np.random.SeedSequence(entropy).generate_state(1)[0]) < self.prob * 2 ** 32
 
     def mixes_images(self, epoch: int, index: int) -> bool:
-        """Whether mixup and CutMix apply to batch `index` of an epoch."""
+        """Return whether mixup and CutMix apply to batch `index` of an epoch."""
         return self.prob == 1 or not self.is_multimix(epoch, index)
 
 
 class _Batch(list):
-    """Dataset indices, or samples, of a batch, with the decision whether its images are mixed."""
+    """Dataset indices or samples of a batch, with a flag for image mixing."""
 
     def __init__(self, items: Iterable, mixes_images: bool):
         super().__init__(items)
@@ -74,7 +74,7 @@ class _Batch(list):
 
 
 class _BatchDataset(Dataset):
-    """A dataset that loads a batch as a whole, so that the decision stays with it."""
+    """Dataset that loads whole batches and preserves their flag for image mixing."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -91,7 +91,7 @@ class _BatchDataset(Dataset):
 
 
 class _DecidingBatchSampler:
-    """A batch sampler that attaches the decision of a BatchSchedule to every batch of indices."""
+    """Batch sampler that adds the flag for image mixing to every batch of indices."""
 
     def __init__(self, batch_sampler: Any, schedule: BatchSchedule):
         self.batch_sampler = batch_sampler
@@ -120,23 +120,23 @@ def _set_epoch(part: Any, epoch: int) -> None:
 
 
 def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
-    """Let a loader that mixes images in its collate function leave out those of MultiMix batches.
+    """Disable image mixing in the collate function of a loader for MultiMix batches.
 
-    Call it before the first batch. The loader's batch sampler then needs set_epoch() before every epoch.
+    Call it before the first batch. Afterwards, call set_epoch() of the loader's batch sampler before every epoch.
 
     Args:
         loader: Training loader of timm's create_loader with collate_fn=AlternatingCollateMixup(...).
-        schedule: Decides which batches are MultiMix batches.
+        schedule: Schedule of MultiMix batches.
 
     Raises:
-        TypeError: if the loader does not know the index of a batch, as with a streamed dataset.
+        TypeError: if the loader does not provide the index of a batch, as with an iterable dataset.
     """
     inner = loader.loader
     if type(inner) is not DataLoader or isinstance(inner.dataset, IterableDataset):
         kind = type(inner.dataset if type(inner) is DataLoader else inner).__name__
         raise TypeError(
-            f'With a probability between 0 and 1 the index of a batch must be known where its images are mixed, and '
-            f'{kind} does not know it.')
+            'A MultiMix probability between 0 and 1 needs the index of each batch in the collate function, which '
+            f'{kind} does not provide.')
     loader.loader = DataLoader(
         _BatchDataset(inner.dataset),
         batch_sampler=_DecidingBatchSampler(inner.batch_sampler, schedule),
@@ -149,7 +149,7 @@ def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
 
 
 class AlternatingCollateMixup(FastCollateMixup):
-    """timm's FastCollateMixup that leaves the images of MultiMix batches as they are. Targets are soft either way."""
+    """timm's FastCollateMixup without image mixing for MultiMix batches. The targets of all batches are soft."""
 
     def __call__(self, batch: Sequence, _=None):
         enabled = self.mixup_enabled
@@ -161,10 +161,10 @@ class AlternatingCollateMixup(FastCollateMixup):
 
 
 class AlternatingMixup(Mixup):
-    """timm's Mixup that leaves the images of MultiMix batches as they are. Targets are soft either way.
+    """timm's Mixup without image mixing for MultiMix batches. The targets of all batches are soft.
 
     Attributes:
-        mixes_images: Whether the next batch is mixed; set by whoever iterates over the loader.
+        mixes_images: Whether the images of the next batch are mixed. The training loop sets it.
     """
 
     mixes_images = True

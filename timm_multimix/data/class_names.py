@@ -1,4 +1,4 @@
-"""Names of classes: those of a dataset, those of a model, and the mapping from one to the other."""
+"""Class names of datasets and models, and the mapping between them."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -6,10 +6,10 @@ from .image_files import listed
 
 
 def dataset_classes(dataset: Any) -> dict[str, int] | None:
-    """The class names of a dataset and their indices; None if it does not name its classes.
+    """Get the class names of a dataset and their indices; None if the dataset has no class names.
 
     Args:
-        dataset: A dataset of timm, torchvision or this package, or one that wraps it.
+        dataset: A dataset of timm, torchvision or this package, or a wrapper of one.
     """
     while dataset is not None:
         for source in (dataset, getattr(dataset, 'reader', None)):
@@ -22,7 +22,7 @@ def dataset_classes(dataset: Any) -> dict[str, int] | None:
 
 
 def ordered_names(classes: Mapping[str, int] | None, num_classes: int) -> list[str] | None:
-    """Names of the classes in order, if there is exactly one for each."""
+    """Return the class names in order; None unless each class has exactly one name."""
     names = {index: name for name, index in (classes or {}).items()}
     if sorted(names) != list(range(num_classes)) or len(names) != len(classes):
         return None
@@ -30,7 +30,7 @@ def ordered_names(classes: Mapping[str, int] | None, num_classes: int) -> list[s
 
 
 def valid_classes(value: Any) -> dict[str, int] | None:
-    """Class names from a file: a mapping of names to indices, or a list of names; None if they are neither."""
+    """Convert a list of class names, or a mapping of names to indices, to a dict; None for other values."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = {name: index for index, name in enumerate(value)} if len(set(map(str, value))) == len(value) else None
     if not value or not isinstance(value, Mapping):
@@ -48,24 +48,24 @@ def class_mapping(classes: Mapping[str, int], known: Mapping[str, int]) -> dict[
         known: Class names of the model and their indices.
 
     Raises:
-        ValueError: if the model does not know a class, with the names.
+        ValueError: if the model lacks a class, or has different classes for two names of one class.
     """
     unknown = [name for name in classes if name not in known]
     if unknown:
-        raise ValueError(f'the model does not know {len(unknown)} of them: {listed(unknown)}')
+        raise ValueError(f'the model lacks {len(unknown)} of the classes: {listed(unknown)}')
     mapping: dict[int, int] = {}
     for name, index in classes.items():
         if mapping.setdefault(index, known[name]) != known[name]:
-            raise ValueError(f'two names of class {index} are different classes of the model: {name} is one of them')
+            raise ValueError(f'two names of class {index}, one of them {name}, are different classes of the model')
     return mapping
 
 
 def map_targets(dataset: Any, mapping: Mapping[int, int]) -> None:
-    """Let a dataset return the class indices of a model.
+    """Make a dataset return the class indices of a model.
 
     Args:
-        dataset: The dataset, changed in place; a wrapped one is changed inside.
-        mapping: Index of the model for each index of the dataset.
+        dataset: Dataset, changed in place. For a wrapper, the wrapped dataset is changed.
+        mapping: Class index of the model for each class index of the dataset.
     """
     if all(index == mapped for index, mapped in mapping.items()):
         return
@@ -75,7 +75,7 @@ def map_targets(dataset: Any, mapping: Mapping[int, int]) -> None:
 
 
 class _MapTarget:
-    """A target transform that maps class indices, then applies another one."""
+    """Target transform that maps class indices and then applies another transform."""
 
     def __init__(self, mapping: Mapping[int, int], transform: Any):
         self.mapping = dict(mapping)

@@ -1,4 +1,4 @@
-"""Kinds of datasets: which of them can run code, and which splits they have."""
+"""Types of datasets: risk of code execution, and checks of their splits."""
 import importlib.util
 import inspect
 import os
@@ -8,20 +8,20 @@ from collections.abc import Iterable
 DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 TRAIN_SPLITS = ('train', 'training')
 VALIDATION_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
-# Without a folder of this name, timm uses the whole folder. These are the defaults of the options.
+# Default splits, for which timm uses the whole folder if it has no such subfolder.
 _WHOLE_FOLDER = ('train', 'validation')
 _TORCH_FOLDERS = ('image_folder', 'folder')
 _TORCH_TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
 
 
 def dataset_prefix(name: str) -> str:
-    """The type in a dataset's name TYPE/NAME, in lower case; '' for a folder."""
+    """Return the type in the name TYPE/NAME of a dataset, in lower case; '' for a folder."""
     prefix, separator, _ = (name or '').partition('/')
     return prefix.lower() if separator else ''
 
 
 def _scripts_run() -> bool:
-    """Whether the installed version of Hugging Face datasets can run a dataset's own script; so assumed if unknown."""
+    """Return whether Hugging Face datasets can run the script of a dataset; True if the package is not installed."""
     if importlib.util.find_spec('datasets') is None:
         return True
     import datasets
@@ -29,28 +29,28 @@ def _scripts_run() -> bool:
 
 
 def _is_address(text: str) -> bool:
-    """Whether text is an address such as pipe:COMMAND or http://HOST, and not a path. C:\\ is a path."""
+    """Return whether text is a URL such as pipe:COMMAND or http://HOST. C:\\ is a path."""
     return bool(re.match(r'\s*[A-Za-z][\w+.-]+:', text)) or '::' in text
 
 
 def code_danger(name: str, root: str | None = None, splits: Iterable[str] = (), trust_remote_code: bool = False) -> str:
-    """Explain how opening a dataset can run code; '' if it cannot.
+    """Describe how opening a dataset can run code; '' if it cannot.
 
     Args:
-        name: Name of the dataset as --dataset takes it, '' for a folder.
-        root: Its folder or address.
-        splits: Names of its splits, which can be addresses too.
-        trust_remote_code: Whether the dataset's own code may run.
+        name: Value of --dataset; '' for a folder.
+        root: Folder or URL of the dataset.
+        splits: Names of the splits, which can be URLs.
+        trust_remote_code: Whether the dataset's own code is allowed to run.
     """
     prefix = dataset_prefix(name)
     if prefix == 'wds':
         is_local = bool(root) and os.path.isdir(root) and not _is_address(root)
         if not is_local or any(':' in split for split in splits):
-            return 'webdataset opens addresses such as pipe:, http: and s3: by running a command'
+            return 'webdataset opens URLs such as pipe:, http: and s3: by running a command'
     elif prefix in ('hfds', 'hfids') and (trust_remote_code or _scripts_run()):
-        return 'a Hugging Face dataset may run a script of its own'
+        return 'a Hugging Face dataset can run its own script'
     elif prefix == 'tfds' and re.search(r':(?![\d*])', name):
-        return 'a community dataset of TensorFlow Datasets runs code of its own'
+        return 'a community dataset of TensorFlow Datasets runs its own code'
     elif prefix and prefix not in (*DATASET_TYPES, 'demo'):
         return '' if root and os.path.exists(root) else f'{prefix}/ is an unknown type of dataset'
     return ''
@@ -63,17 +63,17 @@ def _check_folder_split(root: str, split: str) -> None:
         return
     with os.scandir(root) as entries:
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
-    shown = ', '.join(folders[:5]) + (', ...' if len(folders) > 5 else '')
-    wanted = f'Slices such as {split} are for other datasets: a' if '[' in split else 'A'
+    names = ', '.join(folders[:5]) + (', ...' if len(folders) > 5 else '')
+    hint = 'An image folder does not support slices. ' if '[' in split else ''
     raise ValueError(
-        f'there is no split {split!r}. {wanted} split of {root} is a folder in it: {shown or "it has none"}.')
+        f'there is no split {split!r}. {hint}The splits of {root} are its subfolders: {names or "it has none"}.')
 
 
 def check_split(name: str, root: str | None, split: str) -> None:
-    """Check that a split exists, where timm would silently take other images.
+    """Check that a split exists, if timm would silently use other images instead.
 
     Raises:
-        ValueError: if it does not exist.
+        ValueError: if the split does not exist.
     """
     prefix, base = dataset_prefix(name), name.rpartition('/')[2].lower()
     if prefix == 'torch' and base in _TORCH_TWO_SPLITS:

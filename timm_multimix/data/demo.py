@@ -1,4 +1,4 @@
-"""Datasets that come with the package, for a first run on a machine with nothing else."""
+"""Embedded datasets for demos and tests without other data."""
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,18 +17,18 @@ _VALIDATION_EVERY = 5
 
 
 class EmbeddedDataset(torch.utils.data.Dataset):
-    """Grey images held in memory, as timm reads datasets.
+    """Dataset of greyscale images in memory, with timm's interface.
 
     Args:
         images: uint8 images (n, h, w).
         targets: Class indices (n,).
-        names: Numbers that name the images, by default 0 to n - 1.
+        names: Numbers in the file names of the images; the default is 0 to n - 1.
         img_mode: PIL mode of the images, such as 'RGB' or 'L'.
         transform: Applied to the PIL image; timm's create_loader sets it.
         target_transform: Applied to the class index.
     """
     classes: tuple[str, ...]
-    # Enlarged to less than usual image sizes: a crop at the loader's size then never throws resolution away.
+    # Smaller than usual input sizes, so that the loader does not reduce the resolution.
     image_size = 32
 
     def __init__(
@@ -65,7 +65,7 @@ class EmbeddedDataset(torch.utils.data.Dataset):
         return image, target
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Name of an image: its class and its number."""
+        """Return the file name of an image: class and number."""
         name = f'{self.indices[index]:04d}.png'
         return name if basename else f'{self.classes[self.targets[index]]}/{name}'
 
@@ -74,18 +74,18 @@ class EmbeddedDataset(torch.utils.data.Dataset):
 
 
 class Part(torch.utils.data.Dataset):
-    """Some of the images of a dataset, with a transform of their own.
+    """Subset of a dataset with its own transform.
 
     Args:
-        dataset: Whose images; it is left as it is.
-        indices: Which of them.
+        dataset: Dataset. It is copied, so that its transform does not change.
+        indices: Indices of the subset.
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
         self.dataset = copy.copy(dataset)
         self.indices = list(indices)
         reader = getattr(self.dataset, 'reader', None)
-        if isinstance(reader, DecodingReader):  # the other images must not take the place of an unreadable one
+        if isinstance(reader, DecodingReader):  # an image of the subset replaces an unreadable one
             self.dataset.reader = reader.restricted(self.indices)
 
     @property
@@ -103,22 +103,22 @@ class Part(torch.utils.data.Dataset):
         return self.dataset[self.indices[index]]
 
 
-def _known_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:
-    for known, others in synonyms.items():
+def _canonical_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:
+    for canonical, others in synonyms.items():
         if split in others:
-            return known
+            return canonical
     raise ValueError(f'{name} has the splits {", ".join(map(repr, synonyms))}, got {split!r}.')
 
 
 class DigitsDataset(EmbeddedDataset):
-    """scikit-learn's bundled digits: 1,797 real handwritten digits, 8 x 8 pixels, enlarged so that transforms work.
+    """scikit-learn's digits: 1,797 handwritten digits of 8 x 8 pixels, enlarged to 32 x 32.
 
-    The split is fixed: of every class each fifth image is held out, which keeps classes and writers balanced. Images
-    are named by their number in scikit-learn's order.
+    The split is fixed. Every fifth image of each class is held out, which balances classes and writers. The number in a
+    file name is the index in scikit-learn's dataset.
 
     Args:
-        split: 'train' (1,442 images) or 'validation' (355 images), or a synonym that timm knows.
-        **options: Of EmbeddedDataset: img_mode, transform, target_transform.
+        split: 'train' (1,442 images), 'validation' (355 images), or a synonym that timm accepts.
+        **options: img_mode, transform and target_transform of EmbeddedDataset.
 
     Raises:
         ValueError: if the split is unknown.
@@ -126,9 +126,9 @@ class DigitsDataset(EmbeddedDataset):
     classes = tuple(FIGURES)
 
     def __init__(self, split: str = 'train', **options):
-        from sklearn.datasets import load_digits  # takes a second to import, which only the demo should pay
+        from sklearn.datasets import load_digits  # slow import, needed only here
 
-        split = _known_split('demo/digits', split, train=TRAIN_SPLITS, validation=(*VALIDATION_SPLITS, 'test'))
+        split = _canonical_split('demo/digits', split, train=TRAIN_SPLITS, validation=(*VALIDATION_SPLITS, 'test'))
         digits = load_digits()
         rank_in_class = np.zeros(len(digits.target), dtype=int)
         for index in range(len(self.classes)):
@@ -141,50 +141,51 @@ class DigitsDataset(EmbeddedDataset):
 
 
 class GlyphsDataset(EmbeddedDataset):
-    """Distorted, noisy figures and letters, 32 x 32 pixels, drawn on first use; as many as are asked for.
+    """Synthetic dataset of distorted, noisy figures and letters, 32 x 32 pixels.
 
-    Fonts of one split are in no other, so that validation and test ask for what fonts have in common.
+    No font is in two splits, so that validation and test measure generalization to new fonts.
 
     Args:
-        split: 'train' (2,000 images unless told), 'validation' (1,000) or 'test' (3,000), or a synonym that timm knows.
-        num_samples: Number of images. More images begin with those of fewer.
+        split: 'train', 'validation', 'test', or a synonym that timm accepts.
+        num_samples: Number of images; the default is 2,000 for 'train', 1,000 for 'validation' and 3,000 for 'test'. A
+            smaller dataset contains the first images of a larger one.
         seed: Seed of the images.
-        **options: Of EmbeddedDataset: img_mode, transform, target_transform.
+        **options: img_mode, transform and target_transform of EmbeddedDataset.
 
     Raises:
-        ValueError: if the split is unknown, or the number of images below 1.
+        ValueError: if the split is unknown or num_samples is below 1.
     """
     name = 'demo/glyphs'
     classes = tuple(FIGURES + LETTERS)
     coarse = False
 
     def __init__(self, split: str = 'train', num_samples: int | None = None, seed: int = 0, **options):
-        split = _known_split(
+        split = _canonical_split(
             self.name, split, train=TRAIN_SPLITS, validation=VALIDATION_SPLITS, test=('test',))
         if num_samples is None:
             num_samples = dict(train=2000, validation=1000, test=3000)[split]
         if num_samples < 1:
-            raise ValueError(f'{self.name} needs a number of images of at least 1, got {num_samples}.')
+            raise ValueError(f'The number of images of {self.name} must be at least 1, got {num_samples}.')
         images, targets = render_glyphs(
             split, num_samples, characters=''.join(self.classes), coarse=self.coarse, seed=seed)
         super().__init__(images, targets, **options)
 
 
 class LettersDataset(GlyphsDataset):
-    """Letters in the manner of scikit-learn's digits, 8 x 8 pixels: nothing a digit classifier should know."""
+    """Synthetic letters in the style of scikit-learn's digits, 8 x 8 pixels: out-of-distribution data for them."""
     name = 'demo/letters'
     classes = tuple(LETTERS)
     coarse = True
 
 
 class Demo(NamedTuple):
-    """An embedded dataset.
+    """Description of an embedded dataset.
 
     Attributes:
-        dataset: Its class.
-        name: What it holds.
-        size: How many there are.
-        defaults: Options that suit it, for where the user gives none.
+        dataset: Dataset class.
+        name: Displayed name.
+        size: Number of images, as text.
+        defaults: Default options for training on the dataset.
     """
     dataset: type[torch.utils.data.Dataset]
     name: str
@@ -192,10 +193,10 @@ class Demo(NamedTuple):
     defaults: dict[str, Any]
 
 
-# Small grey characters, of which some are others when mirrored.
+# Options for small greyscale characters. Mirroring would change the class of some.
 _CHARACTERS = dict(
     img_size=64,
-    crop_pct=1.0,  # they fill their images: a centre crop would cut them
+    crop_pct=1.0,  # a centre crop would cut the characters, which fill the images
     batch_size=64,
     opt='adamw',
     lr=1e-3,
@@ -207,7 +208,7 @@ _CHARACTERS = dict(
     ratio=[0.85, 1.18],
     hflip=0.0,
     color_jitter=0.0,
-    workers=0,  # decoding is nothing here, starting processes is not
+    workers=0,  # starting processes takes longer than decoding
     log_interval=10,
     checkpoint_hist=1,
 )
@@ -216,49 +217,49 @@ DEMOS = {
     'demo/digits': Demo(
         DigitsDataset,
         'handwritten digits',
-        '1,442 to train on and 355 to validate',
+        '1,442 training and 355 validation images',
         dict(num_classes=10, epochs=9, **_CHARACTERS),
     ),
     'demo/glyphs': Demo(
         GlyphsDataset,
-        'figures and letters in 36 classes, distorted and noisy',
-        '2,000 to train on unless --train-num-samples says',
+        'distorted, noisy figures and letters in 36 classes',
+        '2,000 training images unless --train-num-samples is set',
         dict(num_classes=36, epochs=30, **_CHARACTERS),
     ),
     'demo/letters': Demo(
         LettersDataset,
-        'letters in the manner of the digits',
-        '2,000 to train on unless --train-num-samples says',
+        'letters in the style of the digits',
+        '2,000 training images unless --train-num-samples is set',
         dict(num_classes=26, epochs=9, **_CHARACTERS),
     ),
 }
 
 
 def default_img_mode(in_chans: int) -> str:
-    """The mode of PIL that images of so many channels are read in, as in timm's script."""
+    """Return the PIL mode for a number of input channels, as in timm's script."""
     return 'RGB' if in_chans == 3 else 'L'
 
 
 def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs):
-    """timm's create_dataset with the embedded datasets under `demo/`, and with checks that timm omits.
+    """Create an embedded dataset (`demo/...`) or a dataset of timm with additional checks.
 
-    A folder's split must exist, hidden folders are no classes, and images without a class are reported. Unreadable
-    images are recorded and 16-bit images are scaled to 8 bits, see DecodingReader.
+    The split of a folder must exist. Hidden folders are not classes. Images without a class are reported. Unreadable
+    images are recorded, and 16-bit images are scaled to 8 bits; see DecodingReader.
 
     Args:
-        name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a name that timm knows.
+        name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a dataset name of timm.
         split: Name of the split.
         input_img_mode: PIL mode of the images.
-        **kwargs: Of timm's create_dataset. An embedded dataset reads target_transform, and num_samples if it can make
-            any number of images.
+        **kwargs: Arguments of timm's create_dataset. Embedded datasets use target_transform, and the synthetic ones
+            num_samples.
 
     Raises:
-        ValueError: if there is no such embedded dataset, no such split, or no valid class map.
+        ValueError: if the embedded dataset or the split does not exist, or if the class map is invalid.
     """
     if not name.lower().startswith(DEMO_PREFIX):
         return _create_timm_dataset(name, split, input_img_mode, kwargs)
     if name.lower() not in DEMOS:
-        raise ValueError(f'No embedded dataset {name!r}: there is {", ".join(DEMOS)}.')
+        raise ValueError(f'There is no embedded dataset {name!r}. Choose from {", ".join(DEMOS)}.')
     dataset = DEMOS[name.lower()].dataset
     options = dict(img_mode=input_img_mode, target_transform=kwargs.get('target_transform'))
     if issubclass(dataset, GlyphsDataset):
@@ -270,10 +271,10 @@ def _create_timm_dataset(name: str, split: str, input_img_mode: str, options: di
     check_split(name, options.get('root'), split)
     prefix = dataset_prefix(name)
     class_map = None
-    if prefix not in ('hfds', 'hfids', 'tfds', 'wds'):  # images in files, whose classes are mapped afterwards
+    if prefix not in ('hfds', 'hfids', 'tfds', 'wds'):  # as_image_files applies the class map to image files
         class_map = options.get('class_map') or None
         options = {**options, 'class_map': None}
     if prefix == 'torch' and name.rpartition('/')[2].lower() in ('image_folder', 'folder'):
-        options = {**options, 'allow_empty': True}  # hidden folders, which are left out later
+        options = {**options, 'allow_empty': True}  # as_image_files removes hidden folders
     dataset = create_timm_dataset(name, split=split, input_img_mode=input_img_mode, **options)
     return as_image_files(dataset, input_img_mode, class_map)

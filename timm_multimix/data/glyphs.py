@@ -1,4 +1,4 @@
-"""Letters and figures from the fonts that matplotlib ships, distorted at random: any number of images from a seed."""
+"""Randomly distorted letters and figures, rendered with matplotlib's fonts."""
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 FIGURES = '0123456789'
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
-# No font is in two splits. The families too are kept apart, but for Computer Modern, whose styles differ most.
+# No font is in two splits. Computer Modern is the only family in two splits, because its styles differ most.
 FONTS = {
     'train': (
         'DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold',
@@ -23,13 +23,13 @@ FONTS = {
 }
 
 IMAGE_SIZE = 32
-_CANVAS = 2 * IMAGE_SIZE  # glyphs are drawn and distorted at twice the size, then averaged down
-_BLOCK = 500  # images drawn with one random state: the first of many images are those of few
+_CANVAS = 2 * IMAGE_SIZE  # glyphs are drawn and distorted at twice the size, then downsampled
+_BLOCK = 500  # images per random state; the first images do not depend on the number of images
 
 
 @lru_cache(maxsize=8)
 def _templates(split: str, characters: str) -> torch.Tensor:
-    """Blurred glyphs (fonts, characters, canvas, canvas) in [0, 1], each centred; a threshold makes strokes of them."""
+    """Centred, blurred glyphs (fonts, characters, canvas, canvas) in [0, 1]. A threshold converts them to strokes."""
     folder = Path(matplotlib.get_data_path(), 'fonts', 'ttf')
     templates = []
     for name in FONTS[split]:
@@ -54,7 +54,7 @@ def _smooth_noise(count: int, channels: int, knots: int, generator: torch.Genera
 
 
 def _distort(templates: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Strokes (count, canvas, canvas) in [0, 1]: templates under a random affine and elastic map, of random width."""
+    """Strokes (count, canvas, canvas) in [0, 1]: templates after a random affine and elastic map, with random width."""
     count = len(templates)
     angle = _uniform((count,), -math.pi / 9, math.pi / 9, generator)
     shear = _uniform((count,), -0.3, 0.3, generator)
@@ -63,7 +63,7 @@ def _distort(templates: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     rotation = torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
     skew = torch.eye(2).repeat(count, 1, 1)
     skew[:, 0, 1] = shear
-    linear = rotation @ skew / stretch.unsqueeze(1)  # from image to template, so a large stretch enlarges
+    linear = rotation @ skew / stretch.unsqueeze(1)  # maps image to template, so a large stretch enlarges
     offset = _uniform((count, 2, 1), -0.15, 0.15, generator)
     grid = F.affine_grid(torch.cat([linear, offset], dim=2), [count, 1, _CANVAS, _CANVAS], align_corners=False)
     grid = grid + 0.06 * _smooth_noise(count, 2, 6, generator).permute(0, 2, 3, 1)
@@ -73,25 +73,25 @@ def _distort(templates: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def _paint(strokes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images (count, size, size) in [0, 1]: strokes light on dark or dark on light, on an uneven ground, with noise."""
+    """Images (count, size, size) in [0, 1]: light or dark strokes on an uneven background, with noise."""
     count = len(strokes)
     contrast = _uniform((count, 1, 1), 0.25, 0.8, generator)
     contrast = contrast * torch.where(torch.rand((count, 1, 1), generator=generator) < 0.5, -1, 1)
     middle = 0.5 + _uniform((count, 1, 1), -0.5, 0.5, generator) * (1 - contrast.abs())
-    ground = _smooth_noise(count, 1, 5, generator).squeeze(1) * _uniform((count, 1, 1), 0, 0.15, generator)
-    images = F.avg_pool2d(middle + contrast * (strokes - 0.5) + ground, 2)
+    background = _smooth_noise(count, 1, 5, generator).squeeze(1) * _uniform((count, 1, 1), 0, 0.15, generator)
+    images = F.avg_pool2d(middle + contrast * (strokes - 0.5) + background, 2)
     noise = torch.randn(images.shape, generator=generator) * _uniform((count, 1, 1), 0, 0.15, generator)
     return (images + noise).clamp(0, 1)
 
 
 def _extent(inked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Middle and half length of the inked part of lines (count, canvas), in the units of a sampling grid."""
+    """Centre and half length of the inked part of lines (count, canvas), in the units of a sampling grid."""
     first, last = inked.int().argmax(dim=1), _CANVAS - inked.flip(1).int().argmax(dim=1)
     return (first + last) / _CANVAS - 1, (last - first) / _CANVAS
 
 
 def _coarsen(strokes: torch.Tensor) -> torch.Tensor:
-    """Images (count, 8, 8) as scikit-learn's digits are: filling the image, counted in blocks, light on black."""
+    """Images (count, 8, 8) in the style of scikit-learn's digits: cropped, averaged over blocks, light on black."""
     inked = strokes > 0.5
     (y, half_height), (x, half_width) = _extent(inked.any(dim=2)), _extent(inked.any(dim=1))
     half = torch.maximum(half_height, half_width)
@@ -111,14 +111,16 @@ def render_glyphs(
         coarse: bool = False,
         seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw distorted characters. The same arguments give the same images, and more images begin with those of fewer.
+    """Render distorted characters.
+
+    The result is deterministic. A smaller `count` returns the first images of a larger one.
 
     Args:
-        split: 'train', 'validation' or 'test': which fonts to draw with. No two splits share one.
+        split: 'train', 'validation' or 'test'. No font is in two splits.
         count: Number of images.
-        characters: The classes, in order. Classes take turns, so any number of images is balanced.
-        coarse: Draw in the manner of scikit-learn's digits, 8 x 8 light on black, without ground and noise.
-        seed: Seed of the images; every split draws others.
+        characters: Classes in order. The classes alternate, so that any number of images is balanced.
+        coarse: Render 8 x 8 images in the style of scikit-learn's digits, light on black without noise.
+        seed: Seed of the images. Each split has its own random states.
 
     Returns:
         Images (count, 32, 32), or (count, 8, 8) if coarse, uint8, and their class indices (count,).
@@ -135,6 +137,6 @@ def render_glyphs(
             strokes = _distort(templates[fonts, classes], generator)
             blocks.append(_coarsen(strokes) if coarse else _paint(strokes, generator))
     images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
-    images.setflags(write=False)  # they are shared by all who ask
+    images.setflags(write=False)  # the cached arrays are shared by all callers
     targets.setflags(write=False)
     return images, targets

@@ -1,4 +1,4 @@
-"""Images in files: unreadable ones are recorded, 16-bit ones are scaled, and hidden folders are left out."""
+"""Datasets of image files, with handling of unreadable images, 16-bit images, hidden folders and class maps."""
 import copy
 import logging
 import os
@@ -21,27 +21,32 @@ _logger = logging.getLogger(__name__)
 
 _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 _MAX_SHOWN = 10
-_MAX_IN_A_ROW = int(os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10)  # as timm's
+_MAX_IN_A_ROW = int(os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10)  # as in timm
 _EARLIER, _CURRENT = 1, 2
 
 
 def listed(names: Sequence[str], count: int | None = None) -> str:
-    """Names as text, the first of them if there are many; count is their number if more exist than are given."""
+    """Join the first names to a text.
+
+    Args:
+        names: Names.
+        count: Total number, if `names` contains only some of them.
+    """
     count = len(names) if count is None else count
-    shown = [' '.join(name.split()) for name in names[:_MAX_SHOWN]]
-    return ', '.join(shown) + (f' and {count - len(shown)} more' if count > len(shown) else '')
+    first = [' '.join(name.split()) for name in names[:_MAX_SHOWN]]
+    return ', '.join(first) + (f' and {count - len(first)} more' if count > len(first) else '')
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception in one line, or its type if it has none."""
+    """Return the message of an exception as one line, or its type if the message is empty."""
     return ' '.join(str(error).split()) or type(error).__name__
 
 
 class UnreadableImages:
-    """The images of a dataset that could not be read, shared between the processes that load them.
+    """Record of unreadable images of a dataset, in memory shared with the loader's workers.
 
     Args:
-        filename: Returns the name of an image, given its index.
+        filename: Function that returns the name of an image for its index.
         count: Number of images in the dataset.
     """
 
@@ -54,36 +59,36 @@ class UnreadableImages:
         return len(self._flags)
 
     def add(self, index: int) -> bool:
-        """Record an image; returns whether it is new in this run."""
+        """Record an image. Return whether it was not recorded before in this run."""
         is_new = not self._flags[index]
         self._flags[index] = _CURRENT
         return is_new
 
     def begin_epoch(self) -> None:
-        """Start an epoch, in which no image has been recorded yet."""
+        """Start a new epoch without recorded images."""
         self._flags.clamp_(max=_EARLIER)
 
     def in_epoch(self) -> list[int]:
-        """Indices of the images recorded since begin_epoch, in order."""
+        """Return the indices of the images recorded since begin_epoch, in order."""
         return (self._flags == _CURRENT).nonzero().flatten().tolist()
 
     def in_run(self) -> list[int]:
-        """Indices of all images recorded so far, in order."""
+        """Return the indices of all recorded images, in order."""
         return self._flags.nonzero().flatten().tolist()
 
     def update(self, indices: Iterable[int]) -> None:
-        """Record images that another process, or an interrupted run, could not read."""
+        """Record unreadable images of other processes or of a resumed run."""
         for index in indices:
             if 0 <= index < len(self):
                 self._flags[index] = _CURRENT
 
     def names(self, indices: Sequence[int]) -> str:
-        """Names of images as text, the first of them if there are many."""
+        """Return the names of the first images as text."""
         return listed([self.filename(index) for index in indices[:_MAX_SHOWN]], len(indices))
 
 
 def unreadable_images(dataset: Any) -> UnreadableImages | None:
-    """The record of unreadable images of a dataset or of the one that it wraps; None if nothing is recorded."""
+    """Get the record of unreadable images of a dataset or wrapped dataset; None without a DecodingReader."""
     while not isinstance(getattr(dataset, 'reader', None), DecodingReader) and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     reader = getattr(dataset, 'reader', None)
@@ -93,7 +98,7 @@ def unreadable_images(dataset: Any) -> UnreadableImages | None:
 def _is_sixteen_bit(image: Image.Image) -> bool:
     if image.mode.startswith('I;16'):
         return True
-    # Some formats open files of 16 bits in mode I, of 32 bits. The raw mode is known until the image is loaded.
+    # Some formats open 16-bit files in the 32-bit mode I. The raw mode is available until the image is loaded.
     raw_modes = [tile[3] if isinstance(tile[3], str) else str(tile[3][0]) for tile in image.tile if tile[3]]
     is_ppm = any(tile[0].startswith('ppm') for tile in image.tile)  # PIL scales these to 16 bits
     return image.mode == 'I' and (is_ppm or any(mode.startswith('I;16') for mode in raw_modes))
@@ -102,11 +107,11 @@ def _is_sixteen_bit(image: Image.Image) -> bool:
 def open_image(file: Any, mode: str | None) -> Image.Image:
     """Decode an image.
 
-    Grey images of 16 bits are scaled to 8 bits by 1/257, where PIL's conversion would clip them to 255.
+    16-bit greyscale images are scaled to 8 bits by 1/257. PIL's conversion would clip them to 255.
 
     Args:
-        file: An open file or a path.
-        mode: PIL mode to convert to; empty or None keeps the mode of the file.
+        file: Open file or path.
+        mode: PIL mode of the result; empty or None for the mode of the file.
     """
     image = Image.open(file)
     scales = bool(mode) and mode[0] not in 'IF' and _is_sixteen_bit(image)
@@ -118,7 +123,7 @@ def open_image(file: Any, mode: str | None) -> Image.Image:
 
 
 class _Decoded:
-    """A decoded image in place of the open file that ImageDataset would read."""
+    """Decoded image with the interface of the open file that ImageDataset reads."""
     __slots__ = ('image',)
 
     def __init__(self, image: Image.Image):
@@ -129,17 +134,17 @@ class _Decoded:
 
 
 class DecodingReader(Reader):
-    """A reader that decodes the images of another one, for ImageDataset with load_bytes=True.
+    """Reader that decodes the images of another reader, for ImageDataset with load_bytes=True.
 
-    An image is unreadable if reading or decoding it raises any exception. The next image takes its place, as in timm.
-    16-bit images are scaled to 8 bits. Other attributes are those of the inner reader.
+    An image is unreadable if reading or decoding raises any exception. It is replaced by the next image, as in timm.
+    16-bit images are scaled to 8 bits. Other attributes are forwarded to the inner reader.
 
     Args:
         inner: timm's reader of the files.
         mode: PIL mode of the images.
 
     Attributes:
-        unreadable: The images that could not be read.
+        unreadable: Record of unreadable images.
     """
 
     def __init__(self, inner: Reader, mode: str | None = 'RGB'):
@@ -150,12 +155,12 @@ class DecodingReader(Reader):
         self._allowed: np.ndarray | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith('__') or name == 'inner':  # asked for while a copy is made
+        if name.startswith('__') or name == 'inner':  # looked up while the object is copied
             raise AttributeError(name)
         return getattr(self.inner, name)
 
     def restricted(self, indices: Sequence[int]) -> 'DecodingReader':
-        """A copy in which only some images can take the place of an unreadable one."""
+        """Return a copy that replaces unreadable images only by the given images."""
         reader = copy.copy(self)
         reader._allowed = np.zeros(len(self), dtype=bool)
         reader._allowed[indices] = True
@@ -168,7 +173,7 @@ class DecodingReader(Reader):
         return self.inner.filename(index, basename, absolute)
 
     def _name(self, index: int, absolute: bool = False) -> str:
-        with suppress(Exception):  # tables may hold images without names
+        with suppress(Exception):  # images in tables can have no names
             return self.inner.filename(index, absolute=absolute) or f'image {index}'
         return f'image {index}'
 
@@ -185,14 +190,14 @@ class DecodingReader(Reader):
             except Exception as error:  # decoders raise exceptions of many types
                 name, reason = self._name(index, absolute=True), one_line(error)
                 if self.unreadable.add(index):
-                    _logger.warning(f'{name} cannot be read, the next image takes its place: {reason}')
+                    _logger.warning(f'{name} cannot be read and is replaced by the next image: {reason}')
                 index = self._next(index)
         raise RuntimeError(
-            f'{_MAX_IN_A_ROW} images in a row cannot be read, the last of them is {listed([name])}: {reason}')
+            f'{_MAX_IN_A_ROW} images in a row cannot be read. The last one is {listed([name])}: {reason}')
 
 
 class _SampleReader(Reader):
-    """Reader of the images that a torchvision folder dataset has found."""
+    """Reader for the images of a torchvision folder dataset."""
 
     def __init__(self, dataset: DatasetFolder):
         super().__init__()
@@ -213,7 +218,7 @@ class _SampleReader(Reader):
 
 
 class _Samples:
-    """Classes and images of a reader of files, which can be changed."""
+    """Editable classes and images of a reader."""
 
     def __init__(self, reader: Reader):
         self.reader = reader
@@ -223,10 +228,10 @@ class _Samples:
 
     @property
     def filenames(self) -> list[str]:
-        """Names of the images in the folder or archive."""
+        """Relative names of the images."""
         if self.in_tar:
             return self.reader.filenames()
-        start = len(self.reader.root)  # much faster than os.path.relpath for a million images
+        start = len(self.reader.root)  # faster than os.path.relpath for millions of images
         return [path[start:].lstrip(os.sep) for path, _ in self.reader.samples]
 
     @property
@@ -235,17 +240,17 @@ class _Samples:
         return {index: name for name, index in self.class_to_idx.items()}
 
     def set(self, class_to_idx: dict[str, int], targets: list[int | None]) -> None:
-        """Set the classes, and the class of each image; None leaves an image out."""
-        kept = [index for index, target in enumerate(targets) if target is not None]
-        if not kept:
+        """Set the classes and the class of each image. Images with the class None are removed."""
+        selected = [index for index, target in enumerate(targets) if target is not None]
+        if not selected:
             raise RuntimeError(f'Found 0 images of the classes in {self.reader.root}.')
-        self.class_to_idx, self.targets = class_to_idx, [targets[index] for index in kept]
+        self.class_to_idx, self.targets = class_to_idx, [targets[index] for index in selected]
         if self.in_tar:
-            self.reader.samples = self.reader.samples[kept]
+            self.reader.samples = self.reader.samples[selected]
             self.reader.targets = np.array(self.targets)
             self.reader.class_name_to_idx, self.reader.class_idx_to_name = class_to_idx, self.names
         else:
-            self.reader.samples = [(self.reader.samples[index][0], targets[index]) for index in kept]
+            self.reader.samples = [(self.reader.samples[index][0], targets[index]) for index in selected]
             self.reader.class_to_idx = class_to_idx
 
 
@@ -258,7 +263,7 @@ def _is_hidden(filename: str) -> bool:
 
 
 def _drop_hidden(samples: _Samples) -> None:
-    """Leave out images in hidden folders, such as .ipynb_checkpoints, and classes without other images."""
+    """Remove images in hidden folders, such as .ipynb_checkpoints, and classes without other images."""
     hidden = [_is_hidden(name) for name in samples.filenames]
     names = samples.names
     visible = {target for target, is_hidden in zip(samples.targets, hidden, strict=True) if not is_hidden}
@@ -266,7 +271,7 @@ def _drop_hidden(samples: _Samples) -> None:
         return
     order = {old: new for new, old in enumerate(sorted(visible))}
     if any(hidden):
-        _logger.info(f'{samples.reader.root}: {sum(hidden)} images in hidden folders are left out.')
+        _logger.info(f'{samples.reader.root}: {sum(hidden)} images in hidden folders are ignored.')
     samples.set(
         {names[old]: new for old, new in order.items()},
         [None if is_hidden else order[target] for target, is_hidden in zip(samples.targets, hidden, strict=True)])
@@ -276,7 +281,7 @@ def read_class_map(class_map: str, root: str) -> dict[str, int]:
     """Read a file that maps class names to indices.
 
     Raises:
-        ValueError: if there is no such file, or it does not map names to indices.
+        ValueError: if the file cannot be read or does not map names to indices.
     """
     try:
         classes = load_class_map(class_map, root)
@@ -289,16 +294,16 @@ def read_class_map(class_map: str, root: str) -> dict[str, int]:
 
 
 def _apply_class_map(samples: _Samples, class_map: str) -> None:
-    """Number the classes as a class map says, and report the images of classes that it lacks."""
+    """Apply the class indices of a class map. Images of other classes are removed with a warning."""
     root, names = samples.reader.root, samples.names
     classes = read_class_map(class_map, root)
     counts = Counter(names[target] for target in samples.targets)
-    lacking = {name: counts[name] for name in sorted(counts) if name not in classes}
-    if lacking:
-        shown = listed([f'{name or "(no folder)"} ({count} images)' for name, count in lacking.items()])
+    missing = {name: counts[name] for name in sorted(counts) if name not in classes}
+    if missing:
+        examples = listed([f'{name or "(no folder)"} ({count} images)' for name, count in missing.items()])
         _logger.warning(
-            f'The class map {class_map} lacks {len(lacking)} of the {len(counts)} classes in {root}. Their '
-            f'{sum(lacking.values())} images are left out: {shown}.')
+            f'The class map {class_map} lacks {len(missing)} of the {len(counts)} classes in {root}. Their '
+            f'{sum(missing.values())} images are ignored: {examples}.')
     if empty := [name for name in classes if name not in counts]:
         _logger.warning(
             f'{len(empty)} of the {len(classes)} classes in the class map {class_map} have no images in {root}: '
@@ -307,7 +312,7 @@ def _apply_class_map(samples: _Samples, class_map: str) -> None:
 
 
 def _report_empty_folders(samples: _Samples) -> None:
-    """Report folders that hold no images, and so are no classes."""
+    """Warn about folders without images, which are not classes."""
     if samples.in_tar or not os.path.isdir(samples.reader.root):
         return
     used = {name.split(os.sep)[0] for name in samples.filenames}
@@ -315,12 +320,12 @@ def _report_empty_folders(samples: _Samples) -> None:
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
     if empty := [name for name in folders if name not in used]:
         _logger.warning(
-            f'{len(empty)} of the {len(folders)} folders in {samples.reader.root} hold no images and are no classes: '
+            f'{len(empty)} of the {len(folders)} folders in {samples.reader.root} contain no images, and are ignored: '
             f'{listed(empty)}.')
 
 
 def _clean(reader: Reader, class_map: str | None) -> Reader:
-    """Leave out hidden folders, apply the class map, and report empty folders."""
+    """Remove hidden folders, apply the class map, and report empty folders."""
     if isinstance(reader, (ReaderImageFolder, ReaderImageInTar, _SampleReader)):
         samples = _Samples(reader)
         _report_empty_folders(samples)
@@ -331,14 +336,14 @@ def _clean(reader: Reader, class_map: str | None) -> Reader:
 
 
 def as_image_files(dataset: Any, input_img_mode: str | None = 'RGB', class_map: str | None = None) -> Any:
-    """Let a dataset of image files read through DecodingReader; other datasets are returned as they are.
+    """Add a DecodingReader to a dataset of image files. Other datasets are returned unchanged.
 
-    Hidden folders are left out. Empty folders, and images whose class a class map lacks, are reported.
+    Hidden folders are ignored. Empty folders, and images of classes that are not in the class map, are reported.
 
     Args:
-        dataset: A dataset of timm or torchvision.
+        dataset: Dataset of timm or torchvision.
         input_img_mode: PIL mode of the images.
-        class_map: File that maps class names to indices, for a dataset of folders.
+        class_map: File that maps class names to indices, for an image folder.
     """
     if isinstance(dataset, DatasetFolder):
         reader, features = _SampleReader(dataset), None

@@ -1,8 +1,7 @@
-"""Two views of every image: loaded once, augmented twice.
+"""Two augmented views of every image.
 
-The views are stacked as channels (2c, h, w), and batches are (b, 2c, h, w). All that happens to a batch on its way then
-happens to both views at once: timm's mixup and CutMix give them the same partners, shares and boxes, and batches keep
-their size.
+The views are stacked as channels (2c, h, w), and batches are (b, 2c, h, w). Batch transforms therefore apply to both
+views: timm's mixup and CutMix use the same partners, mixing weights and boxes for both.
 """
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,10 @@ from timm.data.scheduled_sampler import ScheduledTransformDataset
 
 
 class TwoViews:
-    """A transform that applies another one twice.
+    """Apply a transform twice and stack the results as channels.
 
     Args:
-        transform: Makes an array or tensor (c, h, w) of an image, with randomness of its own.
+        transform: Random transform of an image to an array or tensor (c, h, w).
     """
 
     def __init__(self, transform: Callable[[Any], np.ndarray | torch.Tensor]):
@@ -33,7 +32,7 @@ class TwoViews:
 
 
 class _EraseEach:
-    """Random erasing of each view by itself."""
+    """Apply random erasing to each view independently."""
 
     def __init__(self, erase: Callable[[torch.Tensor], torch.Tensor]):
         self.erase = erase
@@ -44,16 +43,18 @@ class _EraseEach:
 
 
 def add_second_view(loader: Any) -> Any:
-    """Make a loader of timm's create_loader give two views of every image, before its first batch.
+    """Change a loader of timm's create_loader to return two views of every image.
+
+    Call it before the first batch.
 
     Args:
         loader: Loader of images (c, h, w), with or without timm's prefetcher.
 
     Returns:
-        The same loader; its batches are (b, 2c, h, w), split them with split_views.
+        The same loader. Its batches are (b, 2c, h, w); split_views splits them.
 
     Raises:
-        TypeError: if its dataset has no transform that could be applied twice, as with augmentation splits.
+        TypeError: if the dataset has no transform that can be applied twice, as with augmentation splits.
     """
     dataset = loader.dataset
     if isinstance(dataset, ScheduledTransformDataset):
@@ -61,7 +62,7 @@ def add_second_view(loader: Any) -> Any:
     elif callable(getattr(dataset, 'transform', None)) and not isinstance(dataset, AugMixDataset):
         dataset.transform = TwoViews(dataset.transform)
     else:
-        raise TypeError(f'{type(dataset).__name__} has no transform that could be applied twice.')
+        raise TypeError(f'{type(dataset).__name__} has no transform that can be applied twice.')
     if isinstance(loader, PrefetchLoader):
         loader.mean, loader.std = (pixels.repeat(1, 2, 1, 1) for pixels in (loader.mean, loader.std))
         if loader.random_erasing is not None:
@@ -70,13 +71,13 @@ def add_second_view(loader: Any) -> Any:
 
 
 def split_views(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two views (b, c, h, w) of a batch (b, 2c, h, w), each laid out in memory as the batch is.
+    """Split a batch (b, 2c, h, w) into two views (b, c, h, w) with the memory format of the batch.
 
     Raises:
-        ValueError: if the batch cannot hold two views.
+        ValueError: if the batch is not 4-dimensional or has an odd number of channels.
     """
     if images.ndim != 4 or images.shape[1] % 2:
-        raise ValueError(f'Two views are a batch (b, 2c, h, w), got {tuple(images.shape)}. See add_second_view.')
+        raise ValueError(f'Two views need a batch (b, 2c, h, w), got {tuple(images.shape)}. See add_second_view.')
     channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     first, second = images.chunk(2, dim=1)
