@@ -1,4 +1,4 @@
-"""A Hub on loopback for this process, and models and runs to push to it."""
+"""Fixtures for tests of the Hub: a server on loopback, models and runs."""
 import json
 import os
 import subprocess
@@ -20,7 +20,7 @@ READ_TOKEN = 'hf_readreadreadreadread'
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A Hub where `user` has a token, and this process is sent to it."""
+    """Hub on loopback that this process uses, with tokens of `user`."""
     constants = huggingface_hub.constants
     with serve() as running:
         running.tokens = {TOKEN: User('user', orgs=('team',)), READ_TOKEN: User('user', 'read')}
@@ -41,7 +41,7 @@ def server(monkeypatch, tmp_path):
 def small_model(name: str = 'test_resnet', **kwargs) -> torch.nn.Module:
     model = timm.create_model(name, num_classes=3, **kwargs).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # nothing that an initialisation would make
+        for parameter in model.parameters():  # values that no initialization creates
             parameter.add_(torch.randn_like(parameter) * 0.05)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -67,7 +67,7 @@ json.dump([timm.data.resolve_model_data_config(model), model.pretrained_cfg['lab
 
 
 def load_elsewhere(server: HubServer, name: str, tmp_path: Path, size: int = 64, token: str = TOKEN):
-    """Logits, data configuration and class names of a model, loaded in a process without this package."""
+    """Load a model in a process without this package. Return its logits, data configuration and class names."""
     done = subprocess.run(
         [sys.executable, '-c', LOAD, name, str(size), str(tmp_path / 'logits.pt')], text=True, capture_output=True,
         cwd=tmp_path, env={**{k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}, 'HF_ENDPOINT': server.url,
@@ -79,6 +79,6 @@ def load_elsewhere(server: HubServer, name: str, tmp_path: Path, size: int = 64,
 
 @pytest.fixture
 def trained(script, image_folder):
-    """A run of two epochs that was not pushed."""
+    """Folder of a run of two epochs that was not pushed."""
     assert script.train(image_folder, '--model-ema', multimix='dense', epochs=2, mean='0.4', crop_pct=0.9) == 0
     return script.run_folder()

@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on loopback for the real huggingface_hub client, with the routes of pushes and downloads.
+"""A small Hugging Face Hub on loopback for the real huggingface_hub client, with the routes for pushes and downloads.
 
-Repositories with branches and commits, tokens with roles, LFS with storage on an origin of its own as the real Hub has,
-the metadata checks of `validate-yaml` that are known, and faults on demand.
+It has repositories with branches and commits, tokens with roles, LFS storage at a separate origin, the known metadata
+checks of `validate-yaml`, and configurable faults.
 """
 import base64
 import hashlib
@@ -29,7 +29,7 @@ _NAME = re.compile(r'[A-Za-z0-9][\w.-]{0,95}')
 
 @dataclass
 class User:
-    """Who a token belongs to. role: 'write', 'read' or 'fineGrained' (may write `writable` only)."""
+    """Owner of a token. role: 'write', 'read' or 'fineGrained' (write access only to `writable`)."""
     name: str
     role: str = 'write'
     orgs: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Repository:
 
     @property
     def titles(self) -> list[str]:
-        """Titles of the commits on main, the first one first."""
+        """Titles of the commits on main, oldest first."""
         titles, commit = [], self.head()
         while commit is not None:
             titles.insert(0, commit.title)
@@ -100,7 +100,7 @@ class Repository:
 
 
 def metadata_errors(card: str) -> list[str]:
-    """What the Hub would refuse in the metadata of a card, by the checks of it that are known."""
+    """Errors in the metadata of a card, by the known checks of the Hub."""
     match = re.match(r'\A---\r?\n(.*?)\r?\n---(\r?\n|\Z)', card, flags=re.DOTALL)
     if not match:
         return []
@@ -155,15 +155,15 @@ def metadata_errors(card: str) -> list[str]:
 
 @dataclass
 class Fault:
-    """What happens to the next requests that match: a status, (status, headers), 'cut' (the connection), 'mute' (the
-    request is carried out and not answered), or a function to call first."""
+    """Faults of the next matching requests: a status, (status, headers), 'cut' (the connection is closed), 'mute' (no
+    response to a completed request), or a function that is called first."""
     method: str
     pattern: str
     actions: list
 
 
 class HubServer:
-    """The Hub. `tokens` maps tokens to users, `repos` names to repositories, `requests` tells what was asked."""
+    """The Hub. `tokens` maps tokens to users, `repos` maps names to repositories, `requests` lists all requests."""
 
     def __init__(self):
         self.tokens: dict[str, User] = {}
@@ -194,11 +194,11 @@ class HubServer:
             server.server_close()
 
     def fail(self, method: str, pattern: str, *actions) -> None:
-        """Let the next requests whose method and path match (a regular expression) meet these fates, one each."""
+        """Apply one action to each of the next requests with this method and a path that matches the pattern."""
         self.faults.append(Fault(method, pattern, list(actions)))
 
     def count(self, method: str, pattern: str) -> int:
-        """How many such requests there were."""
+        """Number of requests with this method and a path that matches the pattern."""
         return sum(m == method and re.search(pattern, path) is not None for m, path in self.requests)
 
     def create(self, repo_id: str, private: bool = False) -> Repository:
@@ -218,15 +218,15 @@ class HubServer:
         return None
 
 
-class _Answer(Exception):
+class _Response(Exception):
     def __init__(self, status: int, body=None, **headers: str):
         self.status = status
         self.body = body
         self.headers = {name.replace('_', '-'): value for name, value in headers.items()}
 
 
-def _not_found(what: str, status: int = 404) -> _Answer:
-    return _Answer(status, {'error': what}, X_Error_Code=what.replace(' ', ''), X_Error_Message=what)
+def _not_found(what: str, status: int = 404) -> _Response:
+    return _Response(status, {'error': what}, X_Error_Code=what.replace(' ', ''), X_Error_Message=what)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -256,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
                 yield chunk
 
     def _cut(self) -> None:
-        """End the connection rudely, in the middle of what the client says."""
+        """Reset the connection during the request."""
         next(self._chunks(), None)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.connection.close()
@@ -275,27 +275,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.body = b''.join(self._chunks())
             if isinstance(fault, (int, tuple)):
                 status, headers = fault if isinstance(fault, tuple) else (fault, {})
-                raise _Answer(status, {'error': f'planned {status}'}, **headers)
+                raise _Response(status, {'error': f'planned {status}'}, **headers)
             with self.state.lock:
                 self.answer()
-            raise _Answer(404, {'error': f'no route {self.command} {self.path}'})
-        except _Answer as answer:
+            raise _Response(404, {'error': f'no route {self.command} {self.path}'})
+        except _Response as response:
             if fault == 'mute':
                 self.state.unmute.wait()
                 self.close_connection = True
             else:
-                self._send(answer)
+                self._send(response)
         except (ConnectionError, BrokenPipeError):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
-    def _send(self, answer: _Answer) -> None:
-        body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-        self.send_response(answer.status)
-        if not isinstance(answer.body, bytes):
+    def _send(self, response: _Response) -> None:
+        body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode()
+        self.send_response(response.status)
+        if not isinstance(response.body, bytes):
             self.send_header('Content-Type', 'application/json')
-        for name, value in answer.headers.items():
+        for name, value in response.headers.items():
             self.send_header(name, value)
         self.send_header('Content-Length', str(len(body)))
         self.end_headers()
@@ -304,11 +304,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _StorageHandler(_Handler):
-    """Where LFS objects lie: another origin, which knows no tokens."""
+    """Storage of LFS objects at a separate origin, which accepts no tokens."""
 
     def answer(self) -> None:
         if self.headers.get('Authorization'):
-            raise _Answer(400, {'error': 'a token was sent to a place that must not have it'})
+            raise _Response(400, {'error': 'a token was sent to a place that must not have it'})
         oid = self.path.strip('/')
         if self.command == 'PUT':
             if self.state.gate is not None:
@@ -316,11 +316,11 @@ class _StorageHandler(_Handler):
                 self.state.gate.wait()
                 self.state.lock.acquire()
             if hashlib.sha256(self.body).hexdigest() != oid:
-                raise _Answer(400, {'error': 'content does not match'})
+                raise _Response(400, {'error': 'content does not match'})
             self.state.objects[oid] = self.body
-            raise _Answer(200, b'')
+            raise _Response(200, b'')
         if oid in self.state.objects:
-            raise _Answer(200, self.state.objects[oid], ETag=f'"{oid}"')
+            raise _Response(200, self.state.objects[oid], ETag=f'"{oid}"')
 
 
 class _HubHandler(_Handler):
@@ -351,7 +351,7 @@ class _HubHandler(_Handler):
             return None
         if token not in self.state.tokens:
             text = 'Invalid credentials in Authorization header'
-            raise _Answer(401, {'error': text}, X_Error_Message=text)
+            raise _Response(401, {'error': text}, X_Error_Message=text)
         return self.state.tokens[token]
 
     def json(self) -> dict:
@@ -363,10 +363,10 @@ class _HubHandler(_Handler):
         if repository is None or (repository.private and not member):
             raise _not_found('Repo Not Found', 401 if user is None else 404)
         if write and user is None:
-            raise _Answer(401, {'error': 'Invalid username or password.'})
+            raise _Response(401, {'error': 'Invalid username or password.'})
         if write and not user.may_write(repo_id):
             text = 'Forbidden: you must use a write token to upload to a repository.'
-            raise _Answer(403, {'error': text}, X_Error_Message=text)
+            raise _Response(403, {'error': text}, X_Error_Message=text)
         return repository
 
     def head(self, repository: Repository, revision: str) -> Commit:
@@ -378,44 +378,44 @@ class _HubHandler(_Handler):
     def whoami(self) -> None:
         user = self.user
         if user is None:
-            raise _Answer(401, {'error': 'Invalid username or password.'})
-        raise _Answer(200, {
+            raise _Response(401, {'error': 'Invalid username or password.'})
+        raise _Response(200, {
             'type': 'user', 'name': user.name, 'orgs': [{'name': name, 'roleInOrg': 'write'} for name in user.orgs],
             'auth': {'type': 'access_token', 'accessToken': {'displayName': 'test', 'role': user.role}}})
 
     def create_repo(self) -> None:
         user, given = self.user, self.json()
         if user is None:
-            raise _Answer(401, {'error': 'Invalid username or password.'})
+            raise _Response(401, {'error': 'Invalid username or password.'})
         repo_id = f'{given.get("organization") or user.name}/{given["name"]}'
         if not _NAME.fullmatch(given['name']):
-            raise _Answer(400, {'error': 'Invalid repo name'})
+            raise _Response(400, {'error': 'Invalid repo name'})
         if not user.may_write(repo_id):
             text = f'You don\'t have the rights to create a model under the namespace "{repo_id.partition("/")[0]}"'
-            raise _Answer(403, {'error': text}, X_Error_Message=text)
+            raise _Response(403, {'error': text}, X_Error_Message=text)
         url = f'{self.state.url}/{repo_id}'
         if repo_id in self.state.repos:
-            raise _Answer(409, {'error': 'You already created this model repo', 'url': url})
+            raise _Response(409, {'error': 'You already created this model repo', 'url': url})
         self.state.create(repo_id, given.get('private') or given.get('visibility') == 'private')
-        raise _Answer(200, {'url': url, 'name': repo_id, 'id': repo_id})
+        raise _Response(200, {'url': url, 'name': repo_id, 'id': repo_id})
 
     def auth_check(self, repo_id: str, write: str | None) -> None:
         self.repo(repo_id, write=bool(write))
-        raise _Answer(200, {})
+        raise _Response(200, {})
 
     def create_branch(self, repo_id: str, branch: str) -> None:
         repository = self.repo(repo_id, write=True)
         if branch in repository.branches:
-            raise _Answer(409, {'error': 'Reference already exists'})
+            raise _Response(409, {'error': 'Reference already exists'})
         if branch.startswith('refs/') or re.fullmatch(r'[0-9a-f]{40}', branch):
-            raise _Answer(400, {'error': f'Invalid branch name {branch}'})
+            raise _Response(400, {'error': f'Invalid branch name {branch}'})
         repository.branches[branch] = repository.branches['main']
-        raise _Answer(200, {})
+        raise _Response(200, {})
 
     def validate_yaml(self) -> None:
         errors = metadata_errors(self.json()['content'])
         empty = not self.json()['content'].startswith('---')
-        raise _Answer(400 if errors else 200, {
+        raise _Response(400 if errors else 200, {
             'errors': [{'message': error} for error in errors],
             'warnings': [{'message': 'empty or missing yaml metadata in repo card'}] if empty else []})
 
@@ -429,18 +429,18 @@ class _HubHandler(_Handler):
                 if file.is_lfs:
                     sibling['lfs'] = dict(sha256=file.sha256, size=len(file.content), pointerSize=130)
             siblings.append(sibling)
-        raise _Answer(200, {'_id': '0', 'id': repo_id, 'modelId': repo_id, 'sha': commit.oid,
+        raise _Response(200, {'_id': '0', 'id': repo_id, 'modelId': repo_id, 'sha': commit.oid,
                             'private': self.state.repos[repo_id].private, 'siblings': siblings})
 
     def preupload(self, repo_id: str, revision: str) -> None:
         commit = self.head(self.repo(repo_id, write=True), revision)
-        answer = []
+        files = []
         for file in self.json()['files']:
             is_lfs = file['size'] > 10_000_000 or any(fnmatch(file['path'], pattern) for pattern in LFS_PATTERNS)
-            there = commit.files.get(file['path'])
-            answer.append({'path': file['path'], 'uploadMode': 'lfs' if is_lfs else 'regular', 'shouldIgnore': False,
-                           'oid': there.etag if there else None})
-        raise _Answer(200, {'files': answer})
+            existing = commit.files.get(file['path'])
+            files.append({'path': file['path'], 'uploadMode': 'lfs' if is_lfs else 'regular', 'shouldIgnore': False,
+                          'oid': existing.etag if existing else None})
+        raise _Response(200, {'files': files})
 
     def lfs_batch(self, repo_id: str) -> None:
         self.repo(repo_id, write=True)
@@ -452,21 +452,21 @@ class _HubHandler(_Handler):
                     'upload': {'href': f'{self.state.storage_url}/{wanted["oid"]}?signature=secret'},
                     'verify': {'href': f'{self.state.url}/{repo_id}.git/info/lfs/verify'}}
             objects.append(item)
-        raise _Answer(200, {'transfer': 'basic', 'objects': objects})
+        raise _Response(200, {'transfer': 'basic', 'objects': objects})
 
     def lfs_verify(self, repo_id: str) -> None:
         self.repo(repo_id, write=True)
-        raise _Answer(200 if self.json()['oid'] in self.state.objects else 404, {})
+        raise _Response(200 if self.json()['oid'] in self.state.objects else 404, {})
 
     def commit(self, repo_id: str, branch: str) -> None:
         repository = self.repo(repo_id, write=True)
         commit = self.head(repository, branch)
         if branch not in repository.branches:
-            raise _Answer(400, {'error': f'{branch} is not a branch'})
+            raise _Response(400, {'error': f'{branch} is not a branch'})
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = lines[0]['value']
         if header.get('parentCommit') not in (None, commit.oid):
-            raise _Answer(412, {'error': 'A commit has happened since. Please refresh and try again.'})
+            raise _Response(412, {'error': 'A commit has happened since. Please refresh and try again.'})
         files = dict(commit.files)
         for line in lines[1:]:
             value = line['value']
@@ -474,33 +474,33 @@ class _HubHandler(_Handler):
                 files[value['path']] = File(base64.b64decode(value['content']), False)
             elif line['key'] == 'lfsFile':
                 if value['oid'] not in self.state.objects:
-                    raise _Answer(400, {'error': f'LFS object {value["oid"]} is missing'})
+                    raise _Response(400, {'error': f'LFS object {value["oid"]} is missing'})
                 files[value['path']] = File(self.state.objects[value['oid']], True)
             else:
-                raise _Answer(400, {'error': f'unexpected {line["key"]}'})
+                raise _Response(400, {'error': f'unexpected {line["key"]}'})
         if 'README.md' in files and (errors := metadata_errors(files['README.md'].content.decode())):
-            raise _Answer(400, {'error': '; '.join(errors)})
+            raise _Response(400, {'error': '; '.join(errors)})
         new = repository.commit(branch, header['summary'], files)
-        raise _Answer(200, {'success': True, 'commitOid': new.oid, 'commitUrl':
+        raise _Response(200, {'success': True, 'commitOid': new.oid, 'commitUrl':
                             f'{self.state.url}/{repo_id}/commit/{new.oid}', 'pullRequestUrl': None})
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         commit = self.head(self.repo(repo_id), revision)
         file = commit.files.get(path)
         if file is None:
-            answer = _not_found('Entry Not Found')
-            answer.headers['X-Repo-Commit'] = commit.oid
-            raise answer
+            response = _not_found('Entry Not Found')
+            response.headers['X-Repo-Commit'] = commit.oid
+            raise response
         if file.is_lfs:
             self.state.objects[file.sha256] = file.content
-            raise _Answer(302, b'', Location=f'{self.state.storage_url}/{file.sha256}', X_Repo_Commit=commit.oid,
+            raise _Response(302, b'', Location=f'{self.state.storage_url}/{file.sha256}', X_Repo_Commit=commit.oid,
                           X_Linked_Etag=f'"{file.sha256}"', X_Linked_Size=str(len(file.content)))
-        raise _Answer(200, file.content, ETag=f'"{file.etag}"', X_Repo_Commit=commit.oid)
+        raise _Response(200, file.content, ETag=f'"{file.etag}"', X_Repo_Commit=commit.oid)
 
 
 @contextmanager
 def serve() -> Iterator[HubServer]:
-    """A Hub that runs as long as the context."""
+    """Run a Hub within a context."""
     server = HubServer()
     try:
         yield server

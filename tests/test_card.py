@@ -136,7 +136,7 @@ def test_dataset_types_are_what_the_hub_takes(name, expected):
         dataset_type(name), 'x', 'test', dict(top1=1.0))))) == []
 
 
-# Of a run.
+# Cards of runs.
 
 def write_run(folder: Path, checkpoint: dict | None = None, args: dict | None = None, **entries) -> Path:
     """Write a run folder without training."""
@@ -209,7 +209,7 @@ def test_card_tells_whose_weights_and_metrics_these_are(tmp_path, no_picture):
         assert results_of(card) == {'Top-1 accuracy': 0.1408} and 'teacher_top1' not in card.split('## Recipe')[0]
         assert "contains the teacher's weights after epoch 1" in card
         assert 'calibrated: a temperature of 0.9 is folded into its classifier' in card
-    card = card_of(run, tmp_path / 'card', weights='student')  # these are not calibrated
+    card = card_of(run, tmp_path / 'card', weights='student')  # not calibrated
     assert results_of(card) == {'Top-1 accuracy': 0.8056, 'Loss': 0.5} and 'calibrated' not in card
 
 

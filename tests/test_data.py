@@ -1,4 +1,4 @@
-"""The embedded datasets, and timm's dataset protocol."""
+"""Embedded datasets and their interface for timm."""
 from collections import Counter
 
 import numpy as np

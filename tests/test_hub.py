@@ -1,4 +1,4 @@
-"""Pushing models from Python with the real huggingface_hub client to a Hub on loopback, and errors on the way."""
+"""push_to_hub with the real huggingface_hub client and a Hub on loopback, and its errors."""
 import json
 import logging
 import traceback
@@ -22,7 +22,7 @@ from timm_multimix.training import hub as training_hub
 pytest_plugins = ['training_helpers', 'hub_helpers']
 
 
-# From Python.
+# push_to_hub.
 
 @pytest.mark.parametrize('name, kwargs', [
     ('test_resnet', dict(global_pool='max')),
@@ -79,7 +79,7 @@ def test_own_card_and_own_fields(server):
     assert server.file('user/other', 'README.md').endswith(b'Mine.')
 
 
-# What is there already.
+# Existing repositories.
 
 def test_existing_repository_is_updated_by_a_commit(server):
     server.create('user/model')
@@ -147,7 +147,7 @@ def opened(**options) -> HubRepository:
 
 
 def test_commit_of_somebody_else_in_between_is_not_overwritten_unseen(server, model_folder):
-    """Their notes stay, their weights are not replaced, and a push between look and commit is noticed."""
+    """Other files are kept, other weights are not replaced, and a commit after the check is detected."""
     repository, folder = opened(), model_folder()
     repository.commit(folder, 'ours')
     theirs = server.repos['user/model']
@@ -155,7 +155,7 @@ def test_commit_of_somebody_else_in_between_is_not_overwritten_unseen(server, mo
     def note():
         theirs.commit('main', 'note', {**theirs.head().files, 'NOTES': File(b'note', False)})
 
-    server.fail('POST', '/commit/', note)  # after we looked, before we commit: 412
+    server.fail('POST', '/commit/', note)  # between check and commit: status 412
     repository.commit(model_folder(1), 'ours again')
     assert theirs.titles == ['initial commit', 'ours', 'note', 'ours again'] and 'NOTES' in theirs.head().files
 
@@ -284,7 +284,7 @@ def test_errors_that_pass_are_overcome(server, model_folder, method, path, actio
     (404, False, 1, 'no such repository'), (409, True, 15, 'another commit'), (429, True, 3, 'too many requests'),
     (500, True, 3, '500')])
 def test_errors_that_stay(server, model_folder, status, temporary, calls, message):
-    """Tried again if that can help, told with what to do; the repository is as it was."""
+    """Temporary errors are retried. The message contains the remedy, and the repository is unchanged."""
     repository, folder = opened(), model_folder()
     server.fail('POST', '/commit/', *[status] * 50)
     with pytest.raises(HubError, match=message) as error:
@@ -346,7 +346,7 @@ def test_tokens_of_others_are_not_repeated_either(token):
 
 @pytest.mark.parametrize('token', ['plainsecretwithoutaprefix', KINDS[1]])
 def test_token_that_the_hub_echoes(server, monkeypatch, script, image_folder, token):
-    """In an error from Python with its traceback, in what a run logs, and in what it writes."""
+    """The token is not in the traceback of an error, the log of a run, or its files."""
     server.tokens[token] = User('user')
     monkeypatch.setenv('HF_TOKEN', token)
     text = f'The token {token} of https://user:{token}@hub may not do this'
@@ -391,10 +391,10 @@ def test_repository_named_like_a_token_is_refused(server):
     assert 'abcdef' not in str(error.value) and not server.requests
 
 
-# Waiting.
+# Timeouts.
 
 def test_requests_time_out(server, model_folder):
-    """With limit_waiting a Hub that carries out a commit and never answers is asked again; without, for ever."""
+    """After limit_waiting, a request without a response is repeated. The default is to wait without limit."""
     try:
         limit_waiting(0.5)
         repository, folder = opened(), model_folder()
@@ -406,7 +406,7 @@ def test_requests_time_out(server, model_folder):
 
 
 def test_retries_end_after_ten_minutes(monkeypatch):
-    """Counted from the first failure, including the time that the calls take."""
+    """The time starts at the first failure and includes the duration of the calls."""
     now = [1000.0]
     monkeypatch.setattr('time.monotonic', lambda: now[0])
     waits = []

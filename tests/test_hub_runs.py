@@ -318,7 +318,7 @@ def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_fol
     assert 'trained with pooled [MultiMix]' in card and 'Before epoch 2, it was trained with dense [MultiMix]' in card
 
 
-# The command.
+# Command line.
 
 def test_push_command(server, trained, script, tmp_path):
     assert training_hub.command(['push', str(trained), 'user/model', '--private', '--revision', 'v1']) == 0
@@ -358,7 +358,7 @@ def test_what_is_there_already_is_not_committed_again(server, script, image_fold
     for _ in range(2):
         assert training_hub.command(['push', str(trained), 'user/model']) == 0
     assert server.count('POST', '/commit/') == 1 and 'No files have been modified' not in capsys.readouterr().err
-    assert script.train(  # one epoch: the end has nothing to add
+    assert script.train(  # after one epoch, the last push has no changes
         image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/other', experiment='other') == 0
     assert len([line for line in script.lines if line.startswith('Pushed ')]) == 1, script.text
     assert server.count('POST', '/commit/') == 2 and 'No files have been modified' not in script.text

@@ -38,8 +38,8 @@ class BatchSchedule:
                 raise ValueError(f'{name} must be 0 or more, got {getattr(self, name)}.')
         if 0 < self.off_epoch <= self.start_epoch:
             raise ValueError(
-                'MultiMix is active from start_epoch to off_epoch (0 for never), and '
-                f'start_epoch={self.start_epoch} and off_epoch={self.off_epoch} leave no epoch for it.')
+                f'start_epoch={self.start_epoch} and off_epoch={self.off_epoch} leave no epoch for MultiMix. '
+                'off_epoch must be 0 (never) or greater than start_epoch.')
 
     @property
     def alternates(self) -> bool:
