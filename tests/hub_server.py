@@ -430,7 +430,7 @@ class _HubHandler(_Handler):
                     sibling['lfs'] = dict(sha256=file.sha256, size=len(file.content), pointerSize=130)
             siblings.append(sibling)
         raise _Response(200, {'_id': '0', 'id': repo_id, 'modelId': repo_id, 'sha': commit.oid,
-                            'private': self.state.repos[repo_id].private, 'siblings': siblings})
+                              'private': self.state.repos[repo_id].private, 'siblings': siblings})
 
     def preupload(self, repo_id: str, revision: str) -> None:
         commit = self.head(self.repo(repo_id, write=True), revision)
@@ -482,7 +482,7 @@ class _HubHandler(_Handler):
             raise _Response(400, {'error': '; '.join(errors)})
         new = repository.commit(branch, header['summary'], files)
         raise _Response(200, {'success': True, 'commitOid': new.oid, 'commitUrl':
-                            f'{self.state.url}/{repo_id}/commit/{new.oid}', 'pullRequestUrl': None})
+                              f'{self.state.url}/{repo_id}/commit/{new.oid}', 'pullRequestUrl': None})
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         commit = self.head(self.repo(repo_id), revision)
@@ -494,7 +494,7 @@ class _HubHandler(_Handler):
         if file.is_lfs:
             self.state.objects[file.sha256] = file.content
             raise _Response(302, b'', Location=f'{self.state.storage_url}/{file.sha256}', X_Repo_Commit=commit.oid,
-                          X_Linked_Etag=f'"{file.sha256}"', X_Linked_Size=str(len(file.content)))
+                            X_Linked_Etag=f'"{file.sha256}"', X_Linked_Size=str(len(file.content)))
         raise _Response(200, file.content, ETag=f'"{file.etag}"', X_Repo_Commit=commit.oid)
 
 

@@ -320,7 +320,7 @@ def _report_empty_folders(samples: _Samples) -> None:
         folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
     if empty := [name for name in folders if name not in used]:
         _logger.warning(
-            f'{len(empty)} of the {len(folders)} folders in {samples.reader.root} contain no images, and are ignored: '
+            f'{len(empty)} of the {len(folders)} folders in {samples.reader.root} contain no images and are ignored: '
             f'{listed(empty)}.')
 
 

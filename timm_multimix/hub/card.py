@@ -14,7 +14,7 @@ from .markdown import code, code_block, escape, one_line, table
 CARD_NAME = 'README.md'
 CURVE_NAME = 'training_curve.png'
 
-_MARK = '<!-- Written by timm-multimix. Without this line the card is yours, and is not written again. -->'
+_MARK = '<!-- Written by timm-multimix.'  # a card with this text can be replaced
 _TASK = 'image-classification'
 
 # Fields of the `card:` section of a recipe, and their types.
@@ -251,7 +251,7 @@ def model_card(
     data = _metadata(name, evaluation, [*method, *fields.pop('tags', [])], fields)
     source = repo_id + (f'@{revision}' if revision else '')
     parts = [
-        _MARK,
+        f'{_MARK} Remove this line to prevent later pushes from replacing the card. -->',
         f'# {escape(name)}',
         description,
         summary,

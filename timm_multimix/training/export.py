@@ -249,7 +249,7 @@ def _summary(
         f'This image classifier has {config["num_classes"]} classes and the architecture '
         f'{code(config["architecture"])}.',
         f'It was {verb}{_method(args) or (" without MultiMix" if methods else "")}.',
-        *(f'{when}, it was trained{method}.' for when, method in methods.items()),
+        *(f'{when}, it was trained{method} instead.' for when, method in methods.items()),
         f'{code(WEIGHTS_NAME)} contains {described(checkpoint, entry)}'
         f'{"" if epoch is None else f" after epoch {epoch} (counted from 0)"}.',
     ]

@@ -90,7 +90,7 @@ class HubPush:
         """Check the repository name and log in, before the model is built.
 
         Returns:
-            None if this process does not push.
+            The HubPush, or None if this process does not push.
 
         Raises:
             UsageError: if there is no token with write access, or if the name is invalid.
