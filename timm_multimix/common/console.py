@@ -156,14 +156,7 @@ class EpochReporter:
         self.bar.update()
 
     def report(self, update: int, latest: Mapping[str, float], averages: Mapping[str, float], lr: float) -> None:
-        """Report the state after an update.
-
-        Args:
-            update: Number of the update in the epoch.
-            latest: Values of the latest batch.
-            averages: Averages so far.
-            lr: Learning rate.
-        """
+        """Report the latest loss, the averages, the speed and the learning rate after an update."""
         elapsed = time.perf_counter() - self.window_started
         speed = self.images / elapsed
         if not self.bar.disable:
