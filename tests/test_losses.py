@@ -253,11 +253,11 @@ GOOD = dict(logits=torch.zeros(4, 3), target=torch.zeros(4).long(), weights=torc
     (dict(weights=torch.full((2, 5, 4), 0.25)), r'logits \(4, 3\) and weights \(2, 5, 4\)'),
     (dict(weights=torch.full((0, 4), 0.25)), r'weights \(0, 4\)'),
     (dict(logits=torch.zeros(4, 2, 3)), r'logits \(4, 2, 3\) and weights \(5, 4\)'),
-    (dict(logits=torch.zeros(4)), 'Takes logits'),
+    (dict(logits=torch.zeros(4)), 'Expected logits'),
     (dict(weights=torch.full((5, 4), 0.5)), 'sum to 1'),
     (dict(weights=torch.tensor([[1.5, -0.5, 0, 0]])), 'non-negative'),
     (dict(weights=torch.full((5, 4), torch.nan)), 'finite'),
-    (dict(target=torch.tensor([0, 1, 2, 3])), r'lie in \[0, 2\] for 3 classes, got values from 0 to 3'),
+    (dict(target=torch.tensor([0, 1, 2, 3])), r'be in \[0, 2\] for 3 classes, got values from 0 to 3'),
     (dict(target=torch.tensor([-1, 1, 2, 0])), 'got values from -1'),
     (dict(target=torch.zeros(4).int()), 'must be int64'),
     (dict(target=torch.zeros(5).long()), r'shape \(b,\) = \(4,\)'),
@@ -265,7 +265,7 @@ GOOD = dict(logits=torch.zeros(4, 3), target=torch.zeros(4).long(), weights=torc
     (dict(target=-torch.ones(4, 3)), 'must not be negative'),
     (dict(target=torch.full((4, 3), torch.nan)), 'must not be negative'),
     (dict(logits=torch.zeros(0, 3), target=torch.zeros(0).long(), weights=torch.zeros(5, 0)), 'logits'),
-    (dict(smoothing=1.0), r'smoothing must lie in \[0, 1\), got 1.0'),
+    (dict(smoothing=1.0), r'smoothing must be in \[0, 1\), got 1.0'),
 ])
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):

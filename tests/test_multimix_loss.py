@@ -206,14 +206,14 @@ def test_memory_grows_by_the_weights_of_one_position_only():
     (dict(num_mixes=0), 'num_mixes must be at least 1, got 0'),
     (dict(alpha=0.0), 'alpha must be a positive number'),
     (dict(tuple_length=0), 'tuple_length must be at least 1'),
-    (dict(attention='gap'), r'pass them to attach\(\)'),
+    (dict(attention='gap'), r'queries to attach\(\)'),
     (dict(attention='cam', attention_norm='l2'), 'attention norm must be one of'),
-    (dict(pooled_weight=1.5), 'pooled_weight is a share'),
-    (dict(clean_weight=-0.1), 'clean_weight is a share'),
+    (dict(pooled_weight=1.5), 'pooled_weight must be in'),
+    (dict(clean_weight=-0.1), 'clean_weight must be in'),
     (dict(logit_scale=0), 'logit_scale must be a positive number, got 0'),
     (dict(logit_scale='auto'), "'auto' was removed.*--calibrate"),
     (dict(logit_scale='2'), "logit_scale must be a positive number, got '2'"),
-    (dict(smoothing=1.0), 'smoothing must lie'),
+    (dict(smoothing=1.0), 'smoothing must be in'),
     (dict(loss_type='mse'), "must be one of ce, bce, got 'mse'"),
 ])
 def test_bad_options_are_refused(options, message):
@@ -227,7 +227,7 @@ def test_bad_attention_and_logits_are_refused(output):
         loss(output._replace(attention=torch.full((6, 9), torch.nan)), target)
     with pytest.raises(ValueError, match=r'attention must have shape \(b, r\) = \(6, 9\), got \(6, 8\)'):
         loss(output._replace(attention=torch.ones(6, 8)), target)
-    with pytest.raises(ValueError, match=r'takes logits .* got logits of shape \(6, 9, 4\).* multimix_cross_entropy'):
+    with pytest.raises(ValueError, match=r'expects logits .* got logits of shape \(6, 9, 4\).* multimix_cross_entropy'):
         loss(output.dense_logits, target)
 
 
@@ -246,10 +246,10 @@ def test_tuples_are_not_longer_than_the_batch(output, tuple_length):
     lambda output: {'logits': output.logits}, lambda output: None, lambda output: output.logits.numpy()])
 def test_outputs_of_other_types_are_refused(output, wrong):
     target = torch.randint(4, (6,))
-    with pytest.raises(TypeError, match=r'takes logits \(b, c\) or the MultiMixOutput .* pass its logits'):
+    with pytest.raises(TypeError, match=r'expects logits \(b, c\) or the MultiMixOutput .* pass its logits'):
         MultiMixLoss(10)(wrong(output), target)
     if wrong(output) is not None:
-        with pytest.raises(TypeError, match='The teacher of MultiMixLoss takes logits'):
+        with pytest.raises(TypeError, match='The teacher of MultiMixLoss expects logits'):
             MultiMixLoss(10).terms(output, target, wrong(output))
 
 

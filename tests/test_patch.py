@@ -138,8 +138,8 @@ def test_train_timm_does_the_same(stand_in, script, capsys):
 @pytest.mark.parametrize('argv,word', [
     (['--torchscript'], 'torchcompile'), (['--jsd-loss'], 'jsd'), (['--kd-model-name', 'x'], 'distillation'),
     (['--batch-size', '1'], '--batch-size'), (['--multimix-attention', 'token'], 'class token'),
-    (['--multimix-clean-weight', '2'], '--multimix-clean-weight is a share'),
-    (['--multimix-views', '2'], '--multimix-views 2 is for a teacher'),
+    (['--multimix-clean-weight', '2'], '--multimix-clean-weight must be in'),
+    (['--multimix-views', '2'], '--multimix-views 2 requires a teacher'),
     (['--multimix-teacher', 'ema', '--multimix-views', '2', '--aug-splits', '2'], '--aug-splits'),
     (['--multimix-teacher', 'ema', '--eval-metric', 'teacher_top1'], 'does not validate teachers'),
 ])

@@ -43,7 +43,7 @@ class Recorder(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Takes the roads that are taken on a GPU, where looking at values and drawing again would synchronise."""
-    monkeypatch.setattr(timm_multimix.losses.functional, '_may_look', lambda tensor: False)
+    monkeypatch.setattr(timm_multimix.losses.functional, '_can_check_values', lambda tensor: False)
     monkeypatch.setattr(timm_multimix.losses.weights, '_can_draw_again', lambda device: False)
 
 OPTIONS = [

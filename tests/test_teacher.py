@@ -199,7 +199,7 @@ def test_teacher_compiles_without_a_graph_break():
 
 
 def test_bad_decay_is_refused():
-    with pytest.raises(ValueError, match='a share below 1, got 1'):
+    with pytest.raises(ValueError, match=r'must be in \[0, 1\), got 1'):
         EMATeacher(nn.Linear(1, 1), decay=1.0)
 
 
@@ -229,7 +229,7 @@ def test_share_grows_with_the_epoch():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(distill_weight=2), 'distill_weight is a share'),
+    (dict(distill_weight=2), 'distill_weight must be in'),
     (dict(distill_temperature=0), 'distill_temperature must be positive'),
     (dict(ramp_epochs=-1), 'ramp_epochs must not be negative, got -1'),
 ])
@@ -278,12 +278,12 @@ def test_pretrained_teacher_of_grayscale_images(given, tmp_path):
 
 
 def test_pretrained_teacher_of_other_channels_is_refused():
-    with pytest.raises(ValueError, match='3 channels, and the student with 1'):
+    with pytest.raises(ValueError, match='3 input channels and the student has 1'):
         PretrainedTeacher(resnet(), resnet(in_chans=1))
 
 
 def test_pretrained_teacher_of_other_classes_is_refused():
-    with pytest.raises(ValueError, match='tells 7 classes apart, and the student 4'):
+    with pytest.raises(ValueError, match='has 7 classes and the student has 4'):
         PretrainedTeacher(timm.create_model('test_resnet', num_classes=7), resnet())
 
 

@@ -193,10 +193,10 @@ def test_another_model_teaches(script, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    (('--multimix-views', '2'), '--multimix-views 2 is for a teacher'),
+    (('--multimix-views', '2'), '--multimix-views 2 requires a teacher'),
     ((*TEACHER, '--multimix-views', '2', '--aug-splits', '2', '--aa', 'augmix'), '--aug-splits already creates views'),
-    ((*TEACHER, '--multimix-teacher-decay', '1'), 'a share below 1'),
-    ((*TEACHER, '--multimix-distill-weight', '-1'), '--multimix-distill-weight is a share'),
+    ((*TEACHER, '--multimix-teacher-decay', '1'), '--multimix-teacher-decay must be in'),
+    ((*TEACHER, '--multimix-distill-weight', '-1'), '--multimix-distill-weight must be in'),
     (('--multimix-teacher', 'test_resnot'), '--multimix-teacher test_resnot: timm has no such model'),
     (('--multimix-teacher', 'test_vit', '--multimix-teacher-path', 'none.pth'), '--multimix-teacher-path none.pth'),
     (('--eval-metric', 'teacher_top1'), '--eval-metric must be one of'),

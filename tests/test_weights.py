@@ -156,5 +156,5 @@ def test_bad_arguments_are_refused(arguments, message):
 
 @pytest.mark.parametrize('weights, attention', [((5, 3), (4, 2)), ((3, 5, 4), (4, 2)), ((5,), (5, 2)), ((5, 4), (4,))])
 def test_attend_refuses_shapes_that_do_not_fit(weights, attention):
-    with pytest.raises(ValueError, match='attend takes weights'):
+    with pytest.raises(ValueError, match='attend expects weights'):
         attend(torch.ones(weights), torch.ones(attention))

@@ -1,4 +1,4 @@
-"""The command-line options of MultiMix, for any script built on argparse; in YAML they are spelled with underscores."""
+"""MultiMix command-line options for scripts based on argparse."""
 import argparse
 import inspect
 import re
@@ -13,12 +13,12 @@ from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
 
 _DESCRIPTION = (
-    'Train on interpolations of the whole mini-batch (NeurIPS 2023). `--multimix dense` is all most runs need; keep '
-    'the rest of your recipe.')
+    'Train on interpolations of the whole mini-batch (NeurIPS 2023). Most runs need `--multimix dense` only. Other '
+    'options of the recipe can stay unchanged.')
 
-# Options of timm's scripts that a preset sets, beside those of MultiMix.
+# Values of timm options for each preset.
 _PRESET_RECIPES = {'default': {}, 'paper': dict(mixup=1.0, smoothing=0.0)}
-# Option, keyword argument of MultiMixTask. The others are not one value for one argument.
+# Options that map to one keyword argument of MultiMixTask without conversion.
 _KEYWORDS = {
     'multimix_preset': 'preset',
     'multimix_prob': 'prob',
@@ -42,30 +42,28 @@ _KEYWORDS = {
     'multimix_distill_ramp_epochs': 'distill_ramp_epochs',
     'multimix_views': 'views',
 }
-# Keyword arguments and their options in messages: further names, and advice for Python code.
+# Options that replace keyword arguments in error messages.
 _OPTION_OF = {
     **{keyword: '--' + option.replace('_', '-') for option, keyword in _KEYWORDS.items()},
     'alpha': '--multimix-alpha',
     'ramp_epochs': '--multimix-distill-ramp-epochs',
     'mode': '--multimix',
 }
+# Replacements for advice that applies to Python code only.
 _ADVICE = (
     (r"\battach with mode='(\w+)'", r'use --multimix \1'),
     (r"`?\bglobal_pool=''`?", "--gp ''"),
     (r'\bor None for\b', 'or be left out for'),
     (r'\bor prob below\b', 'or --multimix-prob below'),
-    (r'^The decay of a teacher is\b', '--multimix-teacher-decay must be'),
-    (r'^An image has 1 view or 2\b', '--multimix-views must be 1 or 2'),
-    (r"\btake teacher 'ema', or 1 view\b", 'take --multimix-teacher ema, or --multimix-views 1'),
-    (r'^The second view is\b', '--multimix-views 2 is'),
-    (r'^(.+) is for a teacher that is named, got (.+)\.$',
-     r'--multimix-teacher-path \1 is for a teacher that is named: give its name to --multimix-teacher, got \2.'),
+    (r'^The teacher decay\b', '--multimix-teacher-decay'),
+    (r' as teacher, got\b', ' in --multimix-teacher, got'),
 )
-_OF_THE_LOSS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}  # the task's has more values
+# The attention argument of the task accepts more values than the one of the loss.
+_LOSS_ARGUMENTS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}
 
 
 def _default(keyword: str) -> Any:
-    """The default of a keyword argument, where it is defined: in MultiMixTask, else in MultiMixLoss."""
+    """Return the default of a keyword argument of MultiMixTask or MultiMixLoss."""
     for owner in (MultiMixTask, MultiMixLoss):
         parameter = inspect.signature(owner).parameters.get(keyword)
         if parameter is not None:
@@ -74,12 +72,12 @@ def _default(keyword: str) -> Any:
 
 
 def name_options(message: str) -> str:
-    """Replace keyword arguments and advice for Python code in an error message by the options of the command line."""
+    """Replace keyword arguments in an error message by the corresponding command-line options."""
     for advice, option in _ADVICE:
         message = re.sub(advice, option, message)
     for keyword, option in _OPTION_OF.items():
         message = re.sub(rf"(?<![\w-]){keyword}=('?)([\w.-]+)\1", rf'{option} \2', message)
-        # a keyword that is an ordinary word stands for the argument only at the start
+        # Keywords without an underscore are also ordinary words. They are replaced at the start of a message only.
         name = rf'(?<![\w-]){keyword}\b' if '_' in keyword else rf'^{keyword}\b'
         message = re.sub(name, option, message)
     return message
@@ -87,10 +85,10 @@ def name_options(message: str) -> str:
 
 @contextmanager
 def errors_name_options() -> Iterator[None]:
-    """Let errors of MultiMixTask and MultiMixLoss name the options of the command line.
+    """Context manager that replaces keyword arguments in error messages by command-line options.
 
     Raises:
-        ValueError: instead of a ValueError or TypeError, with the same message apart from the names.
+        ValueError: Instead of a ValueError or TypeError raised in the context.
     """
     try:
         yield
@@ -108,74 +106,81 @@ def _logit_scale(text: str) -> float:
 
 
 def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the MultiMix options to a parser, as a group of their own.
+    """Add an argument group with the MultiMix options to a parser.
+
+    In a YAML configuration the options are spelled with underscores.
 
     Args:
         parser: The parser of a training script. None of its options may start with `--multimix`.
 
     Returns:
-        The group.
+        The argument group.
 
     Raises:
-        argparse.ArgumentError: if the parser has one of the options already.
+        argparse.ArgumentError: If the parser already has one of the options.
     """
     group = parser.add_argument_group('MultiMix parameters', _DESCRIPTION)
     add = group.add_argument
     add('--multimix', default='off', choices=TASK_MODES,
-        help='mix the logits at every position of the feature map (dense), the ordinary logits only (pooled: for any '
-             'model, at no cost), or nothing (off). (default: off)')
+        help='dense mixes the logits at every position of the feature map. pooled mixes the ordinary logits: it works '
+             'with any model and costs almost nothing. off disables MultiMix. (default: off)')
     add('--multimix-preset', default=_default('preset'), choices=tuple(PRESETS),
-        help='paper sets what the papers\' experiments use: --multimix-prob 0.5, --multimix-alpha 0.5 2, the literal '
-             'gradient, --multimix-pooled-weight 0, --mixup 1 and --smoothing 0. Explicit options take precedence. '
-             '(default: %(default)s)')
+        help='defaults of other options. paper reproduces the settings of the papers: --multimix-prob 0.5, '
+             '--multimix-alpha 0.5 2, --no-multimix-balance, --multimix-pooled-weight 0, --mixup 1 and --smoothing 0. '
+             'Explicit options take precedence. (default: %(default)s)')
     add('--multimix-prob', type=float, default=_default('prob'), metavar='P',
-        help='probability of a MultiMix batch. Below 1 its images are not mixed, and all other batches are trained as '
-             'without MultiMix: with --mixup and --cutmix, if you give them. With 1 every batch is a MultiMix batch, '
-             'after mixup and CutMix. (default: 1)')
+        help='probability that a batch is trained with MultiMix, from 0 to 1. Below 1, --mixup and --cutmix apply to '
+             'the other batches only. With 1, they apply to all batches, before MultiMix. Use a value below 1 to '
+             'alternate MultiMix with image mixing, as in the papers. (default: 1, or 0.5 with --multimix-preset '
+             'paper)')
     add('--multimix-n', type=int, default=_default('num_mixes'), metavar='N',
-        help='mixes per mini-batch, at every position. More cost little; keep it well above the batch size. '
-             '(default: %(default)s)')
+        help='number of mixes per mini-batch and position, at least 1. Increase it with the batch size: it should be '
+             'several times larger. (default: %(default)s)')
     add('--multimix-alpha', type=float, nargs='+', default=_default('alpha'),
         metavar=('LO', 'HI'),
-        help='Dirichlet concentration of a mix: small means nearly one image, large means all alike. Of two numbers, '
-             'each mix draws its own in between; 0.5 2.0 in the papers. (default: 1 / images in a mix, for mixes that '
-             'are about as varied as pairs)')
+        help='Dirichlet concentration of the interpolation weights, above 0. A small value gives mixes dominated by '
+             'one image, a large value gives nearly uniform weights. With two values, each mix draws its '
+             'concentration uniformly between them; the papers use 0.5 2. (default: 1 / number of images in a mix)')
     add('--multimix-tuple-length', type=int, default=_default('tuple_length'), metavar='M',
-        help='images in a mix; 2 is mixup of features. (default: the whole mini-batch)')
+        help='number of images in a mix, at least 1. Use 2 for pairs, as in mixup. (default: the whole mini-batch)')
     add('--multimix-shared-weights', action='store_true', default=_default('shared_weights'),
-        help='draw one set of mixes for all positions of the feature map, which saves time; the papers draw one for '
-             'each.')
+        help='use the same interpolation weights at all positions of the feature map. This is faster. By default '
+             'weights are drawn for each position, as in the papers.')
     add('--multimix-attention', default=_default('attention'), choices=ATTENTION_QUERIES,
-        help='weight positions by how much they show of the object: likeness to the average of the map (gap), to the '
-             'class token (token), logit of the true class (cam), or not at all (uniform). (default: %(default)s)')
+        help='query of the attention that weights the positions in dense mode: the average-pooled features (gap), the '
+             'class token (token), the classifier weight of the true class (cam), or no attention (uniform). '
+             '(default: %(default)s)')
     add('--multimix-attention-norm', default=_default('attention_norm'), choices=ATTENTION_NORMS,
-        help='how likeness becomes a weight. (default: %(default)s)')
+        help='normalization of the attention scores over positions: ReLU followed by l1 normalization (relu) or '
+             'softmax. softmax spreads the attention over all positions. (default: %(default)s)')
     add('--multimix-attention-grad', action='store_true', default=_default('attention_grad'),
-        help='let gradient through the attention. No better where we tried it.')
+        help='backpropagate through the attention. It gave no improvement in our experiments.')
     balance = group.add_mutually_exclusive_group()
     balance.add_argument(
         '--multimix-balance', action='store_false', dest='no_multimix_balance', default=None,
-        help='use the balanced gradient (docs/method.md); the default without --multimix-preset paper. In YAML: '
-             'no_multimix_balance: false.')
+        help='use the balanced gradient (docs/method.md). This is the default, except with --multimix-preset paper. '
+             'In YAML: no_multimix_balance: false.')
     balance.add_argument(
         '--no-multimix-balance', action='store_true', dest='no_multimix_balance', default=None,
-        help='use the literal gradient of the papers. With their alpha on every batch it hardly trains, the '
-             'balanced gradient does (see docs/method.md).')
+        help='use the literal gradient of the papers. With --multimix-alpha 0.5 2 on every batch the model hardly '
+             'trains (docs/method.md): combine it with --multimix-prob 0.5.')
     add('--multimix-pooled-weight', type=float, default=_default('pooled_weight'), metavar='W',
-        help='share of the pooled loss beside the dense one, 0 to 1. A model that predicts from a class token trains '
-             'that path through it: leave it above 0 there. (default: 0.5)')
+        help='weight of the pooled loss relative to the dense loss, from 0 to 1. Keep it above 0 for a model that '
+             'predicts from a class token: the dense loss does not train the class token. (default: 0.5, or 0 with '
+             '--multimix-preset paper)')
     add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
-        help='share of the plain loss on unmixed images, 0 to 1. (default: %(default)s)')
+        help='weight of the plain loss on unmixed images, from 0 to 1. It did not improve accuracy in '
+             'our studies. (default: %(default)s)')
     add('--multimix-logit-scale', type=_logit_scale, default=_default('logit_scale'), metavar='S',
-        help='factor on mixed logits inside the loss. Above 1 it lowers the confidence of the trained model, below 1 '
-             'it raises it. (default: %(default)s)')
+        help='factor on the mixed logits inside the loss, above 0. A value above 1 lowers the confidence of the '
+             'trained model, a value below 1 raises it. (default: %(default)s)')
     add('--multimix-gather', action='store_true', default=_default('gather'),
-        help='mix the joined batch of all processes, not each its own: as one process with all the images would. '
-             'Raise --multimix-n with it.')
+        help='mix the joined batch of all processes instead of the batch of each process. Increase --multimix-n with '
+             'the number of processes.')
     add('--multimix-start-epoch', type=int, default=_default('start_epoch'), metavar='N',
         help='first epoch with MultiMix, counted from 0. (default: %(default)s)')
     add('--multimix-off-epoch', type=int, default=_default('off_epoch'), metavar='N',
-        help='first epoch without it again; 0 for never. (default: %(default)s)')
+        help='epoch from which MultiMix is disabled, counted from 0; 0 never disables it. (default: %(default)s)')
     _add_teacher_args(group)
     return group
 
@@ -183,27 +188,30 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 def _add_teacher_args(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add('--multimix-teacher', default=_default('teacher'), metavar='{none,ema,NAME}',
-        help='learn from a teacher as well as from the labels: the moving average of the model itself (ema), which is '
-             'validated and saved too, or a timm model with weights for these classes (NAME). '
+        help='teacher for distillation: the exponential moving average of the model (ema), which is validated and '
+             'saved too, or the name of a timm model with weights for the same classes (NAME). '
              '(default: %(default)s)')
     add('--multimix-teacher-decay', type=float, default=_default('teacher_decay'), metavar='D',
-        help='share of the average that an update keeps; smaller at first. With that of --model-ema-decay, one average '
-             'serves as both. (default: %(default)s)')
+        help='decay of the ema teacher, from 0 to below 1. It is reached gradually from a smaller value. If it equals '
+             '--model-ema-decay, one average is used for both. (default: %(default)s)')
     add('--multimix-teacher-path', default=_default('teacher_path'), metavar='FILE',
-        help='checkpoint with the weights of a teacher NAME. (default: its pretrained weights)')
+        help='checkpoint with the weights of the teacher NAME. (default: its pretrained weights)')
     add('--multimix-distill-weight', type=float, default=_default('distill_weight'), metavar='W',
-        help='share of what the teacher says beside the labels, 0 to 1. (default: %(default)s)')
+        help='weight of the distillation loss relative to the classification loss, from 0 to 1. '
+             '(default: %(default)s)')
     add('--multimix-distill-temperature', type=float, default=_default('distill_temperature'), metavar='T',
-        help='divides the logits of teacher and model where they are compared. (default: %(default)s)')
+        help='temperature that divides the logits of teacher and model in the distillation loss, above 0. '
+             '(default: %(default)s)')
     add('--multimix-distill-ramp-epochs', type=int, default=_default('distill_ramp_epochs'), metavar='N',
-        help='epochs over which that share grows from 0: a new teacher knows nothing. (default: %(default)s)')
+        help='number of epochs over which the distillation weight increases linearly from 0. Use 0 if the teacher is '
+             'already trained. (default: %(default)s)')
     add('--multimix-views', type=int, choices=(1, 2), default=_default('views'),
-        help='2 shows the teacher another augmentation of each image, loaded once and augmented twice; 1 shows it the '
-             'same, which saves that work. (default: %(default)s)')
+        help='number of augmented views of each image. With 2, the image is loaded once and augmented twice, for the '
+             'model and for the teacher. With 1, both use the same view. (default: %(default)s)')
 
 
 def multimix_option_names() -> list[str]:
-    """Names of the options that add_multimix_args adds, as attributes of the parsed arguments."""
+    """Return the attribute names of the MultiMix options in the parsed arguments."""
     parser = argparse.ArgumentParser(add_help=False)
     add_multimix_args(parser)
     return list(vars(parser.parse_args([])))
@@ -213,13 +221,13 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Convert parsed options to keyword arguments of MultiMixTask.
 
     Args:
-        args: Parsed arguments of a parser with `add_multimix_args`.
+        args: Arguments parsed by a parser with the options of `add_multimix_args`.
 
     Returns:
-        Keyword arguments. With `--multimix off` they make a task that trains as timm's ClassificationTask.
+        Keyword arguments. With `--multimix off` the task trains as timm's ClassificationTask.
 
     Raises:
-        ValueError: if a value is out of range; the message names the option.
+        ValueError: If a value is out of range. The message names the option.
     """
     options = dict(
         mode=args.multimix,
@@ -228,10 +236,10 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
         seed=getattr(args, 'seed', None) or 0,
         **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
-    # Checked before a model is built. MultiMixTask checks the rest.
+    # Check before a model is created. MultiMixTask checks the other options.
     with errors_name_options():
         batch_schedule(args)
-        loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _OF_THE_LOSS})
+        loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _LOSS_ARGUMENTS})
         SelfDistillationLoss(
             loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
         check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
@@ -239,13 +247,13 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def preset_options(preset: str) -> dict[str, Any]:
-    """The options that `--multimix-preset` sets, by their names in a namespace. Explicit options take precedence.
+    """Return the values that `--multimix-preset` sets, by attribute name of the parsed arguments.
 
     Args:
         preset: 'default' or 'paper'.
 
     Returns:
-        Values of MultiMix options, and of timm's options `mixup` and `smoothing` for 'paper'.
+        Values of MultiMix options. For 'paper' also timm's `mixup` and `smoothing`.
     """
     values = PRESETS[preset]
     return dict(
@@ -258,10 +266,10 @@ def preset_options(preset: str) -> dict[str, Any]:
 
 
 def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
-    """The schedule of MultiMix batches that the parsed options describe, for a loader that mixes images.
+    """Create the schedule of MultiMix batches from parsed options.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError: If a value is out of range.
     """
     if args.multimix_preset not in PRESETS:
         raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {args.multimix_preset!r}.')
@@ -272,11 +280,11 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
 
 
 def describe_batches(args: argparse.Namespace) -> str:
-    """One line that says which batches are MultiMix batches, and which have mixed images.
+    """Describe in one line which batches are MultiMix batches and which have mixed images.
 
     Args:
-        args: Parsed arguments of a parser with `add_multimix_args`, and with timm's options of mixup and CutMix if the
-            script mixes images.
+        args: Parsed arguments with the options of `add_multimix_args`, and timm's mixup and CutMix options if the
+            script has them.
     """
     schedule = batch_schedule(args)
     mixup, cutmix, minmax, prob = (

@@ -1,4 +1,4 @@
-"""MultiMix as a timm training task: timm's classification task, with the MultiMix loss in the epochs it is on."""
+"""MultiMix training tasks: subclasses of timm's classification tasks that use the MultiMix loss."""
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +21,14 @@ from .teacher import EMATeacher, FrozenTeacher, PretrainedTeacher, SelfDistillat
 _logger = logging.getLogger(__name__)
 
 TASK_MODES = ('off', 'pooled', 'dense')
-# The probability of a MultiMix batch that goes with each preset of MultiMixLoss.
+# Default probability of a MultiMix batch for each preset of MultiMixLoss.
 PRESET_PROB = {'default': 1.0, 'paper': 0.5}
 
 
 def _without_overflow(output: MultiMixOutput) -> MultiMixOutput:
-    """Make the logits NaN where the attention of the model overflowed, so that the loss is not finite either.
+    """Replace the dense logits by NaN if the attention overflowed, so that the loss is not finite.
 
-    Weights that diverge are no wrong argument, which the loss would raise an error for. It does so on the CPU only.
+    On the CPU the loss would otherwise raise an error about its arguments, although the training has diverged.
     """
     attention = output.attention
     if attention is None or attention.device.type != 'cpu' or attention.isfinite().all():
@@ -37,48 +37,50 @@ def _without_overflow(output: MultiMixOutput) -> MultiMixOutput:
 
 
 class MultiMixTask(ClassificationTask):
-    """Trains a timm model with MultiMix.
+    """Train a timm model with MultiMix.
 
-    A drop-in for timm's ClassificationTask. On a MultiMix batch the model returns its ordinary logits and the logits at
-    every position (see attach), and MultiMixLoss mixes them. Other batches are trained as by ClassificationTask, at the
-    same cost. Checkpoints hold the model's plain state_dict. Validation, EMA, compilation and distribution are timm's.
+    It replaces timm's ClassificationTask. On a MultiMix batch the model returns its ordinary logits and the logits at
+    every position (see attach), and MultiMixLoss mixes them. ClassificationTask trains the other batches, at its usual
+    cost. Checkpoints contain the plain state_dict of the model. Validation, EMA, compilation and distributed training
+    work as in timm.
 
-    With prob < 1 every batch is assigned at random: with that probability it is a MultiMix batch, otherwise the plain
-    criterion trains it, usually on mixed images. Whoever mixes the images must not mix those of MultiMix batches, so a
-    loader that mixes decides first (see BatchSchedule) and passes its decision to forward(). Without one the task
-    decides, from the seed and the number of training batches so far, which is part of its state.
+    With prob < 1 every batch is assigned at random. With probability prob it is a MultiMix batch, otherwise it is
+    trained with the plain criterion, usually on mixed images. Images of MultiMix batches must not be mixed. A loader
+    that mixes images therefore decides (see BatchSchedule) and passes the decision to forward(). Otherwise the task
+    decides from its seed and its number of training batches, which is part of its state.
 
     Args:
-        model: The timm model to train. It is attached here: do not attach it before.
-        criterion: The plain loss. Its kind (softmax or binary) and its label smoothing are MultiMix's too.
-        criterion_kwargs: Arguments for timm's create_classification_loss() when criterion is None.
-        mode: 'dense' (mixes at every position), 'pooled' (mixes ordinary logits), or 'off'.
-        preset: 'default', or 'paper' for what the papers' experiments use: see MultiMixLoss, and prob=0.5.
-        prob: Probability of a MultiMix batch; None takes the preset's, which is 1 by default.
-        seed: Seed of the task's own decisions for prob < 1.
-        attention: Weights of positions: 'uniform', 'gap', 'token' or 'cam' (dense mode only).
+        model: The timm model to train. The task attaches it.
+        criterion: The plain loss. MultiMix uses the same kind of loss (softmax or binary) and label smoothing.
+        criterion_kwargs: Arguments of timm's create_classification_loss() if criterion is None.
+        mode: 'dense' (mix the logits at every position), 'pooled' (mix the ordinary logits), or 'off'.
+        preset: 'default', or 'paper' for the settings of the papers: see MultiMixLoss, and prob=0.5.
+        prob: Probability of a MultiMix batch. None is 1, or 0.5 with preset='paper'.
+        seed: Seed of the decisions of the task for prob < 1.
+        attention: Query of the attention over positions: 'uniform', 'gap', 'token' or 'cam' (dense mode only).
         attention_norm: 'relu' or 'softmax'.
         start_epoch: First epoch with MultiMix, counted from 0.
-        off_epoch: First epoch without it again; 0 means never, as in timm's mixup_off_epoch.
+        off_epoch: Epoch from which MultiMix is disabled. 0 never disables it, as timm's mixup_off_epoch.
         teacher: 'none', 'ema' (the average of the model, see EMATeacher), the name of a timm model with pretrained
-            weights, or a module that maps images to logits or to a MultiMixOutput. A module is frozen, and is in
-            evaluation mode from then on.
+            weights, or a module that maps images to logits or to a MultiMixOutput. The module is frozen and set to
+            evaluation mode.
         teacher_decay: Decay of the 'ema' teacher.
-        teacher_path: Checkpoint of a teacher that is named.
-        distill_weight: Share of the distillation term with a teacher, in [0, 1].
-        distill_temperature: Divides both sides' logits in that term.
-        distill_ramp_epochs: Epochs over which that share grows from 0, once set_epoch is called.
-        views: Of 2 the student sees the first and the teacher the second: images are then (b, 2c, h, w), see
-            timm_multimix.data.views. 1 shows the same image to both.
+        teacher_path: Checkpoint of a named teacher.
+        distill_weight: Weight of the distillation loss, in [0, 1].
+        distill_temperature: Temperature that divides the logits of student and teacher in the distillation loss.
+        distill_ramp_epochs: Number of epochs over which the weight increases from 0, if set_epoch is called.
+        views: Number of views of each image. With 2, images are (b, 2c, h, w): the first view is the input of the
+            student, the second the input of the teacher (see timm_multimix.data.views).
         device: Device for task tensors and buffers.
         dtype: Dtype for task tensors and buffers.
-        verbose: Log what is trained.
-        **options: Of MultiMixLoss, such as num_mixes, alpha, tuple_length, balance, pooled_weight or clean_weight.
+        verbose: Log the settings.
+        **options: Options of MultiMixLoss, such as num_mixes, alpha, tuple_length, balance, pooled_weight or
+            clean_weight.
 
     Raises:
-        ValueError: if an option is out of range, the model's head cannot be applied at a position, or the criterion has
-            no mixed form.
-        TypeError: if the model does not follow timm's protocol, or an option is unknown.
+        ValueError: If an option is out of range, the head cannot be applied at a position, or the criterion has no
+            mixed form.
+        TypeError: If the model does not follow timm's protocol, or an option is unknown.
 
     Examples:
 
@@ -126,13 +128,13 @@ class MultiMixTask(ClassificationTask):
         check_attention(attention, attention_norm)
         check_teacher(teacher, teacher_decay, teacher_path, views)
         if mode == 'off' and teacher != 'none':
-            raise ValueError("A teacher is part of the MultiMix loss: with mode='off' pass teacher='none'.")
+            raise ValueError("mode='off' does not use a teacher: set teacher='none'.")
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
         self.schedule = schedule if mode != 'off' else BatchSchedule(prob=0)
         self.epoch = 0
-        self.num_batches = 0  # decided by the task itself
-        # The logits of the true class are known to the loss only, all other queries to the model only.
+        self.num_batches = 0  # counts the batches that the task assigned itself
+        # The loss computes the 'cam' attention, since it needs the target. The model computes the others.
         in_loss = mode == 'dense' and attention == 'cam'
         reads_attention = mode == 'dense' and not in_loss
         self._attach_options = dict(
@@ -142,7 +144,7 @@ class MultiMixTask(ClassificationTask):
         self.loss = self.distillation = self.teacher = None
         self.views = views
         check_num_classes(self.criterion, getattr(unwrap_model(model), 'num_classes', None))
-        # Created with mode='off' too, so that wrong options are errors in every mode.
+        # Created with mode='off' too, to validate the options.
         loss = MultiMixLoss(
             preset=preset,
             attention='cam' if in_loss else None,
@@ -164,19 +166,19 @@ class MultiMixTask(ClassificationTask):
 
     @property
     def _leaves_class_token(self) -> bool:
-        """Whether MultiMix batches do not train the class token that the model predicts from."""
+        """Whether the model predicts from a class token that MultiMix batches do not train."""
         positions_only = self.mode == 'dense' and self.loss.pooled_weight == 0 == self.loss.clean_weight
         return positions_only and not self._handle.reads_positions
 
     def _check_objective(self) -> None:
         if self.schedule.prob == 1 and self._leaves_class_token:
             raise ValueError(
-                'This model predicts from its class token, which the dense term does not train: set pooled_weight or '
+                'The dense loss does not train the class token that this model predicts from: set pooled_weight or '
                 'clean_weight above 0, or prob below 1.')
 
     def _make_teacher(self, teacher: str | nn.Module, decay: float, path: str | None) -> nn.Module:
         if teacher == 'ema':
-            return EMATeacher(self.trainable_module, decay)  # a copy of the model, attached as it is now
+            return EMATeacher(self.trainable_module, decay)
         if isinstance(teacher, str):
             return PretrainedTeacher(teacher, self.trainable_module, path=path, device=self.device, dtype=self.dtype)
         own = {id(parameter) for parameter in self.trainable_module.parameters()}
@@ -191,19 +193,19 @@ class MultiMixTask(ClassificationTask):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Parts of the loss that forward returns: 'dense', 'pooled', 'clean' on MultiMix batches, 'plain' on others."""
+        """Loss terms that forward returns: 'dense', 'pooled', 'clean' on MultiMix batches, 'plain' on others."""
         if self.schedule.prob == 0:
             return ()
         dense = self.mode == 'dense' and self.loss.pooled_weight < 1
         pooled = self.mode == 'pooled' or self.loss.pooled_weight > 0
         clean_weight = self.loss.clean_weight
-        shown = dict(
+        used = dict(
             dense=dense and clean_weight < 1, pooled=pooled and clean_weight < 1, clean=clean_weight > 0,
             plain=self.schedule.alternates)
-        return tuple(name for name, is_shown in shown.items() if is_shown)
+        return tuple(name for name, is_used in used.items() if is_used)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that start_epoch, off_epoch and the distillation ramp refer to. Call it before every epoch."""
+        """Set the current epoch, for start_epoch, off_epoch and the distillation ramp. Call it before every epoch."""
         self.epoch = epoch
         if self.distillation is not None:
             self.distillation.set_epoch(epoch)
@@ -232,24 +234,23 @@ class MultiMixTask(ClassificationTask):
         """Forward pass and loss.
 
         Args:
-            input: Images (b, c, h, w); of two views (b, 2c, h, w).
+            input: Images (b, c, h, w), or (b, 2c, h, w) with two views.
             target: Class indices (b,), or soft or multi-hot targets (b, c).
-            multimix: Whether this is a MultiMix batch, decided by the loader that mixes images. None lets the task
-                decide.
+            multimix: Whether this is a MultiMix batch. If None, the task decides.
 
         Returns:
-            'loss'; 'output', the ordinary logits; and the parts of the loss in loss_names that this batch has,
-            detached, for logging.
+            'loss', 'output' (the ordinary logits), and the loss terms of this batch (see loss_names), detached, for
+            logging.
         """
         input, teacher_input = split_views(input) if self.views == 2 else (input, input)
         is_multimix = self._decide(multimix)
         if self._handle is not None:
             self._handle.enabled = is_multimix
         teaches = is_multimix and self._is_training and self.teacher is not None and self.distillation.weight > 0
-        # The teacher goes first: it keeps nothing, and the student's activations are not there yet.
+        # The teacher runs first, while the student's activations are not yet in memory.
         teacher_output = self.teacher(teacher_input) if teaches else None
         output = self.trainable_module(input)
-        if not isinstance(output, MultiMixOutput):  # a batch without MultiMix, or the task is in evaluation mode
+        if not isinstance(output, MultiMixOutput):  # batch without MultiMix, or evaluation mode
             loss = self.criterion(output, target)
             parts = {'plain': loss.detach()} if self.schedule.alternates else {}
             return {'loss': loss, 'output': output, **parts}
@@ -260,18 +261,18 @@ class MultiMixTask(ClassificationTask):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}
         parts = {name: term.detach() for name, term in terms.items() if name != 'loss'}
         if self._leaves_class_token:
-            # Every parameter takes part in every batch, as DistributedDataParallel requires.
+            # DistributedDataParallel requires a gradient for every parameter.
             terms['loss'] = terms['loss'] + 0 * output.logits.sum()
         return {'loss': terms['loss'], 'output': output.logits, **parts}
 
     @property
     def _owns_average(self) -> bool:
-        """Whether the teacher is an average of its own, and not the one that timm's task keeps."""
+        """Whether the teacher is an average separate from timm's EMA model."""
         shared = self.get_trainable_module(ema=True)
         return isinstance(self.teacher, EMATeacher) and self.teacher.average is not shared
 
     def setup_ema(self, decay: float = 0.9999, use_warmup: bool = False, device=None, **kwargs) -> nn.Module:
-        """Keep an average of the weights, as timm does. With the decay of the teacher it is the teacher, too."""
+        """Set up timm's EMA model. If its decay equals the decay of the 'ema' teacher, it is also the teacher."""
         average = super().setup_ema(decay, use_warmup, device, **kwargs)
         if isinstance(self.teacher, EMATeacher) and self.teacher.average.decay == decay and device is None:
             attach(average.module, **self._attach_options)
@@ -279,40 +280,40 @@ class MultiMixTask(ClassificationTask):
         return average
 
     def update_ema(self, step: int | None = None) -> None:
-        """Move the averages towards the weights, after every step of the optimizer."""
+        """Update the averages. Call it after every optimizer step."""
         super().update_ema(step)
         if self._owns_average:
             self.teacher.update(self.trainable_module)
 
     def get_eval_teacher(self) -> nn.Module | None:
-        """The model to validate for a teacher that learns; None without one."""
+        """Return the averaged model of an 'ema' teacher, for validation, or None."""
         return self.teacher.module if isinstance(self.teacher, EMATeacher) else None
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs) -> nn.Module:
-        """Compile student and teacher."""
+        """Compile the student and the teacher."""
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **kwargs)
         return super().compile(backend, mode, **kwargs)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiMixTask':
-        """Wrap the student for distribution. Teachers are not wrapped: nothing flows back to them."""
+        """Wrap the student for distributed training. The teacher has no gradient and is not wrapped."""
         super().prepare_distributed(device_ids, **ddp_kwargs)
-        if self._owns_average:  # the student's weights are those of the first process from now on
+        if self._owns_average:  # DDP has copied the student's weights from rank 0
             for tensor in self.teacher.module.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
         return self
 
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn=unwrap_model) -> dict[str, Any]:
-        """timm's entries, and with a teacher that is an average of its own 'state_dict_teacher': plain timm weights."""
+        """Return timm's entries, and the weights of a separate 'ema' teacher as 'state_dict_teacher'."""
         state = super().get_checkpoint_state(ema, unwrap_fn)
         if self._owns_average and not ema:
             state['state_dict_teacher'] = self.teacher.module.state_dict()
         return state
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """State for resuming: the teacher, and the number of batches that the task has assigned itself.
+        """Return the state for resuming: the teacher, and the number of batches that the task assigned itself.
 
-        The teacher's weights are those of the checkpoint, which torch.save writes once.
+        The teacher's weights share storage with 'state_dict_teacher', so torch.save writes them once.
         """
         if ema:
             return {}
@@ -326,7 +327,7 @@ class MultiMixTask(ClassificationTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Restore get_task_state. Without one, the teacher begins at the weights just loaded."""
+        """Load the state of get_task_state. If it has no teacher, the teacher starts from the model's weights."""
         if ema:
             return
         self.num_batches = int((state or {}).get('num_batches', 0))
@@ -338,7 +339,7 @@ class MultiMixTask(ClassificationTask):
             self.teacher.set(self.trainable_module)
 
     def _mixable(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Targets as timm's BinaryCrossEntropy reads them, so that those are mixed; others as they are."""
+        """Apply the smoothing and the threshold of timm's BinaryCrossEntropy to the targets before they are mixed."""
         criterion = self.criterion
         if not isinstance(criterion, BinaryCrossEntropy):
             return target
@@ -356,13 +357,16 @@ class MultiLabelMultiMixTask(MultiMixTask, MultiLabelClassificationTask):
 
     Args:
         model: The timm model to train.
-        threshold: Probability from which on a label counts as predicted, for the evaluator's F1.
-        **options: As MultiMixTask.
+        threshold: Minimum probability of a predicted label, for the F1 score of the evaluator.
+        **options: Arguments of MultiMixTask.
+
+    Raises:
+        ValueError: If the threshold is not in (0, 1).
     """
 
     def __init__(self, model: nn.Module, *args, threshold: float = 0.5, **options):
         if not 0 < threshold < 1:
-            raise ValueError(f'threshold is a probability and must lie between 0 and 1, got {threshold}.')
+            raise ValueError(f'threshold must be in (0, 1), got {threshold}.')
         super().__init__(model, *args, **options)
         self.threshold = threshold
 
@@ -372,7 +376,7 @@ class MultiLabelMultiMixTask(MultiMixTask, MultiLabelClassificationTask):
             target: torch.Tensor,
             multimix: bool | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Forward pass and loss, as MultiMixTask; targets are floating point (b, c)."""
+        """Forward pass and loss. See MultiMixTask; targets are floating point (b, c)."""
         if target.ndim != 2 or not target.is_floating_point():
             raise ValueError(
                 f'Multi-label targets must be floating point (b, c), got {target.dtype} with shape '

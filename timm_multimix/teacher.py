@@ -1,4 +1,4 @@
-"""Self-distillation (P1, sec. 3.3): a teacher that is the average of the student, and the loss that learns from it."""
+"""Teachers and the distillation loss (P1, sec. 3.3)."""
 from typing import Any
 
 import torch
@@ -12,41 +12,41 @@ from .losses.module import MultiMixLoss, MultiMixOutput
 
 
 def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:
-    """Check a task's options for its teacher.
+    """Validate the teacher options of MultiMixTask.
 
     Raises:
-        TypeError: if the teacher is neither a name nor a module.
-        ValueError: for an option that is out of range or would have no effect.
+        TypeError: If the teacher is neither a name nor a module.
+        ValueError: If an option is out of range or would have no effect.
     """
     if not isinstance(teacher, (str, nn.Module)):
         raise TypeError(
             f"teacher must be 'none', 'ema', the name of a timm model or a torch.nn.Module, got {teacher!r}.")
     if not 0 <= decay < 1:
-        raise ValueError(f'The decay of a teacher is a share below 1, got {decay}.')
+        raise ValueError(f'The teacher decay must be in [0, 1), got {decay}.')
     if views not in (1, 2):
-        raise ValueError(f'An image has 1 view or 2, got {views}.')
+        raise ValueError(f'views must be 1 or 2, got {views}.')
     if views == 2 and teacher == 'none':
-        raise ValueError("The second view is for a teacher, and there is none: take teacher 'ema', or 1 view.")
+        raise ValueError("views=2 requires a teacher: set teacher='ema' or views=1.")
     if path and (teacher in ('none', 'ema') or not isinstance(teacher, str)):
-        raise ValueError(f'{path} is for a teacher that is named, got {teacher!r}.')
+        raise ValueError(f'teacher_path {path} requires the name of a timm model as teacher, got {teacher!r}.')
 
 
 class EMATeacher(nn.Module):
-    """The exponential moving average of a student, as its teacher; timm's ModelEmaV3 that answers as the student does.
+    """Teacher that is the exponential moving average of the student, based on timm's ModelEmaV3.
 
-    It predicts in evaluation mode, without gradient. BatchNorm's running statistics are averaged as the weights are:
-    they describe the teacher's own features, if not quite exactly.
+    It predicts in evaluation mode and without gradient. The running statistics of BatchNorm are averaged like the
+    weights. They approximate the statistics of the teacher's features.
 
     Args:
-        model: The student, attached before if it is (then the teacher returns a MultiMixOutput, too). Its weights are
-            the first average. Compiled and distributed ones are unwrapped.
-        decay: Share of the average that an update keeps.
-        use_warmup: Keep less at first: update t keeps at most 1 - (1 + t)^(-2/3). Without it the teacher is the
+        model: The student. Its weights are the initial average. If it is attached, the teacher returns a
+            MultiMixOutput too. Wrappers for compilation and distribution are removed.
+        decay: Decay of the average, in [0, 1).
+        use_warmup: Limit the decay of update t to 1 - (1 + t)^(-2/3). Otherwise the teacher stays close to the
             initial model for about 1 / (1 - decay) updates.
-        **options: Of timm's ModelEmaV3.
+        **options: Options of timm's ModelEmaV3.
 
     Raises:
-        ValueError: if the decay is not a share.
+        ValueError: If the decay is out of range.
 
     Examples:
 
@@ -64,19 +64,19 @@ class EMATeacher(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.999, use_warmup: bool = True, **options):
         super().__init__()
         check_teacher('ema', decay, None, 1)
-        self._hold(ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options))
+        self._set_average(ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options))
 
-    def _hold(self, average: ModelEmaV3) -> None:
+    def _set_average(self, average: ModelEmaV3) -> None:
         self.average = average
         self.num_updates = 0
         average.module.requires_grad_(False)
 
     @classmethod
     def of_average(cls, average: ModelEmaV3) -> 'EMATeacher':
-        """A teacher that is an average which somebody else updates and saves."""
+        """Create a teacher from an existing average. The owner of the average updates and saves it."""
         teacher = cls.__new__(cls)
         nn.Module.__init__(teacher)
-        teacher._hold(average)
+        teacher._set_average(average)
         return teacher
 
     @property
@@ -85,45 +85,45 @@ class EMATeacher(nn.Module):
         return self.average.module
 
     def train(self, mode: bool = True) -> 'EMATeacher':
-        """A teacher stays in evaluation mode, whatever the module that holds it does."""
+        """Keep evaluation mode; the argument is ignored."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
-        """What the averaged model predicts: of the kind that the student returns while training."""
+        """Return the output of the averaged model: a MultiMixOutput if the model is attached, else logits (b, c)."""
         if self.module.training:
             self.module.eval()
         with outputs_in_evaluation(self.module):
             return self.module(images)
 
     def compile(self, *args, **kwargs) -> None:
-        """Compile the averaged model, with arguments of torch.compile."""
+        """Compile the averaged model. The arguments are passed to torch.compile."""
         self.module.compile(*args, **kwargs)
 
     def set(self, model: nn.Module) -> None:
-        """Make the average what the student is."""
+        """Set the average to the weights of the student."""
         self.average.set(unwrap_model(model))
 
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the student. Call it after every step of the optimizer."""
+        """Update the average with the weights of the student. Call it after every optimizer step."""
         self.num_updates += 1
         self.average.update(unwrap_model(model), step=self.num_updates)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What goes into state_dict beside weights: the number of updates, and what rounds averages of bfloat16."""
+        """Return the number of updates and the state of the generator for stochastic rounding."""
         return dict(num_updates=self.num_updates, rounding=self.average._sr_generator.get_state())
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore get_extra_state."""
+        """Load the state of get_extra_state."""
         self.num_updates = int(state['num_updates'])
         self.average._sr_generator.set_state(state['rounding'].cpu())
 
 
 class FrozenTeacher(nn.Module):
-    """A module as a teacher: in evaluation mode, with frozen parameters, and without gradient.
+    """Teacher with frozen parameters, in evaluation mode and without gradient.
 
     Args:
-        module: Maps images to logits or to a MultiMixOutput. Its parameters are frozen here.
+        module: Module that maps images to logits or to a MultiMixOutput. Its parameters are frozen.
     """
 
     def __init__(self, module: nn.Module):
@@ -136,40 +136,40 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
-        """The output of the module: a MultiMixOutput if it is an attached model."""
+        """Return the output of the module. An attached model returns a MultiMixOutput."""
         if any(module.training for module in self.module.modules()):
             self.module.eval()
         with outputs_in_evaluation(self.module):
             return self.module(images)
 
     def compile(self, *args, **kwargs) -> None:
-        """Compile the module, with arguments of torch.compile."""
+        """Compile the module. The arguments are passed to torch.compile."""
         self.module.compile(*args, **kwargs)
 
 
 def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
-    """Pixel statistics as (1, channels, 1, 1); if their number differs, their average, as timm's adapt_to_chs."""
+    """Return pixel statistics (1, channels, 1, 1). As in timm, their mean is used if their number differs."""
     values = values.flatten()
     values = values if len(values) == channels else values.mean().expand(channels)
     return values.view(1, -1, 1, 1)
 
 
 class PretrainedTeacher(nn.Module):
-    """Another timm model as a teacher. It returns ordinary logits (b, c).
+    """Teacher that is another timm model. It returns ordinary logits (b, c).
 
     Args:
-        model: Name of a timm model, created with its pretrained weights; or a model.
-        student: The student, whose number of classes and of input channels the teacher gets.
+        model: A model, or the name of a timm model, which is created with its pretrained weights.
+        student: The student. A named teacher is created with the same number of classes and input channels.
         path: Checkpoint with the weights of a named model.
-        mean: Mean that the images are normalised with for the student, by default that of its pretrained_cfg. Images
-            are normalised again for the teacher. As in timm, a mean for another number of channels is replaced by its
-            average.
-        std: Standard deviation, likewise.
+        mean: Mean used to normalize the images for the student, by default from its pretrained_cfg. The teacher
+            normalizes the images again with its own mean. As in timm, the average over channels is used if the number
+            of channels differs.
+        std: Standard deviation used to normalize the images for the student, as `mean`.
         device: Device of the teacher.
         dtype: Dtype of the teacher, None for float32.
 
     Raises:
-        ValueError: if the teacher is a model with another number of classes or of input channels than the student.
+        ValueError: If the teacher and the student differ in the number of classes or input channels.
     """
 
     def __init__(
@@ -191,12 +191,12 @@ class PretrainedTeacher(nn.Module):
             model, student.num_classes, student.in_chans, pretrained_path=path, device=device, dtype=dtype)
         classes = getattr(self.teacher.model, 'num_classes', student.num_classes)
         if classes != student.num_classes:
-            raise ValueError(f'The teacher tells {classes} classes apart, and the student {student.num_classes}.')
+            raise ValueError(f'The teacher has {classes} classes and the student has {student.num_classes}.')
         channels = getattr(self.teacher.model, 'in_chans', student.in_chans)
         if channels != student.in_chans:
             raise ValueError(
-                f'The teacher takes images with {channels} channels, and the student with {student.in_chans}: create '
-                f'the teacher with in_chans={student.in_chans}.')
+                f'The teacher has {channels} input channels and the student has {student.in_chans}: create the teacher '
+                f'with in_chans={student.in_chans}.')
         self.teacher.requires_grad_(False)
         cfg = getattr(student, 'pretrained_cfg', None) or {}
         options = dict(device=device, dtype=dtype)
@@ -214,37 +214,36 @@ class PretrainedTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits (b, c) of images (b, c, h, w) that are normalised for the student."""
+        """Return the teacher's logits (b, c) for images (b, c, h, w) that are normalized for the student."""
         output = self.teacher(images * self.scale + self.shift)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def compile(self, *args, **kwargs) -> None:
-        """Compile the teacher, with arguments of torch.compile."""
+        """Compile the teacher. The arguments are passed to torch.compile."""
         self.teacher.model.compile(*args, **kwargs)
 
 
 class SelfDistillationLoss(nn.Module):
-    """MultiMixLoss with a teacher. The share of distillation can grow over the first epochs (P1, sec. 3.3, eq. 9).
+    """MultiMixLoss with distillation from a teacher (P1, sec. 3.3, eq. 9).
 
     Every term of the loss becomes a convex combination of classification, H(Ỹ, P̃), and distillation, H(P̃', P̃). The
     logits of student and teacher are mixed with the same weights, attended with the student's attention.
 
     Args:
         loss: The MultiMix loss.
-        distill_weight: Share of distillation, in [0, 1]; 0 is the loss without a teacher, to the bit.
-        distill_temperature: Divides the logits of both sides in the distillation term, which is multiplied by its
-            square, as in timm's LogitDistillationTask.
-        ramp_epochs: Epochs over which the share grows from 0, for a teacher that knows nothing at first. Tell the epoch
-            with set_epoch.
+        distill_weight: Weight of distillation, in [0, 1]. With 0 the loss is identical to `loss` without a teacher.
+        distill_temperature: Temperature that divides the logits of student and teacher in the distillation term. The
+            term is multiplied by its square, as in timm's LogitDistillationTask.
+        ramp_epochs: Number of epochs over which the weight increases linearly from 0. It requires calls of set_epoch.
 
     Shapes:
-        output: what an attached student returned, or logits (b, c).
+        output: MultiMixOutput of an attached student, or logits (b, c).
         target: class indices (b,), or soft or multi-hot targets (b, c).
-        teacher: what the teacher returned for the same examples, or another view of them.
+        teacher: output of the teacher for the same examples, or for another view of them.
         Returns a scalar.
 
     Raises:
-        ValueError: for options out of range, and for inputs whose shapes do not fit.
+        ValueError: If an option is out of range, or the shapes of the inputs do not match.
     """
 
     def __init__(
@@ -268,12 +267,12 @@ class SelfDistillationLoss(nn.Module):
         return f'distill_weight={self.distill_weight}, distill_temperature={self.distill_temperature}'
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch it is, counted from 0; before the first call the ramp counts as over."""
+        """Set the current epoch, counted from 0. Before the first call the weight is distill_weight."""
         self.epoch = epoch
 
     @property
     def weight(self) -> float:
-        """Share of distillation in this epoch."""
+        """Weight of distillation in the current epoch."""
         return self.distill_weight * min(1.0, self.epoch / self.ramp_epochs if self.ramp_epochs else 1.0)
 
     def forward(
@@ -290,6 +289,6 @@ class SelfDistillationLoss(nn.Module):
             target: torch.Tensor,
             teacher: MultiMixOutput | torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """The loss and what it is made of, as MultiMixLoss.terms."""
+        """Return the loss and its terms. See MultiMixLoss.terms."""
         return self.loss.terms(
             output, target, teacher, distill_weight=self.weight, distill_temperature=self.distill_temperature)

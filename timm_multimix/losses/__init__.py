@@ -1,4 +1,4 @@
-"""MultiMix losses and interpolation weights. Importing them needs PyTorch only."""
+"""MultiMix losses and interpolation weights. They depend on PyTorch only."""
 from .attention import attention_map
 from .functional import multimix_binary_cross_entropy, multimix_cross_entropy
 from .module import MultiMixLoss, MultiMixOutput

@@ -1,4 +1,4 @@
-"""Attention: how much each position of a feature map shows of the labelled object."""
+"""Attention of each example over the positions of its feature map."""
 import torch
 
 ATTENTION_QUERIES = ('uniform', 'gap', 'token', 'cam')
@@ -6,7 +6,7 @@ ATTENTION_NORMS = ('relu', 'softmax')
 
 
 def check_attention(query: str, norm: str) -> None:
-    """Raise ValueError if the query or the norm is not one that exists."""
+    """Raise ValueError if the query or the norm is unknown."""
     if query not in ATTENTION_QUERIES:
         raise ValueError(f'attention query must be one of {", ".join(ATTENTION_QUERIES)}, got {query!r}.')
     if norm not in ATTENTION_NORMS:
@@ -15,8 +15,8 @@ def check_attention(query: str, norm: str) -> None:
 
 def _cam_scores(logits: torch.Tensor | None, target: torch.Tensor | None) -> torch.Tensor:
     if logits is None or target is None:
-        raise ValueError("attention query 'cam' reads each position's logit of the true class: pass logits and target.")
-    if target.is_floating_point():  # soft target: the expected logit
+        raise ValueError("attention query 'cam' requires the logits at every position and the target.")
+    if target.is_floating_point():  # soft targets: expected logit
         return torch.einsum('brc,bc->br', logits, target.to(logits.dtype))
     return logits.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
 
@@ -42,29 +42,30 @@ def attention_map(
     """Attention a_i = h(z_i^T u_i) of each example over its positions (P2, eq. 9).
 
     Args:
-        features: Embeddings z at every position (b, r, d); may be None for 'cam'.
-        logits: Logits at every position (b, r, c), read by 'cam' only.
-        target: Class indices (b,) or soft targets (b, c), read by 'cam' only.
-        query: u_i is the average-pooled embedding ('gap'), the class token ('token'), or the classifier row of the true
-            class, so that z^T u is the position's own logit of it ('cam'). 'uniform' attends to all positions alike.
-        norm: h is ReLU followed by l1 normalisation ('relu') or softmax ('softmax').
-        token: Class tokens (b, d), read by 'token' only.
+        features: Embeddings z at every position (b, r, d). Can be None for 'cam'.
+        logits: Logits at every position (b, r, c), for 'cam' only.
+        target: Class indices (b,) or soft targets (b, c), for 'cam' only.
+        query: u_i is the average-pooled embedding ('gap'), the class token ('token'), or the classifier weight of the
+            true class ('cam'). For 'cam', z^T u is the logit of the true class at the position. 'uniform' gives the
+            same attention to all positions.
+        norm: h is ReLU followed by l1 normalization ('relu') or softmax ('softmax').
+        token: Class tokens (b, d), for 'token' only.
 
     Returns:
-        Attention (b, r) in float32 (float64 for float64 input), non-negative, each row summing to 1. A row that ReLU
-        empties is uniform.
+        Attention (b, r) in float32 (float64 for float64 input). It is non-negative and every row sums to 1. A row is
+        uniform if ReLU sets all its scores to zero.
 
     Raises:
-        ValueError: if the query or norm is unknown, or an input that the query reads is missing.
+        ValueError: If the query or the norm is unknown, or an input required by the query is missing.
     """
     check_attention(query, norm)
     source = logits if query == 'cam' else features
     if query != 'cam' and features is None:
-        raise ValueError(f'attention query {query!r} reads the features: pass them with shape (b, r, d).')
+        raise ValueError(f'attention query {query!r} requires features with shape (b, r, d).')
     if source is not None and source.ndim != 3:
-        raise ValueError(f'attention_map takes a tensor (b, r, d), got shape {tuple(source.shape)}.')
+        raise ValueError(f'attention_map expects a tensor (b, r, d), got shape {tuple(source.shape)}.')
     if query == 'token' and token is None:
-        raise ValueError("attention query 'token' reads the class token: pass token with shape (b, d).")
+        raise ValueError("attention query 'token' requires token with shape (b, d).")
 
     if query == 'uniform':
         return features.new_full(features.shape[:2], 1 / features.shape[1], dtype=_wide_dtype(features))

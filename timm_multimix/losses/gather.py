@@ -1,10 +1,9 @@
-"""MultiMix over the joined batch of all processes, exactly, at the cost of their own batches.
+"""Collective operations that mix the joined batch of all processes.
 
-Positions do not depend on each other: what a mix is made of, its loss and its balanced gradient are matters of one
-position. So nobody needs the logits of all examples everywhere. Every process takes all examples at its share of the
-positions, draws the weights there, and the backward pass returns the gradients to where the examples are: one exchange
-of as many numbers as a process has logits, and the work of n mixes of a joined batch, shared out. The ordinary logits
-are a single position, whose small loss one process forms for all.
+The weights, the loss and the balanced gradient of one position do not depend on other positions. Every process
+therefore computes the loss of all examples at its share of the positions. One all-to-all exchange distributes the
+logits by position, and the backward pass returns the gradients to the processes of the examples. The ordinary logits
+are a single position. One process computes their loss.
 """
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,12 +13,12 @@ import torch.distributed as dist
 
 
 def num_processes() -> int:
-    """Processes that train together, 1 without a process group."""
+    """Return the world size, or 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows (r, ...) go to the processes, `send[i]` of them to process i, `receive[i]` come from it; and back again."""
+    """Differentiable all-to-all: send `send[i]` of the rows (r, ...) to process i and receive `receive[i]` from it."""
 
     @staticmethod
     def forward(ctx, rows, send, receive):
@@ -37,7 +36,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over processes of a value, whose gradient remains everybody's own."""
+    """Mean over processes. The backward pass is the identity, since DDP averages the gradients."""
 
     @staticmethod
     def forward(ctx, values):
@@ -51,15 +50,15 @@ class _Mean(torch.autograd.Function):
 
 
 def gather_batch(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Join the batches of all processes, in the order of their ranks.
+    """Concatenate the batches of all processes in the order of their ranks.
 
-    Gradients return to the process that the examples came from, summed over all that used them.
+    The gradient of an example is summed over all processes and returned to the process of the example.
 
     Args:
-        tensors: Tensors (b, ...) of the same shape on all processes; None stays None.
+        tensors: Tensors (b, ...) of the same shape on all processes. None is returned as None.
 
     Returns:
-        Tensors (processes * b, ...); the arguments themselves if there is one process.
+        Tensors (processes * b, ...), or the arguments if there is one process.
     """
     world_size = num_processes()
     if world_size == 1:
@@ -72,21 +71,21 @@ def gather_batch(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ..
 
 
 def _position_shares(num_positions: int) -> list[int]:
-    """How many positions each process takes; a single one is the last process's."""
+    """Return the number of positions of each process. A single position belongs to the last process."""
     world_size = dist.get_world_size()
     ends = [num_positions * rank // world_size for rank in range(world_size + 1)]
     return [end - start for start, end in pairwise(ends)]
 
 
 def share_positions(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Give every process all examples at its share of the positions.
+    """Distribute tensors by position: every process receives all examples at its share of the positions.
 
     Args:
-        tensors: Tensors (b, r, ...) of the same shape on all processes; None stays None.
+        tensors: Tensors (b, r, ...) of the same shape on all processes. None is returned as None.
 
     Returns:
-        Tensors (processes * b, s, ...), examples in the order of gather_batch, s the share of this process: it is 0
-        where there are more processes than positions. The arguments themselves if there is one process.
+        Tensors (processes * b, s, ...) with examples in the order of gather_batch and the s positions of this process,
+        or the arguments if there is one process. s can be 0 if there are more processes than positions.
     """
     world_size = num_processes()
     if world_size == 1:
@@ -103,19 +102,19 @@ def share_positions(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None,
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Mean over processes. Differentiated, it is the value of this process: their mean is taken with the gradients."""
+    """Return the mean over processes. Its gradient is the gradient of the value of this process."""
     return values if num_processes() == 1 else _Mean.apply(values)
 
 
 def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:
-    """Refuse batches that differ in size between processes, and would not fit together.
+    """Check that the batches of all processes have the same size.
 
     Args:
-        sizes: What has to be the same everywhere, as many numbers on all processes.
-        device: Where batches are.
+        sizes: Sizes to compare, the same number of sizes on all processes.
+        device: Device of the batches.
 
     Raises:
-        ValueError: on CPU, if they differ; elsewhere it is an assertion of the device, which nothing waits for.
+        ValueError: If sizes differ, on the CPU. On other devices an asynchronous device assertion fails.
     """
     if num_processes() == 1:
         return
@@ -129,5 +128,5 @@ def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:
     elif not (table == own).all():
         shown = ', '.join(f'{tuple(row)} on rank {rank}' for rank, row in enumerate(table.tolist()))
         raise ValueError(
-            'gather mixes the batches of all processes, which must have the same size: got (examples, positions, '
-            f'classes) {shown}. Use drop_last=True in the loader.')
+            'gather requires batches of the same size on all processes, got (examples, positions, classes) '
+            f'{shown}. Use drop_last=True in the loader.')

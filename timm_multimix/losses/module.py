@@ -1,4 +1,4 @@
-"""MultiMixLoss: MultiMix as a training loss that draws its own weights."""
+"""MultiMix as a loss module."""
 import math
 from functools import partial
 from typing import NamedTuple
@@ -26,23 +26,23 @@ from .gather import check_same_sizes, gather_batch, mean_over_processes, num_pro
 from .weights import Alpha, alpha_range, sample_weights
 
 LOSS_TYPES = ('ce', 'bce')
-# Arguments of MultiMixLoss that a preset sets.
+# Values of None arguments of MultiMixLoss for each preset.
 PRESETS = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
     'paper': dict(alpha=(0.5, 2.0), balance=False, pooled_weight=0.0),
 }
 AUTO_SCALE_REMOVED = (
-    "'auto' was removed. Give a number, or leave logit_scale out and calibrate the trained model: --calibrate on the "
+    "'auto' was removed. Pass a number, or omit logit_scale and calibrate the trained model: --calibrate on the "
     'command line, calibrate() in Python.')
 
 
 class MultiMixOutput(NamedTuple):
-    """The output of an attached model while it trains.
+    """Output of an attached model in training mode.
 
     Attributes:
-        logits: The model's ordinary prediction (b, c), for `output.logits.argmax(1)`.
-        dense_logits: Logits at every position (b, r, c), positions in row-major order; None in pooled mode.
-        attention: Attention of each example over its positions (b, r); None stands for uniform.
+        logits: Ordinary logits of the model (b, c).
+        dense_logits: Logits at every position (b, r, c), positions in row-major order, or None in pooled mode.
+        attention: Attention of each example over its positions (b, r), or None for uniform attention.
     """
     logits: torch.Tensor
     dense_logits: torch.Tensor | None = None
@@ -54,63 +54,61 @@ def _as_output(output: MultiMixOutput | torch.Tensor, name: str = 'MultiMixLoss'
         return MultiMixOutput(output)
     if not isinstance(output, MultiMixOutput):
         raise TypeError(
-            f'{name} takes logits (b, c) or the MultiMixOutput of an attached model, got {type(output).__name__}: if '
+            f'{name} expects logits (b, c) or the MultiMixOutput of an attached model, got {type(output).__name__}: if '
             'the model returns several values, pass its logits.')
     return output
 
 
 class MultiMixLoss(nn.Module):
-    """MultiMix as a training loss. It draws the weights and mixes the logits with them.
+    """MultiMix loss. It draws interpolation weights and mixes the logits and targets with them.
 
-    Takes what an attached model returns while training, or the plain logits of any PyTorch classifier (which makes it
-    pooled MultiMix). The loss is a convex combination:
+    The input is the output of an attached model in training mode, or the logits of any PyTorch classifier (pooled
+    MultiMix). The loss is a convex combination:
 
         (1 - clean_weight) * ((1 - pooled_weight) * dense + pooled_weight * pooled) + clean_weight * plain loss
 
-    where the dense term mixes the logits at every position and the pooled term the model's ordinary logits; without
-    dense logits the pooled term has all the weight. Memory grows with the number of mixes only by the weights of the
-    positions that are computed together, n·b numbers for at least one position.
+    The dense term mixes the logits at every position, the pooled term mixes the ordinary logits. Without dense logits,
+    pooled_weight is 1. Memory grows with the number of mixes only by the weights of the positions computed together:
+    n·b numbers per position.
 
     Args:
-        num_mixes: Number n of mixes, at every position. Keep it well above the batch size.
-        preset: Values for alpha, balance and pooled_weight where they are None. 'default' is alpha = 1 / (examples in a
-            mix), so that mixes are as varied in any batch (docs/method.md), balance=True and pooled_weight=0.5. 'paper'
-            is what the papers' experiments use: alpha=(0.5, 2.0), balance=False and pooled_weight=0. They apply that
-            loss to half of the batches only: see the prob argument of MultiMixTask.
-        alpha: Dirichlet concentration: a number, or a (low, high) pair from which each mix draws its own. None takes
-            the preset's.
-        tuple_length: Number of examples m in a mix, None for the whole mini-batch. In a batch of fewer examples, such
-            as the last one of an epoch, it is the size of the batch.
-        shared_weights: Draw one set of weights for all positions, which saves time; the papers draw one for each
-            (P2, eq. 10). Positions still differ by their attention.
-        attention: None takes the attention that comes with the output, uniform if none does. 'cam' computes it here,
-            from the dense logits of the true class, which only the loss knows; 'uniform' ignores what comes.
-        attention_norm: 'relu' or 'softmax', for attention computed here.
-        attention_grad: Let gradient through the attention.
-        balance: Balanced gradient; False gives the literal gradient of the papers. None takes the preset's.
-        pooled_weight: Share of the pooled term beside the dense one, in [0, 1]; None takes the preset's. A model that
-            predicts from a class token trains that path through the pooled term only: do not set 0 there, unless other
+        num_mixes: Number of mixes n at every position. It should be well above the batch size.
+        preset: Values of alpha, balance and pooled_weight if they are None. 'default': alpha = 1 / (examples in a mix),
+            balance=True and pooled_weight=0.5 (see docs/method.md). 'paper': alpha=(0.5, 2.0), balance=False and
+            pooled_weight=0, as in the papers, which use this loss for half of the batches (see the prob argument of
+            MultiMixTask).
+        alpha: Dirichlet concentration: a number, or a (low, high) pair from which each mix draws its concentration.
+        tuple_length: Number of examples m in a mix, None for the whole mini-batch. It is limited to the batch size.
+        shared_weights: Use the same weights at all positions, which is faster. By default weights are drawn for each
+            position (P2, eq. 10). The attention of the positions still differs.
+        attention: None uses the attention of the output, or uniform attention if it has none. 'cam' computes attention
+            from the dense logits of the true class. 'uniform' ignores the attention of the output.
+        attention_norm: Normalization of the 'cam' attention: 'relu' or 'softmax'.
+        attention_grad: Backpropagate through the attention.
+        balance: Use the balanced gradient. False is the literal gradient of the papers.
+        pooled_weight: Weight of the pooled term relative to the dense term, in [0, 1]. The dense term does not train
+            the class token of a model that predicts from it. Keep the weight above 0 for such a model, unless other
             batches train it.
-        clean_weight: Share of the plain loss on unmixed examples, in [0, 1].
-        logit_scale: Factor on mixed logits inside the loss. It multiplies the gradient too.
-        smoothing: Label smoothing of class indices. Soft targets, such as those of timm's Mixup, are taken as they are.
-        loss_type: 'ce' for softmax cross-entropy; 'bce' for binary cross-entropy, mean over classes.
-        gather: Mix the joined batch of all processes of torch.distributed instead of every process its own. Loss and,
-            after DistributedDataParallel or FSDP have averaged it, gradient are those of one process with all the
-            examples, at the cost of sending the logits once to where they are mixed (docs/distributed.md). Every
-            process draws weights for its share of the positions, so their generators should differ, and weights are
-            shared by those positions only.
-        generator: Source of randomness, by default PyTorch's own for the device of the logits.
+        clean_weight: Weight of the plain loss on unmixed examples, in [0, 1].
+        logit_scale: Factor on the mixed logits inside the loss. It multiplies the gradient too.
+        smoothing: Label smoothing of class indices. Soft targets, such as the targets of timm's Mixup, are not
+            smoothed.
+        loss_type: 'ce' for softmax cross-entropy, 'bce' for binary cross-entropy, mean over classes.
+        gather: Mix the joined batch of all processes of torch.distributed. The loss, and the gradient averaged by
+            DistributedDataParallel or FSDP, are equal to the results of one process with all examples. The logits are
+            exchanged once (docs/distributed.md). Every process draws the weights of its share of the positions, so
+            generators should differ between processes. shared_weights applies within each share.
+        generator: Random number generator, by default PyTorch's generator of the device of the logits.
         tile_size: Number of mixes whose mixed logits are in memory together. It does not change the result.
 
     Shapes:
-        output: a MultiMixOutput, or logits (b, c).
-        target: class indices (b,), or soft or multi-hot targets (b, c). With 'bce', multi-hot targets may be integers.
-        teacher: the output of a teacher for the same examples, as `output`, or None. See `terms`.
+        output: MultiMixOutput, or logits (b, c).
+        target: class indices (b,), or soft or multi-hot targets (b, c). With 'bce', multi-hot targets can be integers.
+        teacher: output of a teacher for the same examples, in the form of `output`, or None. See `terms`.
         Returns a scalar in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: for options out of range, and for inputs whose shapes do not fit.
+        ValueError: If an option is out of range, or the shapes of the inputs do not match.
     """
 
     def __init__(
@@ -146,11 +144,11 @@ class MultiMixLoss(nn.Module):
             raise ValueError(f'tuple_length must be at least 1, or None for the whole batch, got {tuple_length}.')
         if attention not in (None, 'uniform', 'cam'):
             raise ValueError(
-                f"attention must be 'cam', 'uniform' or None (what comes with the output), got {attention!r}. Other "
-                'queries read the features: pass them to attach().')
+                f"attention must be 'cam', 'uniform' or None (attention of the output), got {attention!r}. Pass other "
+                'queries to attach().')
         for name, weight in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
             if not 0 <= weight <= 1:
-                raise ValueError(f'{name} is a share and must lie in [0, 1], got {weight}.')
+                raise ValueError(f'{name} must be in [0, 1], got {weight}.')
         if logit_scale == 'auto':
             raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
         if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
@@ -160,7 +158,7 @@ class MultiMixLoss(nn.Module):
         check_attention(attention or 'uniform', attention_norm)
         check_smoothing(smoothing)
         self.num_mixes = num_mixes
-        alpha_range(alpha, 1)  # refuses what is none, before the first batch
+        alpha_range(alpha, 1)  # validates alpha
         self.alpha = alpha
         self.tuple_length = tuple_length
         self.shared_weights = shared_weights
@@ -205,30 +203,30 @@ class MultiMixLoss(nn.Module):
             distill_weight: float = 0.25,
             distill_temperature: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """The loss and what it is made of.
+        """Return the loss and its terms.
 
         Args:
-            output: What an attached model returned, or logits (b, c).
+            output: MultiMixOutput of an attached model, or logits (b, c).
             target: Class indices (b,), or soft or multi-hot targets (b, c).
-            teacher: What a teacher returned for the same examples. Each term then combines classification and
-                distillation, both with the same weights, attended with the attention of `output`: what a mix shows, its
-                target and its teacher belong together. A teacher without dense logits teaches all positions alike.
-            distill_weight: Share of the distillation term, in [0, 1]; 0 is the loss without a teacher.
-            distill_temperature: Divides both sides' logits in that term.
+            teacher: Output of a teacher for the same examples. Each term then combines classification and distillation.
+                The logits of model and teacher are mixed with the same weights, attended with the attention of
+                `output`. If the teacher has no dense logits, its ordinary logits are used at all positions.
+            distill_weight: Weight of the distillation term, in [0, 1]. With 0 the teacher is ignored.
+            distill_temperature: Temperature that divides the logits of model and teacher in the distillation term.
 
         Returns:
-            'loss', and those of 'dense', 'pooled', 'clean' that have weight.
+            'loss', and the terms 'dense', 'pooled' and 'clean' whose weight is above 0.
 
         Raises:
-            ValueError: for inputs whose shapes do not fit.
+            ValueError: If an option is out of range, or the shapes of the inputs do not match.
         """
         distillation = check_distillation(distill_weight, distill_temperature)
         logits, dense_logits, attention = _as_output(output)
         teacher = MultiMixOutput(None) if teacher is None else _as_output(teacher, 'The teacher of MultiMixLoss')
         if logits.ndim != 2:
             raise ValueError(
-                f'MultiMixLoss takes logits (b, c) or a MultiMixOutput, got logits of shape {tuple(logits.shape)}. For '
-                'logits at every position (b, r, c), without a model that is attached, use multimix_cross_entropy.')
+                f'MultiMixLoss expects logits (b, c) or a MultiMixOutput, got logits of shape {tuple(logits.shape)}. '
+                'For logits at every position (b, r, c) use multimix_cross_entropy.')
         check_num_classes(logits.shape[1], self.loss_type)
         if self.loss_type == 'bce':
             target = multi_hot(target, loss_dtype(logits))
@@ -274,7 +272,7 @@ class MultiMixLoss(nn.Module):
         return attention if self.attention_grad else attention.detach()
 
     def _tuple_length(self, batch_size: int) -> int:
-        """Examples in a mix: not more than there are in this batch, which may be the last and smaller one."""
+        """Return the number of examples in a mix. The last batch of an epoch can be smaller than tuple_length."""
         return batch_size if self.tuple_length is None else min(self.tuple_length, batch_size)
 
     def _mixed(
@@ -293,8 +291,8 @@ class MultiMixLoss(nn.Module):
             logits, attention, teacher = share_positions(logits, attention, teacher)
             share = num_processes() * logits.shape[1] / num_positions
             if not share:
-                # More processes than positions: nothing to do but take part in the exchange, forward and backward. A
-                # compiler would drop what has no use.
+                # There are more processes than positions. This process has no loss, but it must take part in the
+                # collectives of the backward pass. The sum of empty tensors keeps them in a compiled graph.
                 received = (tensor for tensor in (logits, attention, teacher, target) if tensor is not None)
                 return sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
         batch_size, _, num_classes = logits.shape

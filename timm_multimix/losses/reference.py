@@ -1,7 +1,6 @@
-"""MultiMix as the papers write it: on embeddings, every tensor in the open. Slow, short, and what the tests trust.
+"""Reference implementation of MultiMix on embeddings, as in the papers. It is slow and used by the tests.
 
-Read this page first; `losses.py` computes the same numbers without ever holding a tensor with both n and r, or n and d,
-in its shape. Symbols are those of docs/method.md:
+fused.py computes the same values on logits, in tiles. Symbols as in docs/method.md:
 
     z  embeddings before the last affine classifier   (b, d), dense (b, r, d)
     y  targets, one row per example                   (b, c)
@@ -19,22 +18,21 @@ Classifier = Callable[[torch.Tensor], torch.Tensor]
 
 
 def one_hot(target: torch.Tensor, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Class indices (b,) as rows (b, c); soft targets pass through."""
+    """Convert class indices (b,) to rows (b, c). Soft targets are cast."""
     return target.to(dtype) if target.is_floating_point() else F.one_hot(target, num_classes).to(dtype)
 
 
 def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """H(y, softmax(logits)) of every row (..., c) -> (...)."""
+    """Return H(y, softmax(logits)) of every row, (..., c) -> (...)."""
     return -(y * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def binary_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean over classes of the binary cross-entropy, of every row (..., c) -> (...)."""
+    """Return the binary cross-entropy of every row, mean over classes, (..., c) -> (...)."""
     return F.binary_cross_entropy_with_logits(logits, y, reduction='none').mean(dim=-1)
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Probabilities of the classes, of every row."""
     return logits.softmax(dim=-1)
 
 
@@ -46,10 +44,10 @@ def pooled_multimix(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor, classifie
 
 
 def attention_weights(w: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """The weights at every position, scaled by attention and normalised again (P2, eqs. 10-11)."""
+    """Scale the weights by the attention and normalize them (P2, eqs. 10-11)."""
     m = torch.stack([w_j @ torch.diag(a_j) for w_j, a_j in zip(w, a.T, strict=True)])  # eq. 10, (r, n, b)
     total = m.sum(dim=2, keepdim=True)
-    return torch.where(total > 0, m / total, w)                         # eq. 11; all attention zero: no attention
+    return torch.where(total > 0, m / total, w)                         # eq. 11; w if all attention is 0
 
 
 def dense_multimix(
@@ -80,10 +78,10 @@ def self_distillation(
         loss=cross_entropy,
         predict=softmax,
 ):
-    """Dense MultiMix with a teacher, which sees another view of the same examples (P1, sec. 3.3, eq. 9).
+    """Dense MultiMix with a teacher (P1, sec. 3.3, eq. 9).
 
-    Student and teacher are mixed with the same weights, of the student's attention. Hinton et al.'s T² in front of the
-    term with temperature T is timm's. For binary cross-entropy `predict` is the sigmoid.
+    Student and teacher are mixed with the same weights, attended with the student's attention. The factor T² of the
+    distillation term is from Hinton et al., as in timm. For binary cross-entropy `predict` is the sigmoid.
     """
     m = attention_weights(w, a)
     z_mixed = torch.einsum('rnb,brd->rnd', m, z)
@@ -97,7 +95,7 @@ def self_distillation(
 
 
 def manifold_mixup(z: torch.Tensor, y: torch.Tensor, lam: torch.Tensor, partners: torch.Tensor, classifier: Classifier):
-    """Manifold mixup at the last layer (Verma et al., ICML 2019): one λ for the batch, one partner each."""
+    """Manifold mixup at the last layer (Verma et al., ICML 2019), with one λ for the batch."""
     z_mixed = lam * z + (1 - lam) * z[partners]
     y_mixed = lam * y + (1 - lam) * y[partners]
     return cross_entropy(classifier(z_mixed), y_mixed).mean()
@@ -111,10 +109,10 @@ def balance_gradient(grad: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         m: Weights used at that position (n, b).
     """
     w = m.mean(dim=0)
-    together = torch.outer(w, grad.sum(dim=0))
+    common = torch.outer(w, grad.sum(dim=0))                            # w (1ᵀG)
     mean_square = m.square().sum(dim=1).mean()                          # S
     spread = mean_square - w.square().sum()
-    if spread <= 8 * torch.finfo(m.dtype).eps * mean_square:            # all rows alike: C is zero, κ undefined
+    if spread <= 8 * torch.finfo(m.dtype).eps * mean_square:            # equal rows: C is 0, κ undefined
         return grad
     kappa = (1 - w.square().sum()) / spread
-    return together + kappa * (grad - together)
+    return common + kappa * (grad - common)

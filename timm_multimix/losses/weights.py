@@ -1,7 +1,7 @@
-"""Interpolation weights: which examples enter each mix, and how much of each.
+"""Interpolation weights of the mixes.
 
-Notation follows docs/method.md: `b` examples in the mini-batch, `n` interpolated examples made from it, tuples of `m`
-examples, `r` positions of the feature map. Every row of weights lies on the simplex.
+Notation as in docs/method.md: `b` examples in the mini-batch, `n` mixes, `m` examples in a mix, `r` positions of the
+feature map. Every row of weights is on the simplex.
 """
 import math
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ Alpha = float | Sequence[float]
 
 
 def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
-    """Return the range `(low, high)` that concentrations are drawn from; a single number is a range of one value.
+    """Return the range `(low, high)` of concentrations. A single number is a range of one value.
 
-    None is 1 / tuple_length: for long tuples the weights of a mix are then those of a Dirichlet process of
-    concentration 1, whatever the length. The largest is 0.62 on average, the sum of squares 1/2, as of an even pair.
+    None is 1 / tuple_length. For long tuples the weights of a mix are then a Dirichlet process of concentration 1,
+    independent of the length. On average the largest weight is 0.62 and the sum of squares is 1/2, as for two equal
+    weights.
 
     Raises:
-        ValueError: if alpha is neither None, a positive number nor an ascending pair of positive numbers.
+        ValueError: If alpha is neither None, a positive number nor an ascending pair of positive numbers.
     """
     if alpha is None:
         alpha = 1 / tuple_length
@@ -33,35 +34,35 @@ def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
 
 
 def check_tuple_length(tuple_length: int | None, batch_size: int) -> int:
-    """Return the number of examples in a mix; None stands for the whole mini-batch.
+    """Return the number of examples in a mix. None is the whole mini-batch.
 
     Raises:
-        ValueError: if the tuple does not fit the mini-batch.
+        ValueError: If tuple_length is below 1 or above the batch size.
     """
     if tuple_length is None:
         return batch_size
     if not 1 <= tuple_length <= batch_size:
         raise ValueError(
-            f'tuple_length must lie between 1 and the batch size {batch_size}, got {tuple_length}. '
+            f'tuple_length must be between 1 and the batch size {batch_size}, got {tuple_length}. '
             'Use a larger batch, a shorter tuple, or None for the whole batch.')
     return tuple_length
 
 
 def _can_draw_again(device: torch.device) -> bool:
-    """Whether the number of rejected draws may be read: it would synchronise a GPU, and break a compiled graph."""
+    """Whether the rejected draws can be counted without synchronizing a GPU or breaking a compiled graph."""
     return device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
 def _log_uniform(size: torch.Size, options: dict[str, Any]) -> torch.Tensor:
-    """Logarithms of 1 - U, U uniform on [0, 1). They are finite."""
+    """Draw log(1 - U) for U uniform on [0, 1). The values are finite."""
     return torch.rand(size, **options).neg_().add_(1).log_()
 
 
 def _draw_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
     """Draw logarithms of Gamma(a) variables with PyTorch's sampler.
 
-    A Gamma(a) variable is Gamma(a + 1) * U^(1/a). The product is formed in log space: for the smallest a, all Gamma(a)
-    variables of a row may underflow, and their ratios would be 0/0.
+    A Gamma(a) variable is Gamma(a + 1) * U^(1/a). The product is computed in log space, since for small a all
+    variables of a row can underflow.
     """
     log_gamma = torch._standard_gamma((a + 1).expand(size), generator=generator).log_()
     return log_gamma.add_(_log_uniform(size, dict(dtype=a.dtype, device=a.device, generator=generator)).div_(a))
@@ -72,10 +73,11 @@ def _propose_log_gamma(
         size: torch.Size,
         generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Propose logarithms of Gamma(a) variables, and return the flat indices of the rejected ones.
+    """Propose logarithms of Gamma(a) variables, and return them with the flat indices of rejected proposals.
 
-    The proposals for Gamma(a + 1) are those of Marsaglia and Tsang (ACM TOMS 2000). Given acceptance, the ratio of the
-    test's uniform variable to its bound is uniform and independent of the proposal. It is the U of _draw_log_gamma.
+    Gamma(a + 1) variables are proposed as by Marsaglia and Tsang (ACM TOMS 2000). Given acceptance, the ratio of the
+    uniform variable of their test to its bound is uniform and independent of the proposal. It is used as the U of
+    _draw_log_gamma.
     """
     d = a + (1 - 1 / 3)
     options = dict(dtype=a.dtype, device=a.device, generator=generator)
@@ -84,7 +86,7 @@ def _propose_log_gamma(
     v = root.pow(3)
     log_v = root.log_().mul_(3)  # NaN if v is negative
     log_uniform = _log_uniform(size, options)
-    # Minus the bound of its test, d (1 - v + log v) + normal² / 2.
+    # Subtract the bound of the acceptance test, d (1 - v + log v) + normal² / 2.
     log_uniform.addcmul_(v.sub_(log_v).sub_(1), d).addcmul_(normal, normal, value=-0.5)
     rejected = log_uniform.clamp(min=0).flatten().nonzero().squeeze(1)  # includes NaN
     return log_v.addcdiv_(log_uniform, a).add_(d.log()), rejected
@@ -93,8 +95,9 @@ def _propose_log_gamma(
 def _sample_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
     """Draw logarithms of Gamma(a) variables, for concentrations a (..., 1) and size (..., m).
 
-    On a CPU PyTorch's sampler draws one variable at a time, which takes a large part of the loss (docs/speed.md). So
-    all variables are proposed at once, and PyTorch's sampler draws only the rejected ones.
+    On the CPU, PyTorch's sampler draws variables one at a time, which takes a large part of the time of the loss
+    (docs/speed.md). Therefore all variables are proposed with vectorized operations, and PyTorch's sampler draws only
+    the rejected ones.
     """
     if not _can_draw_again(a.device):
         return _draw_log_gamma(a, size, generator)
@@ -104,7 +107,7 @@ def _sample_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Genera
 
 
 def _sample_dirichlet(concentration: torch.Tensor, length: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw symmetric Dirichlet rows (..., length), of concentration (..., 1)."""
+    """Draw rows (..., length) from symmetric Dirichlet distributions of concentration (..., 1)."""
     size = torch.Size((*concentration.shape[:-1], length))
     return _sample_log_gamma(concentration, size, generator).softmax(dim=-1)
 
@@ -121,24 +124,24 @@ def sample_weights(
 ) -> torch.Tensor:
     """Draw interpolation weights (P2, sec. 3.2, eqs. 6-7; per position sec. 3.3, eq. 10).
 
-    Each row draws its own concentration uniformly between the two alphas, then its weights from the symmetric Dirichlet
-    of that concentration over `tuple_length` distinct examples, chosen without replacement; the rest are zero.
+    For each row, the concentration is drawn uniformly from the range of alpha. The weights of `tuple_length` examples,
+    chosen without replacement, are drawn from the symmetric Dirichlet distribution. The other weights are zero.
 
     Args:
         num_mixes: Number of rows n.
         batch_size: Number of examples b.
-        num_positions: Number of positions r, each with rows of its own; None for pooled MultiMix.
-        alpha: Dirichlet concentration, a number or a (low, high) pair, (0.5, 2.0) in the papers; None for
-            1 / tuple_length (docs/method.md says why).
+        num_positions: Number of positions r for which rows are drawn, None for pooled MultiMix.
+        alpha: Dirichlet concentration, a number or a (low, high) pair, (0.5, 2.0) in the papers. None is
+            1 / tuple_length (see docs/method.md).
         tuple_length: Number of examples m in a mix, None for all b.
-        generator: Source of randomness; the same seed gives the same weights.
-        device: Device of the weights, by default that of the generator, else PyTorch's default.
+        generator: Random number generator.
+        device: Device of the weights, by default the device of the generator, or PyTorch's default device.
 
     Returns:
         float32 weights (n, b), or (r, n, b) with num_positions. Rows are non-negative and sum to 1.
 
     Raises:
-        ValueError: if a size is below 1, alpha is not positive, or the tuple is longer than the batch.
+        ValueError: If a size is below 1, alpha is not positive, or the tuple is longer than the batch.
     """
     for name, size in (('num_mixes', num_mixes), ('batch_size', batch_size), ('num_positions', num_positions)):
         if size is not None and size < 1:
@@ -167,10 +170,15 @@ def manifold_mixup_weights(
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Weights that turn MultiMix into manifold mixup at the last layer: n = b pairs that share one λ.
+    """Draw weights for which MultiMix is manifold mixup at the last layer (Verma et al., ICML 2019).
 
-    Row i mixes example i with its partner under a random permutation, λ ~ Beta(alpha, alpha) drawn once for the batch
-    (Verma et al., Manifold Mixup, ICML 2019).
+    Row i mixes example i with its partner in a random permutation. λ ~ Beta(alpha, alpha) is drawn once for the batch.
+
+    Args:
+        batch_size: Number of examples b, which is also the number of rows n.
+        alpha: Parameter of the Beta distribution.
+        generator: Random number generator.
+        device: Device of the weights, by default the device of the generator, or PyTorch's default device.
 
     Returns:
         float32 weights (b, b), for `multimix_cross_entropy`.
@@ -182,10 +190,10 @@ def manifold_mixup_weights(
 
 
 def attend(weights: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-    """Weight each position's mixes by how much that position shows of each example (P2, eqs. 10-11).
+    """Scale the weights at every position by the attention and normalize them (P2, eqs. 10-11).
 
-    Column i at position j is scaled by the attention of example i there, and each row divided by its sum. A row whose
-    examples all have zero attention at a position keeps its unattended weights.
+    Column i at position j is multiplied by the attention of example i at position j. Each row is divided by its sum. If
+    all examples of a row have zero attention at a position, the row is not changed.
 
     Args:
         weights: Interpolation weights (n, b), shared by all positions, or (r, n, b).
@@ -195,15 +203,15 @@ def attend(weights: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         Weights (r, n, b), rows on the simplex.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: If the shapes do not match.
     """
     if attention.ndim != 2 or weights.ndim not in (2, 3) or weights.shape[-1] != attention.shape[0] or (
             weights.ndim == 3 and weights.shape[0] != attention.shape[1]):
         raise ValueError(
-            'attend takes weights (n, b) or (r, n, b) and attention (b, r), '
+            'attend expects weights (n, b) or (r, n, b) and attention (b, r), '
             f'got weights {tuple(weights.shape)} and attention {tuple(attention.shape)}.')
     scaled = weights * attention.mT.contiguous().unsqueeze(1)
     total = scaled.sum(dim=-1, keepdim=True)
     empty = total == 0
-    # Rows without attention become 0 and get their weights back: on a CPU faster than torch.where.
+    # Rows without attention become 0, then the weights are added. This is faster on a CPU than torch.where.
     return (scaled / total.masked_fill(empty, torch.inf)).addcmul_(weights, empty.to(weights.dtype))
