@@ -73,8 +73,8 @@ def test_images_all_classified_correctly_give_the_rule_of_succession():
     (torch.randn(4, 3, 3), torch.zeros(4).long(), 'got shapes'),
     (torch.tensor([[1.0, torch.nan]]), torch.tensor([0]), 'not finite'),
     (torch.tensor([[1.0, 2.0]]), torch.tensor([2]), 'from 0 to 1, got 2'),
-    (torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), 'say nothing'),
-    (-10 * torch.eye(3), torch.arange(3), 'say nothing'),
+    (torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), 'do not predict'),
+    (-10 * torch.eye(3), torch.arange(3), 'do not predict'),
 ])
 def test_problems_without_a_temperature(logits, target, message):
     with pytest.raises(ValueError, match=message):
@@ -151,7 +151,7 @@ REFUSED = {
     'cosine': (lambda: Cosine(6, 4), 'not proportional'),
     'a constant': (lambda: Shifted(6, 4), 'not proportional'),
     'spectral norm': (lambda: parametrizations.spectral_norm(nn.Linear(6, 4)), 'not proportional'),
-    'orthogonal': (lambda: parametrizations.orthogonal(nn.Linear(6, 4)), 'parametrisation|not proportional'),
+    'orthogonal': (lambda: parametrizations.orthogonal(nn.Linear(6, 4)), 'parametrization|not proportional'),
     'old weight norm': (lambda: torch.nn.utils.weight_norm(nn.Linear(6, 4)), 'not proportional'),
     'features too': (lambda: Sum(nn.Linear(6, 4), nn.AdaptiveAvgPool1d(4)), 'not proportional'),
 }

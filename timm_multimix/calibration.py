@@ -1,9 +1,7 @@
-"""Calibration: one temperature, fitted on held-out data and folded into the last affine layer of a classifier.
+"""Temperature scaling of a classifier (Guo et al., On Calibration of Modern Neural Networks, 2017).
 
-A model trained on interpolations can be right and yet too sure of itself, or not sure enough. Dividing its logits by
-one number mends that and changes no prediction (Guo et al., On Calibration of Modern Neural Networks, 2017). The
-division is done once, in the weights: the calibrated model is the same architecture, with other values in its
-classifier.
+The temperature is fitted on held-out data and folded into the weights of the last affine layer. The architecture and
+the predicted classes do not change.
 """
 import logging
 from collections.abc import Iterable, Iterator
@@ -21,16 +19,17 @@ from .dense.heads import mean_of_heads
 
 _logger = logging.getLogger(__name__)
 
-# Temperatures are looked for between the spread of the logits divided and multiplied by this.
-_WIDEST = 1e4
-# Factors on the classifier that the logits must follow, and how closely: as the model's number format allows.
-_TRIED_FACTORS = (0.5, 3.0)
+# Limit of the ratio between the standard deviation of the logits and the temperature.
+_MAX_RATIO = 1e4
+# Factors on the classifier with which proportional logits are tested.
+_TEST_FACTORS = (0.5, 3.0)
+# Relative tolerance of the test, at least _ROUNDINGS times the machine epsilon of the model's dtype.
 _TOLERANCE = 1e-4
 _ROUNDINGS = 8
 
 
 def _slope(inverse: float, logits: np.ndarray, target: np.ndarray) -> float:
-    """Derivative of the mean cross-entropy of inverse * logits with respect to inverse; it never falls."""
+    """Derivative of the mean cross-entropy of inverse * logits for inverse. It is non-decreasing."""
     scaled = logits * inverse
     probabilities = np.exp(scaled - scaled.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
@@ -38,54 +37,53 @@ def _slope(inverse: float, logits: np.ndarray, target: np.ndarray) -> float:
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in at least float32. Not in float64, which not every device has."""
+    """Cast to at least float32. Some devices do not support float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """The temperature T that minimises the mean cross-entropy of softmax(logits / T), in float64.
+    """Fit the temperature T that minimizes the mean cross-entropy of softmax(logits / T), in float64.
 
-    The loss is convex in 1 / T, so there is one minimum. If every image is classified correctly there is none: any
-    temperature is beaten by a lower one. Then the rule of succession stands in for the mistake that was not seen: the
-    model may be right with probability (n + 1) / (n + 2), and the rest is shared by the other classes.
+    The loss is convex in 1 / T. If every image is classified correctly, it has no minimum: a lower temperature is
+    always better. The targets are then smoothed by the rule of succession. The true class has probability
+    (n + 1) / (n + 2), and the other classes share the rest.
 
     Args:
         logits: Logits (n, c).
-        target: Class indices (n,) or probabilities of classes (n, c).
+        target: Class indices (n,) or class probabilities (n, c).
 
     Returns:
         The temperature.
 
     Raises:
-        ValueError: if shapes do not fit or values are not finite, or if no positive temperature is best, because the
-            logits say nothing about the target.
+        ValueError: If shapes do not match, values are not finite, or no positive temperature minimizes the loss,
+            because the logits do not predict the target.
     """
-    from scipy.optimize import brentq  # slow to import, for something that most runs do once or never
+    from scipy.optimize import brentq  # slow to import
 
     if logits.ndim != 2 or logits.shape[1] < 2 or len(target) != len(logits) or not len(logits):
         raise ValueError(
-            f'A temperature is fitted to logits (n, c) of two classes or more and target (n,) or (n, c), got shapes '
+            'fit_temperature expects logits (n, c) of two or more classes and target (n,) or (n, c), got shapes '
             f'{tuple(logits.shape)} and {tuple(target.shape)}.')
     logits, target = logits.detach().cpu(), target.detach().cpu()
     if not logits.isfinite().all():
-        raise ValueError('Logits that are not finite have no temperature.')
+        raise ValueError('The temperature cannot be fitted: the logits are not finite.')
     num_images, num_classes = logits.shape
     if target.ndim == 1 and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
-            f'Targets are class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
-    # In NumPy, since not every device has float64.
+            f'Targets must be class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
     logits = _wide(logits).numpy().astype(np.float64)
     target = _wide(target).numpy().astype(np.float64) if target.ndim == 2 else np.eye(num_classes)[target.numpy()]
-    logits -= logits.mean(1, keepdims=True)  # changes nothing, and keeps the numbers small
+    logits -= logits.mean(1, keepdims=True)  # softmax is invariant to it
     spread = logits.std(ddof=1).item()
     if _slope(0.0, logits, target) >= 0:
         raise ValueError(
-            f'No temperature fits: the logits say nothing about the targets of these {num_images} images. Are the '
-            'labels those of the model?')
-    if _slope(_WIDEST / spread, logits, target) <= 0:
-        mistakes = 1 / (num_images + 2)
-        target = target * (1 - mistakes) + (1 - target) * (mistakes / (num_classes - 1))
-    return 1 / brentq(_slope, 0.0, _WIDEST / spread, args=(logits, target), xtol=1e-12 / spread, rtol=1e-12)
+            f'The temperature cannot be fitted: the logits do not predict the targets of these {num_images} images. '
+            'Check that the labels and the class order match the model.')
+    if _slope(_MAX_RATIO / spread, logits, target) <= 0:
+        error_rate = 1 / (num_images + 2)
+        target = target * (1 - error_rate) + (1 - target) * (error_rate / (num_classes - 1))
+    return 1 / brentq(_slope, 0.0, _MAX_RATIO / spread, args=(logits, target), xtol=1e-12 / spread, rtol=1e-12)
 
 
 def _is_affine(module: nn.Module, output: Any) -> bool:
@@ -94,7 +92,7 @@ def _is_affine(module: nn.Module, output: Any) -> bool:
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the context, the model is in evaluation mode; then every module has the mode that it had."""
+    """Set the model to evaluation mode, and restore the mode of every module on exit."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -107,24 +105,24 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     logits = mean_of_heads(model(images))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-        raise ValueError(f'{type(model).__name__} does not give logits (b, c): create it with a classifier.')
+        raise ValueError(f'{type(model).__name__} does not return logits (b, c): create it with a classifier.')
     return logits
 
 
 @torch.enable_grad()
 def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
-    """Names of the modules with a weight whose output reaches the logits without passing another one.
+    """Return the names of the last modules with a weight before the logits.
 
-    That is the classifier: one layer, or several in a model with two heads, or with one for each of its streams. They
-    are found by running the model on images and following the logits back through autograd's graph.
+    Usually this is the classifier. There are several modules if the model has several heads or streams. The model runs
+    on the images, and the autograd graph is traversed from the logits.
 
     Args:
-        model: A classifier; its mode and its gradients stay as they are.
-        images: Images that it takes, one or more.
+        model: A classifier. Its mode and its gradients do not change.
+        images: One or more input images.
 
     Returns:
-        Names of the modules, in the order of model.named_modules(). Empty if there are none, as in a model that
-        torch.jit has scripted.
+        Names of the modules, in the order of model.named_modules(). Empty if no module is found, for example in a model
+        compiled with torch.jit.
     """
     names = {}
 
@@ -160,7 +158,7 @@ def _affine_names(module: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _multiply(modules: list[nn.Module], factor: float) -> None:
-    """Multiply weight and bias of the modules, each tensor once. A parametrised one goes through its right inverse."""
+    """Multiply the weights and biases of the modules, each tensor once. Parametrized tensors use right_inverse."""
     done = set()
     for module in modules:
         for name in _affine_names(module):
@@ -173,8 +171,8 @@ def _multiply(modules: list[nn.Module], factor: float) -> None:
 
 
 @contextmanager
-def _keeping(modules: list[nn.Module]) -> Iterator[None]:
-    """After the context, the modules hold to the bit what they held before."""
+def _restored(modules: list[nn.Module]) -> Iterator[None]:
+    """Restore the exact state of the modules on exit."""
     state = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
     try:
         yield
@@ -183,11 +181,11 @@ def _keeping(modules: list[nn.Module]) -> Iterator[None]:
             module.load_state_dict(before)
 
 
-def _follow(model: nn.Module, modules: list[nn.Module], images: torch.Tensor) -> bool:
-    """Whether the logits are multiplied when the modules are, with other values in them than the present ones too."""
+def _are_proportional(model: nn.Module, modules: list[nn.Module], images: torch.Tensor) -> bool:
+    """Whether multiplying the modules' parameters multiplies the logits. Noise is added to the parameters first."""
     generator = torch.Generator('cpu').manual_seed(0)
-    with _keeping(modules):
-        for module in modules:  # a classifier that starts at zero would follow anything
+    with _restored(modules):
+        for module in modules:  # parameters can be zero
             for name in _affine_names(module):
                 value = getattr(module, name)
                 noise = torch.randn(value.shape, generator=generator, device='cpu').to(value)
@@ -199,7 +197,7 @@ def _follow(model: nn.Module, modules: list[nn.Module], images: torch.Tensor) ->
         expected = _wide(_logits(model, images))
         tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
         factors_so_far = 1.0
-        for factor in _TRIED_FACTORS:
+        for factor in _TEST_FACTORS:
             _multiply(modules, factor / factors_so_far)
             factors_so_far = factor
             error = (_wide(_logits(model, images)) / factor - expected).abs().max()
@@ -217,61 +215,62 @@ def _check_untied(model: nn.Module, names: list[str]) -> None:
             if id(parameter) in own and module not in modules and not is_part:
                 raise ValueError(
                     f'The classifier {own[id(parameter)]!r} shares a parameter with {f"{name}.{key}".lstrip(".")!r}, '
-                    'which a temperature would change too: give the classifier parameters of its own.')
+                    'so the temperature cannot be folded into it: use separate parameters for the classifier.')
 
 
 @torch.no_grad()
 def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
-    """Names of the layers that have to be multiplied for the logits to be multiplied.
+    """Return the names of the layers that the logits are proportional to.
 
     Args:
-        model: A classifier; nothing of it is changed.
-        images: A few images that it takes.
+        model: A classifier. It is not changed.
+        images: A few input images.
 
     Returns:
-        Names of modules with a weight and perhaps a bias.
+        Names of modules with a weight, and optionally a bias.
 
     Raises:
-        ValueError: if there are none, with the reason: something that is no multiplication follows the last affine
-            layer, its weight is normalised before use, or it is shared with another part of the model.
+        ValueError: If there are no such layers. The message gives the reason: the last affine layer is followed by an
+            operation other than scaling, its weight is normalized, or it shares parameters with another module.
     """
     names = last_layers(model, images)
     kind = type(model).__name__
     if not names:
         raise ValueError(
-            f'{kind} shows no layer that its logits come from. Calibrate the model itself, before it is compiled with '
-            'torch.compile or torch.jit.')
+            f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile or '
+            'torch.jit.')
     _check_untied(model, names)
     with _evaluation(model), torch.autocast(images.device.type, enabled=False):
         modules = [model.get_submodule(name) for name in names]
         try:
-            follows = _follow(model, modules, images)
-        except NotImplementedError as error:  # a parametrisation without right inverse
+            is_proportional = _are_proportional(model, modules, images)
+        except NotImplementedError as error:  # parametrization without right_inverse
             raise ValueError(
-                f'The classifier {", ".join(names)} of {kind} has a parametrisation that cannot be set.') from error
-    if not follows:
+                f'The classifier {", ".join(names)} of {kind} has a parametrization without right_inverse.') from error
+    if not is_proportional:
         raise ValueError(
             f'The logits of {kind} are not proportional to its last affine layer ({", ".join(names[:5])}'
-            f'{", ..." if len(names) > 5 else ""}), so that a temperature cannot be folded into it: there is an '
-            'activation or another constant behind it, or its weight is normalised before use. Divide the logits '
-            'themselves by the temperature that fit_temperature gives.')
+            f'{", ..." if len(names) > 5 else ""}), so the temperature cannot be folded into it: an activation or a '
+            'constant follows the layer, or its weight is normalized. Divide the logits by the temperature of '
+            'fit_temperature instead.')
     return names
 
 
 @torch.no_grad()
 def fold_temperature(model: nn.Module, temperature: float, images: torch.Tensor) -> None:
-    """Divide a model's logits by a temperature, in the weights of its last affine layer.
+    """Divide the weights of a model's last affine layer by a temperature.
 
     Args:
         model: A classifier, changed in place.
         temperature: Positive number.
-        images: A few images that the model takes, to find its last layer with.
+        images: A few input images, used to find the last layer.
 
     Raises:
-        ValueError: if the temperature is not positive, or the model has no layer for it; the model is then as it was.
+        ValueError: If the temperature is not positive, or the logits are not proportional to the last affine layer.
+            The model is then not changed.
     """
     if not 0 < temperature < float('inf'):
-        raise ValueError(f'A temperature is a positive number, got {temperature}.')
+        raise ValueError(f'The temperature must be a positive number, got {temperature}.')
     names = scalable_classifier(model, images)
     _multiply([model.get_submodule(name) for name in names], 1 / temperature)
 
@@ -282,18 +281,18 @@ def collect_logits(
         loader: Iterable,
         description: str = 'Logits',
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits and targets of everything in a loader, in evaluation mode.
+    """Compute the logits of all images of a loader, in evaluation mode.
 
     Args:
         model: A classifier.
-        loader: Batches (images, target, ...), as the model takes them.
-        description: Of the progress bar, shown on a terminal.
+        loader: Loader of batches (images, target, ...).
+        description: Text of the progress bar.
 
     Returns:
         Logits (n, c) in float32 or float64 and targets, both on the CPU, and the first two images.
 
     Raises:
-        ValueError: if the loader is empty.
+        ValueError: If the loader is empty.
     """
     device = next(model.parameters()).device
     outputs, targets, example = [], [], None
@@ -310,23 +309,24 @@ def collect_logits(
 
 
 def calibrate(model: nn.Module, loader: Iterable) -> float:
-    """Fit one temperature on held-out data and fold it into the model's last affine layer.
+    """Fit a temperature on held-out data and fold it into the model's last affine layer.
 
-    Afterwards the model gives its former logits divided by the temperature, from the same code: its state_dict is a
-    plain checkpoint of the same architecture. The order of the logits stays, and with it accuracy (in half precision,
-    where dividing the weights rounds them, all but ties). Works for one classifier or several whose logits are added,
-    averaged or the maximum taken of, linear or convolutional; in any PyTorch model.
+    Afterwards the model returns its previous logits divided by the temperature. The state_dict has the same entries as
+    before. The order of the logits and the accuracy do not change, except for ties caused by rounding in half
+    precision. Any PyTorch model is supported whose logits come from a linear or convolutional classifier, or from the
+    sum, the mean or the maximum of several classifiers.
 
     Args:
-        model: A classifier, changed in place. A wrapper for distribution or compilation is looked through.
-        loader: Batches (images, target) that the model was not trained on, nor will be judged by; images as the model
-            takes them, class indices (b,) or probabilities (b, c).
+        model: A classifier, changed in place. Wrappers for compilation and distribution are removed.
+        loader: Loader of batches (images, target). The images should be used neither for training nor for evaluation.
+            Targets are class indices (b,) or class probabilities (b, c).
 
     Returns:
-        The temperature: above 1 the model was too sure, below 1 not sure enough.
+        The temperature. It is above 1 for an overconfident model and below 1 for an underconfident model.
 
     Raises:
-        ValueError: if no temperature fits or none can be folded in, with the reason; the model is then as it was.
+        ValueError: If the temperature cannot be fitted or folded. The message gives the reason. The model is then not
+            changed.
     """
     model = unwrap_model(model)
     logits, target, images = collect_logits(model, loader, 'Calibrating')

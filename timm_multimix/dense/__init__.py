@@ -1,1 +1,1 @@
-"""Logits at every position of a timm model: feature layouts, heads, and the hook that attaches to a model."""
+"""Logits at every position of the feature map of a timm model."""

@@ -1,4 +1,4 @@
-"""Run a copy of a model that has no data, to see what its features are and which modules it calls."""
+"""Inspect the features and the modules of a model with a copy on the meta device."""
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
@@ -9,12 +9,12 @@ from torch import nn
 
 from .layouts import Features
 
-# two by two positions at the coarsest stride in use, 64
+# 2 x 2 positions at stride 64
 SMALL_IMAGE = 128
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an attribute of a module, also those in its lists and dictionaries."""
+    """Yield the tensors in a value, including tensors in lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -26,9 +26,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def blueprint(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, in evaluation mode.
+    """Copy a model to the meta device, in evaluation mode.
 
-    It costs no memory and no arithmetic, and nothing that it does has an effect on the model: modes, caches, devices.
+    The copy needs no memory and no computation. Running it does not change the model.
 
     Args:
         model: The model to copy.
@@ -37,11 +37,11 @@ def blueprint(model: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        TypeError: if its parameters are sharded, which cannot be copied.
+        TypeError: If the parameters are sharded.
     """
     if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):  # DTensors
         raise TypeError(
-            f'{type(model).__name__} has sharded parameters: attach in dense mode before you shard the model, for '
+            f'{type(model).__name__} has sharded parameters: attach in dense mode before sharding the model, for '
             'example with fully_shard.')
     data = {}
     for module in model.modules():
@@ -59,7 +59,7 @@ def _copy_on_cpu(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Within the context, watch(name, module, output) is told of every call of a submodule."""
+    """Context manager that calls watch(name, module, output) after every call of a submodule."""
     handles = [
         module.register_forward_hook(lambda module, _, output, name=name: watch(name, module, output))
         for name, module in model.named_modules() if name
@@ -72,7 +72,7 @@ def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> 
 
 
 def _image_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """A small size, those that the model or its parts say they take, then, in the last resort, all common ones."""
+    """Return image sizes to try: a small size, the sizes declared by the model and its modules, then common sizes."""
     config = getattr(model, 'pretrained_cfg', None) or {}
     declared = [getattr(module, 'img_size', None) for module in model.modules()]
     sizes = [SMALL_IMAGE, *declared, (config.get('input_size') or ())[-2:], 224, *range(32, 545, 32)]
@@ -88,11 +88,11 @@ def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
         model: A model with timm's forward_features.
 
     Returns:
-        The copy (a blueprint, or one on the CPU if the model does not run without data), the image (1, 3, h, w) and the
-        features.
+        The copy (on the meta device, or on the CPU if the model does not run on the meta device), the image
+        (1, 3, h, w) and the features.
 
     Raises:
-        ValueError: if it runs at no size tried: 128, those that the model declares, and multiples of 32 up to 544.
+        ValueError: If no image size works: 128, the declared sizes, 224, and multiples of 32 up to 544.
     """
     parameter = next(model.parameters())
     channels = getattr(model, 'in_chans', None) or next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
@@ -107,6 +107,6 @@ def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as caught:
                 error = caught
     raise ValueError(
-        f'{type(model).__name__}.forward_features ran at none of the image sizes '
-        f'{", ".join(f"{height}x{width}" for height, width in sizes)}, so its features are unknown: set model.img_size '
-        f'to the size that it takes. The last error was {type(error).__name__}: {error}') from error
+        f'{type(model).__name__}.forward_features failed for all image sizes '
+        f'{", ".join(f"{height}x{width}" for height, width in sizes)}: set model.img_size to a size that the model '
+        f'accepts. The last error was {type(error).__name__}: {error}') from error

@@ -1,7 +1,6 @@
-"""BatchNorm in a head: positions go through the affine map that the batch of pooled features defines.
+"""BatchNorm in a head: positions are normalized with the batch statistics of the pooled features.
 
-Were positions to enter the batch statistics themselves, the running statistics, which evaluation uses on pooled
-features, would describe something else than what training saw.
+Evaluation applies the running statistics to pooled features. Therefore positions must not enter the batch statistics.
 """
 from collections.abc import Sequence
 
@@ -14,10 +13,10 @@ from .swapping import restore_class, swap_class
 
 
 class _BatchStatistics:
-    """Mean and variance of the pooled batch, while one forward pass lasts.
+    """Mean and variance of the pooled batch during one forward pass.
 
-    Phases: None (an ordinary BatchNorm), 'record' (also remember the statistics), 'measure' (the same, leaving the
-    running statistics alone), 'apply' (normalise with what was remembered).
+    Phases: None (ordinary BatchNorm), 'record' (store the statistics and update the running statistics), 'measure'
+    (store the statistics only), 'apply' (normalize with the stored statistics).
     """
 
     def __init__(self):
@@ -38,10 +37,10 @@ class _PooledBatchNorm:
             statistics.var, statistics.mean = torch.var_mean(x.float(), axes, correction=0)
             if statistics.phase == 'record':
                 return super().forward(x)
-        return self._normalise(x, statistics)
+        return self._normalize(x, statistics)
 
-    def _normalise(self, x: torch.Tensor, statistics: _BatchStatistics) -> torch.Tensor:
-        # in the open: F.batch_norm in evaluation mode passes no gradient to the statistics that it is given
+    def _normalize(self, x: torch.Tensor, statistics: _BatchStatistics) -> torch.Tensor:
+        # F.batch_norm in evaluation mode computes no gradient for the statistics.
         scale = (statistics.var + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.float()
@@ -61,29 +60,29 @@ def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
         names: Module names of the BatchNorms.
 
     Raises:
-        ValueError: if one is a SyncBatchNorm, overrides forward, or keeps no running statistics.
+        ValueError: If a BatchNorm is a SyncBatchNorm, overrides forward, or has no running statistics.
     """
     for module in map(model.get_submodule, names):
         is_plain = type(module).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
         if not is_plain and not isinstance(module, _PooledBatchNorm):
             raise ValueError(
-                f'Dense MultiMix cannot read the batch statistics of a {type(module).__name__} in the head: '
-                "use an ordinary BatchNorm there, or attach with mode='pooled'.")
+                f'Dense MultiMix does not support a {type(module).__name__} in the head: use an ordinary BatchNorm, or '
+                "attach with mode='pooled'.")
         if not module.track_running_stats:
             raise ValueError(
-                'Dense MultiMix needs the running statistics of a BatchNorm in the head: '
-                "create it with track_running_stats=True, or attach with mode='pooled'.")
+                'Dense MultiMix requires running statistics of a BatchNorm in the head: create it with '
+                "track_running_stats=True, or attach with mode='pooled'.")
 
 
 def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Let a head's BatchNorms record the statistics of the pooled batch.
+    """Replace the class of a head's BatchNorms, so that they record the statistics of the pooled batch.
 
     Args:
         model: The model.
         names: Module names of the BatchNorms.
 
     Raises:
-        ValueError: if one is a SyncBatchNorm, overrides forward, or keeps no running statistics.
+        ValueError: If a BatchNorm is a SyncBatchNorm, overrides forward, or has no running statistics.
     """
     check_batch_norms(model, names)
     for module in map(model.get_submodule, names):
@@ -93,7 +92,7 @@ def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def restore_batch_norms(model: nn.Module) -> None:
-    """Undo swap_batch_norms for every module of the model."""
+    """Undo swap_batch_norms for all modules of the model."""
     for module in model.modules():
         if isinstance(module, _PooledBatchNorm):
             restore_class(module)
@@ -101,7 +100,7 @@ def restore_batch_norms(model: nn.Module) -> None:
 
 
 def set_phase(model: nn.Module, names: Sequence[str], phase: str | None) -> None:
-    """Bring the head's BatchNorms into a phase; None forgets the statistics and makes them ordinary again."""
+    """Set the phase of a head's BatchNorms. None deletes the stored statistics."""
     for name in names:
         statistics = model.get_submodule(name)._multimix_statistics
         statistics.phase = phase

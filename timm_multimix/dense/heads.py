@@ -1,4 +1,4 @@
-"""What a model's head is, found by running it on small feature maps, never by its name."""
+"""Determine how to apply a model's head at every position, by running the head on small feature maps."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,30 +12,31 @@ from .blueprint import blueprint, run_example, watching
 from .layouts import Features, Layout, as_streams
 
 TOLERANCE = 1e-4
-# what modules raise on input of a shape that they do not take
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+# Errors that modules raise for inputs of an unsupported shape.
+SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True)
 class Head:
-    """How a head is applied at every position.
+    """Description of a head.
 
     Attributes:
         layouts: Layout of each stream of the features.
         as_list: Whether forward_head takes a list of streams.
-        method: 'classifier' (the classifier is all there is after pooling: one matrix product), 'single' (forward_head
-            on one-position maps), 'whole' (forward_head on maps that hold the position's vector everywhere, for heads
-            that treat positions differently), or 'window' (forward_head on every window of the head's convolution).
+        method: How the head is applied at a position. 'classifier': one matrix product, for a head that is pooling and
+            an affine classifier. 'single': forward_head on maps of one position. 'whole': forward_head on maps filled
+            with the vector of the position, for heads that depend on the position. 'window': forward_head on every
+            window of the head's convolution.
         classifier: Module name of the classifier, for 'classifier'.
         window: Height and width of the convolution, for 'window'.
         batch_norms: Module names of the BatchNorms in the head.
         dropouts: Module names of the dropouts in the head.
-        reads_positions: Whether the prediction comes from the positions alone, without a class token's help.
+        reads_positions: Whether the prediction depends on the positions only, and not on a class token.
         has_class_token: Whether the first entry of each stream is a class token.
-        map_norm: Module name of the norm behind the last feature map, if forward_features returns tokens only.
-        resizes_images: Whether the model brings images to one size itself, so that all have the same grid of positions.
+        map_norm: Module name of the norm after the last feature map, if forward_features returns class tokens only.
+        resizes_images: Whether the model resizes all images to one size, so that the grid of positions is constant.
         names: Names of the outermost modules of the head.
-        modules: These modules and all modules inside them, when the head was inspected.
+        modules: These modules and their submodules at the time of inspection.
     """
     layouts: tuple[Layout, ...]
     as_list: bool
@@ -52,36 +53,36 @@ class Head:
     modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether the model's head still consists of the modules that were inspected."""
+        """Whether the head of the model still consists of the inspected modules."""
         if getattr(model, '_is_replica', False):  # nn.DataParallel copies modules in every forward pass
             return True
         try:
             modules = _modules_below(model, self.names)
-        except AttributeError:  # one of the names does not exist any more
+        except AttributeError:  # a module was removed
             return False
         return len(modules) == len(self.modules) and all(
             module is inspected for module, inspected in zip(modules, self.modules, strict=True))
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
-        """The streams in the form that forward_head takes."""
+        """Convert the streams to the input of forward_head."""
         return list(streams) if self.as_list else streams[0]
 
 
 def _modules_below(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
-    """The named modules and all modules inside them."""
+    """Return the named modules and their submodules."""
     return tuple(module for name in names for module in model.get_submodule(name).modules())
 
 
 def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The mean of a distilled model's two heads, which it predicts with in evaluation; a tensor stays as it is."""
+    """Average the outputs of a model with several heads, as distilled models do in evaluation mode."""
     return sum(output) / len(output) if isinstance(output, tuple) else output
 
 
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
-    """Modules that forward_head calls, by name; the model itself among them, for parameters of its own.
+    """Return the modules that forward_head calls, by name, and the model itself.
 
     Raises:
-        ValueError: if the output is not logits (b, c).
+        ValueError: If the output is not logits (b, c).
     """
     called = {'': model}
     found = None
@@ -90,23 +91,23 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
             output = mean_of_heads(model.forward_head(features))
         if output.ndim != 2:
             found = f'shape {tuple(output.shape)}'
-    except REFUSALS as error:
+    except SHAPE_ERRORS as error:
         found = f'an error: {error}'
     if found is not None:
         raise ValueError(
-            f'{type(model).__name__}.forward_head must give logits (b, c) for what forward_features returns, and gave '
+            f'{type(model).__name__}.forward_head must return logits (b, c) for the output of forward_features, got '
             f"{found}. Create the model with a classifier and with pooling (not with global_pool='').")
     return called
 
 
 def _outermost(names: Iterable[str]) -> tuple[str, ...]:
-    """The names of modules that are in no other of the named modules, without the model itself."""
+    """Return the names of modules that are not submodules of other named modules, without the model itself."""
     names = [name for name in names if name]
     return tuple(name for name in names if not any(name.startswith(f'{other}.') for other in names))
 
 
 def _random_values(model: nn.Module, called: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Random values for what the called modules hold, so that initial zeros and ones hide nothing; on the CPU."""
+    """Return random parameters and buffers for the called modules. Initial zeros and ones would hide dependencies."""
     generator = torch.Generator('cpu').manual_seed(0)
     values = {}
     for prefix, module in called.items():
@@ -130,7 +131,7 @@ def _random(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
 
 
 class _RandomHead(nn.Module):
-    """forward_head with other values in place of the parameters and buffers."""
+    """forward_head with replaced parameters and buffers."""
 
     def __init__(self, model: nn.Module, values: dict[str, torch.Tensor]):
         super().__init__()
@@ -152,7 +153,7 @@ def _declared_prefix_tokens(model: nn.Module) -> int | None:
 
 
 def _find_layouts(model: nn.Module, streams: Sequence[torch.Tensor], as_list: bool) -> tuple[Layout, ...]:
-    """Which axis holds the channels: the one that the head does not let us shorten."""
+    """Determine the channel axis of each stream: forward_head must run on maps with fewer positions."""
     prefix = _declared_prefix_tokens(model) or 0
     channels_first_orders = (False, True)
     if streams[0].ndim > 3 and getattr(model, 'output_fmt', None) != 'NHWC':
@@ -165,22 +166,22 @@ def _find_layouts(model: nn.Module, streams: Sequence[torch.Tensor], as_list: bo
         short = []
         for stream, layout in zip(streams, layouts, strict=True):
             width = stream.shape[1 if channels_first else -1]
-            # two tokens, as an undeclared class token and one position, or two distillation tokens
+            # Two tokens, for an undeclared class token and one position, or for two distillation tokens.
             size = (2,) if stream.ndim == 3 else (1,) * (stream.ndim - 2)
             short.append(layout.constant(stream.new_zeros(2, width), size))
         try:
             if mean_of_heads(model.forward_head(short if as_list else short[0])).ndim == 2:
                 return layouts
-        except REFUSALS as error:
+        except SHAPE_ERRORS as error:
             errors.append(str(error))
     shapes = ', '.join(str(tuple(stream.shape)) for stream in streams)
     raise ValueError(
-        f"Dense MultiMix found no way to run {type(model).__name__}.forward_head on a smaller map of its features "
-        f"{shapes}: attach with mode='pooled'. {' / '.join(errors)}")
+        f"Dense MultiMix requires that {type(model).__name__}.forward_head runs on smaller maps than its features "
+        f"{shapes}, and it does not: attach with mode='pooled'. {' / '.join(errors)}")
 
 
 def _window(modules: dict[str, nn.Module]) -> tuple[int, int] | None:
-    """Size of an unpadded convolution that slides over the map before it is pooled."""
+    """Return the kernel size of an unpadded convolution in the head, or None."""
     for module in modules.values():
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and max(module.padding) == 0:
             return tuple(module.kernel_size)
@@ -188,7 +189,7 @@ def _window(modules: dict[str, nn.Module]) -> tuple[int, int] | None:
 
 
 def _read_mask(run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """For each stream, which entries (r,) along the position axes the prediction depends on."""
+    """Return a mask (r,) for each stream: the entries along the position axes that the prediction depends on."""
     with torch.enable_grad():
         inputs = [stream.clone().requires_grad_() for stream in streams]
         gradients = torch.autograd.grad(run.run(head.pack(inputs)).square().sum(), inputs, allow_unused=True)
@@ -201,7 +202,7 @@ def _read_mask(run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) ->
 
 
 def _resolve_prefix(model: nn.Module, layout: Layout, mask: torch.Tensor) -> Layout:
-    """The layout with the number of prefix tokens that a model does not declare, from what its head reads."""
+    """Infer the number of prefix tokens from the entries that the head reads, if the model does not declare it."""
     if layout.ndim != 3 or layout.channels_first or _declared_prefix_tokens(model) is not None:
         return layout
     read = mask.nonzero().flatten().tolist()
@@ -221,7 +222,7 @@ def _has_class_token(model: nn.Module, layouts: Sequence[Layout]) -> bool:
 
 
 def _classifier_name(model: nn.Module, channels_first: bool) -> str | None:
-    """Module name of the classifier, if it is one affine map that takes features of this layout."""
+    """Return the module name of the classifier if it is an affine layer for features of this layout, else None."""
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     is_linear = isinstance(classifier, nn.Linear)
     is_conv = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and channels_first
@@ -240,7 +241,7 @@ def _find_method(
         head: Head,
         streams: Sequence[torch.Tensor],
 ) -> Head:
-    """The cheapest method that gives a constant map, at every position, what the head gives for the whole of it."""
+    """Set the cheapest method whose logits at every position of a constant map equal the logits of the map."""
     generator = torch.Generator('cpu').manual_seed(1)
     pairs = list(zip(streams, head.layouts, strict=True))
     vectors = [_random((3, s.shape[1 if lay.channels_first else -1]), generator) for s, lay in pairs]
@@ -250,7 +251,7 @@ def _find_method(
         single = run.run(head.pack([
             layout.constant(vector, (1,) * len(layout.size(stream)))
             for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
-    except REFUSALS:
+    except SHAPE_ERRORS:
         return replace(head, method='whole')
     if not _close(single, whole):
         return replace(head, method='whole')
@@ -265,21 +266,21 @@ def _find_method(
 
 @torch.no_grad()
 def inspect_head(model: nn.Module, features: Features, twin: nn.Module | None = None) -> Head:
-    """Find out how to apply a model's head at every position.
+    """Determine how to apply a model's head at every position.
 
     The head of a copy runs on small maps, with random parameters and on the CPU. The model itself is not run, and the
-    global random state stays as it is.
+    global random state is not changed.
 
     Args:
         model: A model with timm's forward_head.
-        features: What its forward_features returns, from which only the shapes are read.
-        twin: A copy of the model in evaluation mode; its blueprint if None.
+        features: Output of forward_features. Only the shapes are used.
+        twin: A copy of the model in evaluation mode. None creates a copy on the meta device.
 
     Returns:
-        The description that position_logits takes.
+        The description of the head.
 
     Raises:
-        ValueError: if the head cannot be applied at a position, with the reason.
+        ValueError: If the head cannot be applied at a position. The message gives the reason.
     """
     twin = blueprint(model) if twin is None else twin
     shapes = [stream.shape for stream in as_streams(features)]
@@ -314,7 +315,7 @@ def inspect_head(model: nn.Module, features: Features, twin: nn.Module | None = 
 
 
 def _norm_behind_tokens(twin: nn.Module, image: torch.Tensor) -> str | None:
-    """Module name of the norm whose output forward_features returns, if the model keeps the last map before it."""
+    """Return the name of the norm whose output forward_features returns, if the last map can be computed, or None."""
     outputs = {}
 
     def watch(name, module, output):
@@ -331,10 +332,10 @@ def _norm_behind_tokens(twin: nn.Module, image: torch.Tensor) -> str | None:
 
 
 def _compare_sizes(twin: nn.Module, image: torch.Tensor, features: Sequence[torch.Tensor], head: Head) -> Head:
-    """Tell streams that follow the size of the image from those that do not, by an image twice as wide."""
+    """Determine which streams depend on the size of the image, with an image of twice the width."""
     try:
         wide = twin.forward_features(torch.cat([image, image], dim=-1))
-    except REFUSALS:
+    except SHAPE_ERRORS:
         return head
     follows = [after.shape != before.shape for after, before in zip(wide, features, strict=True)]
     if not any(follows):
@@ -345,27 +346,27 @@ def _compare_sizes(twin: nn.Module, image: torch.Tensor, features: Sequence[torc
 
 @torch.no_grad()
 def find_head(model: nn.Module) -> Head:
-    """Find out how to apply a model's head at every position, from the model alone.
+    """Determine how to apply a model's head at every position, without given features.
 
-    A model whose features are class tokens only gets its positions from forward_intermediates, through the norm that
-    the class token went through.
+    If forward_features returns class tokens only, positions are the output of forward_intermediates, normalized by the
+    norm of the class token.
 
     Args:
         model: A model with timm's forward_features and forward_head.
 
     Returns:
-        The description that position_logits takes.
+        The description of the head.
 
     Raises:
-        ValueError: if the head cannot be applied at a position, with the reason.
+        ValueError: If the head cannot be applied at a position. The message gives the reason.
     """
     twin, image, features = run_example(model)
     name = type(model).__name__
     if not isinstance(features, (torch.Tensor, list, tuple)) or not all(
             isinstance(stream, torch.Tensor) and stream.ndim > 2 for stream in as_streams(features)):
         raise ValueError(
-            f'{name}.forward_features returns neither a feature map nor a list of them, so where its positions are is '
-            "unknown: attach with mode='pooled'.")
+            f'{name}.forward_features returns neither a feature map nor a list of feature maps: attach with '
+            "mode='pooled'.")
     head = inspect_head(model, features, twin)
     streams = as_streams(features)
     if all(min(layout.size(stream)) > 0 for layout, stream in zip(head.layouts, streams, strict=True)):
@@ -373,6 +374,6 @@ def find_head(model: nn.Module) -> Head:
     norm = _norm_behind_tokens(twin, image)
     if norm is None:
         raise ValueError(
-            f'{name}.forward_features returns class tokens only, and its positions cannot be reached: '
-            "attach with mode='pooled'.")
+            f'{name}.forward_features returns class tokens only, and forward_intermediates gives no matching feature '
+            "map: attach with mode='pooled'.")
     return replace(head, map_norm=norm)

@@ -1,4 +1,4 @@
-"""attach(): makes a timm model return a MultiMixOutput while it trains."""
+"""Attach MultiMix to a timm model, so that it returns a MultiMixOutput in training mode."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +19,10 @@ ATTACH_MODES = ('pooled', 'dense')
 
 
 class _Settings:
-    """Options of attach and the description of the head; one plain attribute of the model.
+    """Options of attach and the description of the head, stored as one attribute of the model.
 
     Attributes:
-        forward: The model's forward if it was an attribute of the instance, as wrappers set it, and not a method.
+        forward: A forward that was set on the instance before attach, or None.
     """
 
     def __init__(self, mode: str, attention: str, attention_norm: str, head: Head | None):
@@ -36,12 +36,12 @@ class _Settings:
 
 
 class _ForwardPass:
-    """State of one forward pass of an attached model; an attribute of the model while the pass lasts.
+    """State of one forward pass of an attached model, stored as an attribute of the model during the pass.
 
     Attributes:
         is_dense: Whether logits and attention at every position are computed.
         image_size: Height and width of the images.
-        last_map: Last feature map, for models whose forward_features returns tokens only.
+        last_map: Last feature map, for models whose forward_features returns class tokens only.
         prediction: Output of forward_head.
         output: The MultiMixOutput computed from it.
     """
@@ -58,7 +58,7 @@ class _MultiMixModel:
     """Mixin for an attached model."""
 
     def forward(self, *args, **kwargs):
-        if not isinstance(self, _MultiMixModel):  # called by a wrapper of this method, after the model was detached
+        if not isinstance(self, _MultiMixModel):  # a wrapper can call this method after the model was detached
             return type(self).forward(self, *args, **kwargs)
         settings = self._multimix
         is_mixed = (self.training and settings.enabled) or settings.in_evaluation
@@ -95,10 +95,10 @@ class _MultiMixModel:
             features, *others = [value for value in (*args, *kwargs.values()) if value is not None]
             if any(isinstance(value, torch.Tensor) for value in others):
                 raise ValueError(
-                    'Dense MultiMix needs features whose positions are all valid, and got a mask: '
-                    "train on images of one size, or attach with mode='pooled'.")
+                    'Dense MultiMix does not support masks of valid positions: train on images of one size, or attach '
+                    "with mode='pooled'.")
             current.prediction = prediction
-            # Computed here, and not after forward, so that the autocast context of a wrapped forward applies.
+            # Computed here, so that the autocast context of a wrapped forward applies.
             current.output = _dense_output(self, self._multimix, current, features)
         return prediction
 
@@ -111,8 +111,8 @@ class _MultiMixModel:
         except (TypeError, ValueError) as error:
             _restore_attributes(before)
             raise ValueError(
-                f'{error} The model is attached, so its classifier was left as it was: to reset it in this way, call '
-                'detach(model) first.') from error
+                f'{error} The classifier of the attached model was not reset: call detach(model) before '
+                'reset_classifier.') from error
 
 
 def _image_size(*args) -> Sequence[int] | None:
@@ -124,16 +124,16 @@ def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor,
     logits = mean_of_heads(output)
     if logits.ndim != 2:
         raise ValueError(
-            f'MultiMix needs logits (b, c), and {type(model).__name__} gave {tuple(logits.shape)}: '
+            f'MultiMix requires logits (b, c), and {type(model).__name__} returned {tuple(logits.shape)}: '
             "create the model with pooling, not with global_pool=''.")
     return logits
 
 
 def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
-    """The output of a dense pass, with the prediction that forward returned.
+    """Return the output of a dense pass with the prediction of forward.
 
     Raises:
-        TypeError: if that is not the output of forward_head. A wrapped forward may have converted its dtype.
+        TypeError: If the prediction is not the output of forward_head. A wrapped forward can convert the dtype.
     """
     current = model._multimix_pass
     is_output = current.output is not None and current.prediction is prediction
@@ -143,8 +143,8 @@ def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
             for after, before in zip(as_streams(prediction), as_streams(current.prediction), strict=True))
     if not is_output:
         raise TypeError(
-            f'{type(model).__name__}.forward does not return the output of its forward_head, so it is unknown how its '
-            "prediction depends on the positions: attach with mode='pooled'.")
+            f'Dense MultiMix requires that {type(model).__name__}.forward returns the output of forward_head, and it '
+            "does not: attach with mode='pooled'.")
     return current.output._replace(logits=_checked_logits(model, prediction))
 
 
@@ -171,7 +171,7 @@ def _dense_output(
 
 
 class MultiMixHandle:
-    """Handle of an attached model, returned by attach. As a context manager it calls remove() at the end.
+    """Handle of an attached model, returned by attach. As a context manager it calls remove() on exit.
 
     Attributes:
         model: The attached model.
@@ -204,13 +204,13 @@ class MultiMixHandle:
 
     @property
     def enabled(self) -> bool:
-        """Whether the model returns a MultiMixOutput while training. Set it to False for batches without MultiMix.
+        """Whether the model returns a MultiMixOutput in training mode. Set it to False for batches without MultiMix.
 
-        The model then does what it does without attach, at the same cost. A compiled model keeps one graph for each of
-        the two settings. A copy of the model keeps the setting of the moment of copying.
+        If False, the model works as without attach, at the same cost. A compiled model has one graph for each value. A
+        copy of the model has its own setting.
 
         Raises:
-            RuntimeError: when it is set after the model was detached, or attached again.
+            RuntimeError: If it is set after the model was detached or attached again.
         """
         return self._is_attached and self._settings.enabled
 
@@ -222,10 +222,10 @@ class MultiMixHandle:
 
     @property
     def reads_positions(self) -> bool:
-        """Whether the ordinary prediction depends on the positions only, and on no class token.
+        """Whether the ordinary prediction depends on the positions only, and not on a class token.
 
-        Otherwise the dense loss does not train every layer of the prediction, and the pooled loss on the ordinary
-        logits has to be part of the objective. True in pooled mode, which trains the prediction itself.
+        If False, the dense loss does not train all layers of the prediction, and the loss should include the pooled
+        term. True in pooled mode.
         """
         return self._settings.head is None or self._settings.head.reads_positions
 
@@ -234,24 +234,24 @@ class MultiMixHandle:
         return self.model.__dict__.get('_multimix') is self._settings
 
     def remove(self) -> None:
-        """Restore the model. Does nothing if the model was detached, or attached again, since.
+        """Restore the model. Nothing happens if the model was detached or attached again.
 
         Raises:
-            RuntimeError: if the model was sharded with fully_shard since.
+            RuntimeError: If the model was sharded with fully_shard after it was attached.
         """
         if self._is_attached:
             detach(self.model)
 
 
 def detach(model: nn.Module) -> None:
-    """Undo attach: the model is the plain timm model again, with the weights that it has now.
+    """Undo attach. The model keeps its current weights.
 
     Args:
-        model: A model. Wrappers for compilation and distribution are removed first. Nothing happens if it is not
-            attached.
+        model: A model. Wrappers for compilation and distribution are removed first. Nothing happens if the model is
+            not attached.
 
     Raises:
-        RuntimeError: if the model was sharded with fully_shard after it was attached.
+        RuntimeError: If the model was sharded with fully_shard after it was attached.
     """
     model = unwrap_model(model)
     settings = getattr(model, '__dict__', {}).get('_multimix')
@@ -265,26 +265,27 @@ def detach(model: nn.Module) -> None:
 
 
 def _inspect(model: nn.Module, mode: str, attention: str) -> Head | None:
-    """Check that the model can be attached, and describe its head for the dense mode. The model is not changed."""
+    """Check that the model can be attached, and return the description of its head for the dense mode."""
     check_protocol(model)
     replaced = [name for name in ('forward_features', 'forward_head') if name in vars(model)]
     if replaced:
         raise TypeError(
-            f'{" and ".join(replaced)} of this {type(model).__name__} was replaced on the instance, so attach cannot '
-            'override it: attach before you replace or compile it, or replace it in a subclass.')
+            f'{" and ".join(replaced)} of this {type(model).__name__} was replaced on the instance, and attach cannot '
+            'override it: attach before you replace or compile it, or override it in a subclass.')
     if mode == 'pooled':
         return None
     head = find_head(model)
     if attention == 'token' and not head.has_class_token:
         raise ValueError(
-            f"attention='token' needs a class token, and {type(model).__name__} has none: use 'gap' or 'uniform'.")
+            f"attention='token' requires a class token, which {type(model).__name__} does not have: use 'gap' or "
+            "'uniform'.")
     check_batch_norms(model, head.batch_norms)
     return head
 
 
 @torch.compiler.disable
 def _inspect_again(model: nn.Module, settings: _Settings) -> None:
-    """Describe the head anew, after it was replaced."""
+    """Inspect the head again after it was replaced."""
     head = _inspect(model, settings.mode, settings.attention)
     restore_batch_norms(model)
     settings.head = head
@@ -293,7 +294,7 @@ def _inspect_again(model: nn.Module, settings: _Settings) -> None:
 
 
 def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
-    """All attributes, parameters, buffers and submodules of every module, for _restore_attributes."""
+    """Copy the attributes, parameters, buffers and submodules of all modules, for _restore_attributes."""
     registries = ('_parameters', '_buffers', '_modules')
     return [
         (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
@@ -315,30 +316,30 @@ def attach(
         attention: str = 'gap',
         attention_norm: str = 'relu',
 ) -> MultiMixHandle:
-    """Make a timm model return a MultiMixOutput while it trains; in evaluation mode nothing changes.
+    """Make a timm model return a MultiMixOutput in training mode. Evaluation mode does not change.
 
-    The model keeps its class name, its signatures, its parameters and the keys of its state_dict. It can be copied,
-    pickled, compiled, exported, wrapped for distribution and sharded after attaching. Attaching again replaces the
-    settings. The field logits of the output is the model's ordinary prediction; for models with two distilled heads it
-    is their mean, also with distilled_training. In dense mode a copy of the model without data runs on one image, to
-    inspect its features and its head. A head that is replaced later is inspected again in the next forward pass.
+    The class name, the signatures, the parameters and the keys of the state_dict do not change. After attaching, the
+    model can be copied, pickled, compiled, exported, wrapped for distributed training and sharded. Attaching again
+    replaces the settings. The logits of the output are the ordinary prediction. For distilled models they are the mean
+    of the two heads, also with distilled_training. In dense mode a copy of the model on the meta device runs on one
+    image to inspect the features and the head. If the head is replaced later, the next forward pass inspects it again.
 
-    A forward that was set on the instance, as Accelerate's prepare() does, is called in the place of the class's.
+    A forward that was set on the instance, for example by Accelerate's prepare(), is called instead of the class's
+    forward.
 
     Args:
-        model: A timm model, or one with timm's forward_features and forward_head.
-        mode: 'dense' (logits at every position, and attention over them) or 'pooled' (the ordinary logits only).
-        attention: What attention compares positions with: their average ('gap'), the class token ('token'), or
-            nothing ('uniform').
-        attention_norm: 'relu' (followed by l1 normalisation) or 'softmax'.
+        model: A timm model, or a model with timm's forward_features and forward_head.
+        mode: 'dense' (logits at every position and attention) or 'pooled' (ordinary logits only).
+        attention: Query of the attention: average-pooled features ('gap'), class token ('token'), or 'uniform'.
+        attention_norm: 'relu' (followed by l1 normalization) or 'softmax'.
 
     Returns:
-        A handle: handle.remove() restores the model. It is a context manager that does so at the end.
+        A handle. handle.remove() restores the model. As a context manager the handle does so on exit.
 
     Raises:
-        TypeError: if the model does not follow timm's protocol, or forward_features or forward_head was replaced on the
+        TypeError: If the model does not follow timm's protocol, or forward_features or forward_head was replaced on the
             instance.
-        ValueError: if an option is unknown, or the head cannot be applied at a position, with the reason.
+        ValueError: If an option is unknown, or the head cannot be applied at a position. The message gives the reason.
 
     Examples:
 
@@ -356,7 +357,7 @@ def attach(
     check_attention(attention, attention_norm)
     if attention == 'cam':
         raise ValueError(
-            "attention='cam' needs the target, which the model does not see: attach with attention='uniform' and pass "
+            "attention='cam' requires the target, so the loss computes it: attach with attention='uniform' and pass "
             "attention='cam' to MultiMixLoss or MultiMixTask.")
     settings = _Settings(mode, attention, attention_norm, _inspect(model, mode, attention))
     detach(model)
@@ -370,10 +371,10 @@ def attach(
 
 @contextmanager
 def outputs_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """While it lasts, an attached model returns a MultiMixOutput in evaluation mode too, as a teacher has to.
+    """Context manager in which an attached model returns a MultiMixOutput in evaluation mode too, for teachers.
 
     Args:
-        model: A model. One that is not attached returns what it always does.
+        model: A model. Nothing changes if it is not attached.
     """
     settings = getattr(model, '_multimix', None)
     if settings is not None:

@@ -1,4 +1,4 @@
-"""Where the positions are in a model's feature map: NCHW, NHWC, tokens with prefix tokens, lists of streams."""
+"""Layouts of feature maps: NCHW, NHWC, tokens with prefix tokens, and lists of streams."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Layout:
 
     Attributes:
         channels_first: Whether the channel axis follows the batch axis (NCHW, NCL) or comes last (NHWC, NLC).
-        ndim: Number of axes, with those of batch and channels.
-        num_prefix_tokens: Leading entries that are no positions: class, distillation and register tokens.
-        has_positions: Whether the other entries are positions; not so for hidden states of a fixed number.
+        ndim: Number of axes, including batch and channels.
+        num_prefix_tokens: Number of leading entries that are not positions: class, distillation and register tokens.
+        has_positions: Whether the other entries are positions. False for a fixed number of hidden states.
     """
     channels_first: bool
     ndim: int
@@ -24,27 +24,24 @@ class Layout:
     has_positions: bool = True
 
     def size(self, features: torch.Tensor) -> tuple[int, ...]:
-        """Sizes of the position axes, without the prefix tokens."""
+        """Return the sizes of the position axes, without prefix tokens."""
         size = features.shape[2:] if self.channels_first else features.shape[1:-1]
         if self.num_prefix_tokens:
             return (size[0] - self.num_prefix_tokens, *size[1:])
         return tuple(size)
 
     def positions(self, features: torch.Tensor) -> torch.Tensor:
-        """Features at every position (b, r, d) in row-major order; a view wherever strides allow."""
+        """Return the features at every position (b, r, d) in row-major order, as a view if possible."""
         if self.channels_first:
             features = features.movedim(1, -1)
         return features.flatten(1, -2)[:, self.num_prefix_tokens:]
 
     def constant(self, vectors: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Feature maps whose positions, and prefix tokens, all hold the same vector.
+        """Return n constant feature maps. All positions and prefix tokens of a map have the same vector.
 
         Args:
-            vectors: The vector of each map (n, d).
+            vectors: Vectors of the maps (n, d).
             size: Sizes of the position axes.
-
-        Returns:
-            n feature maps in this layout.
         """
         size = (size[0] + self.num_prefix_tokens, *size[1:])
         if self.channels_first:
@@ -53,12 +50,12 @@ class Layout:
 
 
 def as_streams(features: Features) -> tuple[torch.Tensor, ...]:
-    """The tensors of a feature map: one, or one for each stream of a multi-scale model."""
+    """Return the feature tensors: one, or one for each stream of a multi-scale model."""
     return (features,) if isinstance(features, torch.Tensor) else tuple(features)
 
 
 def grid_size(num_positions: int, image_size: Sequence[int] | None) -> tuple[int, int]:
-    """The height and width of num_positions tokens: the factors whose ratio is nearest to the image's, or to 1."""
+    """Return the height and width of a grid of tokens whose aspect ratio is closest to the image's, or to 1."""
     aspect = image_size[0] / image_size[1] if image_size else 1.0
     heights = (h for h in range(1, num_positions + 1) if num_positions % h == 0)
     height = min(heights, key=lambda h: abs(math.log(h * h / num_positions / aspect)))
@@ -66,7 +63,7 @@ def grid_size(num_positions: int, image_size: Sequence[int] | None) -> tuple[int
 
 
 def _area_weights(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
-    """Share (out, in) of every input cell in every output cell, both grids spanning the same length."""
+    """Return the share (out, in) of every input cell in every output cell, for two grids of the same length."""
     edges_in = torch.arange(size_in + 1, device=like.device, dtype=torch.float32) / size_in
     edges_out = torch.arange(size_out + 1, device=like.device, dtype=torch.float32) / size_out
     low = torch.maximum(edges_in[None, :-1], edges_out[:-1, None])
@@ -75,16 +72,16 @@ def _area_weights(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tens
 
 
 def align_streams(streams: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Bring streams of several scales to the grid of the coarsest, each cell the mean over the area that it covers.
+    """Resample streams to the coarsest grid by area averaging.
 
-    The mean over a stream's positions stays what it was, also where the grids do not divide each other.
+    The mean over the positions of a stream does not change, also if the grid sizes are not multiples.
 
     Args:
         streams: Features at the positions of each stream (b, r_s, d_s).
-        sizes: Height and width of each stream's grid.
+        sizes: Height and width of the grid of each stream.
 
     Returns:
-        Features of each stream (b, r, d_s), r positions of the coarsest grid.
+        Features of each stream (b, r, d_s) at the r positions of the coarsest grid.
     """
     height, width = min(sizes, key=math.prod)
     aligned = []

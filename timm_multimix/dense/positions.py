@@ -1,4 +1,4 @@
-"""Per-position logits: a timm model's own head, applied at every position of its feature map."""
+"""Apply the head of a timm model at every position of its feature map."""
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +13,7 @@ WHOLE_MAPS_AT_ONCE = 4
 
 
 def _windows(features: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
-    """Every window of a map (b, d, h, w) that is slid over it by one: (b, r, d, height, width)."""
+    """Return all windows of a map (b, d, h, w) at stride 1: (b, r, d, height, width)."""
     height, width = (min(size, limit) for size, limit in zip(window, features.shape[2:], strict=True))
     return features.unfold(2, height, 1).unfold(3, width, 1).flatten(2, 3).transpose(1, 2)
 
@@ -23,20 +23,19 @@ def position_features(
         features: Features,
         image_size: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """The features that each position's logits come from, of each stream.
+    """Return the features at every position, for each stream.
 
     Args:
-        head: What inspect_head found.
-        features: What forward_features returned.
-        image_size: Height and width of the images, read only if several streams of tokens have to be aligned; square
-            if None.
+        head: Description of the head.
+        features: Output of forward_features.
+        image_size: Height and width of the images, used to align several streams of tokens only. None means square.
 
     Returns:
-        Features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams. Streams of other
-        scales come to the coarsest grid; one without positions has its mean everywhere.
+        Features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams. Streams are
+        resampled to the coarsest grid. A stream without positions has its mean at all positions.
 
     Raises:
-        ValueError: if the features have no positions.
+        ValueError: If the features have no positions.
     """
     streams = as_streams(features)
     if head.method == 'window':
@@ -44,7 +43,7 @@ def position_features(
     positions = [layout.positions(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
     if min(p.shape[1] for p in positions) == 0:
         raise ValueError(
-            'The features are class tokens only: attach() reaches the positions of such a model, dense_logits cannot.')
+            'The features are class tokens only. dense_logits does not support such a model: use attach().')
     if len(positions) == 1:
         return positions
     placed = [i for i, layout in enumerate(head.layouts) if layout.has_positions]
@@ -77,7 +76,7 @@ def _constant_map_logits(
         positions: Sequence[torch.Tensor],
         sizes: Sequence[Sequence[int]],
 ) -> torch.Tensor:
-    """Logits (b, r, c) of maps of the given sizes that hold a position's vector everywhere."""
+    """Return logits (b, r, c) of constant maps of the given sizes, one map for each position."""
     maps = [
         layout.constant(vectors.flatten(0, 1), size)
         for layout, vectors, size in zip(head.layouts, positions, sizes, strict=True)]
@@ -90,11 +89,11 @@ def _whole_map_logits(
         streams: Sequence[torch.Tensor],
         positions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    # these maps are each as large as the features: make them a few at a time, and again for the backward pass
+    # There is one map per position, as large as the features. Checkpointing and chunks limit the memory.
     sizes = [layout.size(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
     logits = []
     for chunk in zip(*(vectors.split(WHOLE_MAPS_AT_ONCE, dim=1) for vectors in positions), strict=True):
-        if head.batch_norms:  # their statistics are gone by the time of the backward pass
+        if head.batch_norms:  # the batch statistics are not available in the backward pass
             logits.append(_constant_map_logits(model, head, chunk, sizes))
         else:
             logits.append(checkpoint(_constant_map_logits, model, head, chunk, sizes, use_reentrant=False))
@@ -109,13 +108,13 @@ def position_logits(
 ) -> torch.Tensor:
     """Apply the head at every position.
 
-    In a head with BatchNorm that trains, the caller holds the pooled batch's statistics ready (see head_norm).
+    For a head with BatchNorm in training mode, the statistics of the pooled batch must be recorded (see head_norm).
 
     Args:
-        model: The model that the head belongs to.
-        head: What inspect_head found.
-        features: What forward_features returned.
-        positions: What position_features made of it.
+        model: The model of the head.
+        head: Description of the head.
+        features: Output of forward_features.
+        positions: Output of position_features.
 
     Returns:
         Logits (b, r, c).
@@ -136,26 +135,26 @@ def dense_logits(
         features: Features,
         image_size: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Logits of a timm model at every position of its feature map.
+    """Compute the logits of a timm model at every position of its feature map.
 
-    On a map whose positions (and prefix tokens) all hold one vector, every position has the logits that the model's
-    forward_head gives; after average pooling and an affine classifier, positions average to the prediction. Dropout in
-    the head draws a mask for each position. BatchNorm in the head, while training, normalises with the statistics of
-    the pooled batch; the running statistics stay as they are. The head is inspected at every call, unless the model is
-    attached: in a training loop, attach it.
+    On a constant feature map, the logits at every position equal the output of forward_head. If the head is average
+    pooling and an affine classifier, the mean of the logits over positions equals the output of forward_head. Dropout
+    in the head draws a mask for each position. In training mode, BatchNorm in the head uses the statistics of the
+    pooled batch, and the running statistics are not updated. If the model is not attached, every call inspects the
+    head: attach the model in a training loop.
 
     Args:
-        model: A timm model, or one with timm's forward_features and forward_head.
-        features: What model.forward_features(images) returns.
-        image_size: Height and width of the images. Only multi-scale models that return tokens need it, and only for
-            images that are not square.
+        model: A timm model, or a model with timm's forward_features and forward_head.
+        features: Output of model.forward_features(images).
+        image_size: Height and width of the images. Required only for multi-scale models that return tokens, if images
+            are not square.
 
     Returns:
         Logits (b, r, c), positions in row-major order.
 
     Raises:
-        TypeError: if the model has no forward_head.
-        ValueError: if the head cannot be applied at a position, with the reason.
+        TypeError: If the model does not have forward_features and forward_head.
+        ValueError: If the head cannot be applied at a position. The message gives the reason.
     """
     check_protocol(model)
     head = _known_head(model) or (
@@ -182,16 +181,21 @@ def _known_head(model: nn.Module) -> Head | None:
 
 
 def check_protocol(model: nn.Module) -> None:
-    """Raise TypeError if a model does not follow timm's protocol, ValueError if it has no classifier."""
+    """Check that the model follows timm's protocol.
+
+    Raises:
+        TypeError: If the model is not a module with forward_features and forward_head.
+        ValueError: If the model has no classifier.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f'Expected a torch.nn.Module, got {type(model).__name__}.')
-    # A compiled model forwards every attribute, so it seems to have both.
+    # A compiled model forwards attribute access, so it seems to have both methods.
     wrapped = isinstance(getattr(model, '_orig_mod', None) or getattr(model, 'module', None), nn.Module)
     follows = callable(getattr(model, 'forward_features', None)) and callable(getattr(model, 'forward_head', None))
     if not follows or isinstance(getattr(model, '_orig_mod', None), nn.Module):
         hint = 'Attach before you wrap the model for compilation or distribution.' if wrapped else (
-            "timm's models have both. For any other model use pooled MultiMix: give its logits (b, c) to MultiMixLoss.")
-        raise TypeError(f'{type(model).__name__} has no forward_features and forward_head. {hint}')
+            'For models other than timm models use pooled MultiMix: pass the logits (b, c) to MultiMixLoss.')
+        raise TypeError(f'{type(model).__name__} does not have forward_features and forward_head. {hint}')
     classifier = model.get_classifier() if callable(getattr(model, 'get_classifier', None)) else None
     if getattr(model, 'num_classes', None) == 0 or isinstance(classifier, nn.Identity):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Give one module a subclass of its own class, as FSDP and parametrizations do, and take it back."""
+"""Replace the class of a module by a subclass, as FSDP and parametrizations do, and restore it."""
 import copyreg
 import functools
 import types
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def _with_signature(method: Callable, replaced: Callable) -> Callable:
-    """A copy of a mixin's method with the name, the signature and the docstring of the method that it replaces."""
+    """Copy a mixin's method, with the name, signature and docstring of the method that it overrides."""
     copy = types.FunctionType(
         method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
     return functools.update_wrapper(copy, replaced)
@@ -30,7 +30,7 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 
 
 class SwappedModule:
-    """Base of all swapped classes. Pickling stores the mixin and the original class, since it is made at run time."""
+    """Base of all swapped classes. Pickling stores the mixin and the original class."""
 
     def __reduce_ex__(self, protocol):
         function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
@@ -41,7 +41,7 @@ class SwappedModule:
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:
-    """Put mixin's methods before those of module's class; its name, state and isinstance checks stay."""
+    """Override methods of a module by a mixin. The class name, the state and isinstance checks do not change."""
     module.__class__ = _subclass(mixin, type(module))
 
 
@@ -49,11 +49,11 @@ def restore_class(module: nn.Module) -> None:
     """Undo swap_class.
 
     Raises:
-        RuntimeError: if somebody else, such as fully_shard, has given the module another class since.
+        RuntimeError: If other code, such as fully_shard, has replaced the class since.
     """
     cls = type(module)
     if SwappedModule not in cls.__bases__:
         raise RuntimeError(
-            f'{cls.__name__} was made of the attached model, by fully_shard for example, and cannot be restored to the '
-            'plain one. Where it returns a MultiMixOutput and MultiMix is not wanted, use its logits.')
+            f'{cls.__name__} cannot be restored, because its class was replaced after attach(), for example by '
+            'fully_shard. To use the model without MultiMix, read the logits of its MultiMixOutput.')
     module.__class__ = cls.__bases__[-1]
