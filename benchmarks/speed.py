@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""What MultiMix costs: training steps, the loss alone, and how both grow.
+"""Measure the time and memory of MultiMix: training steps, the loss, and the scaling of the loss.
 
     python benchmarks/speed.py                  # everything, as Markdown: the tables of docs/speed.md
     python benchmarks/speed.py --sections step --setups resnet50:224:32:1000
     python benchmarks/speed.py --device cuda --amp --channels-last --setups resnet50:224:128:1000
     python benchmarks/speed.py --output results # also results/speed.csv and results/growth.png
 
-A step is forward, loss, backward and an SGD update on random images. Methods take turns, so that they share whatever
-else the machine is doing: ratios are medians of the ratios round by round, times are medians with quartiles. `wall` is
-the clock's time, `cpu` what processors worked for this process, summed over threads, for a machine that does other work
-too (then take `--threads 1`, or set OMP_WAIT_POLICY=PASSIVE, so that waiting does not count). Peak memory is what
-PyTorch's allocator holds: model, gradients, momentum, activations, loss. (The resident size of a process varies by more
-than MultiMix adds.)
+A step is forward, loss, backward and an SGD update on random images. Methods alternate in every round. Times are
+medians with quartiles, and ratios are medians of the ratios of each round. `wall` is wall-clock time. `cpu` is the CPU
+time of this process, summed over threads. Compare it if the machine runs other programs, with `--threads 1` or
+OMP_WAIT_POLICY=PASSIVE, so that waiting threads are not counted. Peak memory is the memory of PyTorch's allocator: model,
+gradients, momentum, activations and loss.
 """
 import argparse
 import csv
@@ -37,9 +36,9 @@ from tqdm import tqdm
 SECTIONS = ('step', 'loss', 'growth')
 SETUPS = ['resnet50:224:32:1000', 'resnet18:64:128:100', 'vit_small_patch16_224:224:32:1000']
 BASELINES = ('cross-entropy', 'timm Mixup', 'literal dense MultiMix')
-# Sizes of the loss alone: that of a wide network's last map, and pooled.
+# Sizes of the loss: the last feature map of a wide network, and pooled.
 LOSSES = [dict(b=64, r=49, c=1000, d=2048), dict(b=64, r=1, c=1000, d=2048)]
-# What grows, one at a time, from here.
+# Base sizes of the scaling measurement. GROWTH varies one size at a time.
 BASE = dict(n=1000, b=32, c=1000, r=16)
 GROWTH = {
     'n': (100, 1000, 10_000, 100_000),
@@ -60,7 +59,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def record(section: str, method: str, times: Times, memory: float | None, **sizes: object) -> list[Row]:
-    """A row of the CSV file for every round."""
+    """Create a row of the CSV file for each round."""
     return [
         dict(section=section, method=method, **sizes, round=index, wall_s=wall, cpu_s=cpu, peak_mib=memory)
         for index, (wall, cpu) in enumerate(zip(times.wall, times.cpu, strict=True))]
@@ -88,8 +87,9 @@ def steps(setup: Setup, rates: Rates, args: argparse.Namespace) -> list[Row]:
     operations = products_of_dense(setup, args)
     if operations is not None and 'cross-entropy' in times:
         share = operations / rates.flops / times['cross-entropy'].median
-        print(f'Dense MultiMix adds at least {operations / 1e9:.1f} GFlop of products: at {rates.flops / 1e9:.0f} '
-              f'GFlop/s {operations / rates.flops * 1e3:.1f} ms, {100 * share:.1f} % of the cross-entropy step.\n')
+        print(f'Dense MultiMix adds at least {operations / 1e9:.1f} GFlop of matrix products: '
+              f'{operations / rates.flops * 1e3:.1f} ms at {rates.flops / 1e9:.0f} GFlop/s, {100 * share:.1f} % of the '
+              'cross-entropy step.\n')
     return [row for name in args.methods for row in record('step', name, times[name], memory[name], setup=str(setup))]
 
 
@@ -103,11 +103,11 @@ def loss_alone(rates: Rates, args: argparse.Namespace) -> list[Row]:
             'from logits, shared weights': problem.fused_with_shared_weights}
         memory = {}
         for name, action in actions.items():
-            problem.forget()
+            problem.clear_gradients()
             memory[name] = peak_memory(action, problem.logits.device)
         times = measure_times(actions, args.repetitions, problem.logits.device, 'loss')
         products = 4 * n * b * c * r / rates.flops
-        moved = 3 * problem.logits.nbytes / rates.copied_bytes  # logits read, gradient written and scaled
+        moved = 3 * problem.logits.nbytes / rates.copied_bytes  # read the logits, write and scale the gradient
         bound = max(products, moved)
         for name in actions:
             low, high = times[name].quartiles
@@ -126,7 +126,7 @@ def loss_alone(rates: Rates, args: argparse.Namespace) -> list[Row]:
         parts = {
             'products': products, 'exponentials': n * c * r / rates.exponentials, 'draws': n * b * r / rates.draws,
             'logits': moved}
-        print(f'b = {b}, r = {r}, c = {c}, n = {n}, at the rates above:',
+        print(f'Bounds for b = {b}, r = {r}, c = {c}, n = {n} at the measured rates:',
               ', '.join(f'{name} {seconds * 1e3:.1f} ms' for name, seconds in parts.items()) + '\n')
     print('### The loss alone')
     print_table(table)
@@ -184,19 +184,20 @@ def plot(rows: list[Row], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--sections', nargs='+', choices=SECTIONS, default=SECTIONS, help='default: all')
+    add('--sections', nargs='+', choices=SECTIONS, default=SECTIONS, help='measurements to run (default: all)')
     add('--setups', nargs='+', type=Setup.parse, default=[Setup.parse(text) for text in SETUPS],
         metavar='MODEL:SIZE:BATCH:CLASSES', help=f'models and batches of the steps (default: {" ".join(SETUPS)})')
     add('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='methods of the steps (default: all)')
-    add('--num-mixes', type=int, default=1000, help='n (default: %(default)s)')
-    add('--repetitions', type=int, default=7, help='rounds timed of steps and losses (default: %(default)s)')
-    add('--growth-repetitions', type=int, default=3, help='rounds timed of every size (default: %(default)s)')
-    add('--device', default='cpu', choices=('cpu', 'cuda'), help='(default: %(default)s)')
-    add('--threads', type=int, help="CPU threads (default: PyTorch's)")
-    add('--amp', action='store_true', help='steps under autocast to bfloat16')
-    add('--channels-last', action='store_true', help='channels_last layout of models and images')
-    add('--compile', action='store_true', help='compile the models')
-    add('--output', type=Path, metavar='FOLDER', help='write every round to speed.csv, and a plot of the growth')
+    add('--num-mixes', type=int, default=1000, help='number of mixes n (default: %(default)s)')
+    add('--repetitions', type=int, default=7, help='timed rounds of steps and losses (default: %(default)s)')
+    add('--growth-repetitions', type=int, default=3,
+        help='timed rounds of each size in the scaling measurement (default: %(default)s)')
+    add('--device', default='cpu', choices=('cpu', 'cuda'), help='device to measure (default: %(default)s)')
+    add('--threads', type=int, help="number of CPU threads (default: PyTorch's)")
+    add('--amp', action='store_true', help='run steps under autocast to bfloat16')
+    add('--channels-last', action='store_true', help='use the channels_last memory format for models and images')
+    add('--compile', action='store_true', help='compile the models with torch.compile')
+    add('--output', type=Path, metavar='FOLDER', help='folder for speed.csv with every round, and growth.png')
     return parser.parse_args()
 
 
@@ -210,9 +211,9 @@ def main() -> None:
     options = ' '.join(f'--{option}' for option in ('amp', 'channels-last', 'compile')
                        if vars(args)[option.replace('-', '_')])
     print(f'{name}, PyTorch {torch.__version__}, n = {args.num_mixes} {options}: '
-          f'{args.repetitions} rounds. Products {rates.flops / 1e9:.0f} GFlop/s, copies '
-          f'{rates.copied_bytes / 1e9:.1f} GB/s read and written, softmax {rates.exponentials / 1e9:.2f} G/s, weights '
-          f'drawn {rates.draws / 1e6:.0f} M/s.\n', flush=True)
+          f'{args.repetitions} rounds. Measured rates: matrix products {rates.flops / 1e9:.0f} GFlop/s, copies '
+          f'{rates.copied_bytes / 1e9:.1f} GB/s read and written, softmax {rates.exponentials / 1e9:.2f} G elements/s, '
+          f'sampled weights {rates.draws / 1e6:.0f} M/s.\n', flush=True)
     rows = []
     if 'step' in args.sections:
         for setup in args.setups:

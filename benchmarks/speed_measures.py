@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures with: timed rounds, peak memory, rates of the machine, steps and losses."""
+"""Measurements of benchmarks/speed.py: times, peak memory, rates of the machine, training steps and losses."""
 import argparse
 import itertools
 import statistics
@@ -34,12 +34,12 @@ Action = Callable[[], object]
 
 @dataclass
 class Times:
-    """Seconds of every round: on the clock, and that processors worked for this process, summed over threads."""
+    """Wall-clock time and CPU time of every round in seconds. CPU time is summed over threads."""
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def ratio_to(self, other: 'Times', clock: str) -> float:
-        """Median over rounds of the ratio within a round, which shares what else the machine was doing."""
+        """Return the median over rounds of the ratio of times."""
         pairs = zip(getattr(self, clock), getattr(other, clock), strict=True)
         return statistics.median(a / b for a, b in pairs)
 
@@ -61,7 +61,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_times(actions: dict[str, Action], repetitions: int, device: torch.device, title: str) -> dict[str, Times]:
-    """Time actions that take turns. The first round warms up."""
+    """Time actions, alternating in every round. The first round is a warm-up and is not recorded."""
     times = {name: Times() for name in actions}
     for repetition in tqdm(range(repetitions + 1), desc=title, disable=None, leave=False):
         for name, action in actions.items():
@@ -77,7 +77,7 @@ def measure_times(actions: dict[str, Action], repetitions: int, device: torch.de
 
 
 def peak_memory(action: Action, device: torch.device) -> float:
-    """Peak MiB that PyTorch's allocator holds during an action, above what it held before."""
+    """Return the peak memory of PyTorch's allocator during an action in MiB, above the memory allocated before."""
     if device.type == 'cuda':
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -85,13 +85,13 @@ def peak_memory(action: Action, device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         action()
-    held = itertools.accumulate(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(held, default=0) / MIB
+    memory = itertools.accumulate(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
+    return max(memory, default=0) / MIB
 
 
 @dataclass
 class Rates:
-    """What the machine does in a second: the best of several runs, for what the loss is made of."""
+    """Rates of the machine per second for the operations of the loss, the best of several runs."""
     flops: float
     copied_bytes: float
     exponentials: float
@@ -122,7 +122,7 @@ def measure_rates(device: torch.device) -> Rates:
 
 @dataclass
 class Setup:
-    """A model, and the batch that it trains on."""
+    """A model and the size of its batch."""
     model: str
     image_size: int
     batch_size: int
@@ -135,7 +135,7 @@ class Setup:
             return cls(model, *map(int, sizes))
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(
-                f'{text!r} is not MODEL:IMAGE_SIZE:BATCH_SIZE:CLASSES, such as resnet50:224:32:1000') from error
+                f'must be MODEL:IMAGE_SIZE:BATCH_SIZE:CLASSES, such as resnet50:224:32:1000, got {text!r}') from error
 
     def __str__(self) -> str:
         return f'{self.model}, {self.image_size} px, b = {self.batch_size}, c = {self.num_classes}'
@@ -183,15 +183,15 @@ def with_teacher(model: nn.Module, args: argparse.Namespace) -> Loss:
         teacher.compile()
 
     def loss(images, target):
-        teacher.update(model)  # of the step before
-        teacher_output = teacher(images)  # first: its activations are gone when the student's are made
+        teacher.update(model)  # after the previous optimizer step
+        teacher_output = teacher(images)  # before the student's activations are in memory
         return criterion(run(images), target, teacher_output)
 
     return loss
 
 
 def literal(model: nn.Module, args: argparse.Namespace) -> Loss:
-    """Eqs. 9-14 as they are written, on embeddings, for a model whose head is pooling and a linear layer."""
+    """Dense MultiMix on embeddings (P2, eqs. 9-14), for a model whose head is pooling and a linear layer."""
     def loss(images, target):
         features = model.forward_features(images)
         z = features.flatten(2).mT if features.ndim == 4 else features[:, model.num_prefix_tokens:]
@@ -214,7 +214,7 @@ METHODS = {
 
 
 class Trainer:
-    """A model of its own, with its optimizer, that trains with one method on one batch."""
+    """Train a model with one method on one batch."""
 
     def __init__(self, method: str, setup: Setup, args: argparse.Namespace):
         torch.manual_seed(0)
@@ -238,13 +238,13 @@ class Trainer:
 
 
 def image_size(setup: Setup) -> dict[str, int]:
-    """Transformers have to be told; convolutions take any size."""
+    """Return the img_size argument for models with a fixed input size."""
     takes_size = timm.create_model(setup.model).default_cfg.get('fixed_input_size', False)
     return dict(img_size=setup.image_size) if takes_size else {}
 
 
 def step_memory(method: str, setup: Setup, args: argparse.Namespace) -> float:
-    """Peak MiB from building the model to the end of its second step: weights, momentum, activations, loss."""
+    """Return the peak memory of creating a model and training it for two steps, in MiB."""
     def take_steps():
         trainer = Trainer(method, setup, args)
         for _ in range(2):
@@ -254,10 +254,10 @@ def step_memory(method: str, setup: Setup, args: argparse.Namespace) -> float:
 
 
 def products_of_dense(setup: Setup, args: argparse.Namespace) -> float | None:
-    """Floating-point operations that dense MultiMix cannot do without: the head at every position, and the loss.
+    """Return the minimum number of floating-point operations that dense MultiMix adds to a step.
 
-    Forward and backward pass of a linear head at r positions, less that on the pooled features, which a step has
-    anyway, and 4 n b c for the dense loss at each of them and the pooled one. None if the head is not linear.
+    These are the forward and backward pass of a linear head at r positions, and 4 n b c for the loss at each position
+    and for the pooled loss. None if the head is not linear.
     """
     model = timm.create_model(setup.model, num_classes=setup.num_classes, **image_size(setup)).train()
     if not isinstance(model.get_classifier(), nn.Linear):
@@ -272,7 +272,7 @@ def products_of_dense(setup: Setup, args: argparse.Namespace) -> float | None:
 
 
 class LossProblem:
-    """Embeddings (b, r, d) and a classifier; the loss of their mixes, literal and fused, forward and backward."""
+    """Forward and backward pass of the literal and the fused loss, for random embeddings (b, r, d) and logits."""
 
     def __init__(self, b: int, r: int, c: int, n: int, args: argparse.Namespace, d: int | None = None):
         torch.manual_seed(0)
@@ -280,7 +280,7 @@ class LossProblem:
         self.n = n
         self.target = torch.randint(c, (b,), device=device)
         self.attention = torch.rand(b, r, device=device).softmax(1)
-        self.criterion, self.criterion_of_shared = (
+        self.criterion, self.criterion_with_shared_weights = (
             MultiMixLoss(n, pooled_weight=0.0, shared_weights=shared) for shared in (False, True))
         self.logits = torch.randn(b, r, c, device=device, requires_grad=True)
         if d is not None:
@@ -288,29 +288,29 @@ class LossProblem:
             self.classifier = nn.Linear(d, c, device=device)
 
     def fused(self) -> None:
-        """From logits, which the model has made."""
+        """Compute the loss from logits."""
         self._backward(self.criterion, self.logits)
 
     def fused_with_shared_weights(self) -> None:
-        """From logits, with one draw for all positions."""
-        self._backward(self.criterion_of_shared, self.logits)
+        """Compute the loss from logits, with the same weights at all positions."""
+        self._backward(self.criterion_with_shared_weights, self.logits)
 
     def fused_from_embeddings(self) -> None:
-        """With the classifier at every position."""
+        """Compute the loss from embeddings, with the classifier at every position."""
         self._backward(self.criterion, self.classifier(self.z))
 
     def _backward(self, criterion: MultiMixLoss, logits: torch.Tensor) -> None:
-        self.forget()
+        self.clear_gradients()
         criterion((logits[:, 0], logits, self.attention), self.target).backward()
 
     def literal(self) -> None:
-        self.forget()
+        self.clear_gradients()
         b, r, _ = self.z.shape
         weights = sample_weights(self.n, b, r, device=self.z.device)
         y = reference.one_hot(self.target, self.classifier.out_features, self.z.dtype)
         reference.dense_multimix(self.z, y, weights, self.attention, self.classifier).backward()
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         self.logits.grad = None
         if hasattr(self, 'z'):
             self.z.grad = None

@@ -1,4 +1,4 @@
-"""What a study has to run, and running it: plans, cached results, processes."""
+"""Load a study, determine its missing runs, and run them in parallel processes."""
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from timm_multimix import __version__
 
 @dataclass(frozen=True)
 class Group:
-    """A dataset, a model and a method: what gets a learning rate of its own."""
+    """A dataset, a model and a method. The learning rate is tuned for each group."""
     dataset: str
     model: str
     method: str
@@ -31,21 +31,21 @@ class Group:
 
 @dataclass
 class Study:
-    """What to compare.
+    """Description of a study.
 
     Attributes:
         name: Name of the study.
-        about: What it compares, in one sentence.
-        datasets: Settings of each dataset: 'name', 'train', 'validation' and 'test' (numbers of images) and
-            'label_noise'; and of the training on it, which come before the study's own.
-        models: Arguments of timm.create_model, and 'lrs' or training settings that suit the model.
-        methods: Options of each method: 'smoothing', 'mixup', 'cutmix', 'manifold_mixup', 'multimix' (the mode) and
-            those of MultiMixTask; 'lrs' for learning rates of its own.
-        lrs: Learning rates to choose from.
+        about: Description in one sentence.
+        datasets: Options of each dataset: 'name', 'train', 'validation' and 'test' (numbers of images), 'label_noise',
+            and training options that override those of the study.
+        models: Options of each model: arguments of timm.create_model, 'lrs', and training options.
+        methods: Options of each method: 'smoothing', 'mixup', 'cutmix', 'manifold_mixup', 'multimix' (the mode),
+            options of MultiMixTask, 'lrs', and training options.
+        lrs: Learning rates to tune over.
         baselines: Methods that the others are compared with.
-        seeds: Number of seeds of the result.
-        tuning_seeds: Number of seeds that choose a learning rate.
-        training: Epochs, batch size and so on.
+        seeds: Number of seeds of the final runs.
+        tuning_seeds: Number of seeds for tuning the learning rate.
+        training: Training options, such as the number of epochs and the batch size.
     """
     name: str
     datasets: dict[str, dict[str, Any]]
@@ -63,16 +63,16 @@ class Study:
             (dataset, model, method) for dataset in self.datasets for model in self.models for method in self.methods))
 
     def group_lrs(self, group: Group) -> list[float]:
-        """Learning rates to choose from; the method's come before the model's, before the study's."""
+        """Return the learning rates to tune over: of the method, else of the model, else of the study."""
         return self.methods[group.method].get('lrs') or self.models[group.model].get('lrs') or self.lrs
 
     def settings(self, group: Group, lr: float, seed: int) -> dict[str, Any]:
-        """All that a run depends on."""
+        """Return all settings of a run."""
         dataset, model, method = (
             {key: value for key, value in options.items() if key != 'lrs'} for options in
             (self.datasets[group.dataset], self.models[group.model], self.methods[group.method]))
         training = dict(TRAINING_DEFAULTS)
-        for options in (self.training, dataset, model, method):  # what is more special comes later
+        for options in (self.training, dataset, model, method):  # later options take precedence
             training |= {key: options.pop(key) if options is not self.training else options[key]
                          for key in TRAINING_DEFAULTS if key in options}
         dataset.setdefault('name', group.dataset)
@@ -81,7 +81,7 @@ class Study:
             lr=lr, seed=seed)
 
     def best_lr(self, group: Group, results: dict[str, dict]) -> float | None:
-        """The learning rate of the best mean validation accuracy; None while tuning runs are missing."""
+        """Return the learning rate with the best mean validation accuracy, or None if tuning runs are missing."""
         lrs = self.group_lrs(group)
         if len(lrs) == 1:
             return lrs[0]
@@ -94,7 +94,7 @@ class Study:
         return max(lrs, key=scores.get)
 
     def missing(self, results: dict[str, dict]) -> list[dict[str, Any]]:
-        """Settings of the runs to do next, those of low seeds first, so that what is there can be compared."""
+        """Return the settings of the missing runs, sorted by seed, so that methods can be compared early."""
         runs = []
         for group in self.groups():
             best = self.best_lr(group, results)
@@ -105,7 +105,7 @@ class Study:
         return sorted((s for key, s in unique.items() if key not in results), key=lambda s: s['seed'])
 
     def table(self, results: dict[str, dict]) -> dict[Group, dict[str, Any]]:
-        """For each group with a learning rate: that, and the metrics of the seeds that have run."""
+        """Return the learning rate and the metrics of the completed runs of each tuned group."""
         rows = {}
         for group in self.groups():
             best = self.best_lr(group, results)
@@ -116,13 +116,13 @@ class Study:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a name that is given twice: YAML would keep the last and be silent."""
+    """YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge']
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'{name} is there twice', node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f'duplicate key {name}', node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -131,54 +131,58 @@ def _check_sections(path: Path, content: dict[str, Any]) -> None:
         section = content.get(kind, {})
         if not isinstance(section, dict) or (kind != 'training' and not all(
                 isinstance(options, dict) for options in section.values())):
-            raise ValueError(f'{path}, {kind}: names with options are needed, such as `cross-entropy: {{}}`.')
+            raise ValueError(f'{path}: {kind} must map names to options, such as `cross-entropy: {{}}`.')
 
 
 def _check_numbers(path: Path, study: Study) -> None:
     named = {**study.models, **study.methods}
     lists = {'lrs': study.lrs} | {f'lrs of {name}': named[name]['lrs'] for name in named if 'lrs' in named[name]}
-    for what, lrs in lists.items():
+    for name, lrs in lists.items():
         if not isinstance(lrs, list) or not lrs or not all(isinstance(lr, int | float) and lr > 0 for lr in lrs):
-            raise ValueError(f'{path}: {what} must be a list of positive numbers, got {lrs!r}.')
+            raise ValueError(f'{path}: {name} must be a list of positive numbers, got {lrs!r}.')
     counts = study.tuning_seeds, study.seeds
     if not all(isinstance(count, int) for count in counts) or not 1 <= study.tuning_seeds <= study.seeds:
-        raise ValueError(f'{path}: 1 <= tuning_seeds <= seeds is needed, got {counts}.')
+        raise ValueError(f'{path}: tuning_seeds and seeds must satisfy 1 <= tuning_seeds <= seeds, got {counts}.')
 
 
 def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> Study:
-    """Read and check a study.
+    """Load and validate a study.
 
     Args:
-        path: The YAML file.
-        only: Names to keep of 'datasets', 'models' and 'methods'; None keeps all.
+        path: Path of the YAML file.
+        only: Names of 'datasets', 'models' and 'methods' to select. None selects all.
+
+    Returns:
+        The study.
 
     Raises:
-        ValueError: if it is not a study, or names something that does not exist.
+        ValueError: If the file is not a valid study, or contains an unknown name.
     """
     content = yaml.load(path.read_text(), _UniqueKeys)
     if not isinstance(content, dict):
-        raise ValueError(f'{path} is not a study: it has no datasets, models and methods.')
+        raise ValueError(f'{path} is not a study: datasets, models and methods are missing.')
     about = content.pop('about', '')
     known = {part.name: part for part in fields(Study) if part.name not in ('name', 'about')}
     needed = [name for name, part in known.items() if part.default is part.default_factory is MISSING]
     if not set(needed) <= set(content) <= set(known):
         raise ValueError(
-            f'{path} is not a study: it needs {", ".join(needed)}, and may have {", ".join(set(known) - set(needed))}; '
-            f'it has {", ".join(map(str, content))}.')
+            f'{path} is not a study: required keys are {", ".join(needed)}, optional keys are '
+            f'{", ".join(set(known) - set(needed))}, got {", ".join(map(str, content))}.')
     _check_sections(path, content)
     study = Study(name=path.stem, about=about, **content)
     _check_numbers(path, study)
     for kind, known in (('training', TRAINING_DEFAULTS), ('baselines', study.methods)):
         unknown = set(content.get(kind, ())) - set(known)
         if unknown:
-            raise ValueError(f'{path}, {kind}: no {", ".join(sorted(unknown))}, there is {", ".join(known)}.')
+            raise ValueError(f'{path}: unknown {kind} {", ".join(sorted(unknown))}, choose from {", ".join(known)}.')
     for kind, names in (only or {}).items():
-        have = getattr(study, kind)
+        available = getattr(study, kind)
         if names is not None:
-            unknown = set(names) - set(have)
+            unknown = set(names) - set(available)
             if unknown:
-                raise ValueError(f'{path} has no {", ".join(sorted(unknown))} in {kind}: there is {", ".join(have)}.')
-            setattr(study, kind, {name: have[name] for name in have if name in names})
+                raise ValueError(
+                    f'{path}: unknown {kind} {", ".join(sorted(unknown))}, choose from {", ".join(available)}.')
+            setattr(study, kind, {name: available[name] for name in available if name in names})
     study.baselines = [name for name in study.baselines if name in study.methods]
     for group in study.groups():
         try:
@@ -192,24 +196,24 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
         dataset = settings['dataset']
         if dataset['name'] not in DATASETS or set(dataset) != {'name', *DATASET_DEFAULTS}:
             raise ValueError(
-                f'{path}, {group.dataset}: datasets are {", ".join(DATASETS)}, with '
+                f'{path}, {group.dataset}: the dataset must be one of {", ".join(DATASETS)}, with options '
                 f'{", ".join([*DATASET_DEFAULTS, *TRAINING_DEFAULTS])}.')
     for group in {(group.model, group.method): group for group in study.groups()}.values():
         settings = study.settings(group, 0.1, 0)
         try:
             make_task(timm.create_model(**settings['model'], num_classes=2, in_chans=1), settings['method'])
-        except (RuntimeError, TypeError, ValueError) as error:  # what timm and our own options raise
+        except (RuntimeError, TypeError, ValueError) as error:  # errors of timm and of MultiMixTask
             raise ValueError(f'{path}, {group.model} with {group.method}: {error}') from error
     return study
 
 
 def key_of(settings: dict[str, Any]) -> str:
-    """A hash of the settings, whatever their order."""
+    """Return a hash of the settings, independent of their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_results(folder: Path) -> dict[str, dict]:
-    """Metrics of all runs so far, of every study. A line cut short by a crash is skipped: its run is repeated."""
+    """Return the metrics of all runs of all studies. Lines truncated by a crash are skipped."""
     results = {}
     for file in sorted(folder.glob('*.jsonl')):
         for line in file.read_text().splitlines():
@@ -223,7 +227,7 @@ def load_results(folder: Path) -> dict[str, dict]:
 
 def _start_worker(niceness: int) -> None:
     os.nice(niceness)
-    torch.set_num_threads(1)  # runs are small: more of them at a time beat more threads for each
+    torch.set_num_threads(1)  # parallel runs are more efficient than threads for these small models
 
 
 def _timed_run(settings: dict[str, Any]) -> tuple[dict[str, float], float]:
@@ -239,7 +243,7 @@ def _describe(settings: dict[str, Any]) -> str:
 
 
 def run_missing(study: Study, results: dict[str, dict], folder: Path, workers: int, niceness: int) -> None:
-    """Run what the study lacks; append each run to the study's file as soon as it ends, and to results."""
+    """Run the missing runs. Each result is appended to the file of the study and added to results."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{study.name}.jsonl'
     cut_short = path.exists() and not path.read_text().endswith('\n')
@@ -251,7 +255,7 @@ def run_missing(study: Study, results: dict[str, dict], folder: Path, workers: i
             if cut_short:
                 print(file=file)
             while True:
-                # What is best to do next changes with every result, so no more is handed out than can start.
+                # The missing runs depend on the results, so only as many runs are submitted as there are workers.
                 missing = [settings for settings in study.missing(results) if settings not in running.values()]
                 bar.total = bar.n + len(running) + len(missing)
                 bar.refresh()

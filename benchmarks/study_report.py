@@ -1,4 +1,4 @@
-"""The tables and the plot of a study."""
+"""Tables and plots of a study."""
 import math
 import statistics
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy import stats
 
-# Metric, its heading, decimals, whether more is better.
+# Metric, heading, number of decimals, whether higher is better.
 COLUMNS = (
     ('accuracy', 'accuracy %', 2, True),
     ('nll', 'NLL', 3, False),
@@ -20,17 +20,17 @@ COLUMNS = (
 
 
 def mean_and_spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation over seeds; of a temperature that is infinite once, there is none."""
+    """Format mean ± standard deviation. The deviation is omitted for one value, or if a value is infinite."""
     has_spread = len(values) > 1 and all(map(math.isfinite, values))
     spread = f' ± {statistics.stdev(values):.{digits}f}' if has_spread else ''
     return f'{statistics.mean(values):.{digits}f}{spread}'
 
 
 def paired_difference(ours: Mapping[int, Mapping], theirs: Mapping[int, Mapping], metric: str):
-    """Mean difference over the seeds that both have, and its 95 % confidence interval (Student's t, paired).
+    """Return the mean difference over common seeds, with its 95 % confidence interval (paired t-test).
 
     Returns:
-        (mean, low, high), or None with fewer than two common seeds, or values that are not finite.
+        (mean, low, high), or None if there are fewer than two common seeds or a value is not finite.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     a, b = ([runs[seed][metric] for seed in seeds] for runs in (ours, theirs))
@@ -41,7 +41,7 @@ def paired_difference(ours: Mapping[int, Mapping], theirs: Mapping[int, Mapping]
 
 
 def best_baseline(rows: Mapping[str, Mapping[str, Any]], baselines: list[str]) -> str | None:
-    """The baseline with the best mean validation accuracy."""
+    """Return the baseline with the best mean validation accuracy, or None if no baseline has runs."""
     known = [name for name in baselines if name in rows and rows[name]['runs']]
     return max(known, default=None, key=lambda name: statistics.mean(
         run['validation'] for run in rows[name]['runs'].values()))
@@ -73,7 +73,7 @@ def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[
 
 
 def report(study, table, metric: str = 'accuracy') -> str:
-    """Markdown: a table for each dataset and model; `metric` is compared with the best baseline's."""
+    """Return a Markdown table for each dataset and model. `metric` is compared with the best baseline."""
     parts = []
     for dataset in study.datasets:
         for model in study.models:
@@ -86,16 +86,16 @@ def report(study, table, metric: str = 'accuracy') -> str:
                 headings += [f'{metric} over {baseline} [95 %]', 'error']
             parts.append(f'**{dataset}, {model}**\n\n| {" | ".join(headings)} |\n|{"---|" * len(headings)}\n'
                          + '\n'.join(_row(name, row, baseline, rows, metric) for name, row in rows.items()))
-    return '\n\n'.join(parts) or 'No method has a learning rate yet.'
+    return '\n\n'.join(parts) or 'No learning rate is tuned yet.'
 
 
 def section(study, table, metric: str = 'accuracy') -> str:
-    """The report of a study under a heading."""
+    """Return the report of a study with a heading."""
     return f'## {study.name}\n\n{study.about}\n\n{report(study, table, metric)}\n'
 
 
 def page_header(paths: list[Path]) -> str:
-    """The head of a page with the tables of several studies."""
+    """Return the header of a page with the tables of several studies."""
     names = ' '.join(f'benchmarks/studies/{path.name}' for path in paths)
     return f"""# Tables of the studies
 
@@ -109,7 +109,7 @@ number of seeds, ± the standard deviation over them, * a learning rate at the e
 
 
 def plot(study, table, path: Path) -> None:
-    """Dots for seeds and a bar for their mean: a row for each dataset and model, a column for each metric."""
+    """Plot the runs and their mean, with a row for each dataset and model and a column for each metric."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""One run of a study: data, training and metrics, from a dictionary of settings to a dictionary of metrics."""
+"""One run of a study: load the data, train a model and compute its metrics."""
 import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -22,22 +22,22 @@ from timm_multimix.evaluation.robustness import fgsm
 from timm_multimix.losses.module import PRESETS
 
 IMAGE_SIZE = 32
-FGSM_STEP = 8 / 255  # of a pixel's range
+FGSM_STEP = 8 / 255  # for pixels in [0, 1]
 SPLITS = ('train', 'validation', 'test')
-# What a study may say, with what holds where it says nothing.
+# Options of a study and their defaults.
 DATASET_DEFAULTS = dict(train=None, validation=500, test=None, label_noise=0.0)
 TRAINING_DEFAULTS = dict(epochs=30, batch_size=50, opt='sgd', weight_decay=5e-4, reach=4)
 PLAIN_OPTIONS = dict(smoothing=0.0, mixup=0.0, cutmix=0.0, manifold_mixup=0.0, multimix='off')
-# What else a method may say. Settings have these only where they are given, so that the keys of older runs still hold.
-# `prob`: probability of a batch with MultiMix or manifold mixup; the other batches get the method's mixup and CutMix.
-# `regmixup`: alpha of RegMixup, the plain loss on the images plus the loss on mixed ones (Pinto et al., 2022).
+# Options of a method without a default. They are in the settings only if given, so the keys of older runs stay valid.
+# `prob`: probability of a batch with MultiMix or manifold mixup. Mixup and CutMix apply to the other batches.
+# `regmixup`: alpha of RegMixup, the plain loss on the images plus the loss on mixed images (Pinto et al., 2022).
 # `targeted`: Dirichlet concentrations of one example of a mix and of all others, for pooled MultiMix (PowMix, 2024).
 EXTRA_OPTIONS = ('prob', 'regmixup', 'targeted')
-# Written out in the settings of a run with MultiMix: a change of their defaults makes new runs.
+# Options whose values are stored in the settings of a run with MultiMix. If a default changes, the runs are repeated.
 RESOLVED_OPTIONS = (
     'num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance', 'pooled_weight',
     'clean_weight', 'logit_scale', 'start_epoch', 'off_epoch')
-# With a teacher, these too.
+# Additional options stored for a run with a teacher.
 TEACHER_OPTIONS = ('teacher_decay', 'distill_weight', 'distill_temperature', 'distill_ramp_epochs', 'views')
 METRICS = ('accuracy', 'nll', 'ece', 'fgsm', 'temperature', 'nll_at_t', 'ece_at_t')
 
@@ -49,7 +49,7 @@ class Split(NamedTuple):
 
 
 def task_option_names() -> set[str]:
-    """What a method may hand to MultiMixTask: its own options and those of MultiMixLoss."""
+    """Return the options of MultiMixTask and MultiMixLoss that a method can set."""
     names = {name for owner in (MultiMixTask, MultiMixLoss) for name in inspect.signature(owner).parameters}
     return names - {
         'model', 'criterion', 'criterion_kwargs', 'mode', 'device', 'dtype', 'verbose', 'options', 'smoothing', 'seed',
@@ -57,22 +57,22 @@ def task_option_names() -> set[str]:
 
 
 def _default_options() -> dict[str, Any]:
-    """Defaults of MultiMixTask and MultiMixLoss. The task's own meaning of an option comes last."""
+    """Return the defaults of MultiMixTask and MultiMixLoss. Defaults of the task take precedence."""
     parameters = [inspect.signature(owner).parameters for owner in (MultiMixLoss, MultiMixTask)]
     return {name: part.default for owner in parameters for name, part in owner.items()} | PRESETS['default']
 
 
 def resolve_method(options: dict[str, Any]) -> dict[str, Any]:
-    """A method's options with the defaults written out: MultiMix's only where it is on.
+    """Add the defaults to the options of a method. Defaults of MultiMix are added if it is enabled.
 
     Raises:
-        ValueError: if an option is unknown.
+        ValueError: If an option is unknown.
     """
     known = task_option_names() | set(EXTRA_OPTIONS)
     unknown = set(options) - set(PLAIN_OPTIONS) - known
     if unknown:
         raise ValueError(
-            f'Unknown option {", ".join(sorted(unknown))}: there is {", ".join([*PLAIN_OPTIONS, *sorted(known)])}.')
+            f'Unknown option {", ".join(sorted(unknown))}: choose from {", ".join([*PLAIN_OPTIONS, *sorted(known)])}.')
     resolved = {**PLAIN_OPTIONS, **options}
     # YAML 1.1 reads a bare `off` as False.
     resolved['multimix'] = resolved['multimix'] or 'off'
@@ -126,12 +126,12 @@ def _load(
 
 
 def load_splits(dataset: dict[str, Any], image_size: int = IMAGE_SIZE) -> dict[str, Split]:
-    """The splits of a dataset's settings. Label noise replaces a share of the training labels by other classes."""
+    """Load the splits of a dataset. Label noise replaces a share of the training labels by other classes."""
     return _load(image_size, **dataset)
 
 
 def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
-    """Move every image by up to `reach` pixels in each direction, repeating its border."""
+    """Shift every image by up to `reach` pixels in each direction, with replicated borders."""
     padded = F.pad(images, [reach] * 4, mode='replicate')
     count, _, height, width = images.shape
     y, x = torch.randint(0, 2 * reach + 1, (2, count, 1))
@@ -140,7 +140,7 @@ def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
 
 
 class _FeatureMixLoss:
-    """Cross-entropy on mixes of the last layer's logits with other weights: those of a baseline or an ablation."""
+    """Cross-entropy of logits mixed with the weights of a baseline or an ablation."""
 
     def __init__(self, sample_weights: Callable[[int], torch.Tensor], smoothing: float, balance: bool):
         self.sample_weights = sample_weights
@@ -153,14 +153,14 @@ class _FeatureMixLoss:
 
 
 def targeted_weights(batch_size: int, high: float, low: float, num_mixes: int = 1000) -> torch.Tensor:
-    """Dirichlet weights with concentration `high` for one example, each in turn, and `low` for all others."""
+    """Draw Dirichlet weights with concentration `high` for one example of each mix and `low` for all others."""
     concentration = torch.full((num_mixes, batch_size), float(low))
     concentration[torch.arange(num_mixes), torch.arange(num_mixes) % batch_size] = high
     return torch.distributions.Dirichlet(concentration).sample()
 
 
 def feature_mix_loss(method: dict[str, Any]) -> _FeatureMixLoss | None:
-    """The loss of manifold mixup, or of MultiMix with a targeted Dirichlet; None for other methods."""
+    """Create the loss of manifold mixup or of MultiMix with a targeted Dirichlet. None for other methods."""
     if method['manifold_mixup']:
         return _FeatureMixLoss(
             partial(manifold_mixup_weights, alpha=method['manifold_mixup']), method['smoothing'], balance=False)
@@ -171,7 +171,7 @@ def feature_mix_loss(method: dict[str, Any]) -> _FeatureMixLoss | None:
 
 
 def make_task(model: nn.Module, method: dict[str, Any], seed: int = 0) -> MultiMixTask:
-    """The training task of a method."""
+    """Create the training task of a method."""
     options = {name: value for name, value in method.items()
                if name not in PLAIN_OPTIONS and name not in EXTRA_OPTIONS}
     criterion = nn.CrossEntropyLoss(label_smoothing=method['smoothing'])
@@ -180,7 +180,7 @@ def make_task(model: nn.Module, method: dict[str, Any], seed: int = 0) -> MultiM
 
 
 def make_mixup(method: dict[str, Any], num_classes: int) -> AlternatingMixup | None:
-    """timm's mixing of images, if the method has it."""
+    """Create timm's Mixup if the method mixes images, else None."""
     alpha = method.get('regmixup') or method['mixup']
     if not alpha and not method['cutmix']:
         return None
@@ -196,33 +196,33 @@ def batch_loss(
         images: torch.Tensor,
         target: torch.Tensor,
         second_view: torch.Tensor | None,
-        special: bool,
+        is_multimix: bool,
 ) -> torch.Tensor:
-    """The loss of one batch. A special batch gets MultiMix or manifold mixup, by the method's probability."""
+    """Compute the loss of one batch. MultiMix or manifold mixup is used if is_multimix is True."""
     if method.get('regmixup'):
         mixed, mixed_target = mixup(images.clone(), target)
         both = torch.cat([images, mixed]).contiguous(memory_format=torch.channels_last)
-        plain, on_mixed = task.trainable_module(both).chunk(2)
-        return F.cross_entropy(plain, target) + F.cross_entropy(on_mixed, mixed_target)
+        logits, mixed_logits = task.trainable_module(both).chunk(2)
+        return F.cross_entropy(logits, target) + F.cross_entropy(mixed_logits, mixed_target)
     if mixup is not None:
         images, target = mixup(images, target)
-    if second_view is not None:  # side by side, as the script's loader has them
+    if second_view is not None:  # (b, 2c, h, w)
         images = torch.cat([images, second_view], dim=1)
     images = images.contiguous(memory_format=torch.channels_last)
-    feature_loss = feature_mix_loss(method) if special else None
+    feature_loss = feature_mix_loss(method) if is_multimix else None
     if feature_loss is not None:
         return feature_loss(task.trainable_module(images), target)
-    return task(images, target, multimix=special and method['multimix'] != 'off')['loss']
+    return task(images, target, multimix=is_multimix and method['multimix'] != 'off')['loss']
 
 
 def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
-    """Train a model with one learning-rate cycle; return its task in evaluation mode."""
+    """Train a model with a one-cycle learning-rate schedule. Returns the task in evaluation mode."""
     torch.manual_seed(settings['seed'])
-    np.random.seed(settings['seed'])  # timm's Mixup draws from it
+    np.random.seed(settings['seed'])  # for timm's Mixup
     options, method = settings['training'], settings['method']
     num_classes = int(data.labels.max()) + 1
     model = timm.create_model(**settings['model'], num_classes=num_classes, in_chans=1)
-    model = model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    model = model.to(memory_format=torch.channels_last)  # faster on a CPU
     task = make_task(model, method, settings['seed'])
     batch_schedule = BatchSchedule(
         method.get('prob', 1.0), settings['seed'], method.get('start_epoch', 0), method.get('off_epoch', 0))
@@ -241,8 +241,8 @@ def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
             if mixup is not None:
                 mixup.mixes_images = batch_schedule.mixes_images(epoch, index)
             optimizer.zero_grad()
-            special = batch_schedule.is_multimix(epoch, index)
-            batch_loss(task, method, mixup, images, target, second_view, special).backward()
+            is_multimix = batch_schedule.is_multimix(epoch, index)
+            batch_loss(task, method, mixup, images, target, second_view, is_multimix).backward()
             optimizer.step()
             schedule.step()
             task.update_ema()
@@ -250,17 +250,17 @@ def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
 
 
 def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Logits in float64; those of a model that diverged say nothing, but are numbers."""
+    """Return the logits in float64, with NaN replaced if the training has diverged."""
     with torch.inference_mode():
         return torch.cat([model(batch) for batch in images.split(250)]).double().nan_to_num()
 
 
 def fgsm_accuracy(model: nn.Module, data: Split) -> float:
-    """Accuracy in percent on images moved one step against the model, within their range."""
-    on_pixels = nn.Sequential(_FromPixels(), model)
+    """Return the accuracy in percent on FGSM adversarial images."""
+    pixel_model = nn.Sequential(_FromPixels(), model)
     batches = zip(data.images.split(250), data.labels.split(250), strict=True)
-    moved = torch.cat([fgsm(on_pixels, (images + 1) / 2, labels, FGSM_STEP) for images, labels in batches])
-    return 100 * (predict(on_pixels, moved).argmax(1) == data.labels).float().mean().item()
+    adversarial = torch.cat([fgsm(pixel_model, (images + 1) / 2, labels, FGSM_STEP) for images, labels in batches])
+    return 100 * (predict(pixel_model, adversarial).argmax(1) == data.labels).float().mean().item()
 
 
 class _FromPixels(nn.Module):
@@ -269,25 +269,25 @@ class _FromPixels(nn.Module):
 
 
 def evaluate(model: nn.Module, validation: Split, test: Split) -> dict[str, float]:
-    """Metrics on the test split, the temperature fitted on the validation split, and the validation accuracy."""
-    tuned, logits = (predict(model, split.images) for split in (validation, test))
+    """Return the test metrics, the temperature fitted on the validation split, and the validation accuracy."""
+    validation_logits, logits = (predict(model, split.images) for split in (validation, test))
     try:
-        temperature = fit_temperature(tuned, validation.labels)
-    except ValueError:  # a model that learned nothing is best not listened to
+        temperature = fit_temperature(validation_logits, validation.labels)
+    except ValueError:  # the logits do not predict the labels
         temperature = float('inf')
     raw, tempered = (classification_metrics(values, test.labels) for values in (logits, logits / temperature))
     return dict(
-        validation=100 * (tuned.argmax(1) == validation.labels).double().mean().item(),
+        validation=100 * (validation_logits.argmax(1) == validation.labels).double().mean().item(),
         accuracy=raw['top1'], nll=raw['nll'], ece=raw['ece'], fgsm=fgsm_accuracy(model, test),
         temperature=temperature, nll_at_t=tempered['nll'], ece_at_t=tempered['ece'],
     )
 
 
 def run(settings: dict[str, Any]) -> dict[str, float]:
-    """Train and evaluate as the settings say: 'dataset', 'model', 'training', 'method', 'lr', 'seed'."""
+    """Train and evaluate a model with the settings 'dataset', 'model', 'training', 'method', 'lr' and 'seed'."""
     splits = load_splits(settings['dataset'], settings['model'].get('img_size', IMAGE_SIZE))
     task = train(settings, splits['train'])
-    # What the method would ship: the teacher's average where it is the better one on the validation split.
+    # Use the model or the 'ema' teacher, whichever has the better validation accuracy.
     models = [model for model in (task.trainable_module, task.get_eval_teacher()) if model is not None]
     results = [evaluate(model, splits['validation'], splits['test']) for model in models]
     return max(results, key=lambda metrics: metrics['validation'])

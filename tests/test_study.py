@@ -60,16 +60,16 @@ def test_methods_write_their_defaults_out():
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(methods={'cross-entropy': None}), 'methods: names with options are needed'),
-    (dict(datasets=['digits']), 'datasets: names with options are needed'),
-    (dict(training=7), 'training: names with options are needed'),
+    (dict(methods={'cross-entropy': None}), 'methods must map names to options'),
+    (dict(datasets=['digits']), 'datasets must map names to options'),
+    (dict(training=7), 'training must map names to options'),
     (dict(lrs=0.1), 'lrs must be a list of positive numbers, got 0.1'),
     (dict(lrs=[]), 'lrs must be a list of positive numbers'),
     (dict(models={'resnet': dict(model_name='test_resnet', lrs=['1e-3'])}), 'lrs of resnet must be a list'),
-    (dict(methds={}), 'it needs datasets, models, methods, lrs'),
+    (dict(methds={}), 'required keys are datasets, models, methods, lrs'),
     (dict(datasets={'digits': dict(epochs=0)}), 'digits: epochs must be 1 or more, got 0'),
-    (dict(tuning_seeds=4), '1 <= tuning_seeds <= seeds is needed'),
-    (dict(seeds='three'), '1 <= tuning_seeds <= seeds is needed'),
+    (dict(tuning_seeds=4), 'must satisfy 1 <= tuning_seeds <= seeds'),
+    (dict(seeds='three'), 'must satisfy 1 <= tuning_seeds <= seeds'),
 ])
 def test_mistakes_in_a_study_are_told(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -79,7 +79,7 @@ def test_mistakes_in_a_study_are_told(tmp_path, changes, message):
 def test_a_method_that_is_there_twice_is_refused(tmp_path):
     path = tmp_path / 'twice.yaml'
     path.write_text('methods:\n  dense: {multimix: dense}\n  dense: {multimix: dense, alpha: 1.0}\n')
-    with pytest.raises(yaml.YAMLError, match='dense is there twice'):
+    with pytest.raises(yaml.YAMLError, match='duplicate key dense'):
         studies.load_study(path)
 
 
@@ -123,10 +123,10 @@ def test_validation_chooses_the_learning_rate(tmp_path):
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(learning_rates=[1]), 'learning_rates'),
     (dict(methods={'dense': dict(multmix='dense')}), 'multmix'),
-    (dict(datasets={'figures': dict(train=3)}), 'datasets are digits, glyphs'),
-    (dict(datasets={'digits': dict(train=3, size=3)}), 'datasets are digits, glyphs'),
-    (dict(training=dict(epocs=1)), 'training: no epocs'),
-    (dict(baselines=['cross-entropie']), 'baselines: no cross-entropie'),
+    (dict(datasets={'figures': dict(train=3)}), 'must be one of digits, glyphs'),
+    (dict(datasets={'digits': dict(train=3, size=3)}), 'must be one of digits, glyphs'),
+    (dict(training=dict(epocs=1)), 'unknown training epocs'),
+    (dict(baselines=['cross-entropie']), 'unknown baselines cross-entropie'),
     (dict(models={'resnet': dict(model_name='test_resnetx')}), 'test_resnetx'),
     (dict(models={'resnet': dict(model_name='test_resnet', output_strid=8)}), 'output_strid'),
     (dict(methods={'dense': dict(multimix='dens')}), 'dens'),
@@ -150,7 +150,7 @@ def command(*args) -> subprocess.CompletedProcess:
 
 def test_mistakes_are_told_without_a_traceback(tmp_path):
     result = command(write(tmp_path), '--methods', 'sparse')
-    assert result.returncode == 1 and 'has no sparse in methods' in result.stderr
+    assert result.returncode == 1 and 'unknown methods sparse' in result.stderr
     assert 'Traceback' not in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""python -m timm_multimix.evaluate: evaluate and compare models. See --help."""
+"""Evaluate and compare models: `python -m timm_multimix.evaluate --help`."""
 import sys
 
 from .evaluation.main import main

@@ -1,7 +1,7 @@
-"""Runs timm's own train.py with MultiMix added: `python -m timm_multimix.patch path/to/train.py --multimix dense ...`.
+"""Run timm's train.py with MultiMix: `python -m timm_multimix.patch path/to/train.py --multimix dense ...`.
 
-Nothing of timm is changed on disk. The script is loaded as a module, its parser gets the MultiMix options, and the name
-ClassificationTask in it stands for MultiMixTask. Without `--multimix` all that is left as it was.
+The script is loaded as a module. Its parser gets the MultiMix options, and MultiMixTask replaces its
+ClassificationTask. Files of timm are not changed. Without `--multimix` the script runs unmodified.
 """
 import argparse
 import ast
@@ -31,13 +31,13 @@ from .training.saved_weights import split_metric
 
 _logger = logging.getLogger(__name__)
 
-# What a script must have for this to work, all of it on its top level; timm's has had it since 1.0.29.
-_NEEDED = ('parser', '_parse_args', 'main', 'train_one_epoch', 'create_loader', 'ClassificationTask')
+# Required top-level names of the script. timm's script has them since 1.0.29.
+_REQUIRED_NAMES = ('parser', '_parse_args', 'main', 'train_one_epoch', 'create_loader', 'ClassificationTask')
 _TASKS = {'ClassificationTask': MultiMixTask, 'MultiLabelClassificationTask': MultiLabelMultiMixTask}
 
 
 def _top_level_names(path: str) -> set[str]:
-    """Names that a script defines, found without running it."""
+    """Return the names that a script defines, without running it."""
     try:
         with open(path, encoding='utf-8') as file:
             tree = ast.parse(file.read(), path)
@@ -57,45 +57,45 @@ def _top_level_names(path: str) -> set[str]:
 
 
 def load_script(path: str) -> ModuleType:
-    """Load timm's training script as a module, without starting it.
+    """Load timm's training script as a module, without running its main function.
 
     Args:
-        path: The script.
+        path: Path of the script.
 
     Returns:
-        The module, registered in sys.modules under the script's name, so that its functions can be pickled.
+        The module. It is registered in sys.modules, so that its functions can be pickled.
 
     Raises:
-        UsageError: if it cannot be read, or is not timm's training script of version 1.0.29 or later.
+        UsageError: If the script cannot be read, or is not the training script of timm 1.0.29 or later.
     """
-    missing = [name for name in _NEEDED if name not in _top_level_names(path)]
+    missing = [name for name in _REQUIRED_NAMES if name not in _top_level_names(path)]
     if missing:
         raise UsageError(
-            f"{path} is not the train.py of timm 1.0.29 or later: it has no {', '.join(missing)}. For a script of your "
-            'own use add_multimix_args and MultiMixTask.')
+            f"{path} is not the train.py of timm 1.0.29 or later: it has no {', '.join(missing)}. In your own script, "
+            'use add_multimix_args and MultiMixTask.')
     name = os.path.splitext(os.path.basename(path))[0]
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    # Behind the installed packages: a timm that lies next to the script must not mix with the one in use.
+    # Appended, so that the installed timm takes precedence over a timm package next to the script.
     sys.path.append(os.path.dirname(os.path.abspath(path)))
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
         import timm
-        raise UsageError(f'{path} does not run with timm {timm.__version__}, which is installed: {error}') from error
+        raise UsageError(f'{path} does not run with the installed timm {timm.__version__}: {error}') from error
     return module
 
 
 class _Patch:
-    """The MultiMix side of a loaded script.
+    """MultiMix modifications of a loaded script.
 
     Attributes:
-        task: The task that the script makes, which has to know the epoch.
-        epoch: The present epoch.
+        task: The task that the script created.
+        epoch: The current epoch.
         index: Index of the next training batch in the epoch.
-        mixup: What mixes images on the device, if the script does so.
-        batch_sampler: Decides about the batches of a loader that mixes images, if the script has one.
+        mixup: The Mixup object of the script, if images are mixed on the device.
+        batch_sampler: The batch sampler that assigns batches, if the loader mixes images.
     """
 
     def __init__(self, module: ModuleType):
@@ -112,10 +112,10 @@ class _Patch:
         module._parse_args = self.parse_args
 
     def parse_args(self) -> tuple[argparse.Namespace, str]:
-        """Parse as the script does; with MultiMix on, put its task in place."""
+        """Parse the arguments, and install MultiMix if it is enabled."""
         args, text = self._parse_args()
         if (args.multimix or 'off') != 'off' and args.multimix_preset in PRESETS:
-            # Once more, with the preset's values as defaults: what the user gives takes precedence.
+            # Parse again with the values of the preset as defaults. Explicit options take precedence.
             known = vars(args)
             preset = preset_options(args.multimix_preset)
             self.module.parser.set_defaults(**{name: value for name, value in preset.items() if name in known})
@@ -125,8 +125,8 @@ class _Patch:
             check_multimix(args)
             if split_metric(args.eval_metric)[0] is not None:
                 raise UsageError(
-                    f'--eval-metric {args.eval_metric}: timm\'s script does not validate teachers. Take train_timm.py, '
-                    'or --model-ema with the same decay, whose average then is the teacher.')
+                    f"--eval-metric {args.eval_metric}: timm's script does not validate teachers. Use train_timm.py, "
+                    'or --model-ema with the same decay, so that the EMA model is the teacher.')
             self._install(args)
         return args, text
 
@@ -146,7 +146,7 @@ class _Patch:
         return self.mixup
 
     def _with_changes(self, create_loader: Callable, args: argparse.Namespace) -> Callable:
-        """create_loader with the second view, and with decisions attached to batches."""
+        """Wrap create_loader: add the second view, and assign batches if the loader mixes images."""
         def create(*positional, is_training: bool = False, collate_fn: Callable | None = None, **keywords):
             loader = create_loader(*positional, is_training=is_training, collate_fn=collate_fn, **keywords)
             if is_training and args.multimix_views == 2:
@@ -162,7 +162,7 @@ class _Patch:
         return create
 
     def _decide(self) -> bool | None:
-        """Whether the next batch of the epoch is a MultiMix batch. Its images have been mixed, or not, by now."""
+        """Return whether the current batch is a MultiMix batch, and set up the mixing of the next batch."""
         if not self.schedule.alternates:
             return None
         self.index += 1
@@ -174,7 +174,7 @@ class _Patch:
             self.mixup.mixes_images = self.schedule.mixes_images(self.epoch, self.index)
 
     def _bound(self, task_cls: type[MultiMixTask], args: argparse.Namespace) -> type[MultiMixTask]:
-        """The task class, with the options of this run: still a subclass of timm's, whatever the script asks of it."""
+        """Create a subclass of the task with the options of this run."""
         patch = self
 
         class BoundTask(task_cls):
@@ -195,7 +195,7 @@ class _Patch:
     def _with_epoch(self, train_one_epoch: Callable) -> Callable:
         def train(epoch: int, *args, **kwargs):
             if self.task is None:
-                raise UsageError('--multimix: the script trains with a task of another kind, such as distillation.')
+                raise UsageError('--multimix does not support the task of the script, for example distillation.')
             self.task.set_epoch(epoch)
             self.epoch, self.index = epoch, 0
             self._set_mixup()
@@ -210,11 +210,11 @@ def run_script(path: str, argv: Sequence[str]) -> None:
     """Run timm's training script with the MultiMix options.
 
     Args:
-        path: The script.
-        argv: Its command line.
+        path: Path of the script.
+        argv: Command-line arguments of the script.
 
     Raises:
-        UsageError: if the script, or what is asked of MultiMix, is not as it should be.
+        UsageError: If the script is not supported, or a MultiMix option is invalid.
     """
     module = load_script(path)
     _Patch(module)
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m timm_multimix.patch SCRIPT OPTIONS`.
 
     Returns:
-        Exit status: 0, or 2 for something that the user can put right.
+        Exit status: 0, or 2 for a usage error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith('-'):
