@@ -9,8 +9,8 @@
 A step is forward, loss, backward and an SGD update on random images. Methods alternate in every round. Times are
 medians with quartiles, and ratios are medians of the ratios of each round. `wall` is wall-clock time. `cpu` is the CPU
 time of this process, summed over threads. Compare it if the machine runs other programs, with `--threads 1` or
-OMP_WAIT_POLICY=PASSIVE, so that waiting threads are not counted. Peak memory is the memory of PyTorch's allocator: model,
-gradients, momentum, activations and loss.
+OMP_WAIT_POLICY=PASSIVE, so that waiting threads are not counted. Peak memory is the memory of PyTorch's allocator:
+model, gradients, momentum, activations and loss.
 """
 import argparse
 import csv
