@@ -19,6 +19,7 @@ from tqdm import tqdm
 from timm_multimix import (
     EMATeacher,
     MultiMixLoss,
+    MultiMixOutput,
     SelfDistillationLoss,
     attach,
     attention_map,
@@ -301,7 +302,7 @@ class LossProblem:
 
     def _backward(self, criterion: MultiMixLoss, logits: torch.Tensor) -> None:
         self.clear_gradients()
-        criterion((logits[:, 0], logits, self.attention), self.target).backward()
+        criterion(MultiMixOutput(logits[:, 0], logits, self.attention), self.target).backward()
 
     def literal(self) -> None:
         self.clear_gradients()

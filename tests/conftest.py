@@ -1,16 +1,16 @@
-"""Settings shared by all tests."""
+"""Settings and fixtures of all tests."""
 import os
 
-# Tests run in as many processes as there are cores: threads would only wait for each other. Also in what tests start.
+# Tests run in one process per core, so more threads would be slower. Subprocesses inherit the variable.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite('training_helpers', 'hub_helpers')  # some tests import them before they are plugins
+pytest.register_assert_rewrite('training_helpers', 'hub_helpers')  # before test modules import them
 
-# The same examples on every run: a test that fails here fails everywhere.
+# Use the same examples in every run, for reproducible failures.
 hypothesis.settings.register_profile('timm_multimix', derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile('timm_multimix')
 
@@ -22,7 +22,7 @@ def _seed():
 
 @pytest.fixture
 def compiled_gammas(monkeypatch):
-    """Draw gammas in eager code as compiled code does, which does not reject and retry."""
+    """Sample gamma variables in eager mode with PyTorch's sampler only, as in compiled code."""
     def sample(concentration, size, generator):
         return torch._standard_gamma(concentration.expand(size)).log_()
     monkeypatch.setattr('timm_multimix.losses.weights._sample_log_gamma', sample)

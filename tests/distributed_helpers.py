@@ -1,4 +1,4 @@
-"""What the tests with several processes share: real processes, which meet through a file and need no port."""
+"""Helpers for tests with several processes. The processes use a file store, so no port is needed."""
 import multiprocessing
 import os
 import pickle
@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from timm_multimix.training import main
 
-# The server imports once what every process needs, and forks them.
+# The fork server imports these modules once.
 _context = multiprocessing.get_context('forkserver')
 _context.set_forkserver_preload(['torch', 'timm', 'timm_multimix', 'timm_multimix.training'])
 
-PATIENCE = 240.0  # seconds; machines can be busy
+PATIENCE = 240.0  # timeout in seconds, for slow machines
 
 
 def _enter(function: Callable, rank: int, world_size: int, folder: Path, arguments: tuple) -> None:
@@ -34,7 +34,7 @@ def _enter(function: Callable, rank: int, world_size: int, folder: Path, argumen
 
 
 def start(function: Callable, arguments: list[tuple]) -> list[multiprocessing.Process]:
-    """Start a process for each of the arguments."""
+    """Start a process for each tuple of arguments."""
     processes = [_context.Process(target=function, args=each) for each in arguments]
     for process in processes:
         process.start()
@@ -42,18 +42,18 @@ def start(function: Callable, arguments: list[tuple]) -> list[multiprocessing.Pr
 
 
 def join(processes: list[multiprocessing.Process], patience: float = PATIENCE) -> list[int]:
-    """Wait for processes, and return their exit codes; those that do not end in time are killed."""
+    """Wait for processes and return their exit codes. Processes that exceed the timeout are killed."""
     deadline = time.monotonic() + patience
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        process.kill()  # nothing to a process that has ended
+        process.kill()  # has no effect on a process that has ended
         process.join()
     return [process.exitcode for process in processes]
 
 
 def on_ranks(folder: Path, world_size: int, function: Callable, *arguments: Any) -> list[Any]:
-    """Run a function in processes of one process group (gloo) and return what each returned, by rank."""
+    """Run a function in the processes of a gloo process group and return the results by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     processes = start(_enter, [(function, rank, world_size, folder, arguments) for rank in range(world_size)])
     assert join(processes) == [0] * world_size
@@ -61,11 +61,11 @@ def on_ranks(folder: Path, world_size: int, function: Callable, *arguments: Any)
 
 
 class Outcome(NamedTuple):
-    """How the script ended in a process.
+    """Result of the script in one process.
 
     Attributes:
-        status: Exit status, negative for the signal that killed it.
-        text: What it told, on stderr.
+        status: Exit status, or the negative number of the signal that killed the process.
+        text: Output on stderr.
     """
     status: int
     text: str
@@ -90,17 +90,17 @@ def run_script(
         prepare: Callable | None = None,
         wait_for: int | None = None,
 ) -> list[Outcome]:
-    """Run train_timm.py in several processes, as torchrun would.
+    """Run train_timm.py in several processes, as torchrun does.
 
     Args:
-        folder: Where it runs.
+        folder: Folder for the process group store and the output. The script runs in its parent.
         world_size: Number of processes.
-        argv: Command line.
-        prepare: Called with the rank in each process before the script.
-        wait_for: Kill the others when this one has ended, instead of waiting for all.
+        argv: Command-line arguments.
+        prepare: Function that is called with the rank in each process before the script.
+        wait_for: Rank of a process. When it has ended, the other processes are killed. None waits for all processes.
 
     Returns:
-        How each of them ended.
+        The result of each process.
     """
     own = Path(tempfile.mkdtemp(dir=folder))
     argv = [str(argument) for argument in argv]

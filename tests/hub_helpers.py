@@ -57,7 +57,7 @@ def logits(model: torch.nn.Module, size: int = 64, channels: int = 3) -> torch.T
 LOAD = """
 import json, sys
 import timm, torch
-sys.modules['timm_multimix'] = None  # not installed
+sys.modules['timm_multimix'] = None  # simulate that it is not installed
 with torch.no_grad():
     model = timm.create_model(sys.argv[1], pretrained=True).eval()
     images = torch.randn(2, 3, int(sys.argv[2]), int(sys.argv[2]), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What the tests of the losses share: the literal computation on logits, and a probe of memory."""
+"""Helpers for tests of the losses: the literal computation on logits, and peak memory."""
 import torch
 
 from timm_multimix import (
@@ -20,13 +20,13 @@ LOSSES = {
 
 
 def literal(logits, y, weights, loss=reference.cross_entropy):
-    """The equations on logits (b, r, c), attended weights (r, n, b), rows y (b, c): a free classifier, d = c."""
+    """Reference loss for logits (b, r, c), attended weights (r, n, b) and rows y (b, c), with an identity classifier."""
     uniform = torch.ones(logits.shape[:2], dtype=logits.dtype)
     return reference.dense_multimix(logits, y.to(logits.dtype), weights.to(logits.dtype), uniform, lambda z: z, loss)
 
 
 def literal_gradient(logits, y, weights, loss=reference.cross_entropy, balance=False):
-    """Gradient of the literal loss with respect to logits (b, r, c), balanced by the formula if asked."""
+    """Gradient of the literal loss for logits (b, r, c), optionally balanced."""
     logits = logits.detach().requires_grad_()
     grad, = torch.autograd.grad(literal(logits, y, weights, loss), logits)
     if balance:
@@ -44,11 +44,11 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
-PAPERS_ALPHA = (0.5, 2.0)  # where balancing has most to do: it multiplies by about the batch size
+PAPERS_ALPHA = (0.5, 2.0)  # balancing has a large effect: κ is about the batch size
 
 
 def problem(b, r, c, n, length=None, soft=False, scale=1.0, alpha=PAPERS_ALPHA):
-    """Logits (b, r, c), target, rows y (b, c) and attended weights (r, n, b), in float64."""
+    """Random logits (b, r, c), target, rows y (b, c) and attended weights (r, n, b), in float64."""
     logits = scale * torch.randn(b, r, c, dtype=torch.float64)
     target = torch.rand(b, c, dtype=torch.float64) if soft else torch.randint(c, (b,))
     weights = sample_weights(n, b, r, tuple_length=length, alpha=alpha).double()
@@ -57,7 +57,7 @@ def problem(b, r, c, n, length=None, soft=False, scale=1.0, alpha=PAPERS_ALPHA):
 
 
 def drawn(output, target, **options):
-    """Loss and gradient of MultiMixLoss with seeded draws."""
+    """Loss and gradient of MultiMixLoss with a seeded generator."""
     generator = torch.Generator().manual_seed(0)
     logits = [tensor.detach().requires_grad_() for tensor in output[:2] if tensor is not None]
     loss = MultiMixLoss(generator=generator, **options)(MultiMixOutput(*logits, *output[len(logits):]), target)
@@ -65,7 +65,7 @@ def drawn(output, target, **options):
 
 
 def peak_memory(function):
-    """Peak of memory that PyTorch's CPU allocator holds while function runs, above what it held before, in bytes."""
+    """Peak memory of PyTorch's CPU allocator during a call, in bytes, above the memory allocated before."""
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         function()

@@ -1,4 +1,4 @@
-"""attach(): what comes out, what it survives, what remains after remove()."""
+"""Tests of attach() and of the handle that it returns."""
 import copy
 import io
 import pickle
@@ -25,7 +25,7 @@ def images():
 
 
 def reference(model, images):
-    """What a copy of the untouched model computes, with the same random state."""
+    """Output of a copy of the model without attach, with the same random state."""
     state = torch.get_rng_state()
     features = copy.deepcopy(model).forward_features(images)
     torch.set_rng_state(state)
@@ -134,7 +134,7 @@ def test_batch_norm_in_head_sees_the_pooled_batch_once():
 
 
 class NormHead(nn.Module):
-    """Average pooling, then BatchNorm with an activation or without, then a linear classifier."""
+    """Model with average pooling, BatchNorm with or without an activation, and a linear classifier."""
 
     def __init__(self, norm):
         super().__init__()
@@ -157,10 +157,10 @@ def test_evaluation_agrees_with_what_training_optimised(norm):
     torch.manual_seed(0)
     model = NormHead(norm).train()
     with torch.no_grad():
-        model.stem.weight *= 10  # positions differ by much more than their averages do
+        model.stem.weight *= 10  # make positions differ more than their averages
     images = torch.randn(64, 3, 16, 16)
     attach(model)
-    for _ in range(150):  # the running statistics settle on those of this batch
+    for _ in range(150):  # let the running statistics converge to those of this batch
         trained = model(images)
     model.eval()
     torch.testing.assert_close(model(images), trained.logits, atol=0.03, rtol=0.03)
@@ -328,7 +328,7 @@ def test_streams_align_on_images_that_are_not_square():
     handle = attach(model)
     head = model._multimix.head
     features = [torch.zeros(1, 1 + 4 ** (2 - scale) * 8, 152) for scale in range(3)]
-    features[0][0, 1:] = torch.arange(16.0).repeat_interleave(8)[:, None]  # each row of the 8 x 16 grid is two of these
+    features[0][0, 1:] = torch.arange(16.0).repeat_interleave(8)[:, None]  # two values in each row of the 8 x 16 grid
     rows = position_features(head, features, (64, 128))[0][0, :, 0].unflatten(0, (2, 4))
     torch.testing.assert_close(rows, torch.tensor([[3.0, 3, 4, 4], [11, 11, 12, 12]]))
     handle.remove()
@@ -347,7 +347,7 @@ def test_hidden_states_are_no_positions():
 
 
 class Handmade(nn.Module):
-    """A model of a user's own: channels last, a class token in front, no attribute of timm's but the two methods."""
+    """Custom channels-last model that has only forward_features and forward_head of timm's protocol."""
 
     def __init__(self):
         super().__init__()

@@ -86,7 +86,7 @@ def test_pooled_is_the_case_of_one_position(shape, kind):
 def test_error_is_within_that_of_the_naive_computation(kind, balance, dtype, b, r, c, n, scale, alpha):
     function, loss = LOSSES[kind]
     logits, target, y, weights = problem(b, r, c, n, scale=scale, alpha=alpha)
-    logits, weights = logits.to(dtype), weights.float()  # what both computations are given
+    logits, weights = logits.to(dtype), weights.float()  # inputs of both computations
     truth_value = literal(logits.double(), y, weights.double(), loss)
     truth = literal_gradient(logits.double(), y, weights.double(), loss, balance)
     naive_value, naive = literal(logits, y, weights, loss), literal_gradient(logits, y, weights, loss, balance)
@@ -94,7 +94,7 @@ def test_error_is_within_that_of_the_naive_computation(kind, balance, dtype, b, 
     value = function(logits, target, weights, balance=balance)
     grad, = gradient(lambda logits: function(logits, target, weights, balance=balance), logits)
     assert value.dtype == torch.float32 and grad.dtype == dtype
-    # Where the naive computation is exact by luck, a few roundings of our own remain: for one those of the covariance
+    # The naive computation can be exact by chance. The bound then allows a few roundings, for example of the covariance
     # of the rows, whose large elements are sums of n squares.
     rounding = 8 * torch.finfo(torch.float32).eps
     assert (value.double() - truth_value).abs() <= 2 * (naive_value.double() - truth_value).abs() + (

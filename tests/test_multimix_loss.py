@@ -233,7 +233,7 @@ def test_bad_attention_and_logits_are_refused(output):
 
 @pytest.mark.parametrize('tuple_length', [4, 7, 100])
 def test_tuples_are_not_longer_than_the_batch(output, tuple_length):
-    """The last batch of an epoch can have fewer examples than a mix."""
+    """The last batch of an epoch can be smaller than tuple_length."""
     target = torch.randint(4, (6,))
     limited, _ = drawn(output, target, num_mixes=20, tuple_length=tuple_length)
     expected, _ = drawn(output, target, num_mixes=20, tuple_length=min(tuple_length, 6))

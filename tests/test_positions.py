@@ -1,4 +1,4 @@
-"""Per-position logits: a map of one vector, averages, BatchNorm, dropout, and where positions are."""
+"""Tests of the logits at every position: constant maps, averages, BatchNorm, dropout and layouts."""
 import pytest
 import timm
 import torch
@@ -40,7 +40,7 @@ def image(model, batch_size=2):
 
 
 def constant_like(features):
-    """Features of the same shapes, whose entries all hold the same vector."""
+    """Constant features of the same shapes."""
     if not isinstance(features, torch.Tensor):
         return [constant_like(stream) for stream in features]
     if features.ndim == 4 and features.shape[1] > features.shape[-1]:
@@ -53,7 +53,7 @@ def test_constant_map(head):
     name, kwargs = MODELS[head]
     model = build(name, **kwargs).eval()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, 0.1, 0.1)  # untrained heads may be zero, and then everything agrees
+        nn.init.normal_(parameter, 0.1, 0.1)  # initial weights of a head can be zero
     with torch.no_grad():
         features = constant_like(model.forward_features(image(model)))
         expected = model.forward_head(features)
@@ -143,7 +143,7 @@ def test_whole_maps_have_the_gradient_of_the_head():
 
 
 class WeightedHead(nn.Module):
-    """Weighs places, scales channels, normalises: a head of a user's own that looks affine at first, and is not."""
+    """Custom head that weights positions, scales channels and normalizes before the classifier."""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +191,7 @@ def test_initial_values_do_not_hide_what_a_head_is(head, method):
 
 def test_blueprint_has_no_data_and_leaves_the_model_alone():
     model = build('levit_128s').eval()
-    model(image(model))  # caches attention biases, with their graph
+    model(image(model))  # caches attention biases with their autograd graph
     assert any(module.__dict__.get('attention_bias_cache') for module in model.modules())
     copied = blueprint(model)
     assert all(tensor.is_meta for tensor in copied.state_dict().values())

@@ -1,4 +1,4 @@
-"""MultiMixTask: timm's task protocol, and MultiMix in the epochs it is on."""
+"""Tests of MultiMixTask: timm's task protocol and the schedule of MultiMix."""
 import copy
 import subprocess
 import sys
@@ -87,7 +87,7 @@ def test_attention_is_computed_where_it_can_be(attention):
 
 
 def _flops(task):
-    """Floating-point operations of a training step's forward pass."""
+    """Number of floating-point operations of a forward pass in training mode."""
     with FlopCounterMode(display=False) as counter:
         task(*_batch())
     return counter.get_total_flops()
@@ -101,7 +101,7 @@ def test_off_epochs_are_plain_classification():
         assert task.active == on
         result = task(*_batch())
         assert ('dense' in result) == on
-        if not on:  # no work for MultiMix
+        if not on:  # no additional operations
             assert _flops(task) == _flops(plain)
             state = copy.deepcopy(task.get_trainable_module().state_dict())
             plain.get_trainable_module().load_state_dict(state)
@@ -209,7 +209,7 @@ def test_evaluation_is_the_plain_model():
 
 
 def test_checkpoints_are_those_of_the_plain_model(tmp_path):
-    """Saved by timm's saver, resumed by timm's helpers, and loaded by timm where this package does not exist."""
+    """timm's helpers save, resume and load the checkpoint. Loading does not require this package."""
     task = _train(_task())
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt='adamw', lr=1e-3)
     task.setup_ema(decay=0.5)
@@ -292,7 +292,7 @@ def test_losses_that_cannot_be_mixed_are_refused(criterion):
 ])
 @pytest.mark.parametrize('dense_target', [False, True])
 def test_binary_cross_entropy_treats_targets_as_timm_does(options, dense_target):
-    """Mixes of one example each, of a batch of equal examples, must have that example's plain loss."""
+    """For a batch of equal examples, the loss of the mixes equals the plain loss of the example."""
     criterion = BinaryCrossEntropy(**options)
     task = _train(_task(mode='pooled', criterion=criterion, tuple_length=1))
     image, target = _batch(1)

@@ -26,7 +26,7 @@ def resnet(**options):
 
 
 def images_of_colour(count=32, size=32):
-    """Images that a few steps are enough to tell apart."""
+    """Images of classes that are learned in a few steps."""
     target = torch.arange(count) % 4
     colours = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 1.0, 0]])
     return colours[target][..., None, None] + 0.3 * torch.randn(count, 3, size, size), target
@@ -53,12 +53,12 @@ def test_a_new_teacher_predicts_what_the_student_predicts_in_evaluation(mode, na
     model.eval()
     torch.testing.assert_close(output.logits, model(images))
     if mode == 'dense':
-        model.train()  # without BatchNorm or dropout there is one prediction only
+        model.train()  # without BatchNorm and dropout, training mode gives the same prediction
         if name == 'test_vit':
             torch.testing.assert_close(output, model(images), check_stride=False)
         assert output.dense_logits.shape == model(images).dense_logits.shape
         torch.testing.assert_close(output.attention.sum(1), torch.ones(2))
-    assert isinstance(teacher.module(images), torch.Tensor)  # to be validated like any other model
+    assert isinstance(teacher.module(images), torch.Tensor)  # for validation
 
 
 def test_positions_and_prediction_of_a_teacher_belong_together():
@@ -77,12 +77,12 @@ def test_average_is_that_of_its_definition():
             for tensor in model.state_dict().values():
                 tensor.copy_(torch.rand_like(tensor.float()) * 10)
         teacher.update(model)
-        decay = 0.9 if count else 0.0  # the first update has nothing to keep but initial weights
+        decay = 0.9 if count else 0.0  # the first update replaces the initial weights
         for key, value in model.state_dict().items():
             floating = value.is_floating_point()
             expected[key] = expected[key] * decay + value * (1 - decay) if floating else value.clone()
     actual = teacher.module.state_dict()
-    assert any('running_var' in key for key in actual)  # statistics are averaged, and the rest
+    assert any('running_var' in key for key in actual)  # running statistics are averaged too
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value)
 
@@ -114,7 +114,7 @@ def test_teacher_is_a_usable_model_with_batch_norm():
     images, target = images_of_colour(128)
     logits = teacher.module(images)
     assert (logits.argmax(1) == target).double().mean() > 0.95 and F.cross_entropy(logits, target) < 0.4
-    # What its BatchNorm normalises with is what its own features are like.
+    # The running statistics of the teacher match the statistics of its features.
     statistics = {}
     for name, module in teacher.module.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -182,7 +182,7 @@ def test_compiled_and_plain_models_have_teachers():
     teacher = EMATeacher(compiled)
     teacher.compile(backend='eager')
     images = torch.randn(5, 3, 2, 2)
-    torch.testing.assert_close(teacher(images), model(images))  # logits: pooled MultiMix for any model
+    torch.testing.assert_close(teacher(images), model(images))  # logits, for pooled MultiMix
     teacher.update(compiled)
     assert isinstance(SelfDistillationLoss(MultiMixLoss(10))(model(images), torch.arange(5) % 4, teacher(images)),
                       torch.Tensor)
@@ -264,7 +264,7 @@ def test_pretrained_teacher_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize('given', [
     dict(), dict(mean=(0.2, 0.4, 0.6), std=(0.1, 0.2, 0.3)), dict(mean=(0.3,), std=(0.2,))])
 def test_pretrained_teacher_of_grayscale_images(given, tmp_path):
-    """timm's pixel statistics stay those of three channels: their average counts, as in timm's loader."""
+    """The average of three-channel pixel statistics is used, as in timm's loader."""
     student, model = resnet(in_chans=1), resnet(in_chans=1)
     assert len(model.pretrained_cfg['mean']) == 3
     pixels = torch.rand(2, 1, 32, 32)

@@ -1,4 +1,4 @@
-"""MultiMixTask with a teacher: two views, averages shared with timm's, checkpoints, compilation, processes."""
+"""Tests of MultiMixTask with a teacher: views, shared averages, checkpoints, compilation and several processes."""
 import copy
 
 import pytest
@@ -72,7 +72,7 @@ def test_student_sees_the_first_view_and_the_teacher_the_second():
     before = {name: value.clone() for name, value in task.teacher.module.named_buffers()}
     first = run(task, images, target)
     assert torch.equal(seen['student'], images[:, :3]) and torch.equal(seen['teacher'], images[:, 3:])
-    # BatchNorm of the student is about its own view, whatever the other is; that of the teacher is left alone.
+    # The student's running statistics depend on its own view only. The teacher's running statistics do not change.
     statistics = [value.clone() for value in task.get_trainable_module().buffers()]
     other = make_task(views=2, distill_weight=1.0)
     changed = run(other, torch.cat([images[:, :3], torch.randn(4, 3, 64, 64)], dim=1), target)
@@ -167,13 +167,13 @@ def test_one_average_serves_as_both():
     for step in range(2):
         train_step(other, optimizer, step)
     assert same(task.teacher.module, other.teacher.module)
-    later = make_task(teacher_decay=0.9, start_epoch=1)  # made while the model is not attached
+    later = make_task(teacher_decay=0.9, start_epoch=1)  # created while the model is not attached
     later.setup_ema(decay=0.9)
     later.set_epoch(1)
     assert later.teacher(make_batch()[0]).dense_logits is not None
-    apart = make_task(teacher_decay=0.9)
-    assert apart.setup_ema(decay=0.99) is not apart.teacher.average and apart._owns_average
-    assert apart.setup_ema(decay=0.9, device='cpu') is not apart.teacher.average  # kept elsewhere than the model
+    separate = make_task(teacher_decay=0.9)
+    assert separate.setup_ema(decay=0.99) is not separate.teacher.average and separate._owns_average
+    assert separate.setup_ema(decay=0.9, device='cpu') is not separate.teacher.average  # an explicit device
 
 
 @pytest.mark.parametrize('shared', [False, True])
@@ -273,7 +273,7 @@ def test_another_model_teaches():
 
 
 def test_module_that_teaches_is_frozen_and_in_evaluation_mode():
-    """BatchNorm statistics, modes and gradients of a module of the user's own stay as they are."""
+    """BatchNorm statistics, modes and gradients of a teacher module do not change."""
     teacher = nn.Sequential(timm.create_model('test_resnet', num_classes=CLASSES), nn.BatchNorm1d(CLASSES)).train()
     before = copy.deepcopy(teacher.state_dict())
     task = make_task(teacher=teacher)
@@ -320,7 +320,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def _averages(steps):
-    """Every process starts with weights of its own, as before DDP shares them."""
+    """Train with different initial weights in every process. DDP copies the weights of rank 0."""
     rank = dist.get_rank()
     torch.manual_seed(rank)
     task = MultiMixTask(

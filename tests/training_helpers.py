@@ -1,4 +1,4 @@
-"""What the tests of the training script share: tiny image folders, and the script run in this process."""
+"""Helpers for tests of the training script: small image folders, and runs of the script in this process."""
 import csv
 import logging
 from pathlib import Path
@@ -14,8 +14,8 @@ COLOURS = dict(a=(200, 30, 30), b=(30, 30, 200), c=(30, 200, 30))
 
 
 def make_images(root: Path, classes=('a', 'b', 'c'), count: int = 8, size: int = 32) -> Path:
-    """Fill a folder for each class with noisy images of its colour."""
-    rng = np.random.default_rng(len(root.name))  # other images for each split, the same in every run
+    """Write noisy images, with one folder and one colour for each class."""
+    rng = np.random.default_rng(len(root.name))  # a different seed for each split
     for name in classes:
         folder = root / name
         folder.mkdir(parents=True)
@@ -35,7 +35,7 @@ def image_folder(tmp_path_factory):
 
 
 def same(a, b, path: str = '') -> None:
-    """Assert that what two checkpoints hold is equal bit for bit, NaN and signed zeros included."""
+    """Assert that two checkpoints are bitwise equal, including NaN and signed zeros."""
     assert type(a) is type(b), path
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, path
@@ -53,12 +53,12 @@ def same(a, b, path: str = '') -> None:
 
 
 class Script:
-    """Runs the script in this process, in a folder of its own.
+    """Run the script in this process, in a temporary folder.
 
     Attributes:
-        folder: Where it runs.
+        folder: Working folder.
         status: Exit status of the last run.
-        lines: What it told, on stderr.
+        lines: Lines of the last run on stderr.
     """
 
     def __init__(self, folder: Path, capsys):
@@ -78,7 +78,7 @@ class Script:
         return '\n'.join(self.lines)
 
     def train(self, data, *argv, **options) -> int:
-        """Train a tiny model on tiny images: `option=value` stands for `--option value`."""
+        """Train a small model. `option=value` is passed as `--option value`."""
         defaults = dict(
             model='test_resnet', img_size=32, batch_size=8, epochs=1, warmup_epochs=0, lr=0.01, opt='sgd', workers=0,
             experiment='run', multimix_n=20)
@@ -97,7 +97,7 @@ class Script:
         return torch.load(self.run_folder(name) / file, weights_only=True)
 
     def written(self) -> list[str]:
-        """Everything that lies in the folder."""
+        """Paths of all files and folders in the working folder."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob('*'))
 
 
