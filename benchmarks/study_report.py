@@ -103,8 +103,8 @@ This page is generated from the runs in `benchmarks/results/`:
 
     python benchmarks/study.py {names} --report-only --tables docs/results_tables.md
 
-[results.md](results.md) explains the data, the models and the columns, and says what follows from the numbers. n is the
-number of seeds, ± the standard deviation over them, * a learning rate at the edge of those tried.
+[results.md](results.md) describes the data, the models, the columns and the conclusions. n is the number of seeds, ±
+the standard deviation over seeds. * marks the lowest or highest learning rate that was tried.
 """
 
 

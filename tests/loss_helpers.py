@@ -20,7 +20,7 @@ LOSSES = {
 
 
 def literal(logits, y, weights, loss=reference.cross_entropy):
-    """Reference loss for logits (b, r, c), attended weights (r, n, b) and rows y (b, c), with an identity classifier."""
+    """Reference loss for logits (b, r, c), attended weights (r, n, b), rows y (b, c) and an identity classifier."""
     uniform = torch.ones(logits.shape[:2], dtype=logits.dtype)
     return reference.dense_multimix(logits, y.to(logits.dtype), weights.to(logits.dtype), uniform, lambda z: z, loss)
 

@@ -152,7 +152,7 @@ def test_mistakes_end_in_one_line(stand_in, capsys, argv, word):
 @pytest.mark.parametrize('text,word', [
     ('print("hello")', 'no parser'), (STAND_IN.replace('def train_one_epoch', 'def train_epoch'), 'no train_one_epoch'),
     ('def (', 'not a Python script'),
-    (STAND_IN.replace('import yaml', 'import yaml\nfrom timm import of_another_time'), 'does not run with the installed'),
+    (STAND_IN.replace('import yaml', 'import yaml\nfrom timm import of_another_time'), 'with the installed timm'),
     (STAND_IN + "\nparser.add_argument('--multimix')", 'already'),
 ])
 def test_other_scripts_are_refused(tmp_path, capsys, text, word, monkeypatch):

@@ -41,7 +41,7 @@ def blueprint(model: nn.Module) -> nn.Module:
     """
     if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):  # DTensors
         raise TypeError(
-            f'{type(model).__name__} has sharded parameters: attach in dense mode before sharding the model, for '
+            f'{type(model).__name__} has sharded parameters: attach in dense mode before you shard the model, for '
             'example with fully_shard.')
     data = {}
     for module in model.modules():
