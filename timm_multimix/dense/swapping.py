@@ -55,5 +55,5 @@ def restore_class(module: nn.Module) -> None:
     if SwappedModule not in cls.__bases__:
         raise RuntimeError(
             f'{cls.__name__} cannot be restored, because its class was replaced after attach(), for example by '
-            'fully_shard. To use the model without MultiMix, read the logits of its MultiMixOutput.')
+            'fully_shard. If it returns a MultiMixOutput and MultiMix is not wanted, use its logits.')
     module.__class__ = cls.__bases__[-1]
