@@ -229,6 +229,7 @@ def test_average_pooling_with_affine_head_averages_to_the_prediction(backbone):
         backbone.model.forward_head(backbone.features), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_attach_and_remove_leave_the_model_as_it_was(backbone):
     model = backbone.model

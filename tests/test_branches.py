@@ -145,3 +145,13 @@ def test_continuing_at_the_end_moves_nothing(script, image_folder):
         assert script.train(image_folder, '--calibrate', '0.5', epochs=2, lr=0.05, resume=resume) == 0, script.text
         assert 'moved to' not in script.text
         assert files(script.run_folder()).keys() == before.keys()
+
+
+def test_folder_with_weights_only_is_not_trained_into(script, image_folder):
+    """Resuming has nothing to continue from, and a new run would delete the weights."""
+    folder = script.run_folder()
+    folder.mkdir(parents=True)
+    (folder / 'model_calibrated.pth.tar').write_bytes(b'weights')
+    assert script.train(image_folder, resume='auto') == 2
+    assert 'no checkpoint that a run can continue from' in script.lines[-1]
+    assert (folder / 'model_calibrated.pth.tar').read_bytes() == b'weights'

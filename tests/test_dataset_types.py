@@ -2,6 +2,7 @@
 import json
 import shlex
 import sys
+import tarfile
 from types import ModuleType
 
 import pytest
@@ -215,3 +216,18 @@ def test_number_of_positions(script, image_folder, model, size, count):
         assert script.train(image_folder, multimix='pooled', experiment='pooled') == 0
         assert 'positions' not in script.text
         assert json.loads((script.run_folder() / 'config.json').read_text())['label_names'] == ['a', 'b', 'c']
+
+
+def test_an_archive_has_no_splits(script, tmp_path):
+    root = make_images(tmp_path / 'images', count=4)
+    archive = tmp_path / 'images.tar'
+    with tarfile.open(archive, 'w') as file:
+        file.add(root, arcname='.')
+    assert script.train(archive, '--train-split', 'foo') == 2 and 'a single file without splits' in script.lines[-1]
+    assert script.train(archive) == 0, script.text
+    assert 'is a single file, so validation uses the training images' in script.text
+
+
+def test_multi_hot_targets_of_a_folder_are_refused(script, image_folder):
+    argv = ['--task', 'multilabel', '--num-classes', '3', '--target-format', 'multihot']
+    assert script.train(image_folder, *argv) == 2 and 'an image folder has one class for each image' in script.lines[-1]

@@ -154,6 +154,7 @@ def torchrun(script, *argv):
         str(script), *map(str, argv)]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_process_again(tmp_path, image_folder):
     """The restarted run continues from the recovery checkpoint and completes; each message is logged once."""
     script = tmp_path / 'script.py'

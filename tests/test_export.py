@@ -82,7 +82,7 @@ def test_modes_of_files(server, script, images_of_modes, tmp_path, umask):
 
 def test_model_that_timm_cannot_describe_is_reported(script, images_of_modes):
     assert script.train(images_of_modes['RGB'], '--torchscript', batch_size=3) == 0, script.text
-    assert 'config.json is not written, so this run cannot be exported or pushed: ' in script.text
+    assert 'config.json was not written. This run cannot be exported or pushed: ' in script.text
 
 
 def test_import_of_the_command_does_nothing():

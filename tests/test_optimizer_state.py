@@ -80,3 +80,28 @@ def test_state_of_other_parameters(script, image_folder, checkpoints, tmp_path):
     path = edited(checkpoints['adamw'], tmp_path / 'x.pth.tar', optimizer=state)
     assert script.train(image_folder, opt='adamw', val_split='', epochs=3, resume=path) == 2, script.text
     assert 'optimizer state' in script.lines[-1] and '--no-resume-opt' in script.lines[-1]
+
+
+def test_options_of_a_file_and_of_the_command_line_are_the_same(script, image_folder):
+    """A tuple on the command line is a list in args.yaml."""
+    flags = ['--opt-kwargs', 'betas=(0.8,0.9)']
+    assert script.train(image_folder, *flags, opt='adamw', val_split='', epochs=2, stop_epoch=1) == 0, script.text
+    config = str(script.run_folder() / 'args.yaml')
+    assert script('--config', config, '--resume', 'auto', '--stop-epoch', '2') == 0, script.text
+
+
+def _set_momentum(state, value):
+    state['state'][0]['momentum_buffer'] = value
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda state: _set_momentum(state, 'x'), lambda state: _set_momentum(state, {}),
+    lambda state: _set_momentum(state, torch.zeros(2)), lambda state: state['param_groups'][0].update(weight_decay='x'),
+    lambda state: state['param_groups'][0].update(momentum={'a': {}})])
+def test_state_of_the_wrong_type_is_refused(script, image_folder, checkpoints, tmp_path, spoil):
+    checkpoint = torch.load(checkpoints['sgd'], weights_only=True)
+    spoil(checkpoint['optimizer'])
+    path = tmp_path / 'spoiled.pth.tar'
+    torch.save(checkpoint, path)
+    assert script.train(image_folder, opt='sgd', val_split='', epochs=3, resume=path) == 2, script.text
+    assert 'does not fit this run' in script.lines[-1] and 'Traceback' not in script.text

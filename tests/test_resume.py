@@ -149,7 +149,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('name', RUNS)
+SLOW_RUNS = (
+    'one worker without prefetcher', 'bfloat16', 'scheduled sizes', 'no validation', 'validation now and then')
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_RUNS else name for name in RUNS])
 def test_continued_run_is_the_uninterrupted_one(script, image_folder, name):
     flags, options, stops = RUNS[name]
     options = dict(epochs=3, checkpoint_hist=2) | options

@@ -154,6 +154,7 @@ def test_mistakes_are_told_without_a_traceback(tmp_path):
     assert 'Traceback' not in result.stderr
 
 
+@pytest.mark.slow
 def test_missing_package_is_named_before_the_first_run(tmp_path):
     program = (
         'import runpy, sys; sys.modules["captum"] = None; sys.argv.pop(0); sys.path.insert(0, sys.argv.pop(0)); '

@@ -24,7 +24,8 @@ WRONG_OPTIONS = {
     'scheduled batch of one': (
         ['--multimix', 'dense', '--train-img-sizes', '32', '64', '--train-batch-sizes', '8', '1'], '--batch-size'),
     'long tuples': (['--multimix', 'pooled', '--multimix-tuple-length', '9', '-b', '8'], 'batch size 8, got 9'),
-    'clean weight above 1': (['--multimix', 'dense', '--multimix-clean-weight', '2'], ': --multimix-clean-weight is a'),
+    'clean weight above 1': (
+        ['--multimix', 'dense', '--multimix-clean-weight', '2'], ': --multimix-clean-weight must be in'),
     'decreasing alpha range': (['--multimix', 'dense', '--multimix-alpha', '2', '1'], ': --multimix-alpha must be'),
     'no epoch left': (['--multimix', 'dense', '--multimix-start-epoch', '2', '--multimix-off-epoch', '1'],
                       'and --multimix-off-epoch 1 leave no epoch'),

@@ -81,3 +81,5 @@ def check_split(name: str, root: str | None, split: str) -> None:
             raise ValueError(f'there is no split {split!r}. {name} has the splits train and validation.')
     elif (not prefix or base in _TORCH_FOLDERS or prefix not in (*DATASET_TYPES, 'demo')) and os.path.isdir(root or ''):
         _check_folder_split(root, split)
+    elif not prefix and os.path.isfile(root or '') and split not in _WHOLE_FOLDER:
+        raise ValueError(f'there is no split {split!r}. {root} is a single file without splits.')

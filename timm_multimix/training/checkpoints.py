@@ -347,9 +347,13 @@ def newest_checkpoint(folder: str) -> str | None:
         Path of the checkpoint, None if the folder contains no checkpoints.
 
     Raises:
-        UsageError: if there are checkpoints but none can be read.
+        UsageError: if there are checkpoints but none can be read, or none of them is of a run.
     """
     paths = find_checkpoints(folder)
+    if not paths and holds_checkpoints(folder):
+        raise UsageError(
+            f'--resume auto: {folder} contains weights, but no checkpoint that a run can continue from. Choose another '
+            '--experiment.')
     if not paths:
         return None
     for path in _by_progress(paths):

@@ -230,13 +230,17 @@ def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
 def _compare_splits(args: argparse.Namespace, train: Dataset, evaluation: Dataset | None) -> None:
     """Warn if validation uses the training images. Raise an error if training uses the validation images."""
     roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
-    if not all(isinstance(root, str) and os.path.isdir(root) for root in roots):
+    if not all(isinstance(root, str) and os.path.exists(root) for root in roots):
         return
     whole, train_root, val_root = (os.path.realpath(path) for path in (args.data_dir, *roots))
     common = os.path.commonpath([train_root, val_root])
     if common == val_root:
         missing = val_root == whole
-        reason = f'{args.data_dir} has no folder {args.val_split}, so' if missing else f'--val-split {args.val_split}:'
+        reason = f'--val-split {args.val_split}:'
+        if os.path.isfile(whole):
+            reason = f'{args.data_dir} is a single file, so'
+        elif missing:
+            reason = f'{args.data_dir} has no folder {args.val_split}, so'
         _logger.warning(
             f'{reason} validation uses the training images. {"Make one, name" if missing else "Name"} another split '
             "with --val-split, or give --val-split '' to train without validation.")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
 from timm.optim import get_optimizer_info
 from torch.optim import Optimizer
 
@@ -11,7 +12,16 @@ from ..common.errors import UsageError
 from .saved_weights import arguments_of
 
 _LOOKAHEAD = 'lookahead_'
+# State with the shape of the parameter, in the optimizers of PyTorch and timm that have it.
+_PARAMETER_BUFFERS = {'momentum_buffer', 'exp_avg', 'max_exp_avg_sq', 'square_avg', 'slow_buffer'}
 _REMEDY = 'or give --no-resume-opt, which resets the optimizer'
+
+
+def _as_lists(value: Any) -> Any:
+    """Convert tuples to lists, as YAML files contain them."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _identity(name: str, options: Mapping[str, Any]) -> tuple:
@@ -20,9 +30,9 @@ def _identity(name: str, options: Mapping[str, Any]) -> tuple:
     base = name.removeprefix(_LOOKAHEAD)
     try:
         info = get_optimizer_info(base)
-        return name != base, info.opt_class, info.defaults or {}, dict(options)
+        return name != base, info.opt_class, info.defaults or {}, _as_lists(options)
     except ValueError:  # an optimizer of another version of timm
-        return name != base, base, {}, dict(options)
+        return name != base, base, {}, _as_lists(options)
 
 
 def _described(name: str, options: Mapping[str, Any]) -> str:
@@ -64,6 +74,26 @@ def check_optimizer(args: argparse.Namespace, checkpoint: Mapping[str, Any], opt
                 f'that wrote it, {_REMEDY}.')
 
 
+def _check_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Check that a saved state has the types of hyperparameters and tensors with the shapes of the parameters.
+
+    Raises:
+        ValueError: if not.
+    """
+    for group, saved_group in zip(optimizer.param_groups, saved['param_groups'], strict=True):
+        for name, value in group.items():
+            saved_value = saved_group.get(name, value)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and not isinstance(saved_value, (int, float, torch.Tensor)):
+                raise ValueError(f'{name} is {saved_value!r}')
+        for parameter, index in zip(group['params'], saved_group['params'], strict=True):
+            state = saved['state'].get(index, {})
+            for name in _PARAMETER_BUFFERS & state.keys():
+                shape = getattr(state[name], 'shape', None)
+                if state[name] is not None and shape != parameter.shape:
+                    raise ValueError(f'{name} of parameter {index} has shape {shape}, not {parameter.shape}')
+
+
 def load_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any], path: str) -> None:
     """Load the optimizer state of a checkpoint, if it has one.
 
@@ -73,6 +103,7 @@ def load_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any], path: st
     if 'optimizer' not in checkpoint:
         return
     try:
+        _check_state(optimizer, checkpoint['optimizer'])
         optimizer.load_state_dict(deepcopy(checkpoint['optimizer']))  # the tensors of the checkpoint are memory-mapped
     except Exception as error:
         raise UsageError(
