@@ -1,5 +1,6 @@
 """Randomly distorted letters and figures, rendered with matplotlib's fonts."""
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -102,6 +103,27 @@ def _coarsen(strokes: torch.Tensor) -> torch.Tensor:
     return (F.adaptive_avg_pool2d(fitted, 8).squeeze(1) * 16).round() / 16  # 17 levels
 
 
+def _stroke_blocks(
+        split: str, count: int, characters: str, seed: int) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+    """Strokes (_BLOCK, canvas, canvas) for each block of `count` images, and the random state to continue with."""
+    templates = _templates(split, characters)
+    for block in range(math.ceil(count / _BLOCK)):
+        state = np.random.SeedSequence([seed, list(FONTS).index(split), block]).generate_state(1)[0]
+        generator = torch.Generator('cpu').manual_seed(int(state))
+        fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
+        classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
+        yield _distort(templates[fonts, classes], generator), generator
+
+
+def _as_arrays(blocks: list[torch.Tensor], count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read-only uint8 images and class indices: they are shared by all callers."""
+    images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
+    targets = np.arange(count) % num_classes
+    images.setflags(write=False)
+    targets.setflags(write=False)
+    return images, targets
+
+
 @lru_cache(maxsize=8)
 def render_glyphs(
         split: str,
@@ -125,18 +147,32 @@ def render_glyphs(
     Returns:
         Images (count, 32, 32), or (count, 8, 8) if coarse, uint8, and their class indices (count,).
     """
-    templates = _templates(split, characters)
-    targets = np.arange(count) % len(characters)
-    blocks = []
-    for block in range(math.ceil(count / _BLOCK)):
-        state = np.random.SeedSequence([seed, list(FONTS).index(split), block]).generate_state(1)[0]
-        generator = torch.Generator('cpu').manual_seed(int(state))
-        with torch.device('cpu'):
-            fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
-            classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
-            strokes = _distort(templates[fonts, classes], generator)
-            blocks.append(_coarsen(strokes) if coarse else _paint(strokes, generator))
-    images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
-    images.setflags(write=False)  # the cached arrays are shared by all callers
-    targets.setflags(write=False)
-    return images, targets
+    with torch.device('cpu'):
+        blocks = [
+            _coarsen(strokes) if coarse else _paint(strokes, generator)
+            for strokes, generator in _stroke_blocks(split, count, characters, seed)]
+    return _as_arrays(blocks, count, len(characters))
+
+
+@lru_cache(maxsize=8)
+def render_strokes(
+        split: str,
+        count: int,
+        *,
+        characters: str = FIGURES + LETTERS,
+        seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the strokes of distorted characters, without ground and noise: masks to paint with.
+
+    Args:
+        split: 'train', 'validation' or 'test'. It selects the fonts; no font is in two splits.
+        count: Number of masks.
+        characters: The classes, in order. Classes take turns.
+        seed: Seed of the masks.
+
+    Returns:
+        Masks (count, 64, 64), uint8, 255 inside the strokes, and their class indices (count,).
+    """
+    with torch.device('cpu'):
+        blocks = [strokes for strokes, _ in _stroke_blocks(split, count, characters, seed)]
+    return _as_arrays(blocks, count, len(characters))

@@ -1,0 +1,129 @@
+"""Scenes for object detection: handwritten digits and printed figures on cluttered grounds, drawn from a seed."""
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .demo import DigitsDataset
+from .glyphs import FIGURES, FONTS, render_strokes
+
+SCENE_SIZE = 96
+OBJECT_SIZES = 16, 32  # pixels of the longer side of a box
+CLASSES = tuple(FIGURES)
+_MAX_OBJECTS = 6
+_GLYPHS_PER_CLASS = 50
+_GLYPHS_SEED = 1  # demo/glyphs uses 0 by default
+_VALIDATION_EVERY = 5  # of the training digits, this one in so many is for validation scenes
+
+
+class Scene(NamedTuple):
+    """An image and its objects.
+
+    Attributes:
+        image: Grey image (96, 96), uint8.
+        boxes: Tight boxes (n, 4) as x1, y1, x2, y2 in pixels, float32.
+        labels: Class indices (n,).
+    """
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+def digit_images(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The handwritten digits of a split of the scenes, (n, 8, 8), uint8, and their classes. None is in two splits."""
+    dataset = DigitsDataset('validation' if split == 'test' else 'train')
+    images, targets = dataset.images, np.array(dataset.targets)
+    if split != 'test':
+        for_validation = np.arange(len(targets)) % _VALIDATION_EVERY == 0
+        kept = for_validation if split == 'validation' else ~for_validation
+        images, targets = images[kept], targets[kept]
+    return images, targets
+
+
+@lru_cache(maxsize=3)
+def _masks(split: str) -> list[list[Image.Image]]:
+    """For each class, masks of its objects, cropped to their ink."""
+    masks = [[] for _ in CLASSES]
+    digits, digit_classes = digit_images(split)
+    glyphs, glyph_classes = render_strokes(
+        split, _GLYPHS_PER_CLASS * len(CLASSES), characters=FIGURES, seed=_GLYPHS_SEED)
+    enlarged = [np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC)) for image in digits]
+    for image, target in zip([*enlarged, *glyphs], [*digit_classes, *glyph_classes], strict=True):
+        rows, columns = (np.flatnonzero((image > 127).any(axis=axis)) for axis in (1, 0))
+        if len(rows):
+            cropped = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            masks[target].append(Image.fromarray(cropped))
+    return masks
+
+
+def _resize(mask: Image.Image, longer_side: int) -> np.ndarray:
+    """A mask in [0, 1] with a longer side of so many pixels."""
+    scale = longer_side / max(mask.size)
+    size = [max(round(side * scale), 3) for side in mask.size]
+    return np.asarray(mask.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+def _paint(image: np.ndarray, mask: np.ndarray, x: int, y: int, level: float) -> None:
+    """Draw a mask with its upper left corner at (x, y)."""
+    height, width = mask.shape
+    region = image[y:y + height, x:x + width]
+    region += mask * (level - region)
+
+
+def _ground(rng: np.random.Generator) -> np.ndarray:
+    """A dark, uneven ground."""
+    knots = rng.normal(rng.uniform(0.1, 0.3), rng.uniform(0, 0.1), (5, 5)).astype(np.float32)
+    return np.array(Image.fromarray(knots).resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC))
+
+
+def _add_clutter(image: np.ndarray, masks: list[list[Image.Image]], rng: np.random.Generator) -> None:
+    """Draw small pieces of strokes, which are too small to be read."""
+    for _ in range(rng.integers(4, 13)):
+        pool = masks[rng.integers(len(masks))]
+        strokes = _resize(pool[rng.integers(len(pool))], int(rng.integers(24, 41)))
+        side = int(rng.integers(5, 10))
+        top, left = (rng.integers(max(length - side, 0) + 1) for length in strokes.shape)
+        piece = strokes[top:top + side, left:left + side]
+        x, y = (rng.integers(SCENE_SIZE - length + 1) for length in piece.shape[::-1])
+        _paint(image, piece, x, y, rng.uniform(0.4, 1))
+
+
+def _draw_scene(masks: list[list[Image.Image]], rng: np.random.Generator) -> Scene:
+    image = _ground(rng)
+    _add_clutter(image, masks, rng)
+    boxes, labels = [], []
+    for _ in range(rng.integers(1, _MAX_OBJECTS + 1)):
+        label = int(rng.integers(len(masks)))
+        mask = _resize(masks[label][rng.integers(len(masks[label]))], int(rng.integers(*OBJECT_SIZES, endpoint=True)))
+        height, width = mask.shape
+        x, y = int(rng.integers(SCENE_SIZE - width + 1)), int(rng.integers(SCENE_SIZE - height + 1))
+        level = rng.uniform(0.6, 1)
+        if any(x < x2 and x + width > x1 and y < y2 and y + height > y1 for x1, y1, x2, y2 in boxes):
+            continue  # objects do not overlap
+        _paint(image, mask, x, y, level)
+        boxes.append((x, y, x + width, y + height))
+        labels.append(label)
+    image += rng.normal(0, rng.uniform(0.1, 0.2), image.shape)
+    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return Scene(pixels, np.array(boxes, dtype=np.float32), np.array(labels))
+
+
+def render_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
+    """Draw scenes. The same arguments give the same scenes, and more scenes begin with those of fewer.
+
+    Args:
+        split: 'train', 'validation' or 'test'. No handwritten digit and no font is in two splits.
+        count: Number of scenes.
+        seed: Seed of the scenes.
+
+    Raises:
+        ValueError: if the split is unknown, or the number of scenes below 1.
+    """
+    if split not in FONTS:
+        raise ValueError(f'demo/scenes has the splits {", ".join(map(repr, FONTS))}, got {split!r}.')
+    if count < 1:
+        raise ValueError(f'demo/scenes needs a number of scenes of at least 1, got {count}.')
+    masks = _masks(split)
+    return [_draw_scene(masks, np.random.default_rng([seed, list(FONTS).index(split), index]))
+            for index in range(count)]
