@@ -1,0 +1,187 @@
+"""Feature pyramids on timm backbones: FPN, or ViTDet's simple pyramid for models with one resolution."""
+import math
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FeaturePyramidNetwork
+
+from ..common.errors import UsageError, usage_errors
+
+_GROUPS = 32  # of torchvision's and our group normalisation: channels are a multiple of this
+_USUAL_STRIDE = 32  # images of a multiple of this are divided evenly by most models
+_LARGEST_MEASURED = 1024
+
+
+class Level(NamedTuple):
+    """Feature maps of one resolution.
+
+    Attributes:
+        stride: Pixels of the image per position.
+        maps: Indices of the backbone's maps.
+        channels: Sum of their channels.
+    """
+    stride: int
+    maps: tuple[int, ...]
+    channels: int
+
+
+def _maps(features: nn.Module, size: tuple[int, int], in_chans: int) -> list[torch.Tensor]:
+    """Feature maps of an empty image.
+
+    Raises:
+        UsageError: if the model does not take images of this size, or its maps are not (b, c, h, w).
+    """
+    channels = features.feature_info.channels()
+    with usage_errors(f'The model does not take images of {size[0]} x {size[1]} pixels'), torch.no_grad():
+        maps = features.eval()(torch.zeros(1, in_chans, *size))
+    if [one.shape[1] for one in maps if one.ndim == 4] != channels:
+        shapes = ', '.join(str(tuple(one.shape)) for one in maps)
+        raise UsageError(f'The model has feature maps {shapes}, not (1, c, height, width) with c = {channels}.')
+    return maps
+
+
+def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> list[Level]:
+    """Group a model's maps by their stride, which is read from the maps: some models report others.
+
+    Args:
+        features: timm's feature extractor.
+        input_size: Channels, height and width of the images that the model was made for.
+
+    Raises:
+        UsageError: if the model does not take such images, or a map does not cover them evenly.
+    """
+    in_chans, *native = input_size
+    even = [math.lcm(side, _USUAL_STRIDE) for side in native]
+    size = tuple(native if max(even) > _LARGEST_MEASURED else even)
+    maps = _maps(features, size, in_chans)
+    found: dict[int, list[int]] = {}
+    for index, one in enumerate(maps):
+        stride = round(size[0] / one.shape[2])
+        found.setdefault(stride, []).append(index)
+    if len(found) == 1:  # a plain ViT: the last map has seen all layers
+        found = {stride: indices[-1:] for stride, indices in found.items()}
+    return [Level(stride, tuple(indices), sum(maps[index].shape[1] for index in indices))
+            for stride, indices in sorted(found.items())]
+
+
+def check_size(features: nn.Module, levels: list[Level], size: tuple[int, int], in_chans: int) -> None:
+    """Refuse a model whose maps do not cover images of a size with their strides.
+
+    Raises:
+        UsageError: if it does not take them, or a map has another shape.
+    """
+    maps = _maps(features, size, in_chans)
+    for level in levels:
+        expected = tuple(side // level.stride for side in size)
+        for index in level.maps:
+            if maps[index].shape[2:] != expected:
+                height, width = maps[index].shape[2:]
+                raise UsageError(
+                    f'Images of {size[0]} x {size[1]} pixels give a feature map of {height} x {width} positions, not '
+                    f'{expected[0]} x {expected[1]} as a stride of {level.stride} does, so boxes have no exact place.')
+
+
+class SimplePyramid(nn.Module):
+    """The simple feature pyramid of ViTDet (Li et al., 2022): several resolutions from one map.
+
+    Args:
+        in_channels: Channels of the map.
+        out_channels: Channels of each level.
+        stride: Stride of the map. Levels have 1/4, 1/2, 1 and 2 times this stride, where it is a whole number.
+        min_stride: Finest stride, as far as there is a coarser one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, min_stride: int):
+        super().__init__()
+        half, quarter = in_channels // 2, in_channels // 4
+        scales = {
+            0.25: (quarter, [
+                nn.ConvTranspose2d(in_channels, half, 2, 2), LayerNorm2d(half), nn.GELU(),
+                nn.ConvTranspose2d(half, quarter, 2, 2)]),
+            0.5: (half, [nn.ConvTranspose2d(in_channels, half, 2, 2)]),
+            1: (in_channels, []),
+            2: (in_channels, [nn.MaxPool2d(2)]),
+        }
+        scales = {scale: parts for scale, parts in scales.items()
+                  if float(scale * stride).is_integer() and (scale * stride >= min_stride or scale == 2)}
+        self.strides = [int(scale * stride) for scale in scales]
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *resize, nn.Conv2d(channels, out_channels, 1, bias=False), LayerNorm2d(out_channels),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels))
+            for channels, resize in scales.values())
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [level(x) for level in self.levels]
+
+
+class PyramidBackbone(nn.Module):
+    """A timm backbone with a feature pyramid, as torchvision's detectors take it.
+
+    BatchNorm always uses its running statistics. Of a frozen backbone nothing changes.
+
+    Args:
+        features: timm's feature extractor.
+        levels: Its maps, as measure_levels groups them. Maps of one level are concatenated.
+        out_channels: Channels of each level of the pyramid, a multiple of 32.
+        min_size: Shorter side of the images. Levels are added until the deepest suits objects of this size.
+        frozen: Do not train the backbone.
+        min_stride: Finest stride of the pyramid: finer maps cost most of the time.
+
+    Attributes:
+        strides: Stride of each level.
+        num_own_levels: Number of levels that are not added.
+    """
+
+    def __init__(
+            self,
+            features: nn.Module,
+            levels: list[Level],
+            out_channels: int,
+            min_size: int,
+            frozen: bool,
+            min_stride: int,
+    ):
+        super().__init__()
+        self.features = features.requires_grad_(not frozen)
+        self.levels = [level for level in levels if level.stride >= min_stride or level is levels[-1]]
+        self.out_channels = out_channels
+        self.frozen = frozen
+        if len(levels) == 1:
+            self.pyramid = SimplePyramid(levels[0].channels, out_channels, levels[0].stride, min_stride)
+            self.strides = list(self.pyramid.strides)
+        else:
+            self.pyramid = FeaturePyramidNetwork(
+                [level.channels for level in self.levels], out_channels,
+                norm_layer=lambda channels: nn.GroupNorm(_GROUPS, channels))
+            self.strides = [level.stride for level in self.levels]
+        self.num_own_levels = len(self.strides)
+        while 8 * self.strides[-1] < min_size:
+            self.strides.append(2 * self.strides[-1])
+
+    def train(self, mode: bool = True) -> 'PyramidBackbone':
+        super().train(mode)
+        if self.frozen:
+            self.features.eval()
+        for module in self.features.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> 'OrderedDict[str, torch.Tensor]':
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.features(images)
+        merged = [torch.cat([maps[index] for index in level.maps], dim=1) for level in self.levels]
+        if isinstance(self.pyramid, SimplePyramid):
+            outputs = self.pyramid(merged[0])
+        else:
+            outputs = list(self.pyramid(OrderedDict(enumerate(merged))).values())
+        while len(outputs) < len(self.strides):
+            outputs.append(F.max_pool2d(outputs[-1], 1, 2))
+        # Anchors take their dtype from the maps, and bfloat16 cannot tell positions of large images apart.
+        return OrderedDict((str(index), one.float()) for index, one in enumerate(outputs))
