@@ -57,9 +57,11 @@ def load(args: argparse.Namespace) -> list[Study]:
     """Load the selected parts of the studies. Exit with a message if an argument is invalid."""
     only = {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')}
     try:
-        studies = [load_study(path, only) for path in args.study]
+        studies = [study for study in (load_study(path, only) for path in args.study) if not study.detection]
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
+    if not studies:
+        sys.exit('Studies of detection are run by benchmarks/detection_study.py.')
     if args.plot and args.plot.suffix not in ('.svg', '.png', '.pdf'):
         sys.exit(f'--plot {args.plot}: the file name must end with .svg, .png or .pdf.')
     if args.plot and len(studies) > 1:

@@ -46,6 +46,7 @@ class Study:
         seeds: Number of seeds of the final runs.
         tuning_seeds: Number of seeds for tuning the learning rate.
         training: Training options, such as the number of epochs and the batch size.
+        detection: For a study of detection: the grid of the detector's 'lrs' and 'epochs', and numbers of scenes.
     """
     name: str
     datasets: dict[str, dict[str, Any]]
@@ -56,6 +57,7 @@ class Study:
     seeds: int = 5
     tuning_seeds: int = 2
     training: dict[str, Any] = field(default_factory=dict)
+    detection: dict[str, Any] = field(default_factory=dict)
     about: str = ''
 
     def groups(self) -> Iterator[Group]:
@@ -225,7 +227,7 @@ def load_results(folder: Path) -> dict[str, dict]:
     return results
 
 
-def _start_worker(niceness: int) -> None:
+def start_worker(niceness: int) -> None:
     os.nice(niceness)
     torch.set_num_threads(1)  # parallel runs are more efficient than threads for these small models
 
@@ -248,7 +250,7 @@ def run_missing(study: Study, results: dict[str, dict], folder: Path, workers: i
     path = folder / f'{study.name}.jsonl'
     cut_short = path.exists() and not path.read_text().endswith('\n')
     running: dict[Future, dict[str, Any]] = {}
-    pool = ProcessPoolExecutor(workers, get_context('spawn'), _start_worker, (niceness,))
+    pool = ProcessPoolExecutor(workers, get_context('spawn'), start_worker, (niceness,))
     bar = tqdm(desc=study.name, unit='run', disable=None)
     try:
         with path.open('a') as file:

@@ -17,6 +17,7 @@ from timm_multimix import MultiMixLoss, MultiMixTask, manifold_mixup_weights, mu
 from timm_multimix.calibration import fit_temperature
 from timm_multimix.data.alternation import AlternatingMixup, BatchSchedule
 from timm_multimix.data.demo import GlyphsDataset
+from timm_multimix.data.scenes import digit_images
 from timm_multimix.evaluation.metrics import classification_metrics
 from timm_multimix.evaluation.robustness import fgsm
 from timm_multimix.losses.module import PRESETS
@@ -98,7 +99,17 @@ def _glyphs(train: int, validation: int, test: int | None) -> dict[str, tuple[np
     return {name: (dataset.images / 255, np.array(dataset.targets)) for name, dataset in datasets.items()}
 
 
-DATASETS = {'digits': _digits, 'glyphs': _glyphs}
+def _scene_digits(train: int, validation: int, test: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Digits of which none is in scenes of another split."""
+    splits = {}
+    for name, count in zip(SPLITS, (train, validation, test), strict=True):
+        images, labels = digit_images(name)
+        chosen = np.random.default_rng(0).permutation(len(labels))[:count]
+        splits[name] = images[chosen] / 255, labels[chosen]
+    return splits
+
+
+DATASETS = {'digits': _digits, 'glyphs': _glyphs, 'scene digits': _scene_digits}
 
 
 @lru_cache(maxsize=4)
