@@ -80,6 +80,7 @@ def test_unknown_classes_are_refused(script, run, folder, option):
     before = path.read_bytes()
     assert train(script, folder / 'other', **options) == 2, script.text
     assert script.lines[-1].startswith('ERROR') and ' d,' in script.lines[-1] and 'a, b, c' in script.lines[-1]
+    assert ('--pretrained-path' in script.lines[-1]) == (option == 'initial_checkpoint')
     assert path.read_bytes() == before and not (run.parent / 'new').exists()
 
 

@@ -231,9 +231,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.naflex_loader and args.aug_splits, '--naflex-loader and --aug-splits cannot be combined.'),
         (args.task == 'multilabel' and args.kd_model_name, '--task multilabel does not support distillation.'),
         (args.task == 'multilabel' and not args.num_classes, '--task multilabel needs --num-classes.'),
-        (args.task == 'multilabel' and not dataset_prefix(args.dataset) and os.path.isdir(args.data_dir or ''),
-         '--task multilabel: an image folder has one class for each image. Choose --task classification, or a dataset '
-         'with lists of labels as targets.'),
+        (args.target_format == 'multihot' and not dataset_prefix(args.dataset) and os.path.isdir(args.data_dir or ''),
+         '--target-format multihot: an image folder has one class for each image. Choose --task classification, or a '
+         'dataset with lists of labels as targets.'),
         (args.task == 'classification' and args.target_format != 'indices',
          '--target-format multihot is for --task multilabel.'),
         (args.task == 'classification' and ',' in (args.target_key or ''),

@@ -141,6 +141,9 @@ def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str,
     if unknown:
         owner = origin or f'split {args.train_split}'
         advice = '' if origin else ' Give a --class-map.'
+        if origin and args.initial_checkpoint:
+            advice = (' To train a new classifier from these weights, replace --initial-checkpoint by --pretrained '
+                      f'--pretrained-path {args.initial_checkpoint}.')
         raise UsageError(
             f'{data}: split {split} has different classes, so labels would not match. It has {listed(unknown)}, and '
             f'the classes of {owner} are {listed(list(known))}.{advice}')
