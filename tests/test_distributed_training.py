@@ -107,6 +107,7 @@ def test_a_process_that_dies_is_told_by_the_others(tmp_path, image_folder):
     assert checkpoint(tmp_path)['epoch'] == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_told_within_the_timeout(tmp_path, image_folder):
     argv = arguments(image_folder, dist_timeout=10)
     first, second = run_script(tmp_path, 2, *argv, prepare=partial(_at_update, 2, 0, _hang), wait_for=1)
