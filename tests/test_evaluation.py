@@ -374,7 +374,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--attack-loss', 'cross-entrpy'], 'Did you mean cross-entropy?'),
     (['resnet50.nothing_in1k', '--dataset', 'demo/digits'], 'timm has no pretrained weights of this model'),
     (['{runs}/plain', '--dataset', 'nope'], 'no such folder or dataset'),
-    (['{runs}/plain', '--output', '{tmp}/broken.pth.tar/out'], 'is not a folder that can be written to'),
+    (['{runs}/plain', '--output', '{tmp}/broken.pth.tar/out'], 'is not a writable folder'),
     (['{tmp}/missing'], 'missing: no such folder or file'),
     ([], 'MODEL'),
 ])

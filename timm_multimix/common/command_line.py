@@ -1,10 +1,13 @@
 """Argument parser with one-line errors and suggestions, and checks of optional packages."""
 import argparse
+import os
 import re
 from collections.abc import Sequence
 
+import torch
+
 from .advice import DATASET_PACKAGES, missing_packages
-from .errors import UsageError, near_names
+from .errors import UsageError, near_names, printable, usage_errors
 
 _INVALID_CHOICE = re.compile(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$")
 _UNKNOWN = 'unrecognized arguments: '
@@ -49,3 +52,31 @@ def check_dataset_packages(option: str, dataset: str) -> None:
     """
     kind = dataset.partition('/')[0].lower() if '/' in dataset else ''
     check_packages(f'{option} {dataset}', DATASET_PACKAGES.get(kind, ()))
+
+
+def open_device(name: str | None) -> torch.device:
+    """Return the device of the option --device, by default CUDA if it is available, otherwise the CPU.
+
+    Raises:
+        UsageError: if the device does not exist.
+    """
+    with usage_errors(f'--device {name}'):
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=device)
+    return device
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """Return short, unique names for paths of models, for tables.
+
+    Raises:
+        UsageError: if a model is given twice.
+    """
+    if len({os.path.normpath(spec) for spec in specs}) < len(specs):
+        raise UsageError(f'A model is given twice: {", ".join(specs)}.')
+    parts = [os.path.normpath(spec).split(os.sep) for spec in specs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [printable('/'.join(part[-depth:])) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names

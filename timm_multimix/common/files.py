@@ -5,6 +5,7 @@ could point to any file of the user.
 """
 import glob
 import logging
+import math
 import os
 import shutil
 import socket
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 from .errors import UsageError
 
@@ -232,3 +233,25 @@ def remove_work_folders(parent: str) -> None:
             if _lock(path, 0):
                 shutil.rmtree(path, ignore_errors=True)
                 _unlock(path)
+
+
+def check_output(folder: str) -> None:
+    """Check that an output folder exists or can be created, and is writable. Nothing is created.
+
+    Raises:
+        UsageError: if not.
+    """
+    parent = os.path.abspath(folder)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise UsageError(f'--output {folder}: {parent} is not a writable folder.')
+
+
+def json_values(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by None, and convert keys to strings."""
+    if isinstance(value, dict):
+        return {str(name): json_values(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

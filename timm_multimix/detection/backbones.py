@@ -18,7 +18,8 @@ from timm.models import (
 )
 from torch import nn
 
-from ..common.errors import UsageError, near_names, printable, usage_errors
+from ..common.command_line import short_names
+from ..common.errors import UsageError, near_names, usage_errors
 from ..data.demo import default_img_mode
 from ..evaluation.models import load_candidate
 from ..training.model import model_options
@@ -149,14 +150,8 @@ def load_sources(specs: Sequence[str], pretrained: bool) -> list[Source]:
     Raises:
         UsageError: if there is no such model, it has no feature maps, or it is given twice.
     """
-    if len({os.path.normpath(spec) for spec in specs}) < len(specs):
-        raise UsageError(f'A model is given twice: {", ".join(specs)}.')
+    names = short_names(specs)
     sources = [_from_run(spec) if os.path.exists(spec) else _from_name(spec, pretrained) for spec in specs]
-    parts = [os.path.normpath(spec).split(os.sep) for spec in specs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = [printable('/'.join(part[-depth:])) for part in parts]
-        if len(set(names)) == len(names):
-            break
     for source, name in zip(sources, names, strict=True):
         source.name = name
     return sources

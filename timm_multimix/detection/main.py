@@ -14,9 +14,10 @@ from timm.optim import create_optimizer_v2
 from timm.utils.distributed import init_distributed_device, is_distributed_env, world_info_from_env
 from torch import nn
 
-from ..common.command_line import Parser, check_packages
+from ..common.command_line import Parser, check_packages, open_device
 from ..common.console import is_first_on_machine, setup_logging
 from ..common.errors import RunError, UsageError, usage_errors
+from ..common.files import check_output
 from .backbones import Source, load_sources
 from .datasets import DetectionDataset
 from .detectors import DETECTORS, find_levels
@@ -117,22 +118,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_writable(folder: str) -> None:
-    """Refuse a folder that cannot be made or written to, without making it."""
-    there = os.path.abspath(folder)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK):
-        raise UsageError(f'--output {folder}: {there} is not a folder that can be written to.')
-
-
-def _check_device(name: str | None) -> str:
-    with usage_errors(f'--device {name}'):
-        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.zeros(1, device=device)
-    return str(device)
-
-
 def _settings(args: argparse.Namespace, train: DetectionDataset) -> Settings:
     """The settings, with defaults that suit the data. Fills in args.workers too."""
     for name, value in (_FOR_SCENES if args.data == SCENES else _FOR_OTHERS).items():
@@ -181,8 +166,8 @@ def _compare(
 
 def _run(args: argparse.Namespace) -> None:
     check_packages('Detection', ['torchmetrics', 'faster-coco-eval'], extra='detect')
-    args.device = _check_device(args.device)
-    _check_writable(args.output)
+    args.device = str(open_device(args.device))
+    check_output(args.output)
     train, test = datasets = load_splits(args.data, args.test_data, args.num_train, args.num_test)
     settings = _settings(args, train)
     data = dict(train=train.name, test=test.name, num_train=len(train), num_test=len(test))

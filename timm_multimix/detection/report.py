@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from ..common.errors import UsageError, usage_errors
-from ..common.files import replacing
+from ..common.files import json_values, replacing
 from ..version import __version__
 from .backbones import Source
 from .datasets import DetectionDataset
@@ -21,13 +21,6 @@ from .metric import MEASURES
 
 RESULTS = 'results.json'
 _FIGURE_IMAGES = 6
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null means that there is no value."""
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Comparison:
@@ -80,7 +73,7 @@ class Comparison:
 
     def add(self, source: Source, seed: int, row: Mapping[str, float]) -> None:
         """Add a row and write the file."""
-        self.models[source.origin]['seeds'][str(seed)] = _finite(dict(row))
+        self.models[source.origin]['seeds'][str(seed)] = json_values(dict(row))
         document = dict(
             date=datetime.now().astimezone().isoformat(timespec='seconds'),
             versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__,

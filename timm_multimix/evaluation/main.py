@@ -2,20 +2,18 @@
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any
 
 import timm
 import torch
 
-from ..common.command_line import Parser, check_packages
+from ..common.command_line import Parser, check_packages, open_device
 from ..common.console import setup_logging
 from ..common.errors import UsageError, usage_errors
-from ..common.files import replacing
+from ..common.files import check_output, json_values, replacing
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMO_PREFIX
 from ..training.calibration import CALIBRATED, share_split
@@ -180,15 +178,6 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
     )
 
 
-def _finite(value: Any) -> Any:
-    """Replace nan and infinity, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write(folder: str, name: str, text: str) -> str:
     """Write a file into the output folder, atomically."""
     path = os.path.join(folder, name)
@@ -199,37 +188,21 @@ def _write(folder: str, name: str, text: str) -> str:
     return path
 
 
-def _check_writable(folder: str) -> None:
-    """Refuse an output folder that cannot be made or written to, without making it."""
-    there = os.path.abspath(folder)
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK):
-        raise UsageError(f'--output {folder}: {there} is not a folder that can be written to.')
-
-
-def _device(name: str | None) -> torch.device:
-    with usage_errors(f'--device {name}'):
-        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.zeros(1, device=device)
-    return device
-
-
 def _document(results: Sequence[Result], settings: Settings) -> str:
     document = dict(
         date=datetime.now().astimezone().isoformat(timespec='seconds'),
         versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__),
         source=str(settings.source), max_images=settings.max_images, sample=settings.sample, seed=settings.seed,
         models={result.name: result.values for result in results})
-    return json.dumps(_finite(document), indent=2, allow_nan=False) + '\n'
+    return json.dumps(json_values(document), indent=2, allow_nan=False) + '\n'
 
 
 def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     check_packages('Evaluation', ['torchmetrics', *(['captum'] if 'attacks' in args.parts else [])], extra='eval')
-    device = _device(args.device)
+    device = open_device(args.device)
     folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
-    _check_writable(folder)
+    check_output(folder)
     candidates = load_candidates(args.models)
     settings = _settings(args, candidates, device)
     calibrated = [candidate.name for candidate in candidates if candidate.weights == CALIBRATED]

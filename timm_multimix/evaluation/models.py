@@ -19,7 +19,8 @@ from timm.models import (
 )
 from torch import nn
 
-from ..common.errors import UsageError, near_names, printable, usage_errors
+from ..common.command_line import short_names
+from ..common.errors import UsageError, near_names, usage_errors
 from ..data.class_names import valid_classes
 from ..data.demo import default_img_mode
 from ..dense.heads import mean_of_heads
@@ -195,14 +196,8 @@ def load_candidates(specs: list[str]) -> list[Candidate]:
     Raises:
         UsageError: as load_candidate, or if a model is given twice.
     """
-    if len({os.path.normpath(spec) for spec in specs}) < len(specs):
-        raise UsageError(f'A model is given twice: {", ".join(specs)}.')
+    names = short_names(specs)
     candidates = [load_candidate(spec) for spec in specs]
-    parts = [os.path.normpath(spec).split(os.sep) for spec in specs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = [printable('/'.join(part[-depth:])) for part in parts]
-        if len(set(names)) == len(names):
-            break
     for candidate, name in zip(candidates, names, strict=True):
         candidate.name = name
     return candidates
