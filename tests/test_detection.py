@@ -270,7 +270,8 @@ def test_output_that_is_no_folder_of_ours(detect, tmp_path):
         (tmp_path / 'out' / 'results.json').write_text(text)
         assert detect('test_resnet', **SMALL) == 2 and message in detect.err
         assert (tmp_path / 'out' / 'results.json').read_text() == text
-    assert detect('test_resnet', output=tmp_path / 'out' / 'results.json') == 2 and 'not a writable folder' in detect.err
+    assert detect('test_resnet', output=tmp_path / 'out' / 'results.json') == 2
+    assert 'not a writable folder' in detect.err
 
 
 def test_a_missing_extra_is_named(detect, monkeypatch):
