@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_multimix import MultiMixLoss, MultiMixTask, manifold_mixup_weights, multimix_cross_entropy
-from timm_multimix.calibration import fit_temperature
+from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.data.alternation import AlternatingMixup, BatchSchedule
 from timm_multimix.data.demo import GlyphsDataset
 from timm_multimix.data.scenes import digit_images

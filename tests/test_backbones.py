@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_multimix import MultiMixLoss, attach
-from timm_multimix.calibration import fold_temperature, scalable_classifier
+from timm_multimix.calibration.temperature import fold_temperature, scalable_classifier
 from timm_multimix.dense.heads import find_head
 from timm_multimix.dense.positions import dense_logits, position_logits
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from timm_multimix import calibrate
-from timm_multimix.calibration import (
+from timm_multimix.calibration.temperature import (
     collect_logits,
     fit_temperature,
     fold_temperature,

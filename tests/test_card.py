@@ -16,12 +16,13 @@ import yaml
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
 
+from timm_multimix.data.class_names import dataset_classes, ordered_names
 from timm_multimix.hub import Evaluation, HubError, dataset_type, model_card, save_config
+from timm_multimix.hub import export as run_export
 from timm_multimix.hub.card import CARD_FIELDS, check_fields, is_ours
-from timm_multimix.training import export as run_export
-from timm_multimix.training.arguments import build_parser
+from timm_multimix.hub.summary import draw_curve, read_summary
+from timm_multimix.options import build_training_parser
 from timm_multimix.training.config import parse_args
-from timm_multimix.training.curve import draw_curve, read_summary
 
 CONFIG = dict(architecture='resnet18', num_classes=3, label_names=['a|b', 'c', 'd'], pretrained_cfg=dict(
     input_size=[3, 64, 64], interpolation='bicubic', crop_pct=0.9, mean=[0.5] * 3, std=[0.5] * 3))
@@ -141,7 +142,7 @@ def test_dataset_types_are_what_the_hub_takes(name, expected):
 def write_run(folder: Path, checkpoint: dict | None = None, args: dict | None = None, **entries) -> Path:
     """Write a run folder without training."""
     folder.mkdir(exist_ok=True)
-    settled = {**vars(build_parser().parse_args([])), 'card': {}, 'model': 'test_resnet', 'num_classes': 3,
+    settled = {**vars(build_training_parser().parse_args([])), 'card': {}, 'model': 'test_resnet', 'num_classes': 3,
                'img_size': 32, 'multimix': 'dense', 'eval_metric': 'top1', **(args or {})}
     model = timm.create_model('test_resnet', num_classes=3)
     state = dict(state_dict=model.state_dict(), args=settled, arch=settled['model'], epoch=1, metric=81.5, **entries)
@@ -263,7 +264,7 @@ def test_nothing_private_is_told(tmp_path, monkeypatch, no_picture):
     monkeypatch.setenv('HF_TOKEN', SECRETS['token'])
     secrets = list(SECRETS.values())
     fixed = ('model', 'eval_metric', 'config', 'timm_script', 'multimix', 'hub_weights')
-    options = [action for action in build_parser()._actions if action.dest not in fixed and not action.choices
+    options = [action for action in build_training_parser()._actions if action.dest not in fixed and not action.choices
                and action.nargs != 0 and (action.type in (None, str) or isinstance(action.default, dict))]
     assert len(options) > 40
     for shift, secret in enumerate(secrets):
@@ -310,11 +311,11 @@ def test_checkpoint_of_timms_own_script(tmp_path):
 def test_class_names():
     reader = SimpleNamespace(class_to_idx=dict(cat=1, dog=0))
     wrapper = SimpleNamespace(dataset=SimpleNamespace(reader=reader))
-    assert run_export.label_names(wrapper, 2) == ['dog', 'cat']
-    assert run_export.label_names(wrapper, 3) is None
+    assert ordered_names(dataset_classes(wrapper), 2) == ['dog', 'cat']
+    assert ordered_names(dataset_classes(wrapper), 3) is None
     reader.class_to_idx['hound'] = 0
-    assert run_export.label_names(wrapper, 2) is None
-    assert run_export.label_names([], 2) is None
+    assert ordered_names(dataset_classes(wrapper), 2) is None
+    assert ordered_names(dataset_classes([]), 2) is None
 
 
 def test_summary_that_is_half_written(tmp_path):

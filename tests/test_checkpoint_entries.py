@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from timm_multimix.build.checkpoint import read_checkpoint
 from timm_multimix.common.errors import UsageError
 from timm_multimix.evaluation.main import main as evaluate
-from timm_multimix.training.checkpoints import newest_checkpoint, read_checkpoint
-from timm_multimix.training.hub import command as hub
+from timm_multimix.hub.command import main as hub
+from timm_multimix.training.checkpoints import newest_checkpoint
 
 pytest_plugins = ['training_helpers']
 

@@ -13,11 +13,12 @@ import torch
 from test_resume import stopping
 from training_helpers import make_images, same
 
+from timm_multimix.build.checkpoint import read_checkpoint
 from timm_multimix.common import files
 from timm_multimix.common.errors import UsageError
 from timm_multimix.common.files import duplicate, lock_folder, make_folder, replacing, unlock_folders
 from timm_multimix.training import loop, main
-from timm_multimix.training.checkpoints import newest_checkpoint, read_checkpoint
+from timm_multimix.training.checkpoints import newest_checkpoint
 from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']

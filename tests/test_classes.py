@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from training_helpers import make_images
 
-from timm_multimix.calibration import fit_temperature
+from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.data.class_names import class_mapping, valid_classes
 from timm_multimix.evaluation import main as evaluate
+from timm_multimix.hub.command import main as hub
 from timm_multimix.training import main
-from timm_multimix.training.hub import command as hub
 
 pytest_plugins = ['training_helpers']
 

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from timm.data import create_loader
 
 from timm_multimix.data.demo import DEMOS, DigitsDataset, GlyphsDataset, LettersDataset, create_dataset
+from timm_multimix.options import build_training_parser
 
 
 @pytest.fixture(scope='module')
@@ -92,7 +93,6 @@ def test_other_names_are_timms(tmp_path):
 
 
 def test_demo_defaults_are_options():
-    from timm_multimix.training.arguments import build_parser
-    names = {action.dest for action in build_parser()._actions}
+    names = {action.dest for action in build_training_parser()._actions}
     for demo in DEMOS.values():
         assert set(demo.defaults) <= names

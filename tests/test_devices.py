@@ -18,7 +18,7 @@ from timm_multimix import (
     dense_logits,
     detach,
 )
-from timm_multimix.calibration import fit_temperature, fold_temperature
+from timm_multimix.calibration.temperature import fit_temperature, fold_temperature
 from timm_multimix.common.console import Averages
 from timm_multimix.data.glyphs import render_glyphs
 from timm_multimix.evaluation.between import sample_pairs

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_multimix.calibration import fit_temperature
+from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError
 from timm_multimix.evaluation import main as cli
 from timm_multimix.evaluation import suite

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from timm_multimix.calibration import fit_temperature
+from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.evaluation import (
     between,
     classification_metrics,

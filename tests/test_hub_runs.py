@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from timm_multimix import push_to_hub
 from timm_multimix.common.errors import UsageError
 from timm_multimix.evaluation.models import load_candidate
+from timm_multimix.hub.command import main as hub_command
 from timm_multimix.training import hub as training_hub
 from timm_multimix.training.config import parse_args
 
@@ -87,7 +88,7 @@ def test_failed_uploads_do_not_stop_training_and_are_finished_later(server, scri
     command = script.lines[-1].split()
     assert command[:4] == ['python', '-m', 'timm_multimix.hub', 'push']
     server.faults.clear()
-    assert training_hub.command(command[3:]) == 0
+    assert hub_command(command[3:]) == 0
     loaded = timm.create_model('hf-hub:user/model', pretrained=True)
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict'])
@@ -124,7 +125,7 @@ def test_interrupt_while_the_last_upload_is_under_way(server, script, image_fold
     assert 'Finish the upload with' in script.text and script.checkpoint('model_best.pth.tar')['epoch'] == 0
     server.gate.set()
     join_hub_threads()
-    assert training_hub.command(script.lines[-1].split()[3:]) == 0
+    assert hub_command(script.lines[-1].split()[3:]) == 0
     assert len(server.repos['user/model'].titles) == 2
 
 
@@ -145,7 +146,7 @@ def test_end_of_a_run_does_not_wait_without_limit(server, script, image_folder, 
     assert script.lines[-1].split()[:4] == ['python', '-m', 'timm_multimix.hub', 'push']
     server.unmute.set()
     join_hub_threads()
-    assert training_hub.command(script.lines[-1].split()[3:]) == 0
+    assert hub_command(script.lines[-1].split()[3:]) == 0
     assert len(server.repos['user/model'].titles) == 2  # only the response to the commit was lost
 
 
@@ -240,7 +241,7 @@ def test_signal_to_the_push_command(server, script, trained, number):
 
     before = signal.getsignal(number)
     server.fail('PUT', '/', stop)
-    assert training_hub.command(['push', str(trained), 'user/model']) == 128 + number
+    assert hub_command(['push', str(trained), 'user/model']) == 128 + number
     assert len(copies) == 1 and not list(trained.glob('.hub-*')) and signal.getsignal(number) == before
     assert 'run the same command again' in script.capsys.readouterr().err
     assert server.repos['user/model'].titles == ['initial commit']
@@ -260,11 +261,11 @@ def test_killed_push_command(server, script, trained):
     copies = list(trained.glob('.hub-*'))
     assert len(copies) == 1 and list(copies[0].rglob('model.safetensors'))
     os.symlink(trained.parent, trained / '.hub-link')
-    assert training_hub.command(['card', str(trained)]) == 0
+    assert hub_command(['card', str(trained)]) == 0
     assert copies[0].exists()
     process.kill()
     process.wait()
-    assert copies[0].exists() and training_hub.command(['card', str(trained)]) == 0
+    assert copies[0].exists() and hub_command(['card', str(trained)]) == 0
     assert [path.name for path in trained.glob('.hub-*')] == ['.hub-link'] and trained.exists()
 
 
@@ -276,7 +277,7 @@ def test_name_of_the_repository_defaults_to_that_of_the_run(server, script, imag
 def test_token_on_the_command_line_is_refused_and_not_repeated(script, server, image_folder):
     assert script.train(image_folder, '--push-to-hub', hub_token=TOKEN) == 2
     assert 'HF_TOKEN' in script.text and TOKEN not in script.text
-    assert training_hub.command(['push', str(image_folder), 'user/model', '--token', TOKEN]) == 2
+    assert hub_command(['push', str(image_folder), 'user/model', '--token', TOKEN]) == 2
     assert TOKEN not in script.capsys.readouterr().err
 
 
@@ -310,7 +311,7 @@ def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_fol
         dict(epoch=2, in_epoch=False, options=dict(multimix='dense', smoothing=0.1))]
     os.replace(trained / 'last.pth.tar', trained / 'model_best.pth.tar')
     script.capsys.readouterr()
-    assert training_hub.command(['card', str(trained)]) == 0
+    assert hub_command(['card', str(trained)]) == 0
     card = script.capsys.readouterr().out
     recipe, before = (yaml.safe_load(part.split('```')[0]) for part in card.split('```yaml\n')[1:])
     assert recipe['multimix'] == 'pooled' and before == dict(multimix='dense', smoothing=0.1)
@@ -321,19 +322,19 @@ def test_card_of_a_run_that_was_resumed_with_another_objective(script, image_fol
 # Command line.
 
 def test_push_command(server, trained, script, tmp_path):
-    assert training_hub.command(['push', str(trained), 'user/model', '--private', '--revision', 'v1']) == 0
+    assert hub_command(['push', str(trained), 'user/model', '--private', '--revision', 'v1']) == 0
     assert server.repos['user/model'].private and server.repos['user/model'].head('v1').title.startswith('test_resnet')
     checkpoint = script.checkpoint('model_best.pth.tar')
     for weights, key in dict(best='state_dict_ema', student='state_dict', ema='state_dict_ema').items():
-        assert training_hub.command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
+        assert hub_command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
         model = timm.create_model('test_resnet', num_classes=3)
         model.load_state_dict(checkpoint[key])
         assert torch.equal(logits(timm.create_model(f'hf-hub:user/{weights}', pretrained=True)), logits(model))
-    assert training_hub.command(['push', str(trained), 'user/x', '--weights', 'teacher']) == 2
+    assert hub_command(['push', str(trained), 'user/x', '--weights', 'teacher']) == 2
     output = script.capsys.readouterr().err
     assert 'does not contain the teacher weights. Choose from best, ema, student.' in output
     assert 'user/x' not in server.repos
-    assert training_hub.command(['push', str(trained), 'user/x', '--revision', 'bad branch~']) == 2
+    assert hub_command(['push', str(trained), 'user/x', '--revision', 'bad branch~']) == 2
     assert 'valid branch name' in script.capsys.readouterr().err and 'user/x' not in server.repos
 
 
@@ -343,20 +344,20 @@ def test_metrics_are_those_of_the_weights_that_are_pushed(server, trained, scrip
     checkpoint.update(metric=47.04, metrics=dict(state_dict=dict(top1=80.56), state_dict_ema=dict(top1=47.04)))
     torch.save(checkpoint, trained / 'model_best.pth.tar')
     for weights, shown, other in (('best', '47.04', '80.56'), ('student', '80.56', '47.04'), ('ema', '47.04', '80.56')):
-        assert training_hub.command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
+        assert hub_command(['push', str(trained), f'user/{weights}', '--weights', weights]) == 0
         card = server.file(f'user/{weights}', 'README.md').decode()
         assert f'top1 {shown}' in server.repos[f'user/{weights}'].head().title and f'| {shown} %' in card
         assert other not in server.repos[f'user/{weights}'].head().title + card
         assert f'top1 {shown}' in script.capsys.readouterr().err
     del checkpoint['metrics']['state_dict']
     torch.save(checkpoint, trained / 'model_best.pth.tar')
-    assert training_hub.command(['push', str(trained), 'user/unknown', '--weights', 'student']) == 0
+    assert hub_command(['push', str(trained), 'user/unknown', '--weights', 'student']) == 0
     assert 'top1' not in server.repos['user/unknown'].head().title
 
 
 def test_what_is_there_already_is_not_committed_again(server, script, image_folder, trained, capsys):
     for _ in range(2):
-        assert training_hub.command(['push', str(trained), 'user/model']) == 0
+        assert hub_command(['push', str(trained), 'user/model']) == 0
     assert server.count('POST', '/commit/') == 1 and 'No files have been modified' not in capsys.readouterr().err
     assert script.train(  # after one epoch, the last push has no changes
         image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/other', experiment='other') == 0
@@ -371,7 +372,7 @@ def test_export_command(server, script, trained, tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
     for weights, key in dict(best='state_dict_ema', student='state_dict').items():
         target = tmp_path / 'models' / weights
-        assert training_hub.command(['export', str(trained), str(target), '--weights', weights]) == 0
+        assert hub_command(['export', str(trained), str(target), '--weights', weights]) == 0
         output = script.capsys.readouterr().err
         model.load_state_dict(checkpoint[key])
         loaded, data, names = load_elsewhere(server, f'local-dir:{target}', tmp_path)
@@ -379,18 +380,18 @@ def test_export_command(server, script, trained, tmp_path):
         assert f"timm.create_model('local-dir:{target}', pretrained=True)" in output and 'model_best.pth.tar' in output
     assert {'model.safetensors', 'config.json', 'README.md'} <= {path.name for path in target.iterdir()}
     assert sorted(path.name for path in target.parent.iterdir()) == ['best', 'student'] and not server.requests
-    assert training_hub.command(['export', str(trained), str(target)]) == 2
+    assert hub_command(['export', str(trained), str(target)]) == 2
     assert 'already exists' in script.capsys.readouterr().err
     (tmp_path / 'empty').mkdir()
-    assert training_hub.command(['export', str(trained), str(tmp_path / 'empty'), '--weights', 'teacher']) == 2
+    assert hub_command(['export', str(trained), str(tmp_path / 'empty'), '--weights', 'teacher']) == 2
     assert not list((tmp_path / 'empty').iterdir())
-    assert training_hub.command(['export', str(trained), str(tmp_path / 'empty')]) == 0
+    assert hub_command(['export', str(trained), str(tmp_path / 'empty')]) == 0
 
 
 def test_command_that_the_end_of_a_run_names(server, script, image_folder, tmp_path):
     assert script.train(image_folder, '--model-ema', model_ema_decay=0.5) == 0
     command = next(line for line in script.lines if 'timm_multimix.hub export' in line).split()
-    assert training_hub.command(command[3:]) == 0
+    assert hub_command(command[3:]) == 0
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict_ema'])
     assert torch.equal(logits(timm.create_model(f'local-dir:{command[-1]}', pretrained=True)), logits(model))
@@ -400,13 +401,13 @@ def test_weights_that_gave_the_metric_and_calibrated_ones_come_first(server, scr
     checkpoint = script.checkpoint('model_best.pth.tar')
     checkpoint['metric_of'] = 'state_dict'
     torch.save(checkpoint, trained / 'model_best.pth.tar')
-    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    assert hub_command(['push', str(trained), 'user/model']) == 0
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(checkpoint['state_dict'])
     assert torch.equal(logits(timm.create_model('hf-hub:user/model', pretrained=True)), logits(model))
     checkpoint['state_dict']['fc.weight'] *= 0.5
     torch.save(checkpoint, trained / 'model_calibrated.pth.tar')
-    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    assert hub_command(['push', str(trained), 'user/model']) == 0
     model.load_state_dict(checkpoint['state_dict'])
     assert torch.equal(logits(timm.create_model('hf-hub:user/model', pretrained=True)), logits(model))
 
@@ -414,7 +415,7 @@ def test_weights_that_gave_the_metric_and_calibrated_ones_come_first(server, scr
 def test_folder_of_timms_own_script(server, script, trained):
     """Without config.json, the model is rebuilt from the arguments in the checkpoint."""
     (trained / 'config.json').unlink()
-    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    assert hub_command(['push', str(trained), 'user/model']) == 0
     loaded = timm.create_model('hf-hub:user/model', pretrained=True)
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(script.checkpoint('model_best.pth.tar')['state_dict_ema'])
@@ -430,18 +431,18 @@ def test_folder_of_timms_own_script(server, script, trained):
     ([], 'required'),
 ])
 def test_command_mistakes(server, script, argv, message):
-    assert training_hub.command(argv) == 2
+    assert hub_command(argv) == 2
     assert message in script.capsys.readouterr().err
 
 
 def test_card_needs_no_network(trained, script, server, tmp_path):
     server.close()
     script.capsys.readouterr()
-    assert training_hub.command(['card', str(trained)]) == 0
+    assert hub_command(['card', str(trained)]) == 0
     card, output = script.capsys.readouterr()
     assert 'Model card for the average of the weights, from' in output and 'model_best.pth.tar' in output
     assert metadata_errors(card) == [] and '# run' in card and not server.requests
-    assert training_hub.command(['card', str(trained), 'user/model', '--output', str(tmp_path / 'card')]) == 0
+    assert hub_command(['card', str(trained), 'user/model', '--output', str(tmp_path / 'card')]) == 0
     assert {path.name for path in (tmp_path / 'card').iterdir()} == {'README.md', 'training_curve.png'}
 
 

@@ -6,7 +6,7 @@ import pytest
 from training_helpers import make_images
 
 from timm_multimix.common.files import create, duplicate, replacing
-from timm_multimix.training import hub as training_hub
+from timm_multimix.hub.command import main as hub_command
 
 pytest_plugins = ['training_helpers']
 
@@ -99,14 +99,14 @@ def test_exports_do_not_follow_links(script, few_images, tmp_path):
     secret.write_text('{"precious": 1}')
     (script.run_folder() / 'config.json').unlink()
     os.symlink(secret, script.run_folder() / 'config.json')
-    assert training_hub.command(['export', str(script.run_folder()), str(tmp_path / 'model')]) == 0
+    assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'model')]) == 0
     assert json.loads((tmp_path / 'model' / 'config.json').read_text())['architecture'] == 'test_resnet'
 
     plant(tmp_path / 'card', secret, ['README.md', 'training_curve.png'])
-    assert training_hub.command(['card', str(script.run_folder()), '--output', str(tmp_path / 'card')]) == 0
+    assert hub_command(['card', str(script.run_folder()), '--output', str(tmp_path / 'card')]) == 0
     assert '# run' in (tmp_path / 'card' / 'README.md').read_text() and secret.read_text() == '{"precious": 1}'
 
     (tmp_path / 'elsewhere').mkdir()
     os.symlink(tmp_path / 'elsewhere', tmp_path / 'link')
-    assert training_hub.command(['export', str(script.run_folder()), str(tmp_path / 'link')]) == 2
+    assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'link')]) == 2
     assert 'already exists' in script.capsys.readouterr().err and not list((tmp_path / 'elsewhere').iterdir())

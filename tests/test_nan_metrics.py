@@ -7,8 +7,8 @@ import torch
 import yaml
 from timm.task import ClassificationEvaluator
 
-from timm_multimix.training.export import export
-from timm_multimix.training.saved_weights import metrics_of
+from timm_multimix.build.saved_weights import metrics_of
+from timm_multimix.hub.export import export
 
 pytest_plugins = ['training_helpers']
 

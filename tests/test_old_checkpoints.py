@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from timm_multimix.evaluation.main import main as evaluate
-from timm_multimix.training.export import export
+from timm_multimix.hub.export import export
 
 pytest_plugins = ['training_helpers']
 

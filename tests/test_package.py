@@ -13,7 +13,10 @@ MODULES = sorted(
     '.'.join(path.with_suffix('').relative_to(PACKAGE.parent).parts).removesuffix('.__init__')
     for path in PACKAGE.rglob('*.py') if path.name != '__main__.py')
 # From the bottom up. A module imports from lower layers or its own, never from a higher one.
-LAYERS = (('common', 'version'), ('losses',), ('dense', 'data'))
+LAYERS = (
+    ('common', 'version'), ('losses',), ('dense', 'data'), ('build',),
+    ('teacher', 'task', 'options', 'calibration', 'hub'), ('evaluation', 'detection'),
+    ('training', 'patch', 'evaluate'))
 HEAVY = ('timm', 'huggingface_hub', 'torchvision', 'safetensors', 'sklearn', 'scipy', 'matplotlib')
 
 

@@ -6,8 +6,7 @@ import torch
 import yaml
 from training_helpers import make_images
 
-from timm_multimix.options import preset_options
-from timm_multimix.training.arguments import build_parser
+from timm_multimix.options import build_training_parser, preset_options
 from timm_multimix.training.config import parse_args, read_config
 from timm_multimix.training.loop import train_epoch
 from timm_multimix.training.run import build_run
@@ -25,7 +24,7 @@ def test_recipe(recipe, tmp_path, caplog, monkeypatch):
     assert lines[0].startswith('# ') and lines[1].startswith('# Checked: ')
     assert f'hfconfigs/{recipe.name}' in '\n'.join(lines[:7])
     recipe_options = yaml.safe_load(recipe.read_text())
-    assert read_config(str(recipe), build_parser()) == recipe_options
+    assert read_config(str(recipe), build_training_parser()) == recipe_options
     assert recipe_options['multimix'] == 'dense'
     if recipe.stem.endswith('_paper'):  # the values are written out, and are those of the preset
         assert recipe_options.items() >= preset_options('paper').items()

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from training_helpers import same
 
+from timm_multimix.build.resumable import ResumableLoader
 from timm_multimix.common.random_state import random_state, set_random_state
 from timm_multimix.training.interrupt import StopRequest
-from timm_multimix.training.resumable import ResumableLoader
 
 pytest_plugins = ['training_helpers']
 

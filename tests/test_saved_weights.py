@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from timm_multimix.training.saved_weights import (
+from timm_multimix.build.saved_weights import (
     changes,
     described,
     entries,

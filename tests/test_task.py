@@ -20,8 +20,9 @@ from timm.utils import CheckpointSaver
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_multimix.build.criteria import loss_options
 from timm_multimix.losses.module import MultiMixLoss, MultiMixOutput
-from timm_multimix.task import MultiLabelMultiMixTask, MultiMixTask, loss_options
+from timm_multimix.task import MultiLabelMultiMixTask, MultiMixTask
 
 CLASSES = 5
 

@@ -17,7 +17,8 @@ from timm.optim import create_optimizer_v2
 from timm.task import distillation
 from timm.utils import random_seed
 
-from timm_multimix.training import loaders, loop
+from timm_multimix.build import datasets
+from timm_multimix.training import loop
 from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']
@@ -280,7 +281,7 @@ class _LabelLists(torch.utils.data.Dataset):
     ('off', ['--loss', 'twoway']), ('off', ['--loss-pos-weight', '1,2,3']), ('dense', ['--bce-target-thresh', '0.4']),
 ])
 def test_multi_label_training(script, image_folder, monkeypatch, mode, flags):
-    monkeypatch.setattr(loaders, 'create_dataset', lambda name, **options: _LabelLists(**options))
+    monkeypatch.setattr(datasets, 'create_dataset', lambda name, **options: _LabelLists(**options))
     assert script.train(image_folder, '--task', 'multilabel', *flags, multimix=mode, num_classes=3) == 0, script.text
     row = script.summary()[0]
     assert 0 <= float(row['eval_map']) <= 100 and 'train_top1' not in row
@@ -288,7 +289,7 @@ def test_multi_label_training(script, image_folder, monkeypatch, mode, flags):
 
 
 def test_class_statistics(script, image_folder, monkeypatch):
-    monkeypatch.setattr(loaders, 'create_dataset', lambda name, **options: _LabelLists(**options))
+    monkeypatch.setattr(datasets, 'create_dataset', lambda name, **options: _LabelLists(**options))
     path = script.folder / 'stats.json'
     path.write_text('{"pos_counts": [10, 11, 11], "num_samples": 16}')
     options = dict(task='multilabel', num_classes=3, class_stats=path)

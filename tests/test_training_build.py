@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from timm_multimix.training import loaders, loop, model, run
+from timm_multimix.build import loaders, model
+from timm_multimix.training import loop, run
 
 pytest_plugins = ['training_helpers']
 

@@ -12,12 +12,13 @@ from timm.data import create_dataset as create_timm_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
-from timm_multimix.calibration import fit_temperature
+from timm_multimix.build import loaders
+from timm_multimix.build.saved_weights import weights_of_metric
+from timm_multimix.calibration import run as calibration
+from timm_multimix.calibration.run import calibration_share, hold_out
+from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError
 from timm_multimix.data.demo import DigitsDataset, Part
-from timm_multimix.training import calibration, loaders
-from timm_multimix.training.calibration import calibration_share, hold_out
-from timm_multimix.training.saved_weights import weights_of_metric
 
 pytest_plugins = ['training_helpers']
 
@@ -107,7 +108,7 @@ def test_splits_that_share_images_are_refused(monkeypatch, reader, split, is_ref
             return iter(())
 
     args = argparse.Namespace(calibrate=split, train_split='train[:90%]', val_split='validation', seed=0)
-    monkeypatch.setattr('timm_multimix.training.calibration.build_split', lambda *_: Stream())
+    monkeypatch.setattr('timm_multimix.calibration.run.build_split', lambda *_: Stream())
     with pytest.raises(UsageError, match='these are the images of') if is_refused else nullcontext():
         assert isinstance(hold_out(args, Stream(), None, 3)[1], Stream)
 

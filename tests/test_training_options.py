@@ -8,7 +8,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_multimix.common.errors import UsageError
-from timm_multimix.training.arguments import build_parser
+from timm_multimix.options import build_training_parser
 from timm_multimix.training.config import parse_args
 
 pytest_plugins = ['training_helpers']
@@ -32,15 +32,15 @@ def _facts(action: argparse.Action) -> dict[str, str]:
 
 @pytest.mark.parametrize('facts', TIMM_OPTIONS, ids=[facts['names'].split()[-1] for facts in TIMM_OPTIONS])
 def test_option_is_timms(facts):
-    actions = [action for action in build_parser()._actions if _facts(action)['names'] == facts['names']]
+    actions = [action for action in build_training_parser()._actions if _facts(action)['names'] == facts['names']]
     assert len(actions) == 1, f'no option {facts["names"]}'
     assert _facts(actions[0]) == facts
 
 
 def test_all_options_have_a_help_text():
-    for action in build_parser()._actions:
+    for action in build_training_parser()._actions:
         assert action.help, action.dest
-    assert '--multimix {off,pooled,dense}' in build_parser().format_help()
+    assert '--multimix {off,pooled,dense}' in build_training_parser().format_help()
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def parse(tmp_path, image_folder):
 
 def test_defaults_are_timms_with_user_data(parse):
     args = vars(parse())
-    for name, value in vars(build_parser().parse_args([])).items():
+    for name, value in vars(build_training_parser().parse_args([])).items():
         if name not in ('config', 'timm_script', 'data_dir', 'device'):
             assert args[name] == value, name
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
+    from .calibration.temperature import calibrate
     from .data.views import TwoViews, add_second_view, split_views
     from .dense.hook import attach, detach
     from .dense.positions import dense_logits

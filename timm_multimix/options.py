@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .build.parser import build_parser
 from .data.alternation import BatchSchedule
 from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
 from .losses.module import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
@@ -183,6 +184,11 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         help='epoch from which MultiMix is disabled, counted from 0; 0 never disables it. (default: %(default)s)')
     _add_teacher_args(group)
     return group
+
+
+def build_training_parser() -> argparse.ArgumentParser:
+    """Build the parser of train_timm.py, with timm's options and the MultiMix options. Its errors are UsageErrors."""
+    return build_parser(add_multimix_args)
 
 
 def _add_teacher_args(group: argparse._ArgumentGroup) -> None:

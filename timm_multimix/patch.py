@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from .build.saved_weights import split_metric
 from .common.errors import UsageError
 from .data.alternation import AlternatingCollateMixup, AlternatingMixup, alternate
 from .data.views import add_second_view
@@ -27,7 +28,6 @@ from .options import (
 )
 from .task import MultiLabelMultiMixTask, MultiMixTask
 from .training.checks import check_multimix
-from .training.saved_weights import split_metric
 
 _logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from .criteria import check_num_classes, loss_options
+from .build.criteria import check_num_classes, loss_options
 from .data.alternation import BatchSchedule
 from .data.views import split_views
 from .dense.hook import attach, detach

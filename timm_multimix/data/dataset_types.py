@@ -12,6 +12,8 @@ VALIDATION_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
 _WHOLE_FOLDER = ('train', 'validation')
 _TORCH_FOLDERS = ('image_folder', 'folder')
 _TORCH_TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
+# Types that need --data-dir.
+NEED_FOLDER = ('torch', 'wds')
 
 
 def dataset_prefix(name: str) -> str:

@@ -18,11 +18,11 @@ from timm.models import (
 )
 from torch import nn
 
+from ..build.model import model_options
 from ..common.command_line import short_names
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.demo import default_img_mode
 from ..evaluation.models import load_candidate
-from ..training.model import model_options
 
 # timm's switches for models that otherwise take images of one size only. None of them is needed by most models.
 _SIZE_SWITCHES = ({}, dict(dynamic_img_size=True), dict(strict_img_size=False))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration import last_layers
+from ..calibration.temperature import last_layers
 from ..common.errors import UsageError
 from .models import Candidate
 

@@ -10,13 +10,13 @@ import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..build.datasets import dataset_suggestion
 from ..common.command_line import check_dataset_packages
 from ..common.errors import UsageError, near_names, printable, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets
-from ..data.dataset_types import DATASET_TYPES, check_split, dataset_prefix
+from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMO_PREFIX, DEMOS, create_dataset
 from ..data.image_files import unreadable_images
-from ..training.checks import NEED_FOLDER, dataset_suggestion
 from .models import Candidate
 from .ood import NOISES
 

@@ -10,13 +10,13 @@ from datetime import datetime
 import timm
 import torch
 
+from ..calibration.run import CALIBRATED, share_split
 from ..common.command_line import Parser, check_packages, open_device
 from ..common.console import setup_logging
 from ..common.errors import UsageError, usage_errors
 from ..common.files import check_output, json_values, replacing
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMO_PREFIX
-from ..training.calibration import CALIBRATED, share_split
 from ..version import __version__
 from .batches import batch_size_for
 from .images import Source, parse_source

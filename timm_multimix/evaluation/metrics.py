@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..calibration import fit_temperature
+from ..calibration.temperature import fit_temperature
 from .ood import max_softmax
 
 NUM_BINS = 15

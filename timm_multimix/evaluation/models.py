@@ -19,18 +19,18 @@ from timm.models import (
 )
 from torch import nn
 
+from ..build.checkpoint import read_checkpoint
+from ..build.classes import checkpoint_classes
+from ..build.model import create_run_model, model_options
+from ..build.recorded import check_recorded
+from ..build.saved_weights import weights_of_metric
+from ..calibration.run import CALIBRATED
 from ..common.command_line import short_names
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.class_names import valid_classes
 from ..data.demo import default_img_mode
 from ..dense.heads import mean_of_heads
-from ..training.arguments import build_parser
-from ..training.calibration import CALIBRATED
-from ..training.checkpoints import read_checkpoint
-from ..training.classes import checkpoint_classes
-from ..training.config import check_recorded
-from ..training.model import create_run_model, model_options
-from ..training.saved_weights import weights_of_metric
+from ..options import build_training_parser
 
 # Checkpoints of a run folder in the order of preference.
 RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')
@@ -108,7 +108,7 @@ def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
         raise UsageError(
             f'{path} does not say what model it holds, and there is no args.yaml beside it. Give the run folder, or '
             'the name of a model of timm or the Hub.')
-    parser = build_parser()
+    parser = build_training_parser()
     check_recorded(values, parser, path)
     args = parser.parse_args([])
     for name, value in {**values, **_BEGINNING}.items():

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..calibration import fit_temperature
+from ..calibration.run import share_images
+from ..calibration.temperature import fit_temperature
 from ..common.errors import UsageError
 from ..dense.heads import find_head
 from ..dense.layouts import grid_size
 from ..dense.positions import position_features
 from ..losses.attention import attention_map
-from ..training.calibration import share_images
 from . import between, corruptions, geometry, ood, robustness
 from .batches import Embedder, InParts, predict, progress
 from .images import Images, Source, choose

@@ -1,7 +1,7 @@
 """Entry point of `python -m timm_multimix.hub`."""
 import sys
 
-from ..training.hub import command
+from .command import main
 
 if __name__ == '__main__':
-    sys.exit(command())
+    sys.exit(main())

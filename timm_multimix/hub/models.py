@@ -15,8 +15,9 @@ from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError
 from .card import CARD_NAME, model_card
-from .repository import CONFIG_NAME, WEIGHTS_NAME, HubError, HubRepository, with_retries
+from .repository import HubRepository, with_retries
 
 # Fields of a pretrained_cfg that describe the pretrained weights.
 _PRETRAINED_FIELDS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')

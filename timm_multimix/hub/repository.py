@@ -4,48 +4,43 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, set_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi, get_token, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_from_hf
 
-from ..common.secrets import contains_token, redact, remember_token
+from ..build.hub_files import (
+    CONFIG_NAME,
+    CONFLICT,
+    PATIENCE,
+    REQUEST_TIMEOUT,
+    WEIGHTS_NAME,
+    HubError,
+    hub_errors,
+    log_in_hint,
+)
+from ..common.secrets import contains_token, remember_token
 from .card import CARD_NAME, is_ours
 
 _logger = logging.getLogger(__name__)
 
-CONFIG_NAME = 'config.json'
-WEIGHTS_NAME = HF_SAFE_WEIGHTS_NAME
 RETRY_WAITS = (5, 20, 60, 180)  # seconds, in addition to the retries of huggingface_hub itself
-_REQUEST_TIMEOUT = 90  # seconds; longer than the 60 seconds of the Hub's gateway
-PATIENCE = 600  # seconds for all retries
 _COMMIT_ATTEMPTS = 5
-_TOKENS_PAGE = 'https://huggingface.co/settings/tokens'
 
-_CONFLICT = (409, 412)  # another commit was made first
-_TEMPORARY = (408, 429, 500, 502, 503, 504)
 # Matches names that git does not accept for a branch.
 _INVALID_BRANCH = re.compile(r'[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|(^|/)[.-]|\.(/|$)|\.lock(/|$)|^/|/$|^@?$')
-# Errors for which a retry does not help. Other errors come from the network.
-_PERMANENT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, FileNotFoundError,
-                     PermissionError)
 
 T = TypeVar('T')
 
 
-def limit_waiting(seconds: float = _REQUEST_TIMEOUT) -> None:
+def limit_waiting(seconds: float = REQUEST_TIMEOUT) -> None:
     """Set a timeout for the requests of huggingface_hub in this process. There is none by default.
 
     Args:
@@ -58,73 +53,6 @@ def limit_waiting(seconds: float = _REQUEST_TIMEOUT) -> None:
         client.timeout = seconds
         return client
     set_client_factory(with_timeout)
-
-
-class HubError(RuntimeError):
-    """A failed operation on the Hugging Face Hub.
-
-    Attributes:
-        is_temporary: Whether a retry can succeed.
-        retry_after: Seconds to wait before a retry, as requested by the Hub; 0 if it requests nothing.
-        status: HTTP status of the response; None without a response.
-    """
-
-    def __init__(self, text: str, *, is_temporary: bool = False, retry_after: float = 0, status: int | None = None):
-        super().__init__(redact(text))
-        self.is_temporary = is_temporary
-        self.retry_after = retry_after
-        self.status = status
-
-
-def _log_in_hint() -> str:
-    return f'Run `hf auth login` or set HF_TOKEN, with a token with write access from {_TOKENS_PAGE}'
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _as_hub_error(error: Exception, operation: str) -> HubError:
-    """Convert a library's error to a HubError with the operation, the cause and the remedy."""
-    http_error = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
-    if http_error is None:
-        permanent = isinstance(error, (*_PERMANENT_ERRORS, OfflineModeIsEnabled))
-        reason = '' if permanent else f'no connection to {constants.ENDPOINT}: '
-        return HubError(f'{operation}: {reason}{error or type(error).__name__}', is_temporary=not permanent)
-    status = http_error.response.status_code
-    message = ' '.join((http_error.server_message or '').split())
-    message = f' Response of the Hub: {message.rstrip(".")}.' if message else ''
-    if status == 401 and not isinstance(http_error, RepositoryNotFoundError):
-        text = f'the token is not valid or has expired. {_log_in_hint()}.'
-    elif status in (401, 404):
-        text = 'there is no such repository or revision, or the token cannot read it.'
-    elif status == 403:
-        text = ('the token does not permit this. Create a token with write access to this repository at '
-                f'{_TOKENS_PAGE} and log in with it, or choose a repository in your own namespace.')
-    elif status == 429:
-        text = 'too many requests (429).'
-    elif status in _CONFLICT:
-        text = f'the repository was changed by another commit at the same time ({status}).'
-    else:
-        text = f'the Hub responded with status {status}.'
-    wait = http_error.response.headers.get('Retry-After', '')
-    return HubError(
-        f'{operation}: {text}{message}', is_temporary=status in (*_TEMPORARY, *_CONFLICT),
-        retry_after=min(float(wait), PATIENCE) if wait.isdigit() else 0, status=status)
-
-
-@contextmanager
-def _hub_errors(operation: str) -> Iterator[None]:
-    """Convert exceptions to a HubError whose message starts with the operation."""
-    try:
-        yield
-    except HubError:
-        raise
-    except Exception as error:  # the types depend on the HTTP library, which differs between versions
-        _logger.debug('', exc_info=True)
-        raise _as_hub_error(error, operation) from None  # a traceback would contain the text of the response
 
 
 def with_retries(
@@ -212,16 +140,16 @@ class HubRepository:
         Raises:
             HubError: if there is no token, or if it is invalid or read-only.
         """
-        with _hub_errors('Reading the access token'):
+        with hub_errors('Reading the access token'):
             token = get_token()
         if not token:
-            raise HubError(f'There is no access token for the Hugging Face Hub. {_log_in_hint()}.')
+            raise HubError(f'There is no access token for the Hugging Face Hub. {log_in_hint()}.')
         remember_token(token)
-        with _hub_errors('Logging in to the Hugging Face Hub'):
+        with hub_errors('Logging in to the Hugging Face Hub'):
             user = self.api.whoami()
         role = ((user.get('auth') or {}).get('accessToken') or {}).get('role')
         if role == 'read':
-            raise HubError(f"The access token of {user['name']} is read-only. {_log_in_hint()}.")
+            raise HubError(f"The access token of {user['name']} is read-only. {log_in_hint()}.")
         if '/' not in self.repo_id:
             self.repo_id = f'{user["name"]}/{self.repo_id}'
 
@@ -234,7 +162,7 @@ class HubRepository:
         Raises:
             HubError: if the repository cannot be created or written, or contains another architecture.
         """
-        with _hub_errors(f'Opening {self.repo_id}'):
+        with hub_errors(f'Opening {self.repo_id}'):
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             self.api.auth_check(self.repo_id, write=True)
             if self.revision:
@@ -245,7 +173,7 @@ class HubRepository:
 
     def _snapshot(self) -> _Snapshot:
         info = self.api.model_info(
-            self.repo_id, revision=self.revision, files_metadata=True, timeout=_REQUEST_TIMEOUT)
+            self.repo_id, revision=self.revision, files_metadata=True, timeout=REQUEST_TIMEOUT)
         return _Snapshot(info.sha, {
             file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()})
 
@@ -297,10 +225,10 @@ class HubRepository:
         folder = Path(folder)
         for attempt in range(_COMMIT_ATTEMPTS):
             try:
-                with _hub_errors(f'Pushing to {self.shown}'):
+                with hub_errors(f'Pushing to {self.shown}'):
                     return self._commit(folder, message)
             except HubError as error:
-                if error.status not in _CONFLICT or attempt == _COMMIT_ATTEMPTS - 1:
+                if error.status not in CONFLICT or attempt == _COMMIT_ATTEMPTS - 1:
                     raise
         raise AssertionError('unreachable')
 
@@ -327,25 +255,3 @@ class HubRepository:
         return str(info.commit_url)
 
 
-def is_hub_name(name: str) -> bool:
-    """Return whether a name refers to the Hub: `hf-hub:user/name` or `hf-hub:user/name@revision`."""
-    return name.lower().startswith(('hf-hub:', 'hf_hub:'))
-
-
-def download(name: str, *filenames: str) -> str:
-    """Download the first file that exists in a model repository.
-
-    Args:
-        name: `hf-hub:user/name[@revision]`.
-        *filenames: File names in order of preference.
-
-    Returns:
-        Path of the file in huggingface_hub's cache.
-
-    Raises:
-        HubError: if the repository has none of the files or cannot be read.
-    """
-    for filename in filenames:
-        with _hub_errors('Downloading from the Hub'), suppress(EntryNotFoundError):
-            return download_from_hf(name.partition(':')[2], filename)
-    raise HubError(f'{name} has none of the files {", ".join(filenames)}.')

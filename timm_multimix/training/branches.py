@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 
+from ..calibration.run import CALIBRATED
 from ..common.errors import UsageError
-from .calibration import CALIBRATED
+from ..hub.summary import SUMMARY_NAME
 from .checkpoints import find_checkpoints, position
-from .curve import SUMMARY_NAME
 from .run import Run
 
 _logger = logging.getLogger(__name__)

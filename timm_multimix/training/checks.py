@@ -13,14 +13,16 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils.distributed import world_info_from_env
 
+from ..build.arguments import DEFAULT_OUTPUT
+from ..build.loaders import mixup_active
+from ..build.saved_weights import AVERAGE, STUDENT, TEACHER
 from ..common.command_line import check_dataset_packages, check_packages
 from ..common.errors import UsageError, near_names, usage_errors
-from ..data.dataset_types import DATASET_TYPES, check_split, dataset_prefix
+from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMOS
 from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs, preset_options
 from .checkpoints import holds_checkpoints
-from .saved_weights import AVERAGE, STUDENT, TEACHER
 
 _logger = logging.getLogger(__name__)
 
@@ -51,12 +53,8 @@ _MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # infinity means no limit
 _PROBABILITIES = ('drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob',
                   'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob',
                   'model_ema_decay')
-DEFAULT_OUTPUT = os.path.join('output', 'train')
 # Options that need several positions. Pooled MultiMix has one.
 _DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
-NEED_FOLDER = ('torch', 'wds')
-_TORCH_DATASETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist', 'image_folder', 'folder',
-                   'inaturalist', 'places365', 'imagenet')
 
 
 def _option(name: str) -> str:
@@ -126,12 +124,6 @@ def _check_augmentation(args: argparse.Namespace) -> None:
     if args.aa:
         with usage_errors(f'--aa {args.aa}', near_names(args.aa.partition('-')[0], _AUGMENTATIONS)):
             create_transform(224, is_training=True, auto_augment=args.aa)
-
-
-def dataset_suggestion(dataset: str) -> str:
-    """Suggest names for a misspelt torchvision dataset. Returns '' for other types and for existing names."""
-    kind, _, name = dataset.lower().partition('/')
-    return near_names(name, _TORCH_DATASETS) if kind == 'torch' else ''
 
 
 def _check_dataset(args: argparse.Namespace) -> None:
@@ -308,11 +300,6 @@ def _warn_of_unused_options(args: argparse.Namespace, prefix: str | tuple[str, .
             if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
     if unused:
         _logger.warning(f'{", ".join(unused)}: without effect, {reason}.')
-
-
-def mixup_active(args: argparse.Namespace) -> bool:
-    """Return whether image mixup or CutMix is enabled."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -1,21 +1,20 @@
 """Combine the command line and a YAML file into the arguments of a run."""
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import yaml
-from timm.utils import ParseKwargs
 
+from ..build.recorded import option_value
 from ..common.errors import UsageError, near_names, usage_errors
 from ..common.secrets import contains_token
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMOS
 from ..hub import check_fields
 from ..losses.module import PRESETS
-from ..options import preset_options
-from .arguments import build_parser
+from ..options import build_training_parser, preset_options
 from .checks import check_args
 
 _logger = logging.getLogger(__name__)
@@ -27,51 +26,6 @@ _MISSPELT_CUTOFF = 0.8  # minimum similarity between an unknown key and an optio
 COMMAND_LINE_ONLY = ('dataset_trust_remote_code', 'device_modules')
 # Options that select a dataset, which can run code.
 DATA_OPTIONS = ('dataset', 'data', 'data_dir', 'train_split', 'val_split', 'calibrate')
-
-
-def _scalar(action: argparse.Action, value: Any) -> Any:
-    """Convert one YAML value like argparse. Numbers can be strings, because YAML parses 3e-4 as a string."""
-    if value is False and action.choices and 'off' in action.choices:
-        return 'off'  # YAML parses a bare off as False
-    convert = action.type or str
-    if isinstance(value, (bool, list, dict)) or (convert is int and isinstance(value, float)):
-        raise ValueError
-    value = convert(value)
-    if action.choices and value not in action.choices:
-        raise ValueError
-    return value
-
-
-def _expected(action: argparse.Action) -> str:
-    if isinstance(action, argparse._StoreTrueAction):
-        return 'true or false'
-    if isinstance(action, ParseKwargs):
-        return 'a mapping'
-    kind = {int: 'integer', float: 'number'}.get(action.type, 'string')
-    kind = f'one of {", ".join(action.choices)}' if action.choices else kind
-    if isinstance(action.nargs, int) or action.nargs in ('+', '*'):
-        return f'a list of {action.nargs if isinstance(action.nargs, int) else ""} {kind}s'.replace('  ', ' ')
-    return kind
-
-
-def _config_value(action: argparse.Action, value: Any) -> Any:
-    try:
-        if isinstance(action, (argparse._StoreTrueAction, ParseKwargs)):
-            if not isinstance(value, bool if action.nargs == 0 else dict):
-                raise ValueError
-            return value
-        if isinstance(action.nargs, int) or action.nargs in ('+', '*'):
-            if isinstance(action.nargs, str) and not isinstance(value, list):
-                value = [value]  # a single value, as on the command line
-            if not isinstance(value, list) or (isinstance(action.nargs, int) and len(value) != action.nargs):
-                raise ValueError
-            return [_scalar(action, item) for item in value]
-        return _scalar(action, value)
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f'{action.dest}: {error}') from error
-    except (ValueError, TypeError) as error:
-        hint = near_names(value, action.choices) if action.choices and isinstance(value, str) else ''
-        raise UsageError(f'{action.dest} must be {_expected(action)}, got {value!r}.{hint}') from error
 
 
 def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -119,33 +73,10 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
                 f'trust the code, give --{dest.replace("_", "-")} on the command line.')
         elif value is not None:
             try:
-                values[dest] = _config_value(actions[dest], value)
+                values[dest] = option_value(actions[dest], value)
             except UsageError as error:
                 raise UsageError(f'--config {path}: {error}') from error
     return values
-
-
-def check_recorded(values: Mapping[str, Any], parser: argparse.ArgumentParser, path: str) -> None:
-    """Check the arguments stored in a checkpoint like the options of a YAML file. Unknown arguments are skipped.
-
-    Args:
-        values: Arguments by name.
-        parser: Parser with the options.
-        path: Checkpoint or run that is named in the error message.
-
-    Raises:
-        UsageError: if an argument has an invalid value.
-    """
-    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise UsageError(f'{path}: the arguments are not a mapping of names to values.')
-    with usage_errors(f'{path} contains invalid arguments'):
-        check_fields(values.get('card') or {})
-    for dest, action in {action.dest: action for action in parser._actions}.items():
-        if values.get(dest) is not None:
-            try:
-                _config_value(action, values[dest])
-            except UsageError as error:
-                raise UsageError(f'{path} contains invalid arguments: {error}') from error
 
 
 def dataset_danger(args: argparse.Namespace) -> str:
@@ -267,7 +198,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: if an option, a value or a combination of options is invalid.
     """
-    parser = build_parser()
+    parser = build_training_parser()
     given = _parse_given(parser, argv)
     config = given.pop('config', '')
     file_values = read_config(config, parser) if config else {}

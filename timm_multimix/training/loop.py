@@ -13,13 +13,14 @@ from timm import utils
 from timm.task import evaluation_sample_limit
 from torch import nn
 
+from ..build.loaders import TRAINING
 from ..common.console import Averages, EpochReporter
 from ..common.errors import RunError
 from ..common.files import create
 from .checkpoints import RunSaver
 from .progress import take_progress
 from .run import Run
-from .unreadable import TRAINING, begin_epoch, count_unreadable
+from .unreadable import begin_epoch, count_unreadable
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,13 @@ import yaml
 from timm import utils
 from timm.models import clean_state_dict
 
+from ..build.checkpoint import read_checkpoint
+from ..build.loaders import TRAINING, VALIDATION
+from ..build.saved_weights import described, saved_weights
+from ..build.workers import ending_workers
+from ..calibration.run import forget_calibrated, write_calibrated
 from ..common.console import is_first_on_machine, setup_logging
+from ..common.distributed import is_lost_contact, lost_contact
 from ..common.errors import (
     RunError,
     UsageError,
@@ -22,22 +28,18 @@ from ..common.errors import (
     usage_errors,
 )
 from ..common.files import lock_folder, make_folder, remove_temporary, replacing, unlock_folders
+from ..hub.export import write_config
+from ..hub.summary import SUMMARY_NAME, fit_columns, read_summary, trim_summary
 from .branches import set_aside
-from .calibration import forget_calibrated, write_calibrated
-from .checkpoints import RunSaver, read_checkpoint
+from .checkpoints import RunSaver
 from .checks import check_run_folder
 from .config import COMMAND_LINE_ONLY, DATA_OPTIONS, dataset_danger, parse_args
-from .curve import SUMMARY_NAME, fit_columns, read_summary, trim_summary
-from .export import write_config
 from .hub import HubPush
-from .interrupt import ending_workers
 from .loop import learning_rate, train_epoch, validate
-from .processes import is_lost_contact, lost_contact
 from .progress import restore_progress, take_progress
 from .resuming import check_architecture
 from .run import Run, build_run, compile_task
-from .saved_weights import described, saved_weights
-from .unreadable import TRAINING, VALIDATION, report_totals, warn_of_unreadable
+from .unreadable import report_totals, warn_of_unreadable
 from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
 
 _logger = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ def _open_folder(run: Run, args_text: str) -> RunSaver | None:
         read_summary(run.folder)  # raises UsageError if the file is invalid
         remove_temporary(run.folder)
         _save_args(run, args_text)
-        write_config(run)
+        write_config(run.folder, run.args, run.task.get_trainable_module(), run.data_config, run.class_to_idx)
     saver = RunSaver(
         model=run.task.get_trainable_module(),
         optimizer=run.optimizer,

@@ -17,12 +17,12 @@ from timm.task import (
 )
 from torch import nn
 
+from ..build.criteria import check_num_classes
+from ..build.loaders import mixup_active
 from ..common.errors import UsageError, usage_errors
-from ..criteria import check_num_classes
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
-from .checks import mixup_active
 
 _logger = logging.getLogger(__name__)
 

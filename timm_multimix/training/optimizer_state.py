@@ -8,8 +8,8 @@ import torch
 from timm.optim import get_optimizer_info
 from torch.optim import Optimizer
 
+from ..build.saved_weights import arguments_of
 from ..common.errors import UsageError
-from .saved_weights import arguments_of
 
 _LOOKAHEAD = 'lookahead_'
 # State with the shape of the parameter, in the optimizers of PyTorch and timm that have it.

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from torch.optim import Optimizer
 
+from ..build.checkpoint import read_checkpoint
+from ..build.saved_weights import arguments_of, saved_weights
 from ..common.errors import UsageError, usage_errors
 from ..options import multimix_option_names
-from .checkpoints import read_checkpoint
 from .optimizer_state import check_optimizer, load_optimizer
-from .saved_weights import arguments_of, saved_weights
 
 _logger = logging.getLogger(__name__)
 

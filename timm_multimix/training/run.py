@@ -21,18 +21,11 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from torch.optim import Optimizer
 
-from ..common.errors import UsageError, usage_errors
-from ..common.files import lock_folder
-from ..data.demo import Part
-from ..hub import WEIGHTS_NAME, download, is_hub_name
-from .calibration import check_classifier, check_continues, hold_out
-from .checkpoints import newest_checkpoint
-from .checks import DEFAULT_OUTPUT
-from .classes import check_targets, match_classes, settle_classes
-from .interrupt import StopRequest
-from .loaders import Loaders, build_calibration_loader, build_datasets, build_loaders
-from .loss_guard import LossGuard
-from .model import (
+from ..build.arguments import DEFAULT_OUTPUT
+from ..build.classes import check_targets, match_classes, settle_classes
+from ..build.datasets import build_datasets
+from ..build.loaders import Loaders, build_calibration_loader, build_loaders
+from ..build.model import (
     check_input_sizes,
     create_run_model,
     input_channels,
@@ -41,11 +34,20 @@ from .model import (
     report_positions,
     resolve_data,
 )
+from ..build.saved_weights import changes, entries
+from ..calibration.run import check_classifier, check_continues, hold_out
+from ..common.distributed import Watchdog, choose_device, join_processes, of_the_first
+from ..common.errors import UsageError, usage_errors
+from ..common.files import lock_folder
+from ..data.demo import Part
+from ..hub import WEIGHTS_NAME, download, is_hub_name
+from ..options import batch_schedule
+from .checkpoints import newest_checkpoint
+from .interrupt import StopRequest
+from .loss_guard import LossGuard
 from .objective import build_task
-from .processes import Watchdog, choose_device, join_processes, of_the_first
 from .progress import reading_progress, step_scheduler, usable_progress
 from .resuming import load_weights, resume, setup_ema
-from .saved_weights import changes, entries
 
 _logger = logging.getLogger(__name__)
 
@@ -296,7 +298,8 @@ def build_run(args: argparse.Namespace) -> Run:
     if not args.naflex_loader:
         check_input_sizes(args, model, data_config)
     check_classifier(args, model, data_config['input_size'])
-    loaders = build_loaders(args, (train, evaluation), data_config, device, precision.dtype, patch_size)
+    loaders = build_loaders(
+        args, (train, evaluation), data_config, device, precision.dtype, patch_size, batch_schedule(args))
     if held_out is not None:
         loaders.calibration = build_calibration_loader(args, held_out, data_config, device, precision.dtype)
     _settle_learning_rate(args, loaders.batch_size)

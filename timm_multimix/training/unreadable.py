@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-TRAINING, VALIDATION = 'training', 'validation'
-
 
 def begin_epoch(run: Run) -> None:
     """Reset the counts of unreadable images for a new epoch."""

@@ -6,9 +6,9 @@ from typing import NamedTuple
 from timm import utils
 from torch import nn
 
+from ..build.saved_weights import AVERAGE, STUDENT, TEACHER, saved_weights, split_metric, weights_of_metric
 from .loop import validate
 from .run import Run
-from .saved_weights import AVERAGE, STUDENT, TEACHER, saved_weights, split_metric, weights_of_metric
 
 _logger = logging.getLogger(__name__)
 

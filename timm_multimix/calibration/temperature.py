@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from .dense.heads import mean_of_heads
+from ..dense.heads import mean_of_heads
 
 _logger = logging.getLogger(__name__)
 

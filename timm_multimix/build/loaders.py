@@ -8,7 +8,6 @@ import torch
 from timm.data import (
     AugMixDataset,
     Mixup,
-    MultiLabelTarget,
     NaFlexMixup,
     create_loader,
     create_naflex_loader,
@@ -17,17 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import UsageError, usage_errors
 from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
-from ..data.demo import create_dataset, default_img_mode
 from ..data.image_files import UnreadableImages, unreadable_images
 from ..data.views import add_second_view
-from ..options import batch_schedule
-from .checks import dataset_suggestion, mixup_active
-from .interrupt import IgnoreSignals
 from .resumable import ResumableLoader
-from .unreadable import TRAINING, VALIDATION
+from .workers import IgnoreSignals
 
 _logger = logging.getLogger(__name__)
 
+TRAINING, VALIDATION = 'training', 'validation'
 _DEFAULT_PATCH_SIZE = (16, 16)
 
 
@@ -64,52 +60,9 @@ class Loaders:
             loader.generator = torch.Generator()
 
 
-def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, **own: Any) -> Dataset:
-    """Create the dataset of one split.
-
-    Args:
-        args: Arguments of the run.
-        in_chans: Number of image channels.
-        split: Name of the split.
-        what: Purpose of the split, for error messages.
-        **own: Additional arguments of create_dataset.
-
-    Raises:
-        UsageError: if the dataset cannot be created or contains no images.
-    """
-    target_transform = None
-    if args.task == 'multilabel':
-        target_transform = MultiLabelTarget(args.num_classes, dense=args.target_format == 'multihot')
-    # Only some readers accept target_format.
-    target_options = {} if args.target_format == 'indices' else dict(target_format=args.target_format)
-    options = dict(
-        root=args.data_dir,
-        class_map=args.class_map,
-        download=args.dataset_download,
-        batch_size=args.batch_size,
-        input_img_mode=args.input_img_mode or default_img_mode(in_chans),
-        input_key=args.input_key,
-        target_key=args.target_key,
-        target_transform=target_transform,
-        trust_remote_code=args.dataset_trust_remote_code,
-        **target_options,
-    )
-    with usage_errors(f'{what} data {args.data_dir or args.dataset}', dataset_suggestion(args.dataset)):
-        return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
-
-
-def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
-    """Create the training and validation datasets. The latter is None without a validation split.
-
-    Raises:
-        UsageError: if a dataset cannot be created or contains no images.
-    """
-    train = build_split(
-        args, in_chans, args.train_split, 'Training', is_training=True, seed=args.seed, repeats=args.epoch_repeats,
-        num_samples=args.train_num_samples)
-    if not args.val_split:
-        return train, None
-    return train, build_split(args, in_chans, args.val_split, 'Validation', num_samples=args.val_num_samples)
+def mixup_active(args: argparse.Namespace) -> bool:
+    """Return whether image mixup or CutMix is enabled."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +132,14 @@ def _evaluation_options(args: argparse.Namespace, data_config: dict) -> dict[str
     )
 
 
-def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_size, shared: dict, own: dict):
+def _standard_train_loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        input_size: tuple[int, int, int],
+        schedule: BatchSchedule,
+        shared: dict[str, Any],
+        own: dict[str, Any],
+) -> tuple[Any, Mixup | None]:
     """Create the standard loader, with scheduled sizes, augmentation splits and image mixup."""
     mixup_fn = collate_fn = None
     if mixup_active(args):
@@ -209,7 +169,6 @@ def _standard_train_loader(args: argparse.Namespace, dataset: Dataset, input_siz
     )
     if args.multimix != 'off' and args.multimix_views == 2:
         add_second_view(loader)
-    schedule = batch_schedule(args)
     if schedule.alternates and collate_fn is not None:
         try:
             alternate(loader, schedule)
@@ -291,6 +250,7 @@ def build_loaders(
         device: torch.device,
         dtype: torch.dtype | None,
         patch_size: tuple[int, int] | None,
+        schedule: BatchSchedule,
 ) -> Loaders:
     """Create the data loaders of a run.
 
@@ -301,6 +261,7 @@ def build_loaders(
         device: Device of the batches.
         dtype: Dtype of the images, None for float32.
         patch_size: Patch size of the model, for NaFlex.
+        schedule: Schedule that selects the MultiMix batches.
 
     Raises:
         UsageError: if timm rejects the options, or the training images do not fill one batch.
@@ -314,7 +275,7 @@ def build_loaders(
         if args.naflex_loader:
             loader = _naflex_train_loader(args, train, patch_size, shared, own)
         else:
-            loader, mixup_fn = _standard_train_loader(args, train, data_config['input_size'], shared, own)
+            loader, mixup_fn = _standard_train_loader(args, train, data_config['input_size'], schedule, shared, own)
     if args.train_img_sizes:
         batch_size = loader.batch_sampler.average_batch_size
     if len(loader) == 0:
@@ -333,4 +294,4 @@ def build_loaders(
     loader, resumable = _make_resumable(loader, device)
     records = {TRAINING: unreadable_images(train), VALIDATION: unreadable_images(evaluation)}
     unreadable = {part: record for part, record in records.items() if record is not None}
-    return Loaders(loader, loader_eval, mixup_fn, batch_size, batch_schedule(args), resumable, unreadable=unreadable)
+    return Loaders(loader, loader_eval, mixup_fn, batch_size, schedule, resumable, unreadable=unreadable)

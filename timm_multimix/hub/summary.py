@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from ..build.saved_weights import split_metric
 from ..common.errors import UsageError
-from .saved_weights import split_metric
 
 SUMMARY_NAME = 'summary.csv'
 _PANELS = {'loss': 'loss', 'top-1 accuracy (%)': 'top1', 'mean average precision (%)': 'map'}

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..common.errors import UsageError, usage_errors
 from ..dense.hook import attach, outputs_in_evaluation
-from ..hub import WEIGHTS_NAME, download, is_hub_name
-from .checkpoints import check_weights_file
+from .checkpoint import check_weights_file
+from .hub_files import WEIGHTS_NAME, download, is_hub_name
 
 _logger = logging.getLogger(__name__)
 

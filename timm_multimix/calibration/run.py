@@ -15,14 +15,14 @@ from timm.models import clean_state_dict
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ..calibration import calibrate, scalable_classifier
+from ..build.checkpoint import read_checkpoint
+from ..build.datasets import build_split
+from ..build.saved_weights import arguments_of, described, metrics_of, split_metric, weights_of_metric
 from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_errors
 from ..common.files import replacing
 from ..data.demo import Part
 from ..data.image_files import DecodingReader
-from .checkpoints import read_checkpoint
-from .loaders import build_split
-from .saved_weights import arguments_of, described, metrics_of, split_metric, weights_of_metric
+from .temperature import calibrate, scalable_classifier
 
 _logger = logging.getLogger(__name__)
 

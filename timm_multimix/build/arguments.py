@@ -1,17 +1,14 @@
 """Command-line options of train_timm.py. Names, types and defaults follow timm's training script."""
-import argparse
+import os
 from typing import Any, NamedTuple
 
 from timm.data.readers.targets import TARGET_FORMATS
 from timm.loss import LOSS_TYPES
 from timm.utils import ParseKwargs
 
-from ..common.command_line import Parser
-from ..common.errors import UsageError
-from ..common.secrets import redact
-from ..options import add_multimix_args
 from .saved_weights import WEIGHTS
 
+DEFAULT_OUTPUT = os.path.join('output', 'train')
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
 
 
@@ -364,37 +361,3 @@ GROUPS = {
 }
 
 
-class _Parser(Parser):
-    """Parser of train_timm.py that removes access tokens from its error messages."""
-
-    def error(self, message: str):
-        message = redact(message)
-        if message.startswith('unrecognized arguments') and 'token' in message:
-            raise UsageError(
-                f'{message}. Do not pass a Hub token on the command line: use `hf auth login` or set HF_TOKEN.')
-        super().error(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of train_timm.py, with timm's options and the MultiMix options. Its errors are UsageErrors."""
-    parser = _Parser(
-        prog='train_timm.py',
-        usage='train_timm.py [--data-dir DIR] [--model MODEL] [--multimix {off,pooled,dense}] [OPTION ...]',
-        description="Train an image classifier with timm's models and options, optionally with MultiMix. Without "
-                    "--data-dir and --dataset it trains on scikit-learn's digits.",
-        epilog='Example: train_timm.py --model resnet50 --multimix dense',
-    )
-    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for these options')
-    parser.add_argument('--timm-script', metavar='FILE',
-                        help='run this timm train.py instead, with the MultiMix options added')
-    parser.add_argument('data', nargs='?', metavar='DIR', help='deprecated, use --data-dir')
-    add_multimix_args(parser)
-    for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            group.add_argument(*option.names, **option.settings)
-        if options is MODEL:
-            exclusive = group.add_mutually_exclusive_group()
-            for option in CODEGEN:
-                exclusive.add_argument(*option.names, **option.settings)
-    return parser

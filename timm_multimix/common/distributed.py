@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device, is_distributed_env, world_info_from_env
 
-from ..common.errors import RunError
+from .errors import RunError
 
 _logger = logging.getLogger(__name__)
 

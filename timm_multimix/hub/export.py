@@ -16,12 +16,18 @@ import torch
 import yaml
 from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
+from torch import nn
 
+from ..build.checkpoint import read_checkpoint
+from ..build.model import create_run_model, model_options, resolve_data
+from ..build.recorded import check_recorded
+from ..build.saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_of_metric
 from ..common.errors import UsageError, usage_errors
 from ..common.files import replacing
-from ..data.class_names import dataset_classes, ordered_names
+from ..data.class_names import ordered_names
 from ..data.demo import DEMOS
-from ..hub import (
+from ..options import build_training_parser, multimix_option_names
+from . import (
     CARD_NAME,
     CONFIG_NAME,
     CURVE_NAME,
@@ -36,14 +42,7 @@ from ..hub import (
     save_config,
     save_weights,
 )
-from ..options import multimix_option_names
-from .arguments import build_parser
-from .checkpoints import read_checkpoint
-from .config import check_recorded
-from .curve import draw_curve, read_summary
-from .model import create_run_model, model_options, resolve_data
-from .run import Run
-from .saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_of_metric
+from .summary import draw_curve, read_summary
 
 _logger = logging.getLogger(__name__)
 
@@ -60,28 +59,36 @@ _LOCAL_OPTIONS = frozenset((
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 
 
-def write_config(run: Run) -> None:
+def write_config(
+        folder: str,
+        args: argparse.Namespace,
+        model: nn.Module,
+        data_config: Mapping[str, Any],
+        class_to_idx: Mapping[str, int] | None,
+) -> None:
     """Write timm's config.json of the model to the run folder.
+
+    Args:
+        folder: Run folder.
+        args: Arguments of the run.
+        model: The model.
+        data_config: Input size, pixel statistics, crop and interpolation.
+        class_to_idx: Index of each class name, None if the class names are unknown.
 
     Raises:
         UsageError: if timm cannot write the configuration and --push-to-hub is set.
     """
     try:
-        with replacing(os.path.join(run.folder, CONFIG_NAME)) as path:
+        with replacing(os.path.join(folder, CONFIG_NAME)) as path:
             save_config(
-                unwrap_model(run.task.get_trainable_module()), path,
-                data_config=dict(run.data_config, crop_mode='center'),  # as in timm's validation
-                label_names=ordered_names(run.class_to_idx, run.args.num_classes),
-                from_scratch=not (run.args.pretrained or run.args.initial_checkpoint))
+                unwrap_model(model), path,
+                data_config=dict(data_config, crop_mode='center'),  # as in timm's validation
+                label_names=ordered_names(class_to_idx, args.num_classes),
+                from_scratch=not (args.pretrained or args.initial_checkpoint))
     except HubError as error:
-        if run.args.push_to_hub:
+        if args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
         _logger.warning(f'{CONFIG_NAME} was not written. This run cannot be exported or pushed: {error}')
-
-
-def label_names(dataset, num_classes: int) -> list[str] | None:
-    """Class names in order; None if the dataset does not name each class."""
-    return ordered_names(dataset_classes(dataset), num_classes)
 
 
 class Model(NamedTuple):
@@ -157,7 +164,7 @@ def recipe(args: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Returns:
         Options that differ from their defaults, and the names of options that are omitted as private.
     """
-    defaults = vars(build_parser().parse_args([]))
+    defaults = vars(build_training_parser().parse_args([]))
     given = {name: value for name, value in args.items()
              if name in defaults and value != defaults[name] and name not in _LOCAL_OPTIONS}
     private = sorted(name for name, value in given.items() if _is_private(value))
@@ -283,7 +290,7 @@ def _check_public(text: str, folder: str) -> None:
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a run, from its checkpoint or else from args.yaml."""
-    args, parser = arguments_of(checkpoint), build_parser()
+    args, parser = arguments_of(checkpoint), build_training_parser()
     if not args:
         try:
             with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:

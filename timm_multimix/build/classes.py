@@ -11,14 +11,14 @@ import torch
 from timm.utils import is_primary
 from torch.utils.data import Dataset
 
+from ..common.distributed import of_the_first
 from ..common.errors import UsageError, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets, valid_classes
 from ..data.dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..data.image_files import listed
-from ..hub import CONFIG_NAME, HubError, download, is_hub_name
-from .checkpoints import read_checkpoint
-from .checks import DEFAULT_OUTPUT
-from .processes import of_the_first
+from .arguments import DEFAULT_OUTPUT
+from .checkpoint import read_checkpoint
+from .hub_files import CONFIG_NAME, HubError, download, is_hub_name
 from .saved_weights import arguments_of
 
 _logger = logging.getLogger(__name__)

@@ -1,0 +1,185 @@
+"""The command `python -m timm_multimix.hub`: push, export or describe the model of a run folder."""
+import argparse
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from ..build.hub_files import WEIGHTS_NAME
+from ..build.saved_weights import WEIGHTS
+from ..common.console import setup_logging
+from ..common.errors import UsageError, usage_errors
+from ..common.files import create, remove_work_folders, work_folder
+from ..common.secrets import redact
+from .card import CARD_NAME, CURVE_NAME
+from .export import export
+from .models import check_rebuilds
+from .repository import HubRepository, limit_waiting, with_retries
+
+_logger = logging.getLogger(__name__)
+
+_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
+
+def model_folder(folder: str) -> AbstractContextManager[str]:
+    """Create a temporary folder for a model, on the disk of the run if it is writable."""
+    return work_folder(folder if os.access(folder, os.W_OK) else gettempdir())
+
+
+def push_command(folder: str, repository: HubRepository, weights: str) -> str:
+    options = ['--revision', repository.revision] if repository.revision else []
+    options += ['--private'] if repository.private else []
+    options += ['--weights', weights] if weights != 'best' else []
+    return shlex.join(['python', '-m', 'timm_multimix.hub', 'push', folder, repository.repo_id, *options])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(redact(message))
+
+
+def _command_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog='python -m timm_multimix.hub',
+        description='Push the model of a run to the Hugging Face Hub, export it to a folder in the same format, or '
+                    'print its model card. Only push needs an access token, from `hf auth login` or HF_TOKEN.')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='{push,export,card}', parser_class=_Parser)
+    push = commands.add_parser('push', help='push the model of a run, or repeat a failed upload')
+    files = commands.add_parser('export', help='export the model of a run to a folder that timm can load')
+    card = commands.add_parser('card', help='print the model card; needs no network')
+    for command in (push, files, card):
+        command.add_argument('folder', metavar='RUN_FOLDER', help='run folder with checkpoints')
+        if command is files:
+            command.add_argument('target', metavar='TARGET_FOLDER', help='new or empty folder')
+        command.add_argument('repo_id', nargs='?', metavar='USER/NAME',
+                             help='repository (default: --hub-model-id of the run)')
+        command.add_argument('--revision', metavar='BRANCH', help='branch (default: main)')
+        command.add_argument('--weights', default='best', choices=('best', *WEIGHTS),
+                             help='weights to use: the evaluated weights of the best metric (best), the trained '
+                                  'weights (student), their average (ema) or the teacher (default: %(default)s)')
+    push.add_argument('--private', action='store_true', help='make a new repository private')
+    push.add_argument('--force', action='store_true', help='overwrite another architecture, or weights of other users')
+    card.add_argument('--output', metavar='DIR', help='write the card and its image to this folder')
+    return parser
+
+
+def _repo_id_of(folder: str) -> str | None:
+    try:
+        with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
+            return (yaml.safe_load(file) or {}).get('hub_model_id')
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None
+
+
+def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
+    with usage_errors(repo_id):
+        repository = HubRepository(
+            repo_id, revision=args.revision, private=args.private or None, force=args.force)
+        repository.log_in()
+        with model_folder(args.folder) as target:
+            model = export(args.folder, target, repository.repo_id, revision=args.revision, weights=args.weights)
+            check_rebuilds(target, load_file(os.path.join(target, WEIGHTS_NAME)))
+            repository.open(model.architecture)
+            url = with_retries(lambda: repository.commit(target, model.message))
+    _logger.info(f'Pushed {model.message}: {url}')
+    _logger.info(f"Load it with timm.create_model('hf-hub:{repository.shown}', pretrained=True)")
+
+
+def _show_card(args: argparse.Namespace, repo_id: str) -> None:
+    with TemporaryDirectory() as target:
+        with usage_errors(args.folder):
+            model = export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
+        _logger.info(f'Model card for {model.origin}:')
+        if args.output is None:
+            sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
+            return
+        with usage_errors(f'--output {args.output}'):
+            os.makedirs(args.output, exist_ok=True)
+            for name in (CARD_NAME, CURVE_NAME):
+                if os.path.isfile(os.path.join(target, name)):
+                    with create(os.path.join(args.output, name)) as file:
+                        file.write(Path(target, name).read_bytes())
+
+
+def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
+    """Export the model to a folder. After an error there is no incomplete folder."""
+    target = os.path.abspath(args.target)
+    parent = os.path.dirname(target)
+    is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
+    if os.path.lexists(target) and not is_empty:
+        raise UsageError(f'{args.target} already exists. Give a new or empty folder.')
+    with usage_errors(args.target):
+        os.makedirs(parent, exist_ok=True)
+        remove_work_folders(parent)
+        with work_folder(parent) as temporary:
+            model = export(args.folder, temporary, repo_id, revision=args.revision, weights=args.weights)
+            check_rebuilds(temporary, load_file(os.path.join(temporary, WEIGHTS_NAME)))
+            os.replace(temporary, target)
+    _logger.info(f'Exported {model.message} to {args.target}: {model.origin}.')
+    _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP was received."""
+
+
+@contextmanager
+def _terminated_by_signals() -> Iterator[None]:
+    """Raise _Terminated for SIGTERM and SIGHUP, so that temporary files are removed."""
+    def stop(number: int, frame: Any):
+        raise _Terminated(number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, stop) for number in _SIGNALS if in_main_thread}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _run_command(argv: Sequence[str] | None) -> None:
+    args = _command_parser().parse_args(argv)
+    if not os.path.isdir(args.folder):
+        raise UsageError(f'{args.folder}: no such folder.')
+    remove_work_folders(args.folder)
+    repo_id = args.repo_id or _repo_id_of(args.folder)
+    if args.command != 'push':
+        act = _show_card if args.command == 'card' else _export_folder
+        name = re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(args.folder)))
+        act(args, repo_id or f'user/{name}')
+    elif repo_id:
+        limit_waiting()
+        _push_folder(args, repo_id)
+    else:
+        raise UsageError(f'No repository is given. Give its name: push {args.folder} user/name')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m timm_multimix.hub`.
+
+    Returns:
+        Exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    setup_logging()
+    try:
+        with _terminated_by_signals():
+            _run_command(argv)
+    except UsageError as error:
+        _logger.error(error)
+        return 2
+    except KeyboardInterrupt as error:
+        _logger.error('Interrupted. The run folder is unchanged; run the same command again.')
+        return 128 + (error.args[0] if isinstance(error, _Terminated) else signal.SIGINT)
+    return 0
