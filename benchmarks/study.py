@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 from study_plan import Study, load_results, load_study, run_missing
-from study_report import COLUMNS, page_header, plot, section
+from study_report import COLUMNS, page_header, plot, ranking, section
 
 from timm_multimix.common.advice import missing_packages
 
@@ -46,6 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--baseline', metavar='METHOD', help='method to compare with (default: the best baseline)')
     parser.add_argument('--compare', default='accuracy', choices=[name for name, *_ in COLUMNS],
                         help='metric to compare (default: %(default)s)')
+    parser.add_argument('--rank', nargs='+', metavar='METHOD',
+                        help='instead of the tables, compare these methods over all settings that have all of them')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR',
                         help='folder of the runs (default: %(default)s)')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='plot one study to an SVG, PNG or PDF file')
@@ -89,6 +91,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print('Stopped. Run the same command again to resume.', file=sys.stderr)
         stopped = True
+    if args.rank:
+        print(ranking(studies, [study.table(results) for study in studies], args.rank, args.compare))
+        return
     sections = [section(study, study.table(results), args.compare) for study in studies]
     if args.tables:
         args.tables.write_text('\n'.join([page_header(args.study), *sections]))

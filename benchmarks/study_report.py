@@ -89,6 +89,35 @@ def report(study, table, metric: str = 'accuracy') -> str:
     return '\n\n'.join(parts) or 'No learning rate is tuned yet.'
 
 
+def ranking(studies, tables, methods: list[str], metric: str) -> str:
+    """Return a table with the mean rank of candidates for a default, and the settings in which they lose.
+
+    A setting is a dataset and a model of a study in which all candidates have runs. A candidate loses to another one if
+    the 95 % interval of the paired difference excludes zero.
+    """
+    is_higher_better = next(better for name, _, _, better in COLUMNS if name == metric)
+    sign, digits = (1, 2) if is_higher_better else (-1, 3)
+    ranks, losses, settings = {name: [] for name in methods}, {name: [] for name in methods}, []
+    for study, table in zip(studies, tables, strict=True):
+        for dataset, model in ((dataset, model) for dataset in study.datasets for model in study.models):
+            rows = rows_of(study, table, dataset, model)
+            if not set(methods) <= set(rows):
+                continue
+            settings.append(f'{study.name}: {dataset}, {model}')
+            means = {name: sign * statistics.mean(r[metric] for r in rows[name]['runs'].values()) for name in methods}
+            for name in methods:
+                ranks[name].append(1 + sum(other > means[name] for other in means.values()))
+                for other in methods:
+                    compared = paired_difference(rows[name]['runs'], rows[other]['runs'], metric)
+                    if name != other and compared and max(sign * compared[1], sign * compared[2]) < 0:
+                        losses[name].append(f'{settings[-1]}: {compared[0]:+.{digits}f} to {other}')
+    lines = [f'| {name} | {statistics.mean(ranks[name]):.2f} | {"; ".join(losses[name])} |'
+             for name in sorted(methods, key=lambda name: sum(ranks[name]))] if settings else []
+    return '\n'.join([
+        f'Settings: {"; ".join(settings) or "none with runs of all methods"}', '',
+        f'| method | mean rank, {metric} | loses by more than the 95 % interval |', '|---|---|---|', *lines])
+
+
 def section(study, table, metric: str = 'accuracy') -> str:
     """Return the report of a study with a heading."""
     return f'## {study.name}\n\n{study.about}\n\n{report(study, table, metric)}\n'

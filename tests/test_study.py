@@ -233,6 +233,13 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
     # Differences 1, 2.5, 0.5: mean 4/3, standard error 0.6009, Student's t with two degrees of freedom 4.3027.
     assert (mean, low, high) == pytest.approx((1.3333, -1.2522, 3.9189), abs=1e-3)
     assert study_report.mean_and_spread([1.0, math.inf], 2) == 'inf'
+    ranks = study_report.ranking([study], [table], ['a', 'b', 'dense'], 'accuracy').splitlines()
+    assert ranks[0] == 'Settings: small: digits, resnet'
+    assert [line.split('|')[1:3] for line in ranks[-3:]] == [
+        [' dense ', ' 1.00 '], [' a ', ' 2.00 '], [' b ', ' 3.00 ']]
+    assert ranks[-1].split('|')[3].count('to a') == 1 and ranks[-2].split('|')[3].strip() == ''
+    reverse = study_report.ranking([study], [table], ['a', 'dense'], 'nll').splitlines()
+    assert all(line.split('|')[2].strip() == '1.00' for line in reverse[-2:])  # equal values share a rank
     study_report.plot(study, table, tmp_path / 'plot.svg')
     assert '<svg' in (tmp_path / 'plot.svg').read_text()
 
