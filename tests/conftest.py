@@ -18,11 +18,3 @@ hypothesis.settings.load_profile('timm_multimix')
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def compiled_gammas(monkeypatch):
-    """Sample gamma variables in eager mode with PyTorch's sampler only, as in compiled code."""
-    def sample(concentration, size, generator):
-        return torch._standard_gamma(concentration.expand(size)).log_()
-    monkeypatch.setattr('timm_multimix.losses.weights._sample_log_gamma', sample)
