@@ -52,7 +52,7 @@ class UnreadableImages:
 
     def __init__(self, filename: Callable[[int], str], count: int):
         self.filename = filename
-        self._flags = torch.zeros(count, dtype=torch.uint8).share_memory_()
+        self._flags = torch.zeros(count, dtype=torch.uint8, device='cpu').share_memory_()
 
     def __len__(self) -> int:
         """Number of images in the dataset."""

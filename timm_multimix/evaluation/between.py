@@ -18,7 +18,7 @@ def sample_pairs(target: torch.Tensor, num_pairs: int, seed: int = 0) -> torch.T
     Returns:
         Indices (p, 2); none if there is a single class.
     """
-    generator = torch.Generator('cpu').manual_seed(seed)
+    generator, target = torch.Generator('cpu').manual_seed(seed), target.cpu()
     found = torch.empty(0, 2, dtype=torch.long, device='cpu')
     while len(found) < num_pairs and len(target.unique()) > 1:
         pairs = torch.randint(len(target), (2 * num_pairs, 2), generator=generator, device='cpu')
@@ -37,7 +37,7 @@ def confidence_and_entropy(logits: torch.Tensor) -> tuple[float, float]:
     Args:
         logits: Logits (n, c).
     """
-    log_probs = logits.double().log_softmax(1)
+    log_probs = logits.cpu().double().log_softmax(1)
     return log_probs.max(1).values.exp().mean().item(), (log_probs.exp() * -log_probs).sum(1).mean().item()
 
 
@@ -68,7 +68,7 @@ def count_intrusions(
         embeddings: Embeddings (n, d) of the real images, including those of the pairs.
         embedding_targets: Class indices (n,) of the real images.
     """
-    real = F.normalize(embeddings.double())
-    points = F.normalize(mixed.double())
+    real = F.normalize(embeddings.cpu().double())
+    points = F.normalize(mixed.cpu().double())
     nearest = torch.cat([(rows @ real.T).argmax(1) for rows in points.split(_TILE)])
-    return int((embedding_targets[nearest][:, None] != targets).all(1).sum())
+    return int((embedding_targets.cpu()[nearest][:, None] != targets.cpu()).all(1).sum())

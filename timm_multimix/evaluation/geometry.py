@@ -1,4 +1,7 @@
-"""Geometry of the embeddings, the input of the last affine layer, on the unit sphere."""
+"""Geometry of the embeddings, the input of the last affine layer, on the unit sphere.
+
+Computed in float64 on the CPU, because MPS has no float64.
+"""
 import math
 
 import torch
@@ -10,7 +13,7 @@ _MAX_PERPLEXITY = 30
 
 def _class_moments(points: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Number of points (k,), mean (k, d) and mean squared distance to the mean (k,) of each class that occurs."""
-    classes, index = target.unique(return_inverse=True)
+    classes, index = target.cpu().unique(return_inverse=True)
     count = torch.bincount(index, minlength=len(classes)).double()
     mean = points.new_zeros(len(classes), points.shape[1]).index_add_(0, index, points) / count[:, None]
     scatter = torch.bincount(index, weights=(points - mean[index]).square().sum(1), minlength=len(classes)) / count
@@ -29,7 +32,7 @@ def alignment(embeddings: torch.Tensor, target: torch.Tensor) -> float:
     Returns:
         The mean; nan if no class has two images.
     """
-    count, _, scatter = _class_moments(F.normalize(embeddings.double()), target)
+    count, _, scatter = _class_moments(F.normalize(embeddings.cpu().double()), target)
     # sum of |x - y|^2 over the ordered pairs of a class is 2 n times the sum of |x - mean|^2
     pairs = (count * (count - 1)).sum()
     return ((2 * count.square() * scatter).sum() / pairs).item()
@@ -46,7 +49,7 @@ def uniformity(embeddings: torch.Tensor) -> float:
     Returns:
         The logarithm; nan for a single image.
     """
-    points = F.normalize(embeddings.double())
+    points = F.normalize(embeddings.cpu().double())
     if len(points) < 2:
         return math.nan
     total = -float(len(points))  # each image with itself
@@ -68,7 +71,7 @@ def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, 
     Returns:
         The ratio over all images, and for each class the scatter of its images over the total scatter.
     """
-    points = F.normalize(embeddings.double())
+    points = F.normalize(embeddings.cpu().double())
     count, _, scatter = _class_moments(points, target)
     overall = (points - points.mean(0)).square().sum(1).mean()
     ratio = scatter / overall
@@ -85,7 +88,7 @@ def project(embeddings: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """
     from sklearn.manifold import TSNE  # slow to import
 
-    points = F.normalize(embeddings.double()).numpy()
+    points = F.normalize(embeddings.cpu().double()).numpy()
     if (points == points[0]).all():
         # scikit-learn would divide by their spread
         return torch.zeros(len(points), 2, dtype=torch.float64, device='cpu')

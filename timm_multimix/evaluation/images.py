@@ -17,6 +17,7 @@ from ..data.class_names import class_mapping, dataset_classes, map_targets
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMO_PREFIX, DEMOS, create_dataset
 from ..data.image_files import unreadable_images
+from ..data.loading import batches_of
 from .models import Candidate
 from .ood import NOISES
 
@@ -209,7 +210,7 @@ class Images:
                 f'{record.names(found)}')
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[torch.Tensor, Any]]:
-        batches = iter(loader)
+        batches = batches_of(loader)
         while True:
             try:
                 batch = next(batches, None)

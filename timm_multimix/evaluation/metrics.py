@@ -1,4 +1,4 @@
-"""Accuracy, calibration and selective classification of a classifier."""
+"""Accuracy, calibration and selective classification of a classifier, in float64 on the CPU: MPS has no float64."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[s
     """
     from torchmetrics.functional.classification import multiclass_accuracy  # slow to import
 
-    logits = logits.double()
+    logits, target = logits.cpu().double(), target.cpu()
     num_classes = logits.shape[1]
     probs = logits.softmax(1)
     accuracy = {
@@ -59,7 +59,7 @@ def calibration_errors(logits: torch.Tensor, target: torch.Tensor, num_bins: int
     """
     from torchmetrics.functional.classification import multiclass_calibration_error  # slow to import
 
-    probs = logits.double().softmax(1)
+    probs, target = logits.cpu().double().softmax(1), target.cpu()
     num_classes = probs.shape[1]
     confidence, prediction = probs.max(1)
     order = confidence.argsort(stable=True)
@@ -98,12 +98,13 @@ def selective_metrics(
         In percent: 'aurc', the area under the risk-coverage curve, with ties of confidence in random order;
         'coverage_at_5_risk', the largest coverage of a threshold on confidence whose risk is tolerated.
     """
+    logits, target = logits.cpu(), target.cpu()
     wrong = (logits.argmax(1) != target).double()
     # Ranks of equally confident images are equal. Log-odds order images whose confidence rounds to 1.
     _, rank = (-max_softmax(logits)).unique(return_inverse=True)
     count = torch.bincount(rank)
     errors = torch.bincount(rank, weights=wrong)
-    num_accepted = torch.arange(1, len(target) + 1, dtype=torch.float64, device=logits.device)
+    num_accepted = torch.arange(1, len(target) + 1, dtype=torch.float64, device='cpu')
     risk = (errors / count).repeat_interleave(count).cumsum(0) / num_accepted
     at_threshold = errors.cumsum(0) / count.cumsum(0)
     tolerated = count.cumsum(0)[at_threshold <= tolerated_risk]
@@ -135,12 +136,12 @@ def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_
         target: Class indices (n,).
         num_bins: Number of bins.
     """
-    confidence, prediction = logits.double().softmax(1).max(1)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=logits.device)
+    confidence, prediction = logits.cpu().double().softmax(1).max(1)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device='cpu')
     bins = torch.bucketize(confidence, edges[1:-1], right=True)
     count = torch.bincount(bins, minlength=num_bins)
     sums = [torch.bincount(bins, weights=values.double(), minlength=num_bins)
-            for values in (confidence, prediction == target)]
+            for values in (confidence, prediction == target.cpu())]
     return Reliability(count.tolist(), *((total / count).tolist() for total in sums))
 
 
@@ -149,7 +150,7 @@ class Tempered:
     """Logits divided by a temperature that was fitted on other images.
 
     Attributes:
-        logits: Divided logits (n, c).
+        logits: Divided logits (n, c), in float64 on the CPU.
         temperatures: The temperature, or the two temperatures of cross-fitting.
         fitted_on: Description of the images that the temperature was fitted on.
     """
@@ -172,9 +173,10 @@ def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Temp
     if len(logits) < 2:
         raise ValueError('Fitting a temperature on other images needs two images or more.')
     generator = torch.Generator('cpu').manual_seed(seed)
-    halves = torch.randperm(len(logits), generator=generator, device='cpu').to(logits.device).chunk(2)
-    divided, temperatures = logits.double(), []
+    halves = torch.randperm(len(logits), generator=generator, device='cpu').chunk(2)
+    logits, target = logits.cpu().double(), target.cpu()
+    divided, temperatures = logits.clone(), []
     for own, other in (halves, halves[::-1]):
         temperatures.append(fit_temperature(logits[other], target[other]))
-        divided[own] = logits[own].double() / temperatures[-1]
+        divided[own] = logits[own] / temperatures[-1]
     return Tempered(divided, temperatures, 'the other half of the evaluated images, for each half')

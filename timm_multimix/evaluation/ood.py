@@ -1,4 +1,7 @@
-"""Out-of-distribution (OOD) detection: scores computed from logits, detection metrics, and noise images."""
+"""Out-of-distribution (OOD) detection: scores computed from logits, detection metrics, and noise images.
+
+Scores are float64 on the CPU, because MPS has no float64.
+"""
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +18,7 @@ def max_softmax(logits: torch.Tensor) -> torch.Tensor:
     Args:
         logits: Logits (n, c).
     """
-    logits = logits.double()
+    logits = logits.cpu().double()
     top = logits.max(1, keepdim=True)
     rest = (logits - top.values).scatter(1, top.indices, -torch.inf)
     return -rest.logsumexp(1)
@@ -27,7 +30,7 @@ def energy(logits: torch.Tensor) -> torch.Tensor:
     Args:
         logits: Logits (n, c).
     """
-    return logits.double().logsumexp(1)
+    return logits.cpu().double().logsumexp(1)
 
 
 SCORES = {'max_softmax': max_softmax, 'energy': energy}
@@ -47,7 +50,7 @@ def detection_metrics(scores_in: torch.Tensor, scores_out: torch.Tensor) -> dict
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # slow to import
 
-    scores = torch.cat([scores_in, scores_out]).double().cpu().numpy()
+    scores = torch.cat([scores_in, scores_out]).cpu().double().numpy()
     is_in = np.repeat([True, False], [len(scores_in), len(scores_out)])
     false, true, _ = roc_curve(is_in, scores, drop_intermediate=False)
     metrics = dict(

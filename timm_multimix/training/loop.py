@@ -17,6 +17,7 @@ from ..build.loaders import TRAINING
 from ..common.console import Averages, EpochReporter
 from ..common.errors import RunError
 from ..common.files import create
+from ..data.loading import batches_of
 from .checkpoints import RunSaver
 from .progress import take_progress
 from .run import Run
@@ -42,7 +43,7 @@ def _begin_epoch(run: Run, epoch: int) -> None:
 
 def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
     """Iterate over a loader and convert its errors to a RunError with a message of one line."""
-    batches = iter(loader)
+    batches = batches_of(loader)
     while True:
         try:
             batch = next(batches)
