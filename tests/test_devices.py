@@ -196,7 +196,7 @@ def test_training(image_folder, tmp_path, monkeypatch, device):  # noqa: F811
         with nullcontext() if name == 'emulated' else torch.device('cpu'):
             assert train([
                 '--data-dir', str(image_folder), '--model', 'test_resnet', '--num-classes', '3', '--img-size', '32',
-                '--batch-size', '8', '--epochs', '1', '--workers', '0', '--val-split', '', '--multimix', 'dense',
+                '--batch-size', '24', '--epochs', '1', '--workers', '0', '--val-split', '', '--multimix', 'dense',
                 '--output', '.', '--experiment', name, '--device', kind]) == 0
     emulated, expected = _summary(tmp_path / 'emulated'), _summary(tmp_path / 'expected')
     assert emulated[0]['train_top1'] == expected[0]['train_top1']

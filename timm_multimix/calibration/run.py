@@ -22,6 +22,7 @@ from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_er
 from ..common.files import replacing
 from ..data.demo import Part
 from ..data.image_files import DecodingReader
+from ..data.loading import batches_of
 from .temperature import calibrate, scalable_classifier
 
 _logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     dtype = next(model.parameters()).dtype
     try:
         with autocast():
-            temperature = calibrate(model, ((images.to(dtype=dtype), target) for images, target in loader))
+            temperature = calibrate(model, ((images.to(dtype=dtype), target) for images, target in batches_of(loader)))
     except ValueError as error:
         _logger.warning(f'Not calibrated: {error}')
         return None

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Samp
 from tqdm import tqdm
 
 from ..common.errors import RunError
+from ..data.loading import batches_of
 from .backbones import Source
 from .datasets import DetectionDataset
 from .detectors import DETECTORS, build_detector
@@ -91,7 +92,7 @@ def _loader(dataset, batch_size: int, workers: int, sampler: Sampler | None = No
 def _batches(loader: DataLoader):
     """The batches of a loader; a file that cannot be read ends the run with a line that names it."""
     try:
-        yield from loader
+        yield from batches_of(loader)
     except OSError as error:  # a worker's has a traceback in its message
         raise RunError(str(error).strip().splitlines()[-1].removeprefix('OSError: ')) from error
 

@@ -132,7 +132,9 @@ def _results(evaluation: Evaluation) -> list[EvalResult]:
     return results
 
 
-def _usage(name: str) -> str:
+def _usage(repo_id: str, revision: str | None) -> str:
+    branch = f'@{revision}' if revision else ''
+    option = f", revision='{revision}'" if revision else ''
     return f"""\
 ## Usage
 
@@ -141,9 +143,19 @@ Load the model with [timm](https://github.com/huggingface/pytorch-image-models):
 ```python
 import timm
 
-model = timm.create_model('hf-hub:{name}', pretrained=True).eval()
+model = timm.create_model('hf-hub:{repo_id}{branch}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 probabilities = model(transform(image).unsqueeze(0)).softmax(-1)  # image: a PIL image
+```
+
+Or with [transformers](https://github.com/huggingface/transformers):
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained('{repo_id}'{option})
+model = AutoModelForImageClassification.from_pretrained('{repo_id}'{option})
+probabilities = model(**processor(image, return_tensors='pt')).logits.softmax(-1)
 ```"""
 
 
@@ -249,13 +261,12 @@ def model_card(
     name = repo_id.rpartition('/')[2]
     evaluation = evaluation if evaluation and evaluation.metrics else None
     data = _metadata(name, evaluation, [*method, *fields.pop('tags', [])], fields)
-    source = repo_id + (f'@{revision}' if revision else '')
     parts = [
         f'{_MARK} Remove this line to prevent later pushes from replacing the card. -->',
         f'# {escape(name)}',
         description,
         summary,
-        _usage(source),
+        _usage(repo_id, revision),
         _evaluation(evaluation) if evaluation else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _model_table(config),

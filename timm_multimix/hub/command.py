@@ -25,6 +25,7 @@ from ..common.secrets import redact
 from .card import CARD_NAME, CURVE_NAME
 from .export import export
 from .models import check_rebuilds
+from .onnx import check_onnx_packages, write_onnx
 from .repository import HubRepository, limit_waiting, with_retries
 
 _logger = logging.getLogger(__name__)
@@ -70,6 +71,11 @@ def _command_parser() -> argparse.ArgumentParser:
                                   'weights (student), their average (ema) or the teacher (default: %(default)s)')
     push.add_argument('--private', action='store_true', help='make a new repository private')
     push.add_argument('--force', action='store_true', help='overwrite another architecture, or weights of other users')
+    files.add_argument('--format', default='timm', choices=('timm', 'onnx'),
+                       help='onnx adds model.onnx, with a dynamic batch size, to the files for timm (default: '
+                            '%(default)s)')
+    files.add_argument('--verify', action='store_true',
+                       help='compare the outputs of model.onnx in onnxruntime with those of the model')
     card.add_argument('--output', metavar='DIR', help='write the card and its image to this folder')
     return parser
 
@@ -119,12 +125,18 @@ def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and not is_empty:
         raise UsageError(f'{args.target} already exists. Give a new or empty folder.')
+    if args.format == 'onnx':
+        check_onnx_packages(args.verify)
+    elif args.verify:
+        raise UsageError('--verify needs --format onnx.')
     with usage_errors(args.target):
         os.makedirs(parent, exist_ok=True)
         remove_work_folders(parent)
         with work_folder(parent) as temporary:
             model = export(args.folder, temporary, repo_id, revision=args.revision, weights=args.weights)
             check_rebuilds(temporary, load_file(os.path.join(temporary, WEIGHTS_NAME)))
+            if args.format == 'onnx':
+                write_onnx(temporary, args.verify)
             os.replace(temporary, target)
     _logger.info(f'Exported {model.message} to {args.target}: {model.origin}.')
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")

@@ -67,11 +67,13 @@ def save_config(
             model_args=dict(model_args) if model_args else None, data_config=dict(data_config) if data_config else None)
     except (ValueError, TypeError, AttributeError) as error:
         raise HubError(f'timm cannot write the configuration of this model: {error}') from error
+    config = json.loads(Path(path).read_text())
+    # Given at the top level too. transformers passes that value, and would reject a second one.
+    config.get('model_args', {}).pop('num_classes', None)
     if from_scratch:
-        config = json.loads(Path(path).read_text())
         config['pretrained_cfg'] = {
             name: value for name, value in config['pretrained_cfg'].items() if name not in _PRETRAINED_FIELDS}
-        Path(path).write_text(json.dumps(config, indent=2))
+    Path(path).write_text(json.dumps(config, indent=2))
 
 
 def check_rebuilds(folder: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
