@@ -275,7 +275,10 @@ MISCELLANEOUS = (
     _value('--tta', type=int, default=0, metavar='N',
            help='number of views of a validation image to average, if the dataset returns several'),
     _flag('--use-multi-epochs-loader', help='keep data loading processes alive between epochs'),
-    _flag('--log-wandb', help='log metrics to Weights & Biases'),
+    _value('--report-to', nargs='+', default=[], choices=('wandb', 'tensorboard', 'trackio'), metavar='NAME',
+           help='report the metrics of every epoch to wandb (Weights & Biases), tensorboard (in the run folder) or '
+                'trackio'),
+    _flag('--log-wandb', help='same as --report-to wandb'),
     _value('--wandb-project', metavar='NAME', help='Weights & Biases project'),
     _value('--wandb-tags', nargs='+', default=[], metavar='TAG', help='Weights & Biases tags'),
     _value('--wandb-resume-id', default='', metavar='ID', help='Weights & Biases run to continue, with --resume'),

@@ -51,10 +51,10 @@ _BEST = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
 # Options that depend on the machine, or control output and uploads. A recipe does not contain them.
 _LOCAL_OPTIONS = frozenset((
     'config', 'timm_script', 'data', 'data_dir', 'class_map', 'output', 'experiment', 'resume', 'no_resume_opt',
-    'start_epoch', 'stop_epoch', 'validate', 'local_rank', 'device', 'device_modules', 'log_wandb', 'wandb_project',
-    'wandb_tags', 'wandb_resume_id', 'save_images', 'log_interval', 'recovery_interval', 'checkpoint_hist',
-    'save_epochs', 'pretrained_path', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'hub_revision',
-    'hub_always_push', 'hub_weights', 'hub_force', 'card'))
+    'start_epoch', 'stop_epoch', 'validate', 'local_rank', 'device', 'device_modules', 'report_to', 'log_wandb',
+    'wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_images', 'log_interval', 'recovery_interval',
+    'checkpoint_hist', 'save_epochs', 'pretrained_path', 'push_to_hub', 'hub_model_id', 'hub_strategy',
+    'hub_private_repo', 'hub_revision', 'hub_always_push', 'hub_weights', 'hub_force', 'card'))
 
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 

@@ -23,6 +23,7 @@ from ..data.demo import DEMOS
 from ..hub import HubRepository, is_hub_name
 from ..options import add_multimix_args, multimix_kwargs, preset_options
 from .checkpoints import holds_checkpoints
+from .trackers import selected_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -318,8 +319,8 @@ def check_args(args: argparse.Namespace) -> None:
     _check_optimizer(args)
     _check_schedule(args)
     _check_augmentation(args)
-    if args.log_wandb:
-        check_packages('--log-wandb', ['wandb'])
+    for name, option in selected_trackers(args).items():
+        check_packages(option, [name])
     _check_dataset(args)
     _check_files(args)
     _check_hub(args)

@@ -39,6 +39,7 @@ from .loop import learning_rate, train_epoch, validate
 from .progress import restore_progress, take_progress
 from .resuming import check_architecture
 from .run import Run, build_run, compile_task
+from .trackers import Trackers
 from .unreadable import report_totals, warn_of_unreadable
 from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
 
@@ -57,27 +58,6 @@ class Interrupted(Exception):
 def _save_args(run: Run, args_text: str) -> None:
     with replacing(os.path.join(run.folder, 'args.yaml')) as path, open(path, 'w') as file:
         file.write(args_text)
-
-
-def _start_wandb(run: Run) -> bool:
-    """Start logging to Weights & Biases if --log-wandb is given and wandb is installed."""
-    args = run.args
-    if not args.log_wandb:
-        return False
-    try:
-        import wandb
-    except ImportError:
-        _logger.warning('--log-wandb is ignored: wandb is not installed. Install it with `pip install wandb`.')
-        return False
-    wandb.init(
-        project=args.wandb_project,
-        name=os.path.basename(run.folder),
-        config=vars(args),
-        tags=args.wandb_tags,
-        resume='must' if args.wandb_resume_id else None,
-        id=args.wandb_resume_id or None,
-    )
-    return True
 
 
 def _open_folder(run: Run, args_text: str) -> RunSaver | None:
@@ -119,13 +99,14 @@ def _of_kind(prefix: str, names: Sequence[str]) -> list[str]:
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
-def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, log_wandb: bool) -> None:
+def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict | None, trackers: Trackers) -> None:
     # Loss terms that are absent in some epochs keep their column, so that all rows match the header.
     others = ('loss', 'top1', 'unreadable')
     parts = getattr(run.task, 'loss_names', [name for name in train_metrics if name not in others])
     top1 = ['top1'] if run.args.task == 'classification' else []
     columns = dict.fromkeys(['loss', *parts, *top1, 'unreadable'])
     path = os.path.join(run.folder, SUMMARY_NAME)
+    lr = learning_rate(run)
     try:
         with replacing(path) as temporary:
             names = [f'train_{name}' for name in columns] + [f'eval_{name}' for name in eval_metrics or ()]
@@ -135,16 +116,21 @@ def _write_summary(run: Run, epoch: int, train_metrics: dict, eval_metrics: dict
                 {name: train_metrics.get(name, '') for name in _of_kind('train_', names)},
                 eval_metrics and {name: eval_metrics.get(name, '') for name in _of_kind('eval_', names)},
                 filename=temporary,
-                lr=learning_rate(run),
-                log_wandb=log_wandb,
+                lr=lr,
             )
     except OSError as error:
         raise RunError(f'{path} could not be written: {error.strerror or error}.') from error
     except UsageError as error:  # the file was changed by another program during the run
         raise RunError(str(error)) from error
+    trackers.log({
+        'epoch': epoch,
+        **{f'train_{name}': value for name, value in train_metrics.items()},
+        **{f'eval_{name}': value for name, value in (eval_metrics or {}).items()},
+        'lr': lr,
+    })
 
 
-def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | None, log_wandb: bool) -> None:
+def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | None, trackers: Trackers | None) -> None:
     """Validate, write the summary and a checkpoint, and step the schedule."""
     share_batch_norm(run, run.task.get_trainable_module())
     done = epoch + 1
@@ -163,7 +149,7 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
         if saver is not None:
             saver.metric_of = validated and validated.metric_of
             saver.metrics = validated and validated.by_entry
-            _write_summary(run, epoch, train_metrics, eval_metrics, log_wandb)
+            _write_summary(run, epoch, train_metrics, eval_metrics, trackers)
             saver.save_checkpoint(epoch, metric, progress)
             if is_milestone:
                 saver.save_milestone(done)
@@ -205,7 +191,7 @@ def _interrupt(run: Run, epoch: int, saver: RunSaver | None) -> None:
     _logger.info(f'Stopped in epoch {epoch}. {_how_to_continue(run, saver)}')
 
 
-def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | None) -> None:
+def _train(run: Run, saver: RunSaver | None, trackers: Trackers | None, hub: HubPush | None) -> None:
     run.interrupted = restore_progress(run)
     epoch = run.start_epoch
     try:
@@ -213,7 +199,7 @@ def _train(run: Run, saver: RunSaver | None, log_wandb: bool, hub: HubPush | Non
             train_metrics, images_per_second = train_epoch(run, epoch, saver)
             metrics = {name: value for name, value in train_metrics.items() if name != 'unreadable'}
             _logger.info(f'Epoch {epoch}: training  {shown(metrics)}  ({images_per_second:.1f} images/s)')
-            _finish_epoch(run, epoch, train_metrics, saver, log_wandb)
+            _finish_epoch(run, epoch, train_metrics, saver, trackers)
             if hub is not None:
                 hub.after_save(is_best=saver.best_epoch == epoch)
     except KeyboardInterrupt:
@@ -256,9 +242,9 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
     saver = _open_folder(run, args_text)
     if saver is not None and run.start_epoch < run.stop_epoch:
         forget_calibrated(run.folder)
+    trackers = None if saver is None else Trackers(run)
     if hub is not None:
         hub.begin(run)
-    log_wandb = saver is not None and _start_wandb(run)
     if run.start_epoch < run.stop_epoch:
         _logger.info(
             f'Epochs {run.start_epoch} to {run.stop_epoch - 1} of {run.num_epochs}, {run.updates_per_epoch} updates '
@@ -271,7 +257,7 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
         run.watchdog.watch(0.9 * run.args.dist_timeout)
     with run.stop:
         try:
-            _train(run, saver, log_wandb, hub)
+            _train(run, saver, trackers, hub)
         except RunError as error:
             suppress_worker_errors()
             if saver is not None or not error.is_shared:
@@ -289,6 +275,8 @@ def fit(run: Run, args_text: str, hub: HubPush | None = None) -> None:
         model = utils.unwrap_model(run.task.get_eval_model())
         write_calibrated(run.folder, model, run.loaders.calibration, run.precision.autocast)
     report_totals(run)
+    if trackers is not None:
+        trackers.finish()
     if saver is not None and saver.best_metric is not None:
         best = os.path.join(run.folder, 'model_best.pth.tar')
         _logger.info(

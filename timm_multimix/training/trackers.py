@@ -1,0 +1,71 @@
+"""Metrics of a run in Weights & Biases, TensorBoard and Trackio (--report-to)."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import UsageError
+
+if TYPE_CHECKING:
+    from .run import Run
+
+_TRACKIO_PROJECT = 'timm-multimix'
+
+
+def selected_trackers(args: argparse.Namespace) -> dict[str, str]:
+    """Map each selected tracker to the option that selects it."""
+    options = {'wandb': '--log-wandb'} if args.log_wandb else {}
+    return options | {name: f'--report-to {name}' for name in args.report_to}
+
+
+class Trackers:
+    """Trackers that are selected with --report-to.
+
+    Args:
+        run: The run. TensorBoard writes to its folder, and discards events of epochs that a resumed run repeats.
+
+    Raises:
+        UsageError: if a tracker cannot be started.
+    """
+
+    def __init__(self, run: Run):
+        self._writer, self._services = None, []
+        for name, option in selected_trackers(run.args).items():
+            try:
+                self._start(name, run)
+            except Exception as error:  # wandb has its own types
+                raise UsageError(f'{option}: {error or type(error).__name__}') from error
+
+    def _start(self, name: str, run: Run) -> None:
+        if name == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+            self._writer = SummaryWriter(run.folder, purge_step=run.start_epoch)
+            return
+        args, service = run.args, import_module(name)
+        if name == 'wandb':
+            own = dict(project=args.wandb_project, tags=args.wandb_tags, id=args.wandb_resume_id or None,
+                       resume='must' if args.wandb_resume_id else None)
+        else:
+            own = dict(project=_TRACKIO_PROJECT, resume='allow' if run.resumed_from else 'never')
+        service.init(name=os.path.basename(run.folder), config=vars(args), **own)
+        self._services.append(service)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log the metrics of an epoch, with the names of the columns of summary.csv."""
+        for service in self._services:
+            service.log(dict(row))
+        if self._writer is not None:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, row['epoch'])
+            self._writer.flush()
+
+    def finish(self) -> None:
+        """Finish the runs of the trackers."""
+        for service in self._services:
+            service.finish()
+        if self._writer is not None:
+            self._writer.close()
