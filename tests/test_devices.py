@@ -178,6 +178,7 @@ def test_metrics(device):
     assert _measure(logits.to(device), target.to(device)) == expected
 
 
+@pytest.mark.parametrize('device', [(DEVICE, 'cpu')], indirect=True)
 @pytest.mark.parametrize('name', DEMOS)
 def test_demo_datasets(name, device):
     render_glyphs.cache_clear()
