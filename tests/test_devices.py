@@ -28,6 +28,7 @@ from timm_multimix.data.demo import DEMOS, create_dataset
 from timm_multimix.data.glyphs import render_glyphs
 from timm_multimix.evaluation import between, geometry, metrics, ood
 from timm_multimix.evaluation.images import choose
+from timm_multimix.evaluation.main import main as evaluate
 from timm_multimix.losses import manifold_mixup_weights
 from timm_multimix.training import main as train
 
@@ -191,7 +192,9 @@ def _summary(folder):
         return list(csv.DictReader(file))
 
 
-def test_training(image_folder, tmp_path, monkeypatch, device):  # noqa: F811
+@pytest.mark.filterwarnings('ignore:.*from a non-meta parameter')  # the emulated device supports it
+@pytest.mark.parametrize('device', [(DEVICE, DEVICE)], indirect=True)
+def test_training_and_evaluation(image_folder, tmp_path, monkeypatch, device):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     for name, kind in (('emulated', str(device)), ('expected', 'cpu')):
         with nullcontext() if name == 'emulated' else torch.device('cpu'):
@@ -203,3 +206,5 @@ def test_training(image_folder, tmp_path, monkeypatch, device):  # noqa: F811
     assert emulated[0]['train_top1'] == expected[0]['train_top1']
     # the weights are drawn on the device
     assert float(emulated[0]['train_loss']) == pytest.approx(float(expected[0]['train_loss']), rel=0.05)
+    assert evaluate(['emulated', '--data-dir', str(image_folder), '--split', 'validation', '--device', str(device),
+                     '--workers', '0', '--parts', 'ood', 'between', '--output', 'evaluation']) == 0
