@@ -11,7 +11,7 @@ import torch
 from hub_helpers import logits
 from PIL import Image
 
-from timm_multimix.training import hub as training_hub
+from timm_multimix.hub.command import main as hub_command
 
 pytest_plugins = ['training_helpers', 'hub_helpers']
 
@@ -48,7 +48,7 @@ def test_channels(server, script, images_of_modes, tmp_path, channels, mode, opt
     assert f'| input | {channels} x 32 x 32 |' in server.file('user/model', 'README.md').decode()
 
     (script.run_folder() / 'config.json').unlink()  # as in the folder of a run of timm's own script
-    assert training_hub.command(['export', str(script.run_folder()), str(tmp_path / 'model')]) == 0
+    assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'model')]) == 0
     exported = json.loads((tmp_path / 'model' / 'config.json').read_text())['pretrained_cfg']
     assert {name: exported[name] for name in ('input_size', 'mean', 'std')} == {
         name: config[name] for name in ('input_size', 'mean', 'std')}
@@ -67,8 +67,8 @@ def test_modes_of_files(server, script, images_of_modes, tmp_path, umask):
     try:
         assert script.train(images_of_modes['RGB'], '--save-images', epochs=2, batch_size=3, save_epochs=1,
                             recovery_interval=1) == 0
-        assert training_hub.command(['export', str(script.run_folder()), str(tmp_path / 'new' / 'model')]) == 0
-        assert training_hub.command(['card', str(script.run_folder()), '--output', str(tmp_path / 'card')]) == 0
+        assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'new' / 'model')]) == 0
+        assert hub_command(['card', str(script.run_folder()), '--output', str(tmp_path / 'card')]) == 0
     finally:
         os.umask(previous)
     exported = list((tmp_path / 'new' / 'model').iterdir())
@@ -91,7 +91,7 @@ def test_import_of_the_command_does_nothing():
 
 @pytest.mark.filterwarnings('ignore:.*found in sys.modules:RuntimeWarning')
 @pytest.mark.parametrize('module', [
-    'timm_multimix.training.main', 'timm_multimix.training.hub', 'timm_multimix.hub', 'timm_multimix.evaluate',
+    'timm_multimix.training.main', 'timm_multimix.hub.command', 'timm_multimix.hub', 'timm_multimix.evaluate',
     'timm_multimix.evaluation.main'])
 def test_modules_run_as_programs(script, monkeypatch, module):
     """As `python -m MODULE`."""

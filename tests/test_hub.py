@@ -17,7 +17,7 @@ from huggingface_hub.utils._http import default_client_factory
 import timm_multimix.hub as hub
 from timm_multimix import attach, push_to_hub
 from timm_multimix.hub import HubError, HubRepository, limit_waiting, with_retries
-from timm_multimix.training import hub as training_hub
+from timm_multimix.hub.command import main as hub_command
 
 pytest_plugins = ['training_helpers', 'hub_helpers']
 
@@ -303,7 +303,7 @@ def test_nobody_listens(server, monkeypatch):
 
 
 def test_cards_pass_the_hubs_own_validation(server, trained, script):
-    assert training_hub.command(['push', str(trained), 'user/model']) == 0
+    assert hub_command(['push', str(trained), 'user/model']) == 0
     card = ModelCard.load('user/model')
     card.validate()
     card.data.license = 'none of them'
