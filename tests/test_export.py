@@ -91,7 +91,7 @@ def test_import_of_the_command_does_nothing():
 
 @pytest.mark.filterwarnings('ignore:.*found in sys.modules:RuntimeWarning')
 @pytest.mark.parametrize('module', [
-    'timm_multimix.training.main', 'timm_multimix.hub.command', 'timm_multimix.hub', 'timm_multimix.evaluate',
+    'timm_multimix.training.main', 'timm_multimix.hub', 'timm_multimix.evaluate',
     'timm_multimix.evaluation.main'])
 def test_modules_run_as_programs(script, monkeypatch, module):
     """As `python -m MODULE`."""
