@@ -1,13 +1,18 @@
 """Argument parser with one-line errors and suggestions, and checks of optional packages."""
 import argparse
+import logging
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .advice import DATASET_PACKAGES, missing_packages
-from .errors import UsageError, near_names, printable, usage_errors
+from .console import is_first_on_machine, setup_logging
+from .errors import RunError, UsageError, near_names, printable, usage_errors
+
+_logger = logging.getLogger(__name__)
 
 _INVALID_CHOICE = re.compile(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$")
 _UNKNOWN = 'unrecognized arguments: '
@@ -27,6 +32,56 @@ class Parser(argparse.ArgumentParser):
         if choice := _INVALID_CHOICE.search(message):
             return near_names(choice[1], [name.strip("' ") for name in choice[2].split(',')])
         return ''
+
+
+def number(
+        kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Return a parser of finite numbers from `low` to `high`, for argparse.
+
+    Args:
+        kind: int or float.
+        low: Lowest value.
+        high: Highest value.
+        above: Whether `low` itself is excluded.
+    """
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low) or math.isinf(value):
+            limit = f'above {low:g}' if above else f'{low:g} or more'
+            limit += f' and at most {high:g}' if math.isfinite(high) else ''
+            raise argparse.ArgumentTypeError(
+                f'must be a {"whole " if kind is int else ""}number, {limit}, got {text!r}')
+        return value
+    return parse
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Run a command, with its log on the terminal and its errors as one log line.
+
+    Args:
+        command: The command.
+
+    Returns:
+        Exit status: 0; 2 after a UsageError, 1 after a RunError, 130 after Ctrl-C.
+    """
+    setup_logging()
+    logging.getLogger('timm').setLevel(logging.WARNING)
+    try:
+        command()
+    except UsageError as error:
+        if is_first_on_machine():  # all processes find the same errors
+            _logger.error(error)
+        return 2
+    except RunError as error:
+        if is_first_on_machine() or not error.is_shared:
+            _logger.error(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def check_packages(purpose: str, packages: Sequence[str], extra: str | None = None) -> None:

@@ -63,7 +63,7 @@ def _write_holder(descriptor: int) -> None:
         os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
 
 
-def _lock(folder: str, patience: float) -> bool:
+def _lock(folder: str, patience: float, option: str = '--experiment') -> bool:
     """Lock a folder. Return False if the file system does not support locks."""
     name = os.path.realpath(folder)
     descriptor = _open_lock(folder)
@@ -80,7 +80,7 @@ def _lock(folder: str, patience: float) -> bool:
             os.close(descriptor)
             raise UsageError(
                 f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another '
-                '--experiment.') from None
+                f'{option}.') from None
         except OSError:
             os.close(descriptor)
             return False
@@ -89,11 +89,12 @@ def _lock(folder: str, patience: float) -> bool:
     return True
 
 
-def lock_folder(folder: str) -> None:
-    """Lock a run folder until unlock_folders is called or the process ends.
+def lock_folder(folder: str, option: str = '--experiment') -> None:
+    """Lock a folder until unlock_folders is called or the process ends.
 
     Args:
-        folder: Run folder. It can be locked by this process already.
+        folder: The folder. It can be locked by this process already.
+        option: Option that selects the folder, for the message.
 
     Raises:
         UsageError: if another process holds the lock for 5 seconds, or if the lock file is a symbolic link.
@@ -101,7 +102,7 @@ def lock_folder(folder: str) -> None:
     name = os.path.realpath(folder)
     if fcntl is None or name in _locks:
         return
-    if not _lock(folder, _PATIENCE):
+    if not _lock(folder, _PATIENCE, option):
         _logger.warning(
             f'The file system of {folder} does not support locks. Do not start a second run in this folder.')
         _locks[name] = None
