@@ -31,11 +31,7 @@ class InParts:
         self.limit: int | None = None
 
     def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """Return function(*tensors), joined along the first axis if it took several calls.
-
-        Raises:
-            UsageError: if memory does not suffice for one image.
-        """
+        """Return function(*tensors), joined along the first axis if it took several calls."""
         while True:
             size = self.limit or len(tensors[0])
             try:
@@ -55,9 +51,7 @@ class InParts:
 class Embedder:
     """Computes logits and embeddings. An embedding is the input of the last affine layers, averaged over positions.
 
-    Args:
-        candidate: The model.
-        images: A few images in [0, 1], used to find the layers.
+    A few images in [0, 1] are used to find the layers.
 
     Raises:
         UsageError: if no layer is found.
@@ -101,18 +95,9 @@ def _vectors(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
     return features.flatten(1, -2).mean(1) if features.ndim > 2 else features
 
 
-def batch_size_for(device: torch.device) -> int:
-    """Initial batch size. InParts halves it if memory does not suffice."""
-    return 256 if device.type == 'cuda' else 32
-
-
 @torch.no_grad()
 def predict(candidate: Candidate, batches: Iterable, in_parts: InParts, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute logits (n, c) and targets (n,) of batches of images, on the CPU.
-
-    Raises:
-        UsageError: if there are no images, or if logits are not finite.
-    """
+    """Logits (n, c) and targets (n,) of batches of images, on the CPU. A UsageError if logits are not finite."""
     device = candidate.pixel_model.mean.device
     name = f'{candidate.name}: {what}'
     logits, targets = [], []

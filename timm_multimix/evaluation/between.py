@@ -8,16 +8,7 @@ _TILE = 1024
 
 
 def sample_pairs(target: torch.Tensor, num_pairs: int, seed: int = 0) -> torch.Tensor:
-    """Draw random pairs of images of different classes.
-
-    Args:
-        target: Class indices (n,).
-        num_pairs: Number of pairs, p.
-        seed: Seed of the draw.
-
-    Returns:
-        Indices (p, 2); none if there is a single class.
-    """
+    """Indices (num_pairs, 2) of random pairs of images of different classes; none if there is a single class."""
     generator, target = torch.Generator('cpu').manual_seed(seed), target.cpu()
     found = torch.empty(0, 2, dtype=torch.long, device='cpu')
     while len(found) < num_pairs and len(target.unique()) > 1:
@@ -32,31 +23,18 @@ def mix(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor
 
 
 def confidence_and_entropy(logits: torch.Tensor) -> tuple[float, float]:
-    """Mean maximum probability, and mean entropy of the probabilities in nats.
-
-    Args:
-        logits: Logits (n, c).
-    """
+    """Mean maximum probability of logits (n, c), and mean entropy of the probabilities in nats."""
     log_probs = logits.cpu().double().log_softmax(1)
     return log_probs.max(1).values.exp().mean().item(), (log_probs.exp() * -log_probs).sum(1).mean().item()
 
 
 def count_misses(logits: torch.Tensor, targets: torch.Tensor) -> int:
-    """Count mixes that are predicted as a third class (mixup, Zhang et al., 2018, figure 2).
-
-    Args:
-        logits: Logits (p, c) of p mixed pairs.
-        targets: Class indices (p, 2) of the pairs.
-    """
+    """Count mixes with logits (p, c) that are predicted as a third class (mixup, Zhang et al., 2018, figure 2)."""
     return int((logits.argmax(1)[:, None] != targets).all(1).sum())
 
 
 def count_intrusions(
-        mixed: torch.Tensor,
-        targets: torch.Tensor,
-        embeddings: torch.Tensor,
-        embedding_targets: torch.Tensor,
-) -> int:
+        mixed: torch.Tensor, targets: torch.Tensor, embeddings: torch.Tensor, embedding_targets: torch.Tensor) -> int:
     """Count manifold intrusions: mixed embeddings that lie at real examples of a third class.
 
     The term is from Guo, Mao & Zhang, MixUp as Locally Linear Out-Of-Manifold Regularization, 2019. A mix counts if the

@@ -49,13 +49,11 @@ def _jpeg(levels: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _compress(images: torch.Tensor, quality: int, generator: torch.Generator) -> torch.Tensor:
-    levels = (images * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-    if levels.shape[-1] == 3:
-        compressed = np.stack([_jpeg(image, quality) for image in levels])
-    else:  # JPEG has one channel or three
-        compressed = np.stack([
-            np.stack([_jpeg(image[..., k], quality) for k in range(levels.shape[-1])], axis=-1) for image in levels])
-    return torch.from_numpy(compressed).movedim(-1, 1).to(images) / 255
+    levels = (images * 255).round().to('cpu', torch.uint8)
+    in_colour = images.shape[1] == 3  # JPEG has one channel or three
+    levels = levels.movedim(1, -1) if in_colour else levels.flatten(0, 1)
+    compressed = torch.from_numpy(np.stack([_jpeg(image, quality) for image in levels.numpy()])).to(images) / 255
+    return compressed.movedim(-1, 1) if in_colour else compressed.view(images.shape)
 
 
 # Function, and its parameter at each severity.
@@ -70,16 +68,13 @@ CORRUPTIONS = {
 
 
 def corrupt(images: torch.Tensor, kind: str, severity: int, generator: torch.Generator) -> torch.Tensor:
-    """Corrupt images.
+    """Corrupt images (b, c, h, w) in [0, 1].
 
     Args:
-        images: Images (b, c, h, w) in [0, 1].
+        images: The images.
         kind: A key of CORRUPTIONS.
         severity: 1 to 5.
         generator: CPU generator of the noise. Splitting the images into batches does not change the noise.
-
-    Returns:
-        Images (b, c, h, w) in [0, 1].
     """
     function, parameters = CORRUPTIONS[kind]
     return function(images, parameters[SEVERITIES.index(severity)], generator).clamp(0, 1)

@@ -23,14 +23,7 @@ def _class_moments(points: torch.Tensor, target: torch.Tensor) -> tuple[torch.Te
 def alignment(embeddings: torch.Tensor, target: torch.Tensor) -> float:
     """Alignment: mean squared distance of two images of the same class (Wang & Isola, 2020, alpha = 2).
 
-    The mean is over all pairs of different images of the same class. Lower is more aligned.
-
-    Args:
-        embeddings: Embeddings (n, d).
-        target: Class indices (n,).
-
-    Returns:
-        The mean; nan if no class has two images.
+    The mean is over all pairs of different images of the same class; nan if no class has two. Lower is more aligned.
     """
     count, _, scatter = _class_moments(F.normalize(embeddings.cpu().double()), target)
     # sum of |x - y|^2 over the ordered pairs of a class is 2 n times the sum of |x - mean|^2
@@ -41,13 +34,7 @@ def alignment(embeddings: torch.Tensor, target: torch.Tensor) -> float:
 def uniformity(embeddings: torch.Tensor) -> float:
     """Uniformity: logarithm of the mean of exp(-2 |x - y|^2) over pairs of images (Wang & Isola, 2020, t = 2).
 
-    The mean is over all pairs of different images. Lower is more uniform.
-
-    Args:
-        embeddings: Embeddings (n, d).
-
-    Returns:
-        The logarithm; nan for a single image.
+    The mean is over all pairs of different images; nan for a single image. Lower is more uniform.
     """
     points = F.normalize(embeddings.cpu().double())
     if len(points) < 2:
@@ -64,10 +51,6 @@ def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, 
 
     Scatter is the mean squared distance to the mean of the class, or to the overall mean.
 
-    Args:
-        embeddings: Embeddings (n, d).
-        target: Class indices (n,).
-
     Returns:
         The ratio over all images, and for each class the scatter of its images over the total scatter.
     """
@@ -80,12 +63,7 @@ def compactness(embeddings: torch.Tensor, target: torch.Tensor) -> tuple[float, 
 
 
 def project(embeddings: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Coordinates (n, 2) of a t-SNE projection, initialised with principal components.
-
-    Args:
-        embeddings: Embeddings (n, d) of four images or more.
-        seed: Seed of t-SNE.
-    """
+    """Coordinates (n, 2) of t-SNE of the embeddings of four images or more, initialised with principal components."""
     from sklearn.manifold import TSNE  # slow to import
 
     points = F.normalize(embeddings.cpu().double()).numpy()

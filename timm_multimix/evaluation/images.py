@@ -67,14 +67,7 @@ class Source:
             raise UsageError(f'Data {self} is read from a folder: give it with --data-dir, or as NAME=FOLDER in --ood.')
 
     def open(self, img_mode: str) -> Dataset:
-        """Open the dataset.
-
-        Args:
-            img_mode: PIL mode of the images.
-
-        Raises:
-            UsageError: if it cannot be opened.
-        """
+        """Open the dataset with images of a PIL mode."""
         with usage_errors(f'Data {self}', dataset_suggestion(self.dataset)):
             return create_dataset(
                 self.dataset, root=self.root, split=self.split, input_img_mode=img_mode, **self.options)
@@ -85,13 +78,7 @@ def _has_type(name: str) -> bool:
 
 
 def parse_source(text: str, split: str, download: bool = False) -> Source:
-    """Parse a source: FOLDER, NAME of a dataset or NAME=FOLDER, each with @SPLIT for another split than the default.
-
-    Args:
-        text: The text.
-        split: Default split.
-        download: Download a dataset that is missing.
-    """
+    """Parse a source: FOLDER, NAME of a dataset or NAME=FOLDER, each with @SPLIT for another split than the default."""
     if os.path.exists(text):  # a name may contain @ and =
         return Source('', text, split)
     name, _, own = text.partition('@')
@@ -140,13 +127,8 @@ class Images:
         self.dataset = self.source.open(self.candidate.img_mode)
         self._check_classes()
         self.dataset.transform = create_transform(
-            config['input_size'],
-            is_training=False,
-            interpolation=config['interpolation'],
-            crop_pct=config['crop_pct'],
-            crop_mode=config.get('crop_mode'),
-            normalize=False,
-        )
+            config['input_size'], is_training=False, interpolation=config['interpolation'],
+            crop_pct=config['crop_pct'], crop_mode=config.get('crop_mode'), normalize=False)
         self.indices = choose(self.dataset, self.limit, self.seed)
 
     def _check_classes(self) -> None:

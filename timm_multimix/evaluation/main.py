@@ -1,30 +1,25 @@
 """Command line of python -m timm_multimix.evaluate."""
 import argparse
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 
-import timm
 import torch
 
 from ..calibration.run import CALIBRATED, share_split
-from ..common.command_line import Parser, check_packages, open_device
-from ..common.console import setup_logging
-from ..common.errors import UsageError, usage_errors
-from ..common.files import check_output, json_values, replacing
+from ..common.command_line import Parser, check_packages, exit_status, number, open_device
+from ..common.errors import UsageError
+from ..common.files import check_output
+from ..common.results import default_folder, print_text, write_file, write_results
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMO_PREFIX
-from ..version import __version__
-from .batches import batch_size_for
 from .images import Source, parse_source
 from .models import Candidate, load_candidates
 from .ood import NOISES
 from .report import render_html, render_table
 from .robustness import ATTACK_LOSSES, PIXEL_LEVELS, parse_epsilon
-from .suite import PARTS, Result, Settings, evaluate_models
+from .suite import PARTS, Settings, evaluate_models
 
 _logger = logging.getLogger(__name__)
 
@@ -37,14 +32,6 @@ examples:
   python -m timm_multimix.evaluate hf-hub:timm/resnet50.a1_in1k --data-dir imagenet --parts attacks --eps 1/255 4/255
       a model of the Hub, with attacks only
 """
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isascii() or not text.lstrip('-').isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f'must be a whole number, {low} or more, got {text!r}')
-        return int(text)
-    return number
 
 
 def _epsilon(text: str) -> float:
@@ -68,12 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_options(parser)
     _add_part_options(parser)
     how = parser.add_argument_group('execution').add_argument
-    how('-b', '--batch-size', type=_at_least(1), metavar='N',
+    how('-b', '--batch-size', type=number(int, 1), metavar='N',
         help='images per batch (default: 256 on a GPU, 32 on the CPU); halved if memory does not suffice')
-    how('-j', '--workers', type=_at_least(0), metavar='N',
+    how('-j', '--workers', type=number(int, 0), metavar='N',
         help='processes that load images (default: as in the first run, or 4)')
     how('--device', metavar='DEVICE', help='default: cuda if available, otherwise cpu')
-    how('--seed', type=_at_least(0), default=0, metavar='N',
+    how('--seed', type=number(int, 0), default=0, metavar='N',
         help='seed of samples, random starts and noise (default: 0)')
     how('--output', metavar='DIR', help='folder for results.json and report.html (default: output/evaluate/TIME)')
     return parser
@@ -89,8 +76,8 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add('--input-key', metavar='KEY', help='field of a sample that holds the image')
     add('--target-key', metavar='KEY', help='field of a sample that holds the target')
     add('--dataset-download', action='store_true', help='download the dataset if it is missing and its reader can')
-    add('--max-images', type=_at_least(1), metavar='N', help='evaluate on at most N images, drawn at random')
-    add('--sample', type=_at_least(1), default=2000, metavar='N',
+    add('--max-images', type=number(int, 1), metavar='N', help='evaluate on at most N images, drawn at random')
+    add('--sample', type=number(int, 1), default=2000, metavar='N',
         help='number of images for measurements that take many passes: attacks, corruptions, embeddings, mixed images '
              '(default: 2000)')
     add('--calibration-split', metavar='NAME',
@@ -105,7 +92,7 @@ def _add_part_options(parser: argparse.ArgumentParser) -> None:
     add('--eps', nargs='+', type=_epsilon, default=[parse_epsilon(f'{n}/{PIXEL_LEVELS}') for n in (1, 2, 4, 8)],
         metavar='EPS',
         help='sizes of the attacks: levels of a pixel, of 255, or fractions such as 8/255 (default: 1 2 4 8)')
-    add('--pgd-steps', type=_at_least(1), default=10, metavar='N', help='steps of PGD (default: 10)')
+    add('--pgd-steps', type=number(int, 1), default=10, metavar='N', help='steps of PGD (default: 10)')
     add('--pgd-step', type=_epsilon, metavar='SIZE',
         help='size of a step of PGD, in the same units (default: 2.5 EPS / N)')
     add('--attack-loss', choices=ATTACK_LOSSES, default='log-odds',
@@ -170,7 +157,7 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
         pgd_step_size=args.pgd_step,
         attack_loss=args.attack_loss,
         outside=outside,
-        batch_size=args.batch_size or batch_size_for(device),
+        batch_size=args.batch_size or (256 if device.type == 'cuda' else 32),
         workers=workers,
         max_images=args.max_images,
         sample=args.sample,
@@ -178,30 +165,11 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
     )
 
 
-def _write(folder: str, name: str, text: str) -> str:
-    """Write a file into the output folder, atomically."""
-    path = os.path.join(folder, name)
-    with usage_errors(f'--output {folder}'):
-        os.makedirs(folder, exist_ok=True)
-        with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-            file.write(text)
-    return path
-
-
-def _document(results: Sequence[Result], settings: Settings) -> str:
-    document = dict(
-        date=datetime.now().astimezone().isoformat(timespec='seconds'),
-        versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__),
-        source=str(settings.source), max_images=settings.max_images, sample=settings.sample, seed=settings.seed,
-        models={result.name: result.values for result in results})
-    return json.dumps(json_values(document), indent=2, allow_nan=False) + '\n'
-
-
 def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     check_packages('Evaluation', ['torchmetrics', *(['captum'] if 'attacks' in args.parts else [])], extra='eval')
     device = open_device(args.device)
-    folder = args.output or os.path.join('output', 'evaluate', datetime.now().strftime('%Y%m%d-%H%M%S'))
+    folder = args.output or default_folder('evaluate')
     check_output(folder)
     candidates = load_candidates(args.models)
     settings = _settings(args, candidates, device)
@@ -212,11 +180,11 @@ def _run(argv: Sequence[str] | None) -> None:
     results = []
     for result in evaluate_models(candidates, settings, device):
         results.append(result)
-        _write(folder, 'results.json', _document(results, settings))  # the next model may fail
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(render_table(results).encode(encoding, 'backslashreplace').decode(encoding))
-    report = _write(folder, 'report.html', render_html(results, settings))
-    _logger.info(f'Report: {report}')
+        write_results(  # the next model may fail
+            folder, source=str(settings.source), max_images=settings.max_images, sample=settings.sample,
+            seed=settings.seed, models={result.name: result.values for result in results})
+    print_text(render_table(results))
+    _logger.info(f'Report: {write_file(folder, "report.html", render_html(results, settings))}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,16 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 for an error that the user can correct.
     """
-    setup_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)
-    try:
-        _run(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        _logger.error(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: _run(argv))
 
 
 if __name__ == '__main__':

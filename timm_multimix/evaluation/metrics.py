@@ -43,13 +43,8 @@ def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[s
     )
 
 
-def calibration_errors(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_BINS) -> dict[str, float]:
-    """Expected calibration errors in percent.
-
-    Args:
-        logits: Logits (n, c).
-        target: Class indices (n,).
-        num_bins: Number of bins.
+def calibration_errors(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    """Expected calibration errors in percent, of logits (n, c) and class indices (n,).
 
     Returns:
         - 'ece': mean gap between confidence and accuracy over bins of equal width (Guo et al., 2017).
@@ -64,35 +59,26 @@ def calibration_errors(logits: torch.Tensor, target: torch.Tensor, num_bins: int
     confidence, prediction = probs.max(1)
     order = confidence.argsort(stable=True)
     gap = (confidence - (prediction == target).double())[order]
-    adaptive = sum(part.sum().abs() for part in gap.tensor_split(num_bins)) / len(target)
+    adaptive = sum(part.sum().abs() for part in gap.tensor_split(NUM_BINS)) / len(target)
     classwise = 0.0
     for index in range(num_classes):  # one class at a time: n numbers in memory, not n * c
         of_class = probs[:, index]
-        bins = (of_class * num_bins).long().clamp(max=num_bins - 1)
-        gaps = torch.bincount(bins, weights=of_class - (target == index).double(), minlength=num_bins)
+        bins = (of_class * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+        gaps = torch.bincount(bins, weights=of_class - (target == index).double(), minlength=NUM_BINS)
         classwise += gaps.abs().sum().item() / len(target)
     return dict(
         # torchmetrics works in float32 and would put a confidence that rounds to 1 into a bin of its own
         ece=100 * multiclass_calibration_error(
-            probs.clamp(max=1 - 2 ** -24), target, num_classes, n_bins=num_bins, norm='l1').item(),
+            probs.clamp(max=1 - 2 ** -24), target, num_classes, n_bins=NUM_BINS, norm='l1').item(),
         adaptive_ece=100 * adaptive.item(),
         classwise_ece=100 * classwise / num_classes,
     )
 
 
-def selective_metrics(
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        tolerated_risk: float = TOLERATED_RISK,
-) -> dict[str, float]:
+def selective_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
     """Metrics of a classifier that rejects the images it is least confident of (Geifman & El-Yaniv, 2017).
 
     Coverage is the share of accepted images, risk the share of errors among them.
-
-    Args:
-        logits: Logits (n, c).
-        target: Class indices (n,).
-        tolerated_risk: Risk at which coverage is reported.
 
     Returns:
         In percent: 'aurc', the area under the risk-coverage curve, with ties of confidence in random order;
@@ -107,7 +93,7 @@ def selective_metrics(
     num_accepted = torch.arange(1, len(target) + 1, dtype=torch.float64, device='cpu')
     risk = (errors / count).repeat_interleave(count).cumsum(0) / num_accepted
     at_threshold = errors.cumsum(0) / count.cumsum(0)
-    tolerated = count.cumsum(0)[at_threshold <= tolerated_risk]
+    tolerated = count.cumsum(0)[at_threshold <= TOLERATED_RISK]
     return dict(
         aurc=100 * risk.mean().item(),
         coverage_at_5_risk=100 * tolerated.max().item() / len(target) if len(tolerated) else 0.0,

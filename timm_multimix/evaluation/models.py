@@ -41,13 +41,7 @@ _BEGINNING = dict(
 
 
 class PixelModel(nn.Module):
-    """Classifier of images in [0, 1]: normalises them and returns logits (b, c).
-
-    Args:
-        model: Classifier of normalised images.
-        mean: Pixel mean of each channel.
-        std: Pixel standard deviation of each channel.
-    """
+    """Classifier of images in [0, 1]: normalises them with the model's mean and std and returns logits (b, c)."""
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -136,7 +130,16 @@ def _from_checkpoint(path: str) -> Candidate:
     return candidate
 
 
-def _from_name(name: str) -> Candidate:
+def check_model_name(name: str, pretrained: bool) -> bool:
+    """Check the name of a model of timm or the Hub. Return whether the model has pretrained weights to load.
+
+    Args:
+        name: The name.
+        pretrained: Whether pretrained weights are wanted. Models of the Hub always have them.
+
+    Raises:
+        UsageError: if there is no such model, or timm has no pretrained weights of it.
+    """
     if ':' not in name and ('/' in name or os.sep in name):
         raise UsageError(f"{name}: no such folder or file. Models of the Hub start with 'hf-hub:'.")
     with usage_errors(name):
@@ -145,10 +148,14 @@ def _from_name(name: str) -> Candidate:
         hint = near_names(split_model_name_tag(base)[0], list_models())
         raise UsageError(
             f"{name}: no such folder or file, nor a model of timm.{hint} Models of the Hub start with 'hf-hub:'.")
-    if source is None and not is_model_pretrained(base):
-        raise UsageError(f'{name}: timm has no pretrained weights of this model. Give a run folder or a checkpoint.')
+    if source is None and pretrained and not is_model_pretrained(base):
+        raise UsageError(f'{name}: timm has no pretrained weights of this model.')
+    return pretrained or source is not None
+
+
+def _from_name(name: str) -> Candidate:
     with usage_errors(name):
-        model = create_model(name, pretrained=True)
+        model = create_model(name, pretrained=check_model_name(name, True))
         config = resolve_data_config({}, model=model, verbose=False)
     candidate = _candidate(name, 'pretrained', model, config, None)
     candidate.class_to_idx = valid_classes((getattr(model, 'pretrained_cfg', None) or {}).get('label_names'))
@@ -168,13 +175,7 @@ def _candidate(origin: str, weights: str, model: nn.Module, config: dict, args: 
 
 
 def load_candidate(spec: str) -> Candidate:
-    """Load a model.
-
-    Args:
-        spec: Run folder, checkpoint, name on the Hub ('hf-hub:user/name') or name in timm.
-
-    Returns:
-        The model, on the CPU.
+    """Load a run folder, a checkpoint, a model of the Hub ('hf-hub:user/name') or of timm, on the CPU.
 
     Raises:
         UsageError: if there is no such model, or if the checkpoint is damaged or does not name its architecture.

@@ -14,9 +14,6 @@ def max_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Maximum softmax probability as a score (n,), higher in distribution (Hendrycks & Gimpel, 2017).
 
     Returned as log-odds, log(p / (1 - p)). They order images as the probability p does, also where p rounds to 1.
-
-    Args:
-        logits: Logits (n, c).
     """
     logits = logits.cpu().double()
     top = logits.max(1, keepdim=True)
@@ -25,11 +22,7 @@ def max_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def energy(logits: torch.Tensor) -> torch.Tensor:
-    """Negative free energy, logsumexp of the logits, as a score (n,), higher in distribution (Liu et al., 2020).
-
-    Args:
-        logits: Logits (n, c).
-    """
+    """Negative free energy, logsumexp of the logits, as a score (n,), higher in distribution (Liu et al., 2020)."""
     return logits.cpu().double().logsumexp(1)
 
 
@@ -64,19 +57,15 @@ def detection_metrics(scores_in: torch.Tensor, scores_out: torch.Tensor) -> dict
 
 
 def noise_batches(
-        kind: str,
-        num_images: int,
-        input_size: tuple[int, int, int],
-        batch_size: int,
-        seed: int = 0,
+        kind: str, num_images: int, input_size: tuple[int, int, int], batch_size: int, seed: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """Batches of noise images with independent pixels.
+    """Batches of noise images with independent pixels. The batch size does not change the images.
 
     Args:
         kind: 'uniform' in [0, 1], or 'gaussian' with mean 0.5 and standard deviation 1, clipped to [0, 1].
         num_images: Total number of images.
         input_size: Channels, height and width.
-        batch_size: Images per batch. It does not change the images.
+        batch_size: Images per batch.
         seed: Seed of the noise.
     """
     generator = torch.Generator('cpu').manual_seed(seed)

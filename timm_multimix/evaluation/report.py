@@ -1,7 +1,7 @@
 """Results as a table for the terminal, and as one HTML page without scripts and external files."""
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import figures
 from .comparison import Line, compare
@@ -14,23 +14,16 @@ _ARROWS = '\N{UPWARDS ARROW} higher is better, \N{DOWNWARDS ARROW} lower is bett
 
 def render_table(results: Sequence[Result]) -> str:
     """Render the comparison for a terminal. The best value of each row is marked by *."""
-    topics = compare(results)
-    lines = [line for lines in topics.values() for line in lines]
-    names = short_names([result.name for result in results], _NAME_LENGTH)
-    columns = [[name, *(line.cells[k] + ' *'[line.best[k]] for line in lines)] for k, name in enumerate(names)]
-    widths = [max(map(len, column)) for column in columns]
-    first = max(len(line.label) for line in lines)
-
-    def join(label: str, cells: Sequence[str]) -> str:
-        return '  '.join([label.ljust(first), *map(str.rjust, cells, widths)]).rstrip()
-
-    rows = [join('', names)]
-    for topic, of_topic in topics.items():
-        rows += ['', topic.upper()]
-        rows += [join(line.label, [c + ' *'[b] for c, b in zip(line.cells, line.best, strict=True)])
-                 for line in of_topic]
-    is_marked = any(any(line.best) for line in lines)
-    return '\n'.join([*rows, '', f'* best value of the row; {_ARROWS}' if is_marked else _ARROWS])
+    rows = [('', short_names([result.name for result in results], _NAME_LENGTH))]
+    for topic, lines in compare(results).items():
+        rows += [('', []), (topic.upper(), [])]
+        rows += [(line.label, [cell + ' *'[best] for cell, best in zip(line.cells, line.best, strict=True)])
+                 for line in lines]
+    first = max(len(label) for label, _ in rows)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows if cells), strict=True)]
+    table = ['  '.join([label.ljust(first), *map(str.rjust, cells, widths)]).rstrip() for label, cells in rows]
+    is_marked = any(cell.endswith('*') for _, cells in rows[1:] for cell in cells)
+    return '\n'.join([*table, '', f'* best value of the row; {_ARROWS}' if is_marked else _ARROWS])
 
 
 _STYLE = """
@@ -58,57 +51,39 @@ def _figure(title: str, caption: str, png: bytes) -> str:
         f'<figcaption>{html.escape(caption)}</figcaption></figure></section>')
 
 
-def _robustness_figures(having: dict[str, list[Result]], settings: Settings) -> list[str]:
-    parts = []
-    if having['attacks'] and settings.epsilons:
-        attacks = having['attacks'][0].values['attacks']
-        parts.append(_figure(
-            'Robustness to attacks',
-            f'Top-1 accuracy on {attacks["num_images"]} images. PGD takes {attacks["pgd_steps"]} steps from a random '
-            f'start. Both follow the gradient of the {attacks["loss"]} loss.',
-            figures.attacks_figure(having['attacks'])))
-    if having['corruptions']:
-        parts.append(_figure(
-            'Robustness to corruptions',
-            f'Top-1 accuracy on {having["corruptions"][0].values["corruptions"]["num_images"]} images; severity 0 is '
-            'the uncorrupted image.', figures.corruptions_figure(having['corruptions'])))
-    return parts
+def _sections(results: Sequence[Result], settings: Settings) -> Iterator[tuple[str, str, bytes]]:
+    """Title, caption and PNG of each figure."""
+    def having(name: str) -> list[Result]:
+        return [result for result in results if name in result.values or name in result.pictures]
 
-
-def _figures(results: Sequence[Result], settings: Settings) -> list[str]:
     fitted_on = [result.values['tempered'].get('fitted_on') for result in results]
-    having = {
-        name: [result for result in results if name in result.values or name in result.pictures]
-        for name in ('attacks', 'corruptions', 'scores', 'points', 'between', 'maps')}
-    parts = [_figure(
-        'Reliability',
-        'Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the dashed line. '
-        f'Temperature fitted on: {next(filter(None, fitted_on), "nothing")}.',
-        figures.reliability_figure(results))]
-    parts += _robustness_figures(having, settings)
-    if having['scores'] and settings.outside:
-        parts += [
-            _figure(f'Out-of-distribution detection: {score.replace("_", " ")}', caption,
-                    figures.ood_figure(having['scores'], score))
-            for score, caption in (
+    yield ('Reliability',
+           'Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the dashed line. '
+           f'Temperature fitted on: {next(filter(None, fitted_on), "nothing")}.', figures.reliability_figure(results))
+    if (some := having('attacks')) and settings.epsilons:
+        attacks = some[0].values['attacks']
+        yield ('Robustness to attacks',
+               f'Top-1 accuracy on {attacks["num_images"]} images. PGD takes {attacks["pgd_steps"]} steps from a '
+               f'random start. Both follow the gradient of the {attacks["loss"]} loss.', figures.attacks_figure(some))
+    if some := having('corruptions'):
+        count = some[0].values['corruptions']['num_images']
+        yield ('Robustness to corruptions', f'Top-1 accuracy on {count} images; severity 0 is the uncorrupted image.',
+               figures.corruptions_figure(some))
+    if (some := having('scores')) and settings.outside:
+        for score, caption in (
                 ('max_softmax', 'Log-odds log(p / (1 - p)) of the maximum softmax probability p.'),
-                ('energy', 'Negative free energy: logsumexp of the logits.'))]
-    if having['points']:
-        parts.append(_figure(
-            'Embeddings',
-            't-SNE of the input of the last affine layer, coloured by class. Distances between clusters mean little.',
-            figures.embeddings_figure(having['points'])))
-    if having['between']:
-        parts.append(_figure(
-            'Mixed images',
-            'Mean over random pairs of images of different classes, interpolated pixel by pixel.',
-            figures.between_figure(having['between'])))
-    if having['maps']:
-        parts.append(_figure(
-            'Attention',
-            'Attention of dense MultiMix (query gap, norm relu) over the positions of the feature map.',
-            figures.attention_figure(having['maps'])))
-    return parts
+                ('energy', 'Negative free energy: logsumexp of the logits.')):
+            yield (f'Out-of-distribution detection: {score.replace("_", " ")}', caption,
+                   figures.ood_figure(some, score))
+    for title, name, draw, caption in (
+            ('Embeddings', 'points', figures.embeddings_figure,
+             't-SNE of the input of the last affine layer, coloured by class. Distances between clusters mean little.'),
+            ('Mixed images', 'between', figures.between_figure,
+             'Mean over random pairs of images of different classes, interpolated pixel by pixel.'),
+            ('Attention', 'maps', figures.attention_figure,
+             'Attention of dense MultiMix (query gap, norm relu) over the positions of the feature map.')):
+        if some := having(name):
+            yield title, caption, draw(some)
 
 
 def _table_row(line: Line) -> str:
@@ -150,4 +125,5 @@ def render_html(results: Sequence[Result], settings: Settings) -> str:
         f'<p class="note">Images: {html.escape(str(settings.source))}. Seed: {settings.seed}. {best}{_ARROWS}.</p>'
         f'<div class="report"><div class="comparison" style="flex-basis: {18 + 6 * len(results)}rem">'
         f'{_table(results)}</div>'
-        f'<div class="figures">{"".join(_figures(results, settings))}</div></div></body></html>\n')
+        f'<div class="figures">{"".join(_figure(*section) for section in _sections(results, settings))}</div>'
+        '</div></body></html>\n')

@@ -55,11 +55,7 @@ def _perturb(perturb: Callable[..., torch.Tensor], images: torch.Tensor, *args: 
 
 
 def fgsm(
-        model: nn.Module,
-        images: torch.Tensor,
-        target: torch.Tensor,
-        epsilon: float,
-        loss: str = 'log-odds',
+        model: nn.Module, images: torch.Tensor, target: torch.Tensor, epsilon: float, loss: str = 'log-odds',
 ) -> torch.Tensor:
     """Fast gradient sign method (Goodfellow et al., 2015).
 
@@ -82,29 +78,16 @@ def fgsm(
 
 
 def pgd(
-        model: nn.Module,
-        images: torch.Tensor,
-        target: torch.Tensor,
-        epsilon: float,
-        step_size: float,
-        num_steps: int,
-        random_start: bool = True,
-        loss: str = 'log-odds',
+        model: nn.Module, images: torch.Tensor, target: torch.Tensor, epsilon: float, step_size: float, num_steps: int,
+        random_start: bool = True, loss: str = 'log-odds',
 ) -> torch.Tensor:
-    """Projected gradient descent in the maximum norm (Madry et al., 2018).
+    """Projected gradient descent in the maximum norm (Madry et al., 2018). Other arguments and the result are fgsm's.
 
     Args:
-        model: Maps images in [0, 1] to logits (b, c); in evaluation mode.
-        images: Images (b, ...) in [0, 1].
-        target: Class indices (b,).
         epsilon: Radius of the ball, as a fraction of the range of a pixel.
         step_size: Size of a step, as a fraction of the range of a pixel.
         num_steps: Number of steps.
         random_start: Start from a random point of the ball, drawn from the global random state, instead of the images.
-        loss: As for fgsm.
-
-    Returns:
-        Images in [0, 1] that differ from the given ones by at most epsilon.
     """
     from captum.robust import PGD  # slow to import
 

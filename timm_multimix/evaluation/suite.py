@@ -28,24 +28,15 @@ _NUM_PICTURED = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an evaluation.
+    """Settings of an evaluation. The fields without a description are options of the command.
 
     Attributes:
         source: Images to evaluate on.
         calibration: Images to fit a temperature on; None for cross-fitting on halves of the evaluated images.
-        parts: Measurements beyond accuracy and calibration, from PARTS.
         epsilons: Sizes of attacks, as fractions of the range of a pixel.
-        pgd_steps: Steps of PGD.
         pgd_step_size: Size of a step, as a fraction of the range of a pixel; None for 2.5 epsilon / steps, with which
             PGD can reach every point of the ball.
-        attack_loss: Loss whose gradient attacks follow, from robustness.ATTACK_LOSSES.
         outside: Sources of out-of-distribution images, and names of noises.
-        batch_size: Images per batch.
-        workers: Processes that load images.
-        max_images: Maximum number of images, None for all.
-        sample: Maximum number of images for measurements that take many passes: attacks, corruptions, embeddings,
-            mixed images.
-        seed: Seed of samples, random starts and noise.
     """
     source: Source
     calibration: Source | None = None
@@ -124,17 +115,17 @@ class _Evaluation:
             metrics=classification_metrics(logits, target),
             reliability=asdict(reliability(logits, target)),
             tempered=self._tempered(logits, target))
-        measures: dict[str, Callable[[], None]] = dict(
-            attacks=lambda: self._attacks(result),
-            corruptions=lambda: self._corruptions(result),
-            ood=lambda: self._ood(result, logits),
-            embeddings=lambda: self._embeddings_and_pairs(result),
-            between=lambda: None,  # measured together with the embeddings
-            attention=lambda: self._attention(result),
-        )
-        for part in PARTS:
-            if part in self.settings.parts or (part == 'embeddings' and 'between' in self.settings.parts):
-                measures[part]()
+        parts = self.settings.parts
+        if 'attacks' in parts:
+            self._attacks(result)
+        if 'corruptions' in parts:
+            self._corruptions(result)
+        if 'ood' in parts:
+            self._ood(result, logits)
+        if 'embeddings' in parts or 'between' in parts:
+            self._embeddings_and_pairs(result)
+        if 'attention' in parts:
+            self._attention(result)
         return result
 
     def _tempered(self, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
@@ -249,13 +240,8 @@ class _Evaluation:
                 points=geometry.project(embeddings[shown], self.settings.seed), classes=target[shown])
 
     def _between(
-            self,
-            result: Result,
-            embed: Embedder,
-            images: torch.Tensor,
-            target: torch.Tensor,
-            embeddings: torch.Tensor,
-    ) -> None:
+            self, result: Result, embed: Embedder, images: torch.Tensor, target: torch.Tensor,
+            embeddings: torch.Tensor) -> None:
         pairs = between.sample_pairs(target, len(target), self.settings.seed)
         if not len(pairs):
             return
@@ -299,12 +285,7 @@ class _Evaluation:
 
 
 def evaluate_models(candidates: Sequence[Candidate], settings: Settings, device: torch.device) -> Iterator[Result]:
-    """Evaluate models one after the other. The images of all models are checked first.
-
-    Args:
-        candidates: The models. Each is moved to the device, and back to the CPU.
-        settings: Settings of the evaluation.
-        device: Device to evaluate on.
+    """Evaluate models one after the other, each on the device. The images of all models are checked first.
 
     Raises:
         UsageError: if the images do not suit a model.
