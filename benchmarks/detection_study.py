@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 from timm_multimix import __version__
 from timm_multimix.detection.backbones import Source
-from timm_multimix.detection.detectors import find_levels
+from timm_multimix.detection.detectors import Settings, find_levels
 from timm_multimix.detection.metric import mean_average_precision
 from timm_multimix.detection.splits import image_bounds, scenes
-from timm_multimix.detection.training import Settings, create_detector, predict, train_detector
+from timm_multimix.detection.training import transfer
 
 RESULTS = Path(__file__).parent / 'results'
 RANDOM = 'random weights'
@@ -65,22 +65,17 @@ def run_detectors(job: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, f
     Returns:
         For each point: the settings of the run, its metrics and its seconds.
     """
-    classifier, numbers = job['classifier'], job['scenes']
+    classifier = job['classifier']
     source = _backbone(classifier, job['is_random'])
-    data = {split: scenes(split, count).view(source.img_mode, training=split == 'train')
-            for split, count in numbers.items()}
-    bounds = image_bounds(data['train'])
-    levels = find_levels(source, 'fcos', data['train'].sizes, bounds)
+    data = [scenes(split, job['scenes'][split]) for split in ('train', 'validation', 'test')]
+    min_size, max_size = image_bounds(data[0])
     results = []
     for point in job['points']:
         start = time.process_time()
-        options = Settings(lr=point['lr'], epochs=point['epochs'], min_size=bounds[0], max_size=bounds[1])
-        torch.manual_seed(classifier['seed'])
-        detector = create_detector(source, levels, len(data['train'].classes), options)
-        device = torch.device('cpu')
-        train_detector(detector, data['train'], options, device, seed=classifier['seed'])
-        tuned, tested = (mean_average_precision(*predict(detector, data[split], options.batch_size, device))
-                         for split in ('validation', 'test'))
+        settings = Settings(min_size=min_size, max_size=max_size, **point)
+        levels = find_levels(source, settings, data[0].sizes)
+        tuned, tested = (mean_average_precision(*predicted) for predicted in transfer(
+            source, levels, data, settings, torch.device('cpu'), seed=classifier['seed']))
         metrics = dict(validation=tuned['mAP'], **{name: tested[name] for name in COLUMNS})
         results.append((run_settings(job, point), metrics, time.process_time() - start))
     return results

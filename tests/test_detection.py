@@ -16,9 +16,9 @@ from torch import nn
 
 from timm_multimix.common.errors import RunError, UsageError
 from timm_multimix.detection.backbones import Source, load_sources
-from timm_multimix.detection.detectors import DETECTORS, find_levels
+from timm_multimix.detection.detectors import DETECTORS, Settings, create_detector, find_levels
 from timm_multimix.detection.main import main
-from timm_multimix.detection.training import Settings, create_detector, predict, train_detector
+from timm_multimix.detection.training import predict, train_detector
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
 SMALL = dict(num_train=4, num_test=2, epochs=1, batch_size=2)
@@ -54,8 +54,9 @@ FAMILIES = [
 def test_families_train_and_predict(name, options, strides, kind):
     model = source(name, **options)
     sizes = [(96, 64), (64, 64)]
-    levels = find_levels(model, kind, sizes, (64, 160))
-    detector = create_detector(model, levels, 1, Settings(kind, frozen=False, fpn_channels=32, min_size=64))
+    settings = Settings(kind, frozen=False, fpn_channels=32, min_size=64)
+    levels = find_levels(model, settings, sizes)
+    detector = create_detector(model, levels, 1, settings)
     strides = [stride for stride in strides if stride >= DETECTORS[kind]]  # FCOS starts at 8
     assert detector.backbone.strides == strides
     images, targets = batch()
@@ -77,7 +78,7 @@ def test_families_train_and_predict(name, options, strides, kind):
 
 def test_maps_of_one_stride_are_merged():
     model = source('test_resnet', output_stride=8)
-    levels = find_levels(model, 'fcos', [(96, 96)], (96, 160))
+    levels = find_levels(model, Settings(), [(96, 96)])
     channels = model.features().feature_info.channels()
     assert [(level.stride, level.maps, level.channels) for level in levels] == [
         (2, (0,), channels[0]), (4, (1,), channels[1]), (8, (2, 3, 4), sum(channels[2:]))]
@@ -85,15 +86,15 @@ def test_maps_of_one_stride_are_merged():
 
 def test_boxes_are_pooled_from_levels_of_their_size():
     model = source('eva02_tiny_patch14_224', depth=3)
-    levels = find_levels(model, 'fasterrcnn', [(56, 56)], (56, 96))
-    align = create_detector(model, levels, 1, Settings('fasterrcnn', min_size=56)).roi_heads.box_roi_pool
+    settings = Settings('fasterrcnn', min_size=56, max_size=96)
+    align = create_detector(model, find_levels(model, settings, [(56, 56)]), 1, settings).roi_heads.box_roi_pool
     boxes = [torch.tensor([[0.0, 0, side, side] for side in (5, 98, 196, 400)])]
     assert align.scales == [1 / 7, 1 / 14, 1 / 28] and align.map_levels(boxes).tolist() == [0, 0, 1, 2]
 
 
 def test_large_images_get_coarser_levels():
     model = source('test_resnet')
-    levels = find_levels(model, 'fcos', [(96, 96)], (96, 160))
+    levels = find_levels(model, Settings(), [(96, 96)])
     detector = create_detector(model, levels, 1, Settings(min_size=800, fpn_channels=32))
     assert detector.backbone.strides == [8, 16, 32, 64, 128]
 
@@ -106,7 +107,7 @@ def test_large_images_get_coarser_levels():
 ])
 def test_unusable_models_are_refused(name, message):
     with pytest.raises(UsageError, match=message):
-        find_levels(load_sources([name], pretrained=False)[0], 'fcos', [(96, 96)], (96, 160))
+        find_levels(load_sources([name], pretrained=False)[0], Settings(), [(96, 96)])
 
 
 class Noise(torch.utils.data.Dataset):
@@ -122,8 +123,8 @@ class Noise(torch.utils.data.Dataset):
 @pytest.mark.parametrize('frozen', [True, False])
 def test_frozen_backbones_do_not_change(frozen):
     model = source('test_resnet')
-    levels = find_levels(model, 'fcos', [(64, 64)], (64, 107))
     settings = Settings(frozen=frozen, epochs=1, batch_size=2, fpn_channels=32, min_size=64)
+    levels = find_levels(model, settings, [(64, 64)])
     detector = create_detector(model, levels, 1, settings)
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     train_detector(detector, Noise(), settings, torch.device('cpu'))
@@ -139,8 +140,8 @@ def test_frozen_backbones_do_not_change(frozen):
 
 def test_bfloat16_and_losses_that_are_not_finite():
     model = source('test_resnet')
-    levels = find_levels(model, 'fcos', [(64, 64)], (64, 107))
     settings = Settings(epochs=1, batch_size=2, fpn_channels=32, min_size=64, amp=True)
+    levels = find_levels(model, settings, [(64, 64)])
     detector = create_detector(model, levels, 1, settings)
     train_detector(detector, Noise(), settings, torch.device('cpu'))
     nn.init.constant_(detector.head.regression_head.bbox_reg.bias, math.nan)
@@ -272,6 +273,18 @@ def test_output_that_is_no_folder_of_ours(detect, tmp_path):
         assert (tmp_path / 'out' / 'results.json').read_text() == text
     assert detect('test_resnet', output=tmp_path / 'out' / 'results.json') == 2
     assert 'not a writable folder' in detect.err
+
+
+def test_two_processes_do_not_share_an_output_folder(detect, tmp_path):
+    (tmp_path / 'out').mkdir()
+    holder = ('import sys; from timm_multimix.common.files import lock_folder; lock_folder(sys.argv[1]); print(); '
+              'sys.stdout.flush(); sys.stdin.read()')
+    with subprocess.Popen(
+            [sys.executable, '-c', holder, tmp_path / 'out'], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert detect('test_resnet', **SMALL) == 2
+        assert f'is in use by another run: process {process.pid}' in detect.err
+        assert 'choose another --output' in detect.err and os.listdir(tmp_path / 'out') == ['.lock']
 
 
 def test_a_missing_extra_is_named(detect, monkeypatch):

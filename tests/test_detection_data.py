@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from timm_multimix.common.errors import UsageError
-from timm_multimix.data.demo import DigitsDataset
 from timm_multimix.data.glyphs import FONTS
-from timm_multimix.data.scenes import CLASSES, OBJECT_SIZES, SCENE_SIZE, render_scenes
+from timm_multimix.data.scenes import CLASSES, LETTERS, OBJECT_SIZES, SCENE_SIZE, digit_images, render_scenes
 from timm_multimix.detection.splits import image_bounds, load_splits
 
 
@@ -74,8 +73,13 @@ def test_splits_of_scenes_have_other_glyphs():
     assert len({image for split in images.values() for image in split}) == 60
     fonts = [font for split in FONTS.values() for font in split]
     assert len(set(fonts)) == len(fonts)
-    digits = [{image.tobytes() for image in DigitsDataset(split).images} for split in ('train', 'validation')]
-    assert not digits[0] & digits[1]  # the latter are used in test scenes only
+    digits = [{image.tobytes() for image in digit_images(split)[0]} for split in FONTS]
+    assert not digits[0] & digits[1] and not (digits[0] | digits[1]) & digits[2]
+    letters = ''.join(LETTERS[split] for split in FONTS)
+    assert len(set(letters)) == len(letters) and not set('OI') & set(letters)
+    for split in FONTS:
+        labels = np.concatenate([scene.labels for scene in render_scenes(split, 100)])
+        assert set(labels) == set(range(len(CLASSES)))
     with pytest.raises(ValueError, match='splits'):
         render_scenes('extra', 1)
 
@@ -104,7 +108,7 @@ def test_reads_coco_files(tmp_path):
     mirrored_image, mirrored = train.view('RGB', training=True, hflip=1.0)[0]
     assert mirrored['boxes'].tolist() == [[33, 2, 63, 22]]
     assert mirrored_image.flip(-1).equal(train.view('RGB', training=True)[0][0])
-    assert train.items[0].boxes.tolist()[0] == [1, 2, 31, 22]  # not changed by that
+    assert train.view('RGB', training=True)[0][1]['boxes'].tolist() == [[1, 2, 31, 22]]  # not changed by that
 
 
 def test_classes_of_test_data_are_those_of_the_training_data(tmp_path):

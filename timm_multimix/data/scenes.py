@@ -1,4 +1,4 @@
-"""Scenes for object detection: handwritten digits and printed figures on cluttered grounds, drawn from a seed."""
+"""Scenes for object detection: handwritten digits and printed glyphs on cluttered grounds, drawn from a seed."""
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,11 +10,17 @@ from .glyphs import FIGURES, FONTS, render_strokes
 
 SCENE_SIZE = 96
 OBJECT_SIZES = 16, 32  # pixels of the longer side of a box
-CLASSES = tuple(FIGURES)
+# A handwritten digit and the printed figure have one class. All letters have one class, because no letter is in two
+# splits. O and I are in none: they look like 0 and 1.
+LETTERS = {'train': 'ACEGJLNQSUWY', 'validation': 'BFKPTX', 'test': 'DHMRVZ'}
+CLASSES = (*FIGURES, 'letter')
 _MAX_OBJECTS = 6
-_GLYPHS_PER_CLASS = 50
+_NUM_GLYPHS = 1000  # printed figures and letters of a split
+_DIGITS = 2 / 3  # share of handwritten digits among the objects
 _GLYPHS_SEED = 1  # demo/glyphs uses 0 by default
 _VALIDATION_EVERY = 5  # of the training digits, this one in so many is for validation scenes
+
+_Objects = list[tuple[Image.Image, int]]  # masks and class indices
 
 
 class Scene(NamedTuple):
@@ -41,20 +47,30 @@ def digit_images(split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, targets
 
 
-@lru_cache(maxsize=3)
-def _masks(split: str) -> list[list[Image.Image]]:
-    """For each class, masks of its objects, cropped to their ink."""
-    masks = [[] for _ in CLASSES]
-    digits, digit_classes = digit_images(split)
-    glyphs, glyph_classes = render_strokes(
-        split, _GLYPHS_PER_CLASS * len(CLASSES), characters=FIGURES, seed=_GLYPHS_SEED)
-    enlarged = [np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC)) for image in digits]
-    for image, target in zip([*enlarged, *glyphs], [*digit_classes, *glyph_classes], strict=True):
+def _cropped(images: np.ndarray, labels: np.ndarray) -> _Objects:
+    """Masks of objects, cropped to their ink."""
+    objects = []
+    for image, label in zip(images, labels.tolist(), strict=True):
         rows, columns = (np.flatnonzero((image > 127).any(axis=axis)) for axis in (1, 0))
         if len(rows):
-            cropped = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-            masks[target].append(Image.fromarray(cropped))
-    return masks
+            mask = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            objects.append((Image.fromarray(mask), label))
+    return objects
+
+
+@lru_cache(maxsize=3)
+def _objects(split: str) -> tuple[_Objects, _Objects]:
+    """Handwritten digits, and printed figures and letters."""
+    images, labels = digit_images(split)
+    enlarged = np.stack([np.asarray(Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC)) for one in images])
+    glyphs, characters = render_strokes(split, _NUM_GLYPHS, characters=FIGURES + LETTERS[split], seed=_GLYPHS_SEED)
+    return _cropped(enlarged, labels), _cropped(glyphs, characters.clip(max=CLASSES.index('letter')))
+
+
+def _draw(objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> tuple[Image.Image, int]:
+    """A random handwritten digit or printed glyph."""
+    kind = objects[int(rng.random() >= _DIGITS)]
+    return kind[rng.integers(len(kind))]
 
 
 def _resize(mask: Image.Image, longer_side: int) -> np.ndarray:
@@ -77,11 +93,10 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     return np.array(Image.fromarray(knots).resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC))
 
 
-def _add_clutter(image: np.ndarray, masks: list[list[Image.Image]], rng: np.random.Generator) -> None:
+def _add_clutter(image: np.ndarray, objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> None:
     """Draw small pieces of strokes, which are too small to be read."""
     for _ in range(rng.integers(4, 13)):
-        pool = masks[rng.integers(len(masks))]
-        strokes = _resize(pool[rng.integers(len(pool))], int(rng.integers(24, 41)))
+        strokes = _resize(_draw(objects, rng)[0], int(rng.integers(24, 41)))
         side = int(rng.integers(5, 10))
         top, left = (rng.integers(max(length - side, 0) + 1) for length in strokes.shape)
         piece = strokes[top:top + side, left:left + side]
@@ -89,13 +104,13 @@ def _add_clutter(image: np.ndarray, masks: list[list[Image.Image]], rng: np.rand
         _paint(image, piece, x, y, rng.uniform(0.4, 1))
 
 
-def _draw_scene(masks: list[list[Image.Image]], rng: np.random.Generator) -> Scene:
+def _draw_scene(objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> Scene:
     image = _ground(rng)
-    _add_clutter(image, masks, rng)
+    _add_clutter(image, objects, rng)
     boxes, labels = [], []
     for _ in range(rng.integers(1, _MAX_OBJECTS + 1)):
-        label = int(rng.integers(len(masks)))
-        mask = _resize(masks[label][rng.integers(len(masks[label]))], int(rng.integers(*OBJECT_SIZES, endpoint=True)))
+        drawn, label = _draw(objects, rng)
+        mask = _resize(drawn, int(rng.integers(*OBJECT_SIZES, endpoint=True)))
         height, width = mask.shape
         x, y = int(rng.integers(SCENE_SIZE - width + 1)), int(rng.integers(SCENE_SIZE - height + 1))
         level = rng.uniform(0.6, 1)
@@ -113,7 +128,7 @@ def render_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
     """Draw scenes. The same arguments give the same scenes, and more scenes begin with those of fewer.
 
     Args:
-        split: 'train', 'validation' or 'test'. No handwritten digit and no font is in two splits.
+        split: 'train', 'validation' or 'test'. No handwritten digit, no font and no letter is in two splits.
         count: Number of scenes.
         seed: Seed of the scenes.
 
@@ -124,6 +139,6 @@ def render_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
         raise ValueError(f'demo/scenes has the splits {", ".join(map(repr, FONTS))}, got {split!r}.')
     if count < 1:
         raise ValueError(f'demo/scenes needs a number of scenes of at least 1, got {count}.')
-    masks = _masks(split)
-    return [_draw_scene(masks, np.random.default_rng([seed, list(FONTS).index(split), index]))
+    objects = _objects(split)
+    return [_draw_scene(objects, np.random.default_rng([seed, list(FONTS).index(split), index]))
             for index in range(count)]

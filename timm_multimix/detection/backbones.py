@@ -1,31 +1,21 @@
 """Backbones for a detector: the timm models of runs, checkpoints and names, as extractors of feature maps."""
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import (
-    create_model,
-    is_model,
-    is_model_pretrained,
-    list_models,
-    parse_model_name,
-    split_model_name_tag,
-)
+from timm.models import create_model
 from torch import nn
 
 from ..build.model import model_options
 from ..common.command_line import short_names
-from ..common.errors import UsageError, near_names, usage_errors
+from ..common.errors import usage_errors
 from ..data.demo import default_img_mode
-from ..evaluation.models import load_candidate
-
-# timm's switches for models that otherwise take images of one size only. None of them is needed by most models.
-_SIZE_SWITCHES = ({}, dict(dynamic_img_size=True), dict(strict_img_size=False))
+from ..evaluation.models import check_model_name, load_candidate
 
 
 @dataclass
@@ -38,11 +28,9 @@ class Source:
         weights: Description of the weights.
         options: Arguments of timm's create_model, with the model's name and without the number of classes.
         input_size: Channels, height and width of the images that it was made for.
-        mean: Pixel mean of each channel.
-        std: Pixel standard deviation of each channel.
+        mean, std: Pixel statistics of each channel.
         img_mode: PIL mode of its images.
         state: Weights to load, None if create_model loads them or they are random.
-        switch: The one of timm's switches with which the model takes the images, None before it is known.
     """
     name: str
     origin: str
@@ -53,7 +41,6 @@ class Source:
     std: Sequence[float] = ()
     img_mode: str = 'RGB'
     state: dict[str, torch.Tensor] | None = None
-    switch: dict[str, bool] | None = field(default=None, repr=False)
 
     @property
     def digest(self) -> str | None:
@@ -66,78 +53,38 @@ class Source:
             checksum.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return checksum.hexdigest()[:16]
 
-    def features(self, switch: dict[str, bool] | None = None) -> nn.Module:
+    def features(self, **options: Any) -> nn.Module:
         """The model as timm's extractor of feature maps, all of them (b, c, h, w).
 
-        Raises:
-            UsageError: if timm cannot extract feature maps from it.
+        The options are further arguments of create_model. A UsageError if timm cannot extract feature maps.
         """
-        switch = self.switch or {} if switch is None else switch
         with usage_errors(f'{self.origin}: timm cannot extract feature maps from this model'):
             # The getter returns (b, c, h, w) for every family; the default returns (b, h, w, c) for some.
-            features = create_model(**self.options, **switch, features_only=True, feature_cls='getter')
+            features = create_model(**self.options, **options, features_only=True, feature_cls='getter')
         if self.state is not None:
             wanted = features.model.state_dict()  # without the classifier, which a detector does not need
-            kept = {name: value for name, value in self.state.items() if name in wanted}
             with usage_errors(f'{self.origin}, {self.weights}'):
-                features.model.load_state_dict(kept)
+                features.model.load_state_dict({name: self.state[name] for name in wanted if name in self.state})
         return features
 
-    def settle(self, check: Callable[[nn.Module], Any]) -> Any:
-        """Find the switch with which the model passes a check of the images that it takes.
 
-        Args:
-            check: Called with the feature extractor. It raises UsageError if the model does not fit.
-
-        Returns:
-            The result of the check.
-
-        Raises:
-            UsageError: the first one raised by the check, if the model passes with no switch.
-        """
-        first = None
-        for switch in _SIZE_SWITCHES:
-            try:
-                result = check(self.features(switch))
-            except UsageError as error:
-                first = first or error
-            else:
-                self.switch = switch
-                return result
-        raise first
-
-
-def _source(origin: str, weights: str, options: dict[str, Any], config: dict[str, Any], img_mode: str | None) -> Source:
-    channels = config['input_size'][0]
-    mean, std = (adapt_to_chs(config[name], channels) for name in ('mean', 'std'))
-    return Source(origin, origin, weights, options, tuple(config['input_size']), mean, std,
-                  img_mode or default_img_mode(channels))
-
-
-def _from_run(path: str) -> Source:
-    candidate = load_candidate(path)
-    options = {name: value for name, value in model_options(candidate.args).items() if name != 'num_classes'}
-    options['bn_eps'] = candidate.args.bn_eps
-    source = _source(candidate.origin, candidate.weights, options, candidate.data_config, candidate.img_mode)
-    source.state = candidate.model.state_dict()
+def _load(spec: str, name: str, pretrained: bool) -> Source:
+    if os.path.exists(spec):
+        candidate = load_candidate(spec)
+        options = {name: value for name, value in model_options(candidate.args).items() if name != 'num_classes'}
+        source = Source(name, candidate.origin, candidate.weights, dict(options, bn_eps=candidate.args.bn_eps),
+                        state=candidate.model.state_dict())
+        config, img_mode = candidate.data_config, candidate.img_mode
+    else:
+        pretrained = check_model_name(spec, pretrained)
+        source = Source(name, spec, 'pretrained' if pretrained else 'random',
+                        dict(model_name=spec, pretrained=pretrained))
+        config, img_mode = resolve_data_config({}, model=source.features(), verbose=False), None
+    source.input_size = tuple(config['input_size'])
+    channels = source.input_size[0]
+    source.mean, source.std = (adapt_to_chs(config[name], channels) for name in ('mean', 'std'))
+    source.img_mode = img_mode or default_img_mode(channels)
     return source
-
-
-def _from_name(name: str, pretrained: bool) -> Source:
-    if ':' not in name and ('/' in name or os.sep in name):
-        raise UsageError(f"{name}: no such folder or file. Models of the Hub start with 'hf-hub:'.")
-    with usage_errors(name):
-        source, base = parse_model_name(name)
-    if source is None and not is_model(base):
-        hint = near_names(split_model_name_tag(base)[0], list_models())
-        raise UsageError(f"{name}: no such folder or file, nor a model of timm.{hint} "
-                         "Models of the Hub start with 'hf-hub:'.")
-    if source is None and pretrained and not is_model_pretrained(base):
-        raise UsageError(f'{name}: timm has no pretrained weights of this model. Omit --pretrained.')
-    pretrained = pretrained or source is not None
-    weights, options = 'pretrained' if pretrained else 'random', dict(model_name=name, pretrained=pretrained)
-    config = resolve_data_config({}, model=Source(name, name, weights, options).features(), verbose=False)
-    return _source(name, weights, options, config, None)
 
 
 def load_sources(specs: Sequence[str], pretrained: bool) -> list[Source]:
@@ -150,8 +97,4 @@ def load_sources(specs: Sequence[str], pretrained: bool) -> list[Source]:
     Raises:
         UsageError: if there is no such model, it has no feature maps, or it is given twice.
     """
-    names = short_names(specs)
-    sources = [_from_run(spec) if os.path.exists(spec) else _from_name(spec, pretrained) for spec in specs]
-    for source, name in zip(sources, names, strict=True):
-        source.name = name
-    return sources
+    return [_load(spec, name, pretrained) for spec, name in zip(specs, short_names(specs), strict=True)]

@@ -1,7 +1,8 @@
-"""Images with boxes: the dataset that detectors are trained on, and checks of what annotation files contain."""
+"""Images with boxes: the dataset that detectors are trained on, and checks of annotation files."""
 import copy
 import os
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,41 +11,24 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..common.errors import UsageError
 
+Size = tuple[int, int]  # width and height in pixels
 
-class Annotated(NamedTuple):
-    """An image and its objects.
+
+class Object(NamedTuple):
+    """An annotated object.
 
     Attributes:
-        image: Path of the image, or its pixels (h, w), uint8.
-        size: Width and height in pixels.
-        boxes: Boxes (n, 4) as x1, y1, x2, y2 in pixels.
-        labels: Class indices (n,), starting at 1: 0 is the background.
-        area: Areas (n,) in square pixels, of the segmentation where there is one.
-        iscrowd: Whether a box (n,) contains a crowd, which is not trained on.
-        difficult: Whether an object (n,) is difficult in the sense of Pascal VOC. It is not trained on.
+        box: x1, y1, x2, y2 in pixels.
+        name: Name of its class.
+        area: Area in square pixels, of the segmentation where there is one.
+        iscrowd: Whether the box contains a crowd, which is not trained on.
+        difficult: Whether the object is difficult in the sense of Pascal VOC. It is not trained on.
     """
-    image: str | np.ndarray
-    size: tuple[int, int]
-    boxes: torch.Tensor
-    labels: torch.Tensor
-    area: torch.Tensor
-    iscrowd: torch.Tensor
-    difficult: torch.Tensor
-
-    @property
-    def trainable(self) -> torch.Tensor:
-        """Whether an object (n,) is trained on."""
-        return ~(self.iscrowd.bool() | self.difficult)
-
-    @classmethod
-    def build(cls, image: str | np.ndarray, size: tuple[int, int], objects: list[tuple]) -> 'Annotated':
-        """Make one from (box, label, area, iscrowd, difficult) for each object. Empty boxes are dropped."""
-        kept = [one for one in objects if one[0][2] > one[0][0] and one[0][3] > one[0][1]]
-        boxes, labels, area, iscrowd, difficult = zip(*kept, strict=True) if kept else [()] * 5
-        return cls(
-            image, size, torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(area, dtype=torch.float32), torch.tensor(iscrowd, dtype=torch.int64),
-            torch.tensor(difficult, dtype=torch.bool))
+    box: Sequence[float]
+    name: str
+    area: float
+    iscrowd: bool = False
+    difficult: bool = False
 
 
 class DetectionDataset(torch.utils.data.Dataset):
@@ -52,17 +36,34 @@ class DetectionDataset(torch.utils.data.Dataset):
 
     Args:
         name: Name for messages and results.
-        items: The images.
-        classes: Class names; the label of the first is 1.
+        images: Path or pixels (h, w), size and objects of each image. Boxes without area are dropped.
+        classes: Names of the classes in these images.
+        known: Class names of the training images; the label of the first is 1. None for `classes`.
+
+    Raises:
+        UsageError: if files are missing or a class is not known.
     """
 
-    def __init__(self, name: str, items: list[Annotated], classes: tuple[str, ...]):
+    def __init__(
+            self,
+            name: str,
+            images: Iterable[tuple[str | np.ndarray, Size, list[Object]]],
+            classes: Sequence[str],
+            known: Sequence[str] | None = None,
+    ):
         self.name = name
-        self.items = items
-        self.classes = classes
+        self.classes = tuple(classes if known is None else known)
         self.img_mode = 'RGB'
         self.hflip = 0.0
         self.training = False
+        if unknown := sorted(set(classes) - set(self.classes)):
+            raise UsageError(f'{name}: the training data have no class {", ".join(unknown[:5])}.')
+        images = list(images)
+        missing = [image for image, *_ in images if isinstance(image, str) and not os.path.isfile(image)]
+        if missing:
+            raise UsageError(f'{name}: {len(missing)} of {len(images)} images are missing. The first is {missing[0]}.')
+        labels = {name: index for index, name in enumerate(self.classes, 1)}
+        self.items = [(image, size, _target(objects, labels)) for image, size, objects in images]
 
     def view(self, img_mode: str, training: bool = False, hflip: float = 0.0) -> 'DetectionDataset':
         """The same images in a PIL mode. For training, only objects to train on, mirrored with a probability."""
@@ -70,61 +71,80 @@ class DetectionDataset(torch.utils.data.Dataset):
         view.img_mode, view.training, view.hflip = img_mode, training, hflip
         return view
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        item = self.items[index]
-        image = pil_to_tensor(_open(item, self.img_mode)).float() / 255
-        kept = item.trainable if self.training else torch.ones_like(item.trainable)
-        target = {
-            name: getattr(item, name)[kept] for name in ('boxes', 'labels', 'area', 'iscrowd', 'difficult')}
-        if self.hflip and torch.rand(()) < self.hflip:
-            image = image.flip(-1)
-            target['boxes'][:, [0, 2]] = item.size[0] - target['boxes'][:, [2, 0]]
-        return image, target
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Width and height of each image."""
-        return [item.size for item in self.items]
-
     def first(self, count: int | None) -> 'DetectionDataset':
         """The first images only; all if count is None."""
         view = copy.copy(self)
         view.items = self.items[:count]
         return view
 
+    @property
+    def sizes(self) -> list[Size]:
+        """Width and height of each image."""
+        return [size for _, size, _ in self.items]
 
-def _open(item: Annotated, img_mode: str) -> Image.Image:
-    """Read an image.
+    def has_boxes(self, training: bool) -> bool:
+        """Whether there is an object: to train on, or to test on."""
+        return any(len(_for_training(target)['boxes'] if training else target['boxes']) for *_, target in self.items)
 
-    Raises:
-        OSError: with one line that names the file, if it cannot be read or does not have the annotated size.
-    """
-    if not isinstance(item.image, str):
-        return Image.fromarray(item.image).convert(img_mode)
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        image, size, target = self.items[index]
+        pixels = pil_to_tensor(_open(image, size, self.img_mode)).float() / 255
+        target = _for_training(target) if self.training else dict(target)
+        if self.hflip and torch.rand(()) < self.hflip:
+            pixels = pixels.flip(-1)
+            x1, y1, x2, y2 = target['boxes'].unbind(1)
+            target['boxes'] = torch.stack([size[0] - x2, y1, size[0] - x1, y2], dim=1)
+        return pixels, target
+
+
+def _target(objects: list[Object], labels: dict[str, int]) -> dict[str, torch.Tensor]:
+    kept = [one for one in objects if one.box[2] > one.box[0] and one.box[3] > one.box[1]]
+    return dict(
+        boxes=torch.tensor([one.box for one in kept], dtype=torch.float32).view(-1, 4),
+        labels=torch.tensor([labels[one.name] for one in kept], dtype=torch.int64),
+        area=torch.tensor([one.area for one in kept], dtype=torch.float32),
+        iscrowd=torch.tensor([one.iscrowd for one in kept], dtype=torch.int64),
+        difficult=torch.tensor([one.difficult for one in kept], dtype=torch.bool))
+
+
+def _for_training(target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    kept = ~(target['iscrowd'].bool() | target['difficult'])
+    return {name: value[kept] for name, value in target.items()}
+
+
+def _open(image: str | np.ndarray, size: Size, img_mode: str) -> Image.Image:
+    """Read an image. An OSError names the file in one line if it is unreadable or has another size."""
+    if not isinstance(image, str):
+        return Image.fromarray(image).convert(img_mode)
     try:
-        with Image.open(item.image) as image:
-            image = image.convert(img_mode)
+        with Image.open(image) as file:
+            opened = file.convert(img_mode)
     except (OSError, ValueError, SyntaxError) as error:
-        raise OSError(f'{item.image} cannot be read: {" ".join(str(error).split())}') from error
-    if image.size != item.size:
-        raise OSError(f'{item.image} has {image.size[0]} x {image.size[1]} pixels, '
-                      f'but its annotation says {item.size[0]} x {item.size[1]}.')
-    return image
+        raise OSError(f'{image} cannot be read: {" ".join(str(error).split())}') from error
+    if opened.size != size:
+        raise OSError(f'{image} has {opened.size[0]} x {opened.size[1]} pixels, '
+                      f'but its annotation says {size[0]} x {size[1]}.')
+    return opened
 
 
-def checked_box(box: Any, size: tuple[int, int], where: str) -> tuple[float, ...]:
-    """A box as four numbers x1, y1, x2, y2, clipped to its image. One pixel of rounding is allowed.
+def checked_size(width: int | str, height: int | str) -> Size:
+    """The size of an image, which is positive."""
+    size = int(width), int(height)
+    if min(size) < 1:
+        raise ValueError(f'width and height must be 1 or more, got {size}.')
+    return size
+
+
+def checked_box(box: Sequence[float], size: Size, where: str) -> tuple[float, ...]:
+    """A box clipped to its image. One pixel of rounding is allowed.
 
     Raises:
         UsageError: if it is not a box in the image.
     """
-    try:
-        x1, y1, x2, y2 = map(float, box)
-    except (TypeError, ValueError):
-        raise UsageError(f'{where}: a box must be four numbers, got {box!r}.') from None
+    x1, y1, x2, y2 = box
     width, height = size
     if not (x1 <= x2 and y1 <= y2):  # also false for NaN
         raise UsageError(f'{where}: ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is not a box.')
@@ -132,14 +152,3 @@ def checked_box(box: Any, size: tuple[int, int], where: str) -> tuple[float, ...
         raise UsageError(f'{where}: the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is outside the image of '
                          f'{width} x {height} pixels.')
     return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-
-
-def check_files(paths: list[str], where: str) -> None:
-    """Refuse missing image files.
-
-    Raises:
-        UsageError: with the first of them and their number.
-    """
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise UsageError(f'{where}: {len(missing)} of {len(paths)} images are missing. The first is {missing[0]}.')

@@ -1,12 +1,9 @@
 """python -m timm_multimix.detection: compare backbones by the detectors that they give."""
 import argparse
 import logging
-import math
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 
 import torch
 import torch.distributed as dist
@@ -14,24 +11,23 @@ from timm.optim import create_optimizer_v2
 from timm.utils.distributed import init_distributed_device, is_distributed_env, world_info_from_env
 from torch import nn
 
-from ..common.command_line import Parser, check_packages, open_device
-from ..common.console import is_first_on_machine, setup_logging
-from ..common.errors import RunError, UsageError, usage_errors
-from ..common.files import check_output
-from .backbones import Source, load_sources
+from ..common.command_line import Parser, check_packages, exit_status, number, open_device
+from ..common.errors import UsageError, usage_errors
+from ..common.files import check_output, unlock_folders
+from ..common.results import default_folder, print_text
+from .backbones import load_sources
 from .datasets import DetectionDataset
-from .detectors import DETECTORS, find_levels
+from .detectors import DETECTORS, Settings, find_levels
 from .metric import mean_average_precision
-from .pyramid import Level
 from .report import Comparison, draw_predictions
 from .splits import SCENES, image_bounds, load_splits
-from .training import Settings, rank, transfer
+from .training import rank, transfer
 
 _logger = logging.getLogger(__name__)
 
 _EPILOG = f"""\
 data:
-  {SCENES}                       embedded: digits on cluttered scenes of 96 pixels, handwritten and printed
+  {SCENES}                       embedded: digits, figures and letters on cluttered scenes of 96 pixels
   coco:IMAGES:ANNOTATIONS.json      a folder of images and a COCO file; one for --data, one for --test-data
   voc:ROOT[:YEAR]                   a folder that contains VOCdevkit; trainval and test of 2007, else train and val;
                                     2007+2012 trains on both years and tests on 2007
@@ -48,22 +44,6 @@ examples:
 # Defaults for the embedded scenes, and for other data.
 _FOR_SCENES = dict(frozen=True, epochs=6, batch_size=8, lr=3e-3, fpn_channels=64, head_convs=1, hflip=0.0, workers=0)
 _FOR_OTHERS = dict(frozen=False, epochs=12, batch_size=8, lr=1e-4, fpn_channels=256, head_convs=4, hflip=0.5, workers=4)
-
-
-def _number(kind: type, low: float, is_open: bool = False, high: float = math.inf) -> Callable[[str], float]:
-    """A parser of numbers of at least `low`, or above it, and at most `high`."""
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if is_open else low <= value) or not value <= high or math.isinf(value):
-            limit = f'above {low:g}' if is_open else f'{low:g} or more'
-            limit += f' and at most {high:g}' if math.isfinite(high) else ''
-            raise argparse.ArgumentTypeError(
-                f'must be a {"whole " if kind is int else ""}number, {limit}, got {text!r}')
-        return value
-    return parse
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,11 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group('data').add_argument
     data('--data', default=SCENES, metavar='DATA', help='training data, see below (default: %(default)s)')
     data('--test-data', metavar='DATA', help='test data (default: the test split of --data)')
-    data('--num-train', type=_number(int, 1), metavar='N', help='number of scenes (default: 800), or limit of images')
-    data('--num-test', type=_number(int, 1), metavar='N', help='the same for the test data (default: 300 scenes)')
-    data('--min-size', type=_number(int, 16), metavar='N',
+    data('--num-train', type=number(int, 1), metavar='N', help='number of scenes (default: 800), or limit of images')
+    data('--num-test', type=number(int, 1), metavar='N', help='the same for the test data (default: 300 scenes)')
+    data('--min-size', type=number(int, 16), metavar='N',
          help='shorter side that images are resized to (default: the median of the training images)')
-    data('--max-size', type=_number(int, 16), metavar='N',
+    data('--max-size', type=number(int, 16), metavar='N',
          help='limit of the longer side (default: 1333/800 of the shorter one)')
     how = parser.add_argument_group('training').add_argument
     how('--detector', default='fcos', choices=list(DETECTORS), help='detector of torchvision (default: %(default)s)')
@@ -96,22 +76,22 @@ def build_parser() -> argparse.ArgumentParser:
                           help=f'keep the backbone as it is (default on {SCENES})')
     backbone.add_argument('--finetune', dest='frozen', action='store_false',
                           help='train the backbone too (default on other data)')
-    how('--epochs', type=_number(int, 1), metavar='N', help=default('epochs'))
-    how('-b', '--batch-size', type=_number(int, 1), metavar='N', help='of one process ' + default('batch_size'))
-    how('--lr', type=_number(float, 0, is_open=True), help='highest learning rate ' + default('lr'))
+    how('--epochs', type=number(int, 1), metavar='N', help=default('epochs'))
+    how('-b', '--batch-size', type=number(int, 1), metavar='N', help='of one process ' + default('batch_size'))
+    how('--lr', type=number(float, 0, above=True), help='highest learning rate ' + default('lr'))
     how('--opt', default='adamw', metavar='NAME', help='optimizer of timm (default: %(default)s)')
-    how('--weight-decay', type=_number(float, 0), default=0.05, metavar='W', help='(default: %(default)s)')
-    how('--fpn-channels', type=_number(int, 32), metavar='N',
+    how('--weight-decay', type=number(float, 0), default=0.05, metavar='W', help='(default: %(default)s)')
+    how('--fpn-channels', type=number(int, 32), metavar='N',
         help='channels of the feature pyramid, a multiple of 32 ' + default('fpn_channels'))
-    how('--head-convs', type=_number(int, 0), metavar='N',
+    how('--head-convs', type=number(int, 0), metavar='N',
         help='convolutions in the head of FCOS before the last one ' + default('head_convs'))
-    how('--hflip', type=_number(float, 0, high=1), metavar='P',
+    how('--hflip', type=number(float, 0, high=1), metavar='P',
         help='probability that an image is mirrored ' + default('hflip'))
     how('--amp', action='store_true', help='train in bfloat16')
     how('--device', metavar='DEVICE', help='default: cuda if there is one, else cpu')
-    how('-j', '--workers', type=_number(int, 0), metavar='N', help='processes that read images ' + default('workers'))
-    how('--seed', type=_number(int, 0), default=0, metavar='N', help='first seed (default: %(default)s)')
-    how('--seeds', type=_number(int, 1), default=1, metavar='N', help='number of seeds (default: %(default)s)')
+    how('-j', '--workers', type=number(int, 0), metavar='N', help='processes that read images ' + default('workers'))
+    how('--seed', type=number(int, 0), default=0, metavar='N', help='first seed (default: %(default)s)')
+    how('--seeds', type=number(int, 1), default=1, metavar='N', help='number of seeds (default: %(default)s)')
     add('--output', metavar='DIR',
         help='folder for results.json and figures (default: output/detection/TIME). Rows that it has are not repeated: '
              'give it again to continue, or to add backbones and seeds')
@@ -125,43 +105,13 @@ def _settings(args: argparse.Namespace, train: DetectionDataset) -> Settings:
             setattr(args, name, value)
     if args.fpn_channels % 32:
         raise UsageError(f'--fpn-channels {args.fpn_channels}: must be a multiple of 32.')
-    min_size, max_size = image_bounds(train, args.min_size)
-    max_size = args.max_size or max_size
-    if max_size < min_size:
-        raise UsageError(f'--max-size {max_size} is less than the shorter side, {min_size} (--min-size).')
+    args.min_size, max_size = image_bounds(train, args.min_size)
+    args.max_size = args.max_size or max_size
+    if args.max_size < args.min_size:
+        raise UsageError(f'--max-size {args.max_size} is less than the shorter side, {args.min_size} (--min-size).')
     with usage_errors(f'--opt {args.opt}'):
         create_optimizer_v2(nn.Linear(1, 1), opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
-    names = ('detector', 'frozen', 'epochs', 'batch_size', 'lr', 'opt', 'weight_decay', 'fpn_channels', 'head_convs',
-             'hflip', 'amp')
-    return Settings(min_size=min_size, max_size=max_size, **{name: getattr(args, name) for name in names})
-
-
-def _compare(
-        args: argparse.Namespace,
-        backbones: Sequence[tuple[Source, list[Level]]],
-        datasets: tuple[DetectionDataset, DetectionDataset],
-        settings: Settings,
-        comparison: Comparison,
-) -> None:
-    """Run the rows that are missing."""
-    device = torch.device(args.device)
-    wanted = [(seed, *backbone) for seed in range(args.seed, args.seed + args.seeds) for backbone in backbones]
-    # Decided before any process writes: all processes have to run the same rows.
-    missing = [one for one in wanted if not comparison.has(one[1], one[0])]
-    if len(missing) < len(wanted):
-        _logger.info(f'{len(wanted) - len(missing)} of {len(wanted)} rows are in {comparison.folder} already.')
-    for seed, source, levels in missing:
-        started = time.perf_counter()
-        predictions, targets = transfer(
-            source, levels, datasets, settings, device, seed=seed, workers=args.workers)
-        if rank() != 0:
-            continue
-        row = mean_average_precision(predictions, targets)
-        comparison.add(source, seed, {**row, 'seconds': round(time.perf_counter() - started, 1)})
-        _logger.info(f'{source.name}, seed {seed}: mAP {row["mAP"]:.3f}, mAP50 {row["mAP50"]:.3f} '
-                     f'({time.perf_counter() - started:.0f} s)')
-        if seed == args.seed:
-            draw_predictions(comparison.folder, source.name, datasets[1], predictions, targets)
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -171,24 +121,53 @@ def _run(args: argparse.Namespace) -> None:
     train, test = datasets = load_splits(args.data, args.test_data, args.num_train, args.num_test)
     settings = _settings(args, train)
     data = dict(train=train.name, test=test.name, num_train=len(train), num_test=len(test))
-    processes = world_info_from_env()[2]
-    comparison = Comparison(args.output, dict(data=data, settings=dict(settings.as_dict(), processes=processes)))
+    _, env_rank, processes = world_info_from_env()
+    comparison = Comparison(args.output, dict(data=data, settings=dict(asdict(settings), processes=processes)))
     sources = load_sources(args.models, args.pretrained)
-    bounds = settings.min_size, settings.max_size
-    backbones = [(source, find_levels(source, args.detector, train.sizes + test.sizes, bounds)) for source in sources]
-    for source in sources:
-        if comparison.add_source(source):
-            _logger.warning(f'{source.origin} has other weights than in {args.output}. It runs again.')
+    levels = [find_levels(source, settings, train.sizes + test.sizes) for source in sources]
+    wanted = [(seed, index) for seed in range(args.seed, args.seed + args.seeds) for index in range(len(sources))]
+    missing = [wanted]
+    if env_rank == 0:
+        for origin in comparison.open(sources):
+            _logger.warning(f'{origin} has other weights than in {args.output}. It runs again.')
+        missing = [[(seed, index) for seed, index in wanted if not comparison.has(sources[index], seed)]]
+        if len(missing[0]) < len(wanted):
+            _logger.info(f'{len(wanted) - len(missing[0])} of {len(wanted)} rows are in {args.output} already.')
     _logger.info(f'Training on {train.name}, {len(train)} images; testing on {test.name}, {len(test)} images. '
                  f'Results in {args.output}.')
     if is_distributed_env():
         init_distributed_device(args)
-    _compare(args, backbones, datasets, settings, comparison)
+        dist.broadcast_object_list(missing, device=torch.device(args.device))  # all processes run the same rows
+    for seed, index in missing[0]:
+        started = time.perf_counter()
+        [(predictions, targets)] = transfer(
+            sources[index], levels[index], datasets, settings, torch.device(args.device), seed=seed,
+            workers=args.workers)
+        if rank() == 0:
+            row = mean_average_precision(predictions, targets)
+            row['seconds'] = round(time.perf_counter() - started, 1)
+            comparison.add(sources[index], seed, row)
+            name = sources[index].name
+            _logger.info(f'{name}, seed {seed}: mAP {row["mAP"]:.3f}, mAP50 {row["mAP50"]:.3f} '
+                         f'({row["seconds"]:.0f} s)')
+            if seed == args.seed:
+                draw_predictions(args.output, name, test, predictions, targets)
     if rank() == 0:
-        encoding = sys.stdout.encoding or 'utf-8'
-        print(comparison.table().encode(encoding, 'backslashreplace').decode(encoding))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        print_text(comparison.table())
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    args.output = args.output or default_folder('detection')
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        _logger.warning(f'Interrupted. Finished rows are kept: the same command with --output {args.output} continues.')
+        raise
+    finally:
+        unlock_folders()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,24 +179,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 for an error in the options, data or models; 1 for one during training; 130 if interrupted.
     """
-    setup_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)
-    folder = None
-    try:
-        args = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-        folder = args.output = args.output or os.path.join(
-            'output', 'detection', datetime.now().strftime('%Y%m%d-%H%M%S'))
-        _run(args)
-    except UsageError as error:
-        if is_first_on_machine():  # all processes find the same errors
-            _logger.error(error)
-        return 2
-    except RunError as error:
-        if is_first_on_machine() or not error.is_shared:
-            _logger.error(error)
-        return 1
-    except KeyboardInterrupt:
-        if is_first_on_machine():
-            _logger.warning(f'Interrupted. Finished rows are kept: the same command with --output {folder} continues.')
-        return 130
-    return 0
+    return exit_status(lambda: _command(argv))

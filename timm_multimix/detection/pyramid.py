@@ -18,24 +18,14 @@ _LARGEST_MEASURED = 1024
 
 
 class Level(NamedTuple):
-    """Feature maps of one resolution.
-
-    Attributes:
-        stride: Pixels of the image per position.
-        maps: Indices of the backbone's maps.
-        channels: Sum of their channels.
-    """
+    """Feature maps of one resolution: pixels per position, indices of the maps, and the sum of their channels."""
     stride: int
     maps: tuple[int, ...]
     channels: int
 
 
 def _maps(features: nn.Module, size: tuple[int, int], in_chans: int) -> list[torch.Tensor]:
-    """Feature maps of an empty image.
-
-    Raises:
-        UsageError: if the model does not take images of this size, or its maps are not (b, c, h, w).
-    """
+    """Feature maps (1, c, h, w) of an empty image. A UsageError if the model does not take it or has other maps."""
     channels = features.feature_info.channels()
     with usage_errors(f'The model does not take images of {size[0]} x {size[1]} pixels'), torch.no_grad():
         maps = features.eval()(torch.zeros(1, in_chans, *size))
@@ -70,30 +60,21 @@ def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> lis
 
 
 def check_size(features: nn.Module, levels: list[Level], size: tuple[int, int], in_chans: int) -> None:
-    """Refuse a model whose maps do not cover images of a size with their strides.
-
-    Raises:
-        UsageError: if it does not take them, or a map has another shape.
-    """
+    """Raise UsageError unless the maps of images of a size cover them with the strides of their levels."""
     maps = _maps(features, size, in_chans)
-    for level in levels:
-        expected = tuple(side // level.stride for side in size)
-        for index in level.maps:
-            if maps[index].shape[2:] != expected:
-                height, width = maps[index].shape[2:]
-                raise UsageError(
-                    f'Images of {size[0]} x {size[1]} pixels give a feature map of {height} x {width} positions, not '
-                    f'{expected[0]} x {expected[1]} as a stride of {level.stride} does, so boxes have no exact place.')
+    for stride, index in ((level.stride, index) for level in levels for index in level.maps):
+        shape, expected = tuple(maps[index].shape[2:]), tuple(side // stride for side in size)
+        if shape != expected:
+            raise UsageError(
+                f'Images of {size[0]} x {size[1]} pixels give a feature map of {shape[0]} x {shape[1]} positions, not '
+                f'{expected[0]} x {expected[1]} as a stride of {stride} does, so boxes have no exact place.')
 
 
 class SimplePyramid(nn.Module):
     """The simple feature pyramid of ViTDet (Li et al., 2022): several resolutions from one map.
 
-    Args:
-        in_channels: Channels of the map.
-        out_channels: Channels of each level.
-        stride: Stride of the map. Levels have 1/4, 1/2, 1 and 2 times this stride, where it is a whole number.
-        min_stride: Finest stride, as far as there is a coarser one.
+    Levels have 1/4, 1/2, 1 and 2 times the stride of the map, where this is a whole number of at least `min_stride`.
+    The last one is always there.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, min_stride: int):
@@ -130,7 +111,7 @@ class PyramidBackbone(nn.Module):
         levels: Its maps, as measure_levels groups them. Maps of one level are concatenated.
         out_channels: Channels of each level of the pyramid, a multiple of 32.
         min_size: Shorter side of the images. Levels are added until the deepest suits objects of this size.
-        frozen: Do not train the backbone.
+        frozen: Whether the backbone stays as it is.
         min_stride: Finest stride of the pyramid: finer maps cost most of the time.
 
     Attributes:
@@ -139,14 +120,8 @@ class PyramidBackbone(nn.Module):
     """
 
     def __init__(
-            self,
-            features: nn.Module,
-            levels: list[Level],
-            out_channels: int,
-            min_size: int,
-            frozen: bool,
-            min_stride: int,
-    ):
+            self, features: nn.Module, levels: list[Level], out_channels: int, min_size: int, frozen: bool,
+            min_stride: int):
         super().__init__()
         self.features = features.requires_grad_(not frozen)
         self.levels = [level for level in levels if level.stride >= min_stride or level is levels[-1]]

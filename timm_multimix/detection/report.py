@@ -1,25 +1,23 @@
 """Results of a comparison: rows that survive an interruption, a table, JSON and figures."""
 import json
-import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-import timm
 import torch
-import torchvision
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from ..common.errors import UsageError, usage_errors
-from ..common.files import json_values, replacing
-from ..version import __version__
+from ..common.figures import as_png, panels
+from ..common.files import json_values, lock_folder
+from ..common.results import RESULTS, write_file, write_results
 from .backbones import Source
 from .datasets import DetectionDataset
 from .metric import MEASURES
 
-RESULTS = 'results.json'
 _FIGURE_IMAGES = 6
 
 
@@ -41,31 +39,49 @@ class Comparison:
         self.folder = folder
         self.conditions = json.loads(json.dumps(conditions))
         self.models: dict[str, dict[str, Any]] = {}
-        path = os.path.join(folder, RESULTS)
+        self._read()
+
+    def _read(self) -> None:
+        path = os.path.join(self.folder, RESULTS)
         if not os.path.exists(path):
             return
-        with usage_errors(f'--output {folder}: {RESULTS}'), open(path, encoding='utf-8') as file:
+        with usage_errors(f'--output {self.folder}: {RESULTS}'), open(path, encoding='utf-8') as file:
             content = json.load(file)
         if not isinstance(content, dict) or not {'conditions', 'models'} <= content.keys():
-            raise UsageError(f'--output {folder}: its {RESULTS} is not of a comparison of detectors. Choose another '
-                             'folder.')
+            raise UsageError(f'--output {self.folder}: its {RESULTS} is not of a comparison of detectors. Choose '
+                             'another folder.')
         for part, values in self.conditions.items():
             before = content['conditions'].get(part, {})
             changed = [f'{name} was {before.get(name)}, is {value}' for name, value in values.items()
                        if before.get(name) != value]
             if changed:
-                raise UsageError(f'--output {folder} holds results of other options: {"; ".join(changed)}. Choose '
-                                 'another folder, or the same options.')
+                raise UsageError(f'--output {self.folder} holds results of other options: {"; ".join(changed)}. '
+                                 'Choose another folder, or the same options.')
         self.models = {model['origin']: {**model, 'name': name} for name, model in content['models'].items()}
 
-    def add_source(self, source: Source) -> bool:
-        """Note a backbone. Returns whether there were rows of other weights, which are dropped."""
-        known = self.models.get(source.origin, {})
-        same = known.get('weights') == source.weights and known.get('digest') == source.digest
-        seeds = known.get('seeds', {}) if same else {}
-        self.models[source.origin] = dict(
-            name=source.name, origin=source.origin, weights=source.weights, digest=source.digest, seeds=seeds)
-        return bool(known.get('seeds')) and not same
+    def open(self, sources: Sequence[Source]) -> list[str]:
+        """Lock the folder until the process ends, and add backbones.
+
+        Returns:
+            The origins of backbones with rows of other weights. These rows are dropped.
+
+        Raises:
+            UsageError: if another process uses the folder.
+        """
+        with usage_errors(f'--output {self.folder}'):
+            os.makedirs(self.folder, exist_ok=True)
+            lock_folder(self.folder, '--output')
+        self._read()  # another process may have added rows before it released the lock
+        changed = []
+        for source in sources:
+            about = dict(name=source.name, origin=source.origin, weights=source.weights, digest=source.digest)
+            known = self.models.get(source.origin, {})
+            rows = known.get('seeds', {})
+            if rows and any(known[name] != about[name] for name in ('weights', 'digest')):
+                changed.append(source.origin)
+                rows = {}
+            self.models[source.origin] = dict(about, seeds=rows)
+        return changed
 
     def has(self, source: Source, seed: int) -> bool:
         """Whether the row of a backbone and a seed is there."""
@@ -74,35 +90,18 @@ class Comparison:
     def add(self, source: Source, seed: int, row: Mapping[str, float]) -> None:
         """Add a row and write the file."""
         self.models[source.origin]['seeds'][str(seed)] = json_values(dict(row))
-        document = dict(
-            date=datetime.now().astimezone().isoformat(timespec='seconds'),
-            versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__,
-                          torchvision=torchvision.__version__),
-            conditions=self.conditions, models={model['name']: self._summary(model) for model in self._finished()})
-        with usage_errors(f'--output {self.folder}'):
-            os.makedirs(self.folder, exist_ok=True)
-            path = os.path.join(self.folder, RESULTS)
-            with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-                json.dump(document, file, indent=2, allow_nan=False)
+        write_results(self.folder, conditions=self.conditions, models={
+            model['name']: {**{name: value for name, value in model.items() if name not in ('name', 'seeds')},
+                            **_summary(model), 'seeds': model['seeds']} for model in self._finished()})
 
     def _finished(self) -> list[dict[str, Any]]:
         return [model for model in self.models.values() if model['seeds']]
-
-    @staticmethod
-    def _summary(model: Mapping[str, Any]) -> dict[str, Any]:
-        means, deviations = {}, {}
-        for name in MEASURES.values():
-            values = [row[name] for row in model['seeds'].values() if row[name] is not None]
-            means[name] = statistics.mean(values) if values else None
-            deviations[name] = statistics.stdev(values) if len(values) > 1 else None
-        about = {name: model[name] for name in ('origin', 'weights', 'digest')}
-        return {**about, **means, 'std': deviations, 'seeds': model['seeds']}
 
     def table(self) -> str:
         """The comparison as text: mean and standard deviation over the seeds."""
         rows = [['backbone', 'weights', 'seeds', *(name.replace('_', ' ') for name in MEASURES.values())]]
         for model in self._finished():
-            summary = self._summary(model)
+            summary = _summary(model)
             cells = []
             for name in MEASURES.values():
                 mean, deviation = summary[name], summary['std'][name]
@@ -110,46 +109,43 @@ class Comparison:
                 cells.append('-' if mean is None else f'{mean:.3f}{spread}')
             rows.append([model['name'], model['weights'], str(len(model['seeds'])), *cells])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return '\n'.join('  '.join(
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def draw_predictions(
-        folder: str,
-        name: str,
-        dataset: DetectionDataset,
-        predictions: Sequence[Mapping[str, torch.Tensor]],
+def _summary(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean of each measure over the seeds, and its standard deviation."""
+    means, deviations = {}, {}
+    for name in MEASURES.values():
+        values = [row[name] for row in model['seeds'].values() if row[name] is not None]
+        means[name] = statistics.mean(values) if values else None
+        deviations[name] = statistics.stdev(values) if len(values) > 1 else None
+    return {**means, 'std': deviations}
+
+
+@as_png
+def _figure(
+        name: str, dataset: DetectionDataset, predictions: Sequence[Mapping[str, torch.Tensor]],
         targets: Sequence[Mapping[str, torch.Tensor]],
-) -> str:
-    """Draw true boxes and as many of the best predictions on the first images of a dataset.
-
-    Returns:
-        Path of the figure.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    count = min(_FIGURE_IMAGES, len(dataset))
-    figure = Figure(figsize=(3.2 * math.ceil(count / 2), 6.6), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(2, math.ceil(count / 2), squeeze=False).flat)
-    for axis in axes:
+) -> Figure:
+    figure, axes = panels(min(_FIGURE_IMAGES, len(dataset)), 3.2, 3.3)
+    for index, axis in enumerate(axes):
         axis.axis('off')
-    for index, axis in zip(range(count), axes, strict=False):
         axis.imshow(dataset.view('RGB')[index][0].permute(1, 2, 0).numpy())
         num_true = len(targets[index]['boxes'])
-        for boxes, labels, colour, style in (
-                (targets[index]['boxes'], targets[index]['labels'], 'lime', '-'),
-                (predictions[index]['boxes'][:num_true], predictions[index]['labels'][:num_true], 'red', '--')):
-            for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+        for objects, colour, style in ((targets[index], 'lime', '-'), (predictions[index], 'red', '--')):
+            for (x1, y1, x2, y2), label in zip(objects['boxes'][:num_true].tolist(), objects['labels'], strict=False):
                 axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, ls=style))
-                axis.text(x1, y1 if style == '-' else y2, dataset.classes[label - 1], color=colour, fontsize=8,
-                          parse_math=False)
-    figure.suptitle(f'{name}: true boxes (green), best predictions (red, dashed)', fontsize=9, parse_math=False)
-    path = os.path.join(folder, f'predictions-{quote(name, safe="")}.png')
-    with usage_errors(f'--output {folder}'):
-        os.makedirs(folder, exist_ok=True)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format='png', dpi=100)
-    return path
+                axis.text(x1, y1 if style == '-' else y2, dataset.classes[label - 1], color=colour, fontsize=8)
+    figure.suptitle(f'{name}: true boxes (green), best predictions (red, dashed)', fontsize=9)
+    return figure
+
+
+def draw_predictions(folder: str, name: str, *content: Any) -> None:
+    """Draw true boxes and as many of the best predictions on the first images of a dataset.
+
+    Args:
+        folder: Folder of the figure.
+        name: Name of the backbone.
+        *content: The dataset, and predictions and true objects of its images.
+    """
+    write_file(folder, f'predictions-{quote(name, safe="")}.png', _figure(name, *content))

@@ -1,11 +1,12 @@
 """Reader of Pascal VOC folders, by torchvision's VOCDetection."""
 import os
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from torchvision.datasets import VOCDetection
 
 from ..common.errors import UsageError, usage_errors
-from .datasets import Annotated, DetectionDataset, check_files, checked_box
+from .datasets import DetectionDataset, Object, Size, checked_box, checked_size
 
 _YEARS = tuple(str(year) for year in range(2007, 2013))
 
@@ -33,69 +34,52 @@ def _years(where: str, spec: str) -> tuple[str, list[str]]:
     return root, years
 
 
-def _has_test_split(root: str, year: str) -> bool:
-    return year == '2007' and os.path.isfile(os.path.join(_folder(root, year), 'ImageSets', 'Main', 'test.txt'))
-
-
 def _image_sets(root: str, years: list[str], is_training: bool) -> list[tuple[str, str]]:
     """Years and image sets of a split: trainval and test of years with a public test split, else train and val.
 
     With several years, the training split is trainval of all if one has a test split, as is usual with 2007+2012.
     """
-    tested = [year for year in years if _has_test_split(root, year)]
+    tested = [year for year in years if year == '2007' and os.path.isfile(
+        os.path.join(_folder(root, year), 'ImageSets', 'Main', 'test.txt'))]
     if tested:
         return [(year, 'trainval') for year in years] if is_training else [(year, 'test') for year in tested]
     return [(year, 'train' if is_training else 'val') for year in years]
 
 
-def _objects(annotation: dict, size: tuple[int, int], path: str) -> list[tuple]:
-    """Box, class name, area, iscrowd and difficult of each object. VOC counts pixels from 1, both ends included."""
+def _read_annotation(path: str) -> tuple[Size, list[Object]]:
+    """Size and objects of an image. VOC counts pixels from 1, both ends included."""
+    with usage_errors(path):
+        try:
+            annotation = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())['annotation']
+        except ElementTree.ParseError as error:
+            raise UsageError(f'{path} is not XML: {error}.') from error
+        size = checked_size(annotation['size']['width'], annotation['size']['height'])
     objects = []
-    for index, one in enumerate(annotation.get('object', [])):
-        place = f'{path}: object {index + 1}'
+    for number, one in enumerate(annotation.get('object', []), 1):
+        place = f'{path}: object {number}'
         with usage_errors(f'{place} needs a name and a bndbox with xmin, ymin, xmax and ymax'):
-            name, corners = str(one['name']), [float(one['bndbox'][side]) for side in ('xmin', 'ymin', 'xmax', 'ymax')]
-        box = checked_box((corners[0] - 1, corners[1] - 1, *corners[2:]), size, place)
-        area = (box[2] - box[0]) * (box[3] - box[1])
-        objects.append((box, name, area, 0, str(one.get('difficult', '0')).strip() == '1'))
-    return objects
+            name = str(one['name'])
+            x1, y1, x2, y2 = (float(one['bndbox'][side]) for side in ('xmin', 'ymin', 'xmax', 'ymax'))
+        x1, y1, x2, y2 = checked_box((x1 - 1, y1 - 1, x2, y2), size, place)
+        is_difficult = str(one.get('difficult', '0')).strip() == '1'
+        objects.append(Object((x1, y1, x2, y2), name, (x2 - x1) * (y2 - y1), difficult=is_difficult))
+    return size, objects
 
 
-def read_voc(where: str, spec: str, is_training: bool, classes: tuple[str, ...] | None) -> DetectionDataset:
+def read_voc(where: str, spec: str, is_training: bool, known: Sequence[str] | None) -> DetectionDataset:
     """Read 'ROOT[:YEAR]', a folder that contains VOCdevkit.
 
     Args:
         where: Name of the option, for messages.
         spec: The folder, and a year or years joined by '+'.
         is_training: Whether to read the training split or the test split.
-        classes: Class names of the training data, None for the sorted names in this split.
-
-    Raises:
-        UsageError: if files are missing or wrong.
+        known: Class names of the training data, None for the sorted names in this split.
     """
     root, years = _years(where, spec)
-    found = []
+    images = []
     for year, image_set in _image_sets(root, years, is_training):
         with usage_errors(f'{where}, {image_set} of {year}'):
             voc = VOCDetection(root, year=year, image_set=image_set)
-        check_files(list(voc.images), where)
-        for image, path in zip(voc.images, voc.annotations, strict=True):
-            with usage_errors(path):
-                try:
-                    annotation = VOCDetection.parse_voc_xml(ElementTree.parse(path).getroot())['annotation']
-                except ElementTree.ParseError as error:
-                    raise UsageError(f'{path} is not XML: {error}.') from error
-                size = int(annotation['size']['width']), int(annotation['size']['height'])
-                if min(size) < 1:
-                    raise UsageError(f'{path}: the size must be 1 or more, got {size}.')
-            found.append((image, size, _objects(annotation, size, path)))
-    names = {name for *_, objects in found for _, name, *_ in objects}
-    if classes is None:
-        classes = tuple(sorted(names))
-    if names - set(classes):
-        raise UsageError(f'{where}: the training data have no class {", ".join(sorted(names - set(classes))[:5])}.')
-    labels = {name: index + 1 for index, name in enumerate(classes)}
-    items = [
-        Annotated.build(image, size, [(box, labels[name], *rest) for box, name, *rest in objects])
-        for image, size, objects in found]
-    return DetectionDataset(where, items, classes)
+        images += [(image, *_read_annotation(path)) for image, path in zip(voc.images, voc.annotations, strict=True)]
+    classes = sorted({one.name for _, _, objects in images for one in objects})
+    return DetectionDataset(where, images, classes, known)
