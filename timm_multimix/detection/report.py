@@ -90,9 +90,11 @@ class Comparison:
     def add(self, source: Source, seed: int, row: Mapping[str, float]) -> None:
         """Add a row and write the file."""
         self.models[source.origin]['seeds'][str(seed)] = json_values(dict(row))
-        write_results(self.folder, conditions=self.conditions, models={
-            model['name']: {**{name: value for name, value in model.items() if name not in ('name', 'seeds')},
-                            **_summary(model), 'seeds': model['seeds']} for model in self._finished()})
+        models = {}
+        for model in self._finished():
+            about = {name: model[name] for name in ('origin', 'weights', 'digest')}
+            models[model['name']] = {**about, **_summary(model), 'seeds': model['seeds']}
+        write_results(self.folder, conditions=self.conditions, models=models)
 
     def _finished(self) -> list[dict[str, Any]]:
         return [model for model in self.models.values() if model['seeds']]
