@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .build.parser import build_parser
+from .build.option import Group, Option
+from .build.option import flag as _flag
+from .build.option import value as _value
+from .build.parser import TrainingParser, build_parser
 from .data.alternation import BatchSchedule
 from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
 from .losses.module import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
@@ -19,37 +22,6 @@ _DESCRIPTION = (
 
 # Values of timm options for each preset.
 _PRESET_RECIPES = {'default': {}, 'paper': dict(mixup=1.0, smoothing=0.0)}
-# Options that map to one keyword argument of MultiMixTask without conversion.
-_KEYWORDS = {
-    'multimix_preset': 'preset',
-    'multimix_prob': 'prob',
-    'multimix_n': 'num_mixes',
-    'multimix_tuple_length': 'tuple_length',
-    'multimix_attention': 'attention',
-    'multimix_attention_norm': 'attention_norm',
-    'multimix_shared_weights': 'shared_weights',
-    'multimix_attention_grad': 'attention_grad',
-    'multimix_pooled_weight': 'pooled_weight',
-    'multimix_clean_weight': 'clean_weight',
-    'multimix_logit_scale': 'logit_scale',
-    'multimix_gather': 'gather',
-    'multimix_start_epoch': 'start_epoch',
-    'multimix_off_epoch': 'off_epoch',
-    'multimix_teacher': 'teacher',
-    'multimix_teacher_decay': 'teacher_decay',
-    'multimix_teacher_path': 'teacher_path',
-    'multimix_distill_weight': 'distill_weight',
-    'multimix_distill_temperature': 'distill_temperature',
-    'multimix_distill_ramp_epochs': 'distill_ramp_epochs',
-    'multimix_views': 'views',
-}
-# Options that replace keyword arguments in error messages.
-_OPTION_OF = {
-    **{keyword: '--' + option.replace('_', '-') for option, keyword in _KEYWORDS.items()},
-    'alpha': '--multimix-alpha',
-    'ramp_epochs': '--multimix-distill-ramp-epochs',
-    'mode': '--multimix',
-}
 # Replacements for advice that applies to Python code only.
 _ADVICE = (
     (r"\battach with mode='(\w+)'", r'use --multimix \1'),
@@ -61,15 +33,6 @@ _ADVICE = (
 )
 # The attention argument of the task accepts more values than the one of the loss.
 _LOSS_ARGUMENTS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}
-
-
-def _default(keyword: str) -> Any:
-    """Return the default of a keyword argument of MultiMixTask or MultiMixLoss."""
-    for owner in (MultiMixTask, MultiMixLoss):
-        parameter = inspect.signature(owner).parameters.get(keyword)
-        if parameter is not None:
-            return parameter.default
-    raise KeyError(keyword)
 
 
 def name_options(message: str) -> str:
@@ -97,6 +60,26 @@ def errors_name_options() -> Iterator[None]:
         raise ValueError(name_options(str(error))) from error
 
 
+def _keyword(name: str) -> str:
+    """Return the keyword argument of MultiMixTask that an option sets."""
+    name = name.removeprefix('--').replace('-', '_').removeprefix('multimix_')
+    return {'multimix': 'mode', 'n': 'num_mixes'}.get(name, name)
+
+
+def _default(keyword: str) -> Any:
+    """Return the default of a keyword argument of MultiMixTask or MultiMixLoss."""
+    for owner in (MultiMixTask, MultiMixLoss):
+        parameter = inspect.signature(owner).parameters.get(keyword)
+        if parameter is not None:
+            return parameter.default
+    raise KeyError(keyword)
+
+
+def _option(name: str, help: str, **settings: Any) -> Option:
+    """Option of a keyword argument, with its default."""
+    return _value(name, default=_default(_keyword(name)), help=help, **settings)
+
+
 def _logit_scale(text: str) -> float:
     if text == 'auto':
         raise argparse.ArgumentTypeError(name_options(AUTO_SCALE_REMOVED))
@@ -104,6 +87,101 @@ def _logit_scale(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f'must be a number, got {text!r}') from None
+
+
+def _balance(name: str, action: str, help: str) -> Option:
+    return Option((name,), dict(action=action, dest='no_multimix_balance', default=None, help=help))
+
+
+MULTIMIX = Group('MultiMix parameters', (
+    _value('--multimix', default='off', choices=TASK_MODES,
+           help='dense mixes the logits at every position of the feature map. pooled mixes the ordinary logits: it '
+                'works with any model and costs almost nothing. off disables MultiMix.'),
+    _option('--multimix-preset', choices=tuple(PRESETS),
+            help='defaults of other options. paper reproduces the settings of the papers: --multimix-prob 0.5, '
+                 '--multimix-alpha 0.5 2, --no-multimix-balance, --multimix-pooled-weight 0, --mixup 1 and '
+                 '--smoothing 0. Explicit options take precedence.'),
+    _option('--multimix-prob', type=float, metavar='P',
+            help='probability that a batch is trained with MultiMix, from 0 to 1. Below 1, --mixup and --cutmix apply '
+                 'to the other batches only. With 1, they apply to all batches, before MultiMix. Use a value below 1 '
+                 'to alternate MultiMix with image mixing, as in the papers. (default: 1, or 0.5 with '
+                 '--multimix-preset paper)'),
+    _option('--multimix-n', type=int, metavar='N',
+            help='number of mixes per mini-batch and position, at least 1. Increase it with the batch size: it should '
+                 'be several times larger.'),
+    _option('--multimix-alpha', type=float, nargs='+', metavar=('LO', 'HI'),
+            help='Dirichlet concentration of the interpolation weights, above 0. A small value gives mixes dominated '
+                 'by one image, a large value gives nearly uniform weights. With two values, each mix draws its '
+                 'concentration uniformly between them; the papers use 0.5 2. (default: 1 / number of images in a '
+                 'mix)'),
+    _option('--multimix-tuple-length', type=int, metavar='M',
+            help='number of images in a mix, at least 1. Use 2 for pairs, as in mixup. (default: the whole '
+                 'mini-batch)'),
+    _flag('--multimix-shared-weights',
+          help='use the same interpolation weights at all positions of the feature map. This is faster. By default '
+               'weights are drawn for each position, as in the papers.'),
+    _option('--multimix-attention', choices=ATTENTION_QUERIES,
+            help='query of the attention that weights the positions in dense mode: the average-pooled features (gap), '
+                 'the class token (token), the classifier weight of the true class (cam), or no attention (uniform).'),
+    _option('--multimix-attention-norm', choices=ATTENTION_NORMS,
+            help='normalization of the attention scores over positions: ReLU followed by l1 normalization (relu) or '
+                 'softmax. softmax spreads the attention over all positions.'),
+    _flag('--multimix-attention-grad',
+          help='backpropagate through the attention. It gave no improvement in our experiments.'),
+    [
+        _balance('--multimix-balance', 'store_false',
+                 help='use the balanced gradient (docs/method.md). This is the default, except with --multimix-preset '
+                      'paper. In YAML: no_multimix_balance: false.'),
+        _balance('--no-multimix-balance', 'store_true',
+                 help='use the literal gradient of the papers. With --multimix-alpha 0.5 2 on every batch the model '
+                      'hardly trains (docs/method.md): combine it with --multimix-prob 0.5.'),
+    ],
+    _option('--multimix-pooled-weight', type=float, metavar='W',
+            help='weight of the pooled loss relative to the dense loss, from 0 to 1. Keep it above 0 for a model that '
+                 'predicts from a class token: the dense loss does not train the class token. (default: 0.5, or 0 '
+                 'with --multimix-preset paper)'),
+    _option('--multimix-clean-weight', type=float, metavar='W',
+            help='weight of the plain loss on unmixed images, from 0 to 1. It did not improve accuracy in our '
+                 'studies.'),
+    _option('--multimix-logit-scale', type=_logit_scale, metavar='S',
+            help='factor on the mixed logits inside the loss, above 0. A value above 1 lowers the confidence of the '
+                 'trained model, a value below 1 raises it.'),
+    _flag('--multimix-gather',
+          help='mix the joined batch of all processes instead of the batch of each process. Increase --multimix-n '
+               'with the number of processes.'),
+    _option('--multimix-start-epoch', type=int, metavar='N',
+            help='first epoch with MultiMix, counted from 0.'),
+    _option('--multimix-off-epoch', type=int, metavar='N',
+            help='epoch from which MultiMix is disabled, counted from 0; 0 never disables it.'),
+    _option('--multimix-teacher', metavar='{none,ema,NAME}',
+            help='teacher for distillation: the exponential moving average of the model (ema), which is validated and '
+                 'saved too, or the name of a timm model with weights for the same classes (NAME).'),
+    _option('--multimix-teacher-decay', type=float, metavar='D',
+            help='decay of the ema teacher, from 0 to below 1. It is reached gradually from a smaller value. If it '
+                 'equals --model-ema-decay, one average is used for both.'),
+    _option('--multimix-teacher-path', metavar='FILE',
+            help='checkpoint with the weights of the teacher NAME. (default: its pretrained weights)'),
+    _option('--multimix-distill-weight', type=float, metavar='W',
+            help='weight of the distillation loss relative to the classification loss, from 0 to 1.'),
+    _option('--multimix-distill-temperature', type=float, metavar='T',
+            help='temperature that divides the logits of teacher and model in the distillation loss, above 0.'),
+    _option('--multimix-distill-ramp-epochs', type=int, metavar='N',
+            help='number of epochs over which the distillation weight increases linearly from 0. Use 0 if the teacher '
+                 'is already trained.'),
+    _option('--multimix-views', type=int, choices=(1, 2),
+            help='number of augmented views of each image. With 2, the image is loaded once and augmented twice, for '
+                 'the model and for the teacher. With 1, both use the same view.'),
+), _DESCRIPTION)
+
+_DEFAULTS = {option.dest: option.settings['default'] for option in MULTIMIX.all_options}
+# Options that set one keyword argument of MultiMixTask, without conversion.
+_KEYWORDS = {dest: _keyword(dest) for dest in _DEFAULTS if dest.startswith('multimix_')}
+# Options that replace keyword arguments in error messages.
+_OPTION_OF = {
+    **{keyword: '--' + option.replace('_', '-') for option, keyword in _KEYWORDS.items()},
+    'ramp_epochs': '--multimix-distill-ramp-epochs',
+    'mode': '--multimix',
+}
 
 
 def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -120,107 +198,17 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     Raises:
         argparse.ArgumentError: If the parser already has one of the options.
     """
-    group = parser.add_argument_group('MultiMix parameters', _DESCRIPTION)
-    add = group.add_argument
-    add('--multimix', default='off', choices=TASK_MODES,
-        help='dense mixes the logits at every position of the feature map. pooled mixes the ordinary logits: it works '
-             'with any model and costs almost nothing. off disables MultiMix. (default: off)')
-    add('--multimix-preset', default=_default('preset'), choices=tuple(PRESETS),
-        help='defaults of other options. paper reproduces the settings of the papers: --multimix-prob 0.5, '
-             '--multimix-alpha 0.5 2, --no-multimix-balance, --multimix-pooled-weight 0, --mixup 1 and --smoothing 0. '
-             'Explicit options take precedence. (default: %(default)s)')
-    add('--multimix-prob', type=float, default=_default('prob'), metavar='P',
-        help='probability that a batch is trained with MultiMix, from 0 to 1. Below 1, --mixup and --cutmix apply to '
-             'the other batches only. With 1, they apply to all batches, before MultiMix. Use a value below 1 to '
-             'alternate MultiMix with image mixing, as in the papers. (default: 1, or 0.5 with --multimix-preset '
-             'paper)')
-    add('--multimix-n', type=int, default=_default('num_mixes'), metavar='N',
-        help='number of mixes per mini-batch and position, at least 1. Increase it with the batch size: it should be '
-             'several times larger. (default: %(default)s)')
-    add('--multimix-alpha', type=float, nargs='+', default=_default('alpha'),
-        metavar=('LO', 'HI'),
-        help='Dirichlet concentration of the interpolation weights, above 0. A small value gives mixes dominated by '
-             'one image, a large value gives nearly uniform weights. With two values, each mix draws its '
-             'concentration uniformly between them; the papers use 0.5 2. (default: 1 / number of images in a mix)')
-    add('--multimix-tuple-length', type=int, default=_default('tuple_length'), metavar='M',
-        help='number of images in a mix, at least 1. Use 2 for pairs, as in mixup. (default: the whole mini-batch)')
-    add('--multimix-shared-weights', action='store_true', default=_default('shared_weights'),
-        help='use the same interpolation weights at all positions of the feature map. This is faster. By default '
-             'weights are drawn for each position, as in the papers.')
-    add('--multimix-attention', default=_default('attention'), choices=ATTENTION_QUERIES,
-        help='query of the attention that weights the positions in dense mode: the average-pooled features (gap), the '
-             'class token (token), the classifier weight of the true class (cam), or no attention (uniform). '
-             '(default: %(default)s)')
-    add('--multimix-attention-norm', default=_default('attention_norm'), choices=ATTENTION_NORMS,
-        help='normalization of the attention scores over positions: ReLU followed by l1 normalization (relu) or '
-             'softmax. softmax spreads the attention over all positions. (default: %(default)s)')
-    add('--multimix-attention-grad', action='store_true', default=_default('attention_grad'),
-        help='backpropagate through the attention. It gave no improvement in our experiments.')
-    balance = group.add_mutually_exclusive_group()
-    balance.add_argument(
-        '--multimix-balance', action='store_false', dest='no_multimix_balance', default=None,
-        help='use the balanced gradient (docs/method.md). This is the default, except with --multimix-preset paper. '
-             'In YAML: no_multimix_balance: false.')
-    balance.add_argument(
-        '--no-multimix-balance', action='store_true', dest='no_multimix_balance', default=None,
-        help='use the literal gradient of the papers. With --multimix-alpha 0.5 2 on every batch the model hardly '
-             'trains (docs/method.md): combine it with --multimix-prob 0.5.')
-    add('--multimix-pooled-weight', type=float, default=_default('pooled_weight'), metavar='W',
-        help='weight of the pooled loss relative to the dense loss, from 0 to 1. Keep it above 0 for a model that '
-             'predicts from a class token: the dense loss does not train the class token. (default: 0.5, or 0 with '
-             '--multimix-preset paper)')
-    add('--multimix-clean-weight', type=float, default=_default('clean_weight'), metavar='W',
-        help='weight of the plain loss on unmixed images, from 0 to 1. It did not improve accuracy in '
-             'our studies. (default: %(default)s)')
-    add('--multimix-logit-scale', type=_logit_scale, default=_default('logit_scale'), metavar='S',
-        help='factor on the mixed logits inside the loss, above 0. A value above 1 lowers the confidence of the '
-             'trained model, a value below 1 raises it. (default: %(default)s)')
-    add('--multimix-gather', action='store_true', default=_default('gather'),
-        help='mix the joined batch of all processes instead of the batch of each process. Increase --multimix-n with '
-             'the number of processes.')
-    add('--multimix-start-epoch', type=int, default=_default('start_epoch'), metavar='N',
-        help='first epoch with MultiMix, counted from 0. (default: %(default)s)')
-    add('--multimix-off-epoch', type=int, default=_default('off_epoch'), metavar='N',
-        help='epoch from which MultiMix is disabled, counted from 0; 0 never disables it. (default: %(default)s)')
-    _add_teacher_args(group)
-    return group
+    return MULTIMIX.add_to(parser)
 
 
-def build_training_parser() -> argparse.ArgumentParser:
+def build_training_parser() -> TrainingParser:
     """Build the parser of train_timm.py, with timm's options and the MultiMix options. Its errors are UsageErrors."""
-    return build_parser(add_multimix_args)
-
-
-def _add_teacher_args(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add('--multimix-teacher', default=_default('teacher'), metavar='{none,ema,NAME}',
-        help='teacher for distillation: the exponential moving average of the model (ema), which is validated and '
-             'saved too, or the name of a timm model with weights for the same classes (NAME). '
-             '(default: %(default)s)')
-    add('--multimix-teacher-decay', type=float, default=_default('teacher_decay'), metavar='D',
-        help='decay of the ema teacher, from 0 to below 1. It is reached gradually from a smaller value. If it equals '
-             '--model-ema-decay, one average is used for both. (default: %(default)s)')
-    add('--multimix-teacher-path', default=_default('teacher_path'), metavar='FILE',
-        help='checkpoint with the weights of the teacher NAME. (default: its pretrained weights)')
-    add('--multimix-distill-weight', type=float, default=_default('distill_weight'), metavar='W',
-        help='weight of the distillation loss relative to the classification loss, from 0 to 1. '
-             '(default: %(default)s)')
-    add('--multimix-distill-temperature', type=float, default=_default('distill_temperature'), metavar='T',
-        help='temperature that divides the logits of teacher and model in the distillation loss, above 0. '
-             '(default: %(default)s)')
-    add('--multimix-distill-ramp-epochs', type=int, default=_default('distill_ramp_epochs'), metavar='N',
-        help='number of epochs over which the distillation weight increases linearly from 0. Use 0 if the teacher is '
-             'already trained. (default: %(default)s)')
-    add('--multimix-views', type=int, choices=(1, 2), default=_default('views'),
-        help='number of augmented views of each image. With 2, the image is loaded once and augmented twice, for the '
-             'model and for the teacher. With 1, both use the same view. (default: %(default)s)')
+    return build_parser(MULTIMIX)
 
 
 def multimix_option_names() -> list[str]:
     """Return the attribute names of the MultiMix options in the parsed arguments."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_multimix_args(parser)
-    return list(vars(parser.parse_args([])))
+    return list(_DEFAULTS)
 
 
 def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -235,12 +223,12 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If a value is out of range. The message names the option.
     """
-    options = dict(
+    options = {keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()}
+    options.update(
         mode=args.multimix,
         alpha=tuple(args.multimix_alpha) if args.multimix_alpha else None,
         balance=None if args.no_multimix_balance is None else not args.no_multimix_balance,
         seed=getattr(args, 'seed', None) or 0,
-        **{keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()},
     )
     # Check before a model is created. MultiMixTask checks the other options.
     with errors_name_options():

@@ -1,41 +1,21 @@
 """Command-line options of train_timm.py. Names, types and defaults follow timm's training script."""
 import os
-from typing import Any, NamedTuple
 
 from timm.data.readers.targets import TARGET_FORMATS
 from timm.loss import LOSS_TYPES
-from timm.utils import ParseKwargs
 
+from .option import Group, Option
+from .option import flag as _flag
+from .option import pairs as _pairs
+from .option import value as _value
 from .saved_weights import WEIGHTS
 
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
 
 
-class Option(NamedTuple):
-    """Names of an option and the keyword arguments of its `add_argument` call."""
-    names: tuple[str, ...]
-    settings: dict[str, Any]
-
-
-def _value(*names: str, type: type = str, default: Any = None, help: str, **settings: Any) -> Option:
-    suffix = '' if default in (None, '', []) else f' (default: {_format_default(default)})'
-    return Option(names, dict(type=type, default=default, help=(help + suffix).replace('%', '%%'), **settings))
-
-
-def _flag(name: str, help: str) -> Option:
-    return Option((name,), dict(action='store_true', default=False, help=help.replace('%', '%%')))
-
-
-def _pairs(name: str, help: str) -> Option:
-    return Option((name,), dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE', help=help))
-
-
-def _format_default(default: Any) -> str:
-    return ' '.join(f'{value:.4g}' for value in default) if isinstance(default, list) else str(default)
-
-
 DATASET = (
+    Option(('data',), dict(nargs='?', metavar='DIR', help='deprecated, use --data-dir')),
     _value('--data-dir', metavar='DIR', help='root folder of the dataset, with one subfolder per split'),
     _value('--dataset', default='', metavar='NAME',
            help='dataset as TYPE/NAME (torch/, hfds/, hfids/, tfds/, wds/), or an embedded dataset (demo/digits, '
@@ -87,12 +67,11 @@ MODEL = (
     _value('--head-init-scale', type=float, help='scale factor for the initial weights and biases of the classifier'),
     _value('--head-init-bias', type=float, help='initial bias of the classifier'),
     _value('--torchcompile-mode', metavar='MODE', help='mode of torch.compile'),
-)
-
-CODEGEN = (  # mutually exclusive
-    _flag('--torchscript', help='script the model with torch.jit'),
-    _value('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
-           help='compile the model with this torch.compile backend (default: inductor)'),
+    [
+        _flag('--torchscript', help='script the model with torch.jit'),
+        _value('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+               help='compile the model with this torch.compile backend (default: inductor)'),
+    ],
 )
 
 DEVICE = (
@@ -346,21 +325,19 @@ DISTILLATION = (
            help='targets of token distillation: probabilities (soft) or the top class (hard)'),
 )
 
-GROUPS = {
-    'Dataset parameters': DATASET,
-    'Model parameters': MODEL,
-    'Device parameters': DEVICE,
-    'Optimizer parameters': OPTIMIZER,
-    'Learning rate schedule parameters': SCHEDULE,
-    'Loss parameters': LOSS,
-    'Augmentation and regularization parameters': AUGMENTATION,
-    'Batch norm parameters': BATCH_NORM,
-    'Model exponential moving average parameters': EMA,
-    'Miscellaneous parameters': MISCELLANEOUS,
-    'Hugging Face Hub parameters': HUB,
-    'Scheduled resolution parameters': SCHEDULED_SIZES,
-    'NaFlex parameters': NAFLEX,
-    'Knowledge distillation parameters': DISTILLATION,
-}
-
-
+GROUPS = (
+    Group('Dataset parameters', DATASET),
+    Group('Model parameters', MODEL),
+    Group('Device parameters', DEVICE),
+    Group('Optimizer parameters', OPTIMIZER),
+    Group('Learning rate schedule parameters', SCHEDULE),
+    Group('Loss parameters', LOSS),
+    Group('Augmentation and regularization parameters', AUGMENTATION),
+    Group('Batch norm parameters', BATCH_NORM),
+    Group('Model exponential moving average parameters', EMA),
+    Group('Miscellaneous parameters', MISCELLANEOUS),
+    Group('Hugging Face Hub parameters', HUB),
+    Group('Scheduled resolution parameters', SCHEDULED_SIZES),
+    Group('NaFlex parameters', NAFLEX),
+    Group('Knowledge distillation parameters', DISTILLATION),
+)

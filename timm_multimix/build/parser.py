@@ -1,16 +1,38 @@
 """Parser of train_timm.py."""
 import argparse
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..common.command_line import Parser
 from ..common.errors import UsageError
 from ..common.secrets import redact
-from .arguments import CODEGEN, GROUPS, MODEL
+from .arguments import GROUPS
+from .option import Group, Option, to_arguments
+
+_NOT_GIVEN = object()
 
 
-class _Parser(Parser):
-    """Parser of train_timm.py that removes access tokens from its error messages."""
+class TrainingParser(Parser):
+    """Parser of train_timm.py. It removes access tokens from its error messages.
+
+    Args:
+        groups: Groups of options, in addition to --config and --timm-script.
+        **settings: Arguments of ArgumentParser.
+
+    Attributes:
+        options: The options of the groups by destination. Options with the same destination are opposite flags.
+    """
+
+    def __init__(self, groups: Sequence[Group], **settings: Any):
+        super().__init__(**settings)
+        self.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for these options')
+        self.add_argument('--timm-script', metavar='FILE',
+                          help='run this timm train.py instead, with the MultiMix options added')
+        self.options: dict[str, list[Option]] = {}
+        for group in groups:
+            group.add_to(self)
+            for option in group.all_options:
+                self.options.setdefault(option.dest, []).append(option)
 
     def error(self, message: str):
         message = redact(message)
@@ -19,32 +41,54 @@ class _Parser(Parser):
                 f'{message}. Do not pass a Hub token on the command line: use `hf auth login` or set HF_TOKEN.')
         super().error(message)
 
+    def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """Parse the command line without filling in defaults.
 
-def build_parser(add_group: Callable[[argparse.ArgumentParser], Any] | None = None) -> argparse.ArgumentParser:
+        Args:
+            argv: Command-line arguments. Default: the arguments of the process.
+
+        Returns:
+            Values of the given options by destination.
+
+        Raises:
+            UsageError: if an option or a value is invalid.
+        """
+        blank = argparse.Namespace(**dict.fromkeys(('config', 'timm_script', *self.options), _NOT_GIVEN))
+        values = vars(self.parse_args(argv, blank))
+        # argparse sets a missing positional argument to None.
+        return {name: value for name, value in values.items() if value is not _NOT_GIVEN and value is not None}
+
+    def parse_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Parse values of options that were read from a file, as if they were given on the command line.
+
+        Args:
+            values: Values by destination. Options with the value None and unknown options are skipped.
+
+        Returns:
+            Values of the given options by destination.
+
+        Raises:
+            UsageError: if a value is invalid, or if options exclude each other.
+        """
+        given = {name: value for name, value in values.items() if name in self.options and value is not None}
+        arguments = [to_arguments(self.options[name], value) for name, value in given.items()]
+        arguments.sort(key=lambda words: words[:1] == ['--'])  # a positional argument is last
+        parsed = self.parse_given([word for words in arguments for word in words])
+        # A flag that is false has no argument.
+        return {name: parsed[name] if name in parsed else self.get_default(name) for name in given}
+
+
+def build_parser(*groups: Group) -> TrainingParser:
     """Build the parser of train_timm.py with timm's options. Its errors are UsageErrors.
 
     Args:
-        add_group: Function that adds a further group of options, such as add_multimix_args.
+        groups: Further groups of options.
     """
-    parser = _Parser(
+    return TrainingParser(
+        (*groups, *GROUPS),
         prog='train_timm.py',
         usage='train_timm.py [--data-dir DIR] [--model MODEL] [--multimix {off,pooled,dense}] [OPTION ...]',
         description="Train an image classifier with timm's models and options, optionally with MultiMix. Without "
                     "--data-dir and --dataset it trains on scikit-learn's digits.",
         epilog='Example: train_timm.py --model resnet50 --multimix dense',
     )
-    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for these options')
-    parser.add_argument('--timm-script', metavar='FILE',
-                        help='run this timm train.py instead, with the MultiMix options added')
-    parser.add_argument('data', nargs='?', metavar='DIR', help='deprecated, use --data-dir')
-    if add_group is not None:
-        add_group(parser)
-    for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            group.add_argument(*option.names, **option.settings)
-        if options is MODEL:
-            exclusive = group.add_mutually_exclusive_group()
-            for option in CODEGEN:
-                exclusive.add_argument(*option.names, **option.settings)
-    return parser

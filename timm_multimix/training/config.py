@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..build.recorded import option_value
+from ..build.parser import TrainingParser
 from ..common.errors import UsageError, near_names, usage_errors
 from ..common.secrets import contains_token
 from ..data.dataset_types import code_danger
@@ -19,7 +19,6 @@ from .checks import check_args
 
 _logger = logging.getLogger(__name__)
 
-_NOT_GIVEN = object()
 _SCRIPT_ONLY = ('config', 'timm_script')
 _MISSPELT_CUTOFF = 0.8  # minimum similarity between an unknown key and an option to report a misspelling
 # Options that let other code run. A file may come from an untrusted source, so they must be on the command line.
@@ -28,7 +27,7 @@ COMMAND_LINE_ONLY = ('dataset_trust_remote_code', 'device_modules')
 DATA_OPTIONS = ('dataset', 'data', 'data_dir', 'train_split', 'val_split', 'calibrate')
 
 
-def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
     """Read a YAML file of options. Keys are the names of options, with underscores or dashes.
 
     An empty value selects the default. Unknown keys are skipped with a warning, so that other scripts can use the same
@@ -54,29 +53,28 @@ def read_config(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
         raise UsageError(f'--config {path} is not valid YAML: {error}') from error
     if not isinstance(config or {}, dict):
         raise UsageError(f'--config {path} must contain options as "name: value" lines.')
-    actions = {action.dest: action for action in parser._actions if action.dest not in ('help', *_SCRIPT_ONLY)}
-    values = {}
+    values, card = {}, {}
     for key, value in (config or {}).items():
-        dest = str(key).replace('-', '_')
-        if dest == 'card':
+        name = str(key).replace('-', '_')
+        if name == 'card':
             with usage_errors(f'--config {path}'):
                 check_fields(value or {})
-            values[dest] = value or {}
-        elif dest not in actions:
-            misspelt = near_names(dest, actions, cutoff=_MISSPELT_CUTOFF)
+            card = {'card': value or {}}
+        elif name not in parser.options:
+            misspelt = near_names(name, parser.options, cutoff=_MISSPELT_CUTOFF)
             if misspelt:
                 raise UsageError(f'--config {path}: unknown option {key}.{misspelt}')
-            _logger.warning(f'--config {path}: unknown option {key} is skipped.{near_names(dest, actions)}')
-        elif dest in COMMAND_LINE_ONLY and value:
+            _logger.warning(f'--config {path}: unknown option {key} is skipped.{near_names(name, parser.options)}')
+        elif name in COMMAND_LINE_ONLY and value:
             raise UsageError(
                 f'--config {path}: {key} lets other code run and is not allowed in a file. Remove it and, if you '
-                f'trust the code, give --{dest.replace("_", "-")} on the command line.')
-        elif value is not None:
-            try:
-                values[dest] = option_value(actions[dest], value)
-            except UsageError as error:
-                raise UsageError(f'--config {path}: {error}') from error
-    return values
+                f'trust the code, give --{name.replace("_", "-")} on the command line.')
+        else:
+            values[name] = value
+    try:
+        return {**parser.parse_values(values), **card}
+    except UsageError as error:
+        raise UsageError(f'--config {path}: {error}') from error
 
 
 def dataset_danger(args: argparse.Namespace) -> str:
@@ -94,15 +92,6 @@ def _check_dataset_source(args: argparse.Namespace, config: str, values: dict, d
         raise UsageError(
             f'--config {config}: the dataset {args.dataset} is not opened: it can run code ({danger}), and the file '
             f'sets {options}. If you trust it, give {options} on the command line.')
-
-
-def _parse_given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Parse the command line without filling in defaults."""
-    blank = argparse.Namespace(**{action.dest: _NOT_GIVEN for action in parser._actions})
-    given = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not _NOT_GIVEN}
-    if given.get('data') is None:  # argparse sets a missing optional positional to None
-        given.pop('data', None)
-    return given
 
 
 def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -199,7 +188,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UsageError: if an option, a value or a combination of options is invalid.
     """
     parser = build_training_parser()
-    given = _parse_given(parser, argv)
+    given = parser.parse_given(argv)
     config = given.pop('config', '')
     file_values = read_config(config, parser) if config else {}
     if 'multimix_preset' in given:

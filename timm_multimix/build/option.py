@@ -1,0 +1,111 @@
+"""Tables of command-line options, and conversion of values in files to arguments of the command line."""
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from timm.utils import ParseKwargs
+
+from ..common.errors import UsageError
+
+_FLAGS = {'store_true': True, 'store_false': False}
+
+
+class Option(NamedTuple):
+    """Names of an option and the keyword arguments of its `add_argument` call."""
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The first long name, or the name of a positional argument."""
+        return next((name for name in self.names if name.startswith('--')), self.names[0])
+
+    @property
+    def dest(self) -> str:
+        """Attribute name in the parsed arguments."""
+        return self.settings.get('dest') or self.name.removeprefix('--').replace('-', '_')
+
+
+class Group(NamedTuple):
+    """Argument group. A list in `options` contains mutually exclusive options."""
+    title: str
+    options: Sequence[Option | list[Option]]
+    description: str | None = None
+
+    @property
+    def all_options(self) -> list[Option]:
+        """All options in one list."""
+        return [option for item in self.options for option in (item if isinstance(item, list) else [item])]
+
+    def add_to(self, parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+        """Add the group to a parser."""
+        group = parser.add_argument_group(self.title, self.description)
+        for item in self.options:
+            if isinstance(item, list):
+                exclusive = group.add_mutually_exclusive_group()
+                for option in item:
+                    exclusive.add_argument(*option.names, **option.settings)
+            else:
+                group.add_argument(*item.names, **item.settings)
+        return group
+
+
+def value(*names: str, type: Any = str, default: Any = None, help: str, **settings: Any) -> Option:
+    """Option with a value. The default is added to the help text."""
+    suffix = '' if default in (None, '', []) else f' (default: {_format_default(default)})'
+    return Option(names, dict(type=type, default=default, help=(help + suffix).replace('%', '%%'), **settings))
+
+
+def flag(name: str, help: str) -> Option:
+    return Option((name,), dict(action='store_true', default=False, help=help.replace('%', '%%')))
+
+
+def pairs(name: str, help: str) -> Option:
+    return Option((name,), dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE', help=help))
+
+
+def _format_default(default: Any) -> str:
+    return ' '.join(f'{number:.4g}' for number in default) if isinstance(default, list) else str(default)
+
+
+def to_arguments(options: Sequence[Option], given: Any) -> list[str]:
+    """Convert a value in a file to arguments of the command line. The parser checks the arguments.
+
+    Args:
+        options: The options with the same destination: one option, or a flag and the opposite flag.
+        given: The value, not None.
+
+    Raises:
+        UsageError: if the value has another structure than the option.
+    """
+    name, settings = options[0].name, options[0].settings
+    action, nargs = settings.get('action'), settings.get('nargs')
+
+    def check(is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise UsageError(f'{name} must be {expected}, got {given!r}.')
+
+    if action in _FLAGS:
+        check(isinstance(given, bool), 'true or false')
+        return [option.name for option in options if _FLAGS[option.settings['action']] is given]
+    if action is ParseKwargs:
+        check(isinstance(given, Mapping), 'a mapping')
+        return [name, *(f'{key}={item!r}' for key, item in given.items())]
+    if isinstance(given, bool) and nargs == '?' and name.startswith('--'):
+        return [name] if given else []
+    if given is False and 'off' in settings.get('choices', ()):
+        given = 'off'  # YAML reads a bare off as False
+    is_list = nargs not in (None, '?')
+    items = given if is_list and isinstance(given, (list, tuple)) else [given]
+    check(not any(isinstance(item, (bool, list, tuple, Mapping)) for item in items),
+          'a list of numbers or strings' if is_list else 'a number or a string')
+    texts = [str(item) for item in items]
+    if not name.startswith('--'):
+        return ['--', *texts]
+    if not is_list:
+        return [f'{name}={texts[0]}']
+    if not texts and not settings['default']:
+        return []
+    # A space before a negative number, because argparse takes -1e-05 for an option.
+    is_number = settings['type'] is not str
+    return [name, *(f' {text}' if is_number and text.startswith('-') else text for text in texts)]
