@@ -1,20 +1,27 @@
 """MultiMix command-line options for scripts based on argparse."""
 import argparse
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .build.option import Group, Option
+from timm.utils.distributed import world_info_from_env
+
+from .build.model import check_model_name
+from .build.option import Group, Option, option_name
 from .build.option import flag as _flag
 from .build.option import value as _value
 from .build.parser import TrainingParser, build_parser
+from .common.errors import UsageError, usage_errors
 from .data.alternation import BatchSchedule
 from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
 from .losses.module import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
 from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
+
+_logger = logging.getLogger(__name__)
 
 _DESCRIPTION = (
     'Train on interpolations of the whole mini-batch (NeurIPS 2023). Most runs need `--multimix dense` only. Other '
@@ -31,6 +38,8 @@ _ADVICE = (
     (r'^The teacher decay\b', '--multimix-teacher-decay'),
     (r' as teacher, got\b', ' in --multimix-teacher, got'),
 )
+# Options that need several positions. Pooled MultiMix has one.
+_DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
 # The attention argument of the task accepts more values than the one of the loss.
 _LOSS_ARGUMENTS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}
 
@@ -178,7 +187,7 @@ _DEFAULTS = {option.dest: option.settings['default'] for option in MULTIMIX.all_
 _KEYWORDS = {dest: _keyword(dest) for dest in _DEFAULTS if dest.startswith('multimix_')}
 # Options that replace keyword arguments in error messages.
 _OPTION_OF = {
-    **{keyword: '--' + option.replace('_', '-') for option, keyword in _KEYWORDS.items()},
+    **{keyword: option_name(option) for option, keyword in _KEYWORDS.items()},
     'ramp_epochs': '--multimix-distill-ramp-epochs',
     'mode': '--multimix',
 }
@@ -257,6 +266,56 @@ def preset_options(preset: str) -> dict[str, Any]:
         multimix_pooled_weight=values['pooled_weight'],
         **_PRESET_RECIPES[preset],
     )
+
+
+def check_multimix(args: argparse.Namespace) -> None:
+    """Check that the other options can be combined with MultiMix. Warn of MultiMix options without effect.
+
+    Args:
+        args: Parsed arguments with the options of `add_multimix_args` and timm's options.
+
+    Raises:
+        UsageError: for the first invalid combination, with the reason.
+    """
+    if args.multimix == 'off':
+        _warn_of_unused_options(args, '', 'add --multimix dense or --multimix pooled')
+        return
+    batch_size = min([args.batch_size, *(getattr(args, 'train_batch_sizes', None) or ())])
+    if args.multimix_gather:
+        batch_size *= world_info_from_env()[2]
+    length = args.multimix_tuple_length
+    rules = (
+        (args.torchscript, 'TorchScript cannot return the outputs that MultiMix needs: use --torchcompile.'),
+        (args.kd_model_name, 'distillation uses another training task: remove one of the two options.'),
+        (getattr(args, 'naflex_loader', False),
+         'NaFlex sequences contain padding, and logits of padding must not be mixed.'),
+        (args.jsd_loss or getattr(args, 'loss', None) == 'jsd',
+         'the jsd loss compares views of an image, and MultiMix mixes images.'),
+        (batch_size < 2, 'a batch of 1 image cannot be mixed: raise --batch-size.'),
+        (length is not None and not 1 <= length <= batch_size,
+         f'--multimix-tuple-length must be between 1 and the batch size {batch_size}, got {length}.'),
+        (args.multimix_views == 2 and args.aug_splits, '--aug-splits already creates views: use --multimix-views 1.'),
+    )
+    for is_wrong, message in rules:
+        if is_wrong:
+            raise UsageError(f'--multimix {args.multimix}: {message}')
+    with usage_errors(f'--multimix {args.multimix}'):
+        multimix_kwargs(args)
+    if args.multimix == 'pooled':
+        _warn_of_unused_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
+    if args.multimix_teacher == 'none':
+        _warn_of_unused_options(args, ('multimix_teacher', 'multimix_distill'), 'add --multimix-teacher ema')
+    elif args.multimix_teacher != 'ema':
+        check_model_name(args.multimix_teacher, '--multimix-teacher', ('none', 'ema'))
+
+
+def _warn_of_unused_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
+    """Warn of MultiMix options with this prefix whose value is neither the default nor that of the preset."""
+    preset = preset_options(args.multimix_preset)
+    unused = [option_name(name) for name, value in _DEFAULTS.items()
+              if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
+    if unused:
+        _logger.warning(f'{", ".join(unused)}: without effect, {reason}.')
 
 
 def batch_schedule(args: argparse.Namespace) -> BatchSchedule:

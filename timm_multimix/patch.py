@@ -21,13 +21,13 @@ from .losses.module import PRESETS
 from .options import (
     add_multimix_args,
     batch_schedule,
+    check_multimix,
     describe_batches,
     errors_name_options,
     multimix_kwargs,
     preset_options,
 )
 from .task import MultiLabelMultiMixTask, MultiMixTask
-from .training.checks import check_multimix
 
 _logger = logging.getLogger(__name__)
 

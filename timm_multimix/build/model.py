@@ -6,16 +6,41 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
-from timm.models import create_model, resolve_model_input_args
+from timm.models import (
+    create_model,
+    is_model,
+    list_models,
+    parse_model_name,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
 from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
-from ..common.errors import UsageError, usage_errors
+from ..common.errors import UsageError, near_names, usage_errors
 from ..dense.hook import attach, outputs_in_evaluation
 from .checkpoint import check_weights_file
 from .hub_files import WEIGHTS_NAME, download, is_hub_name
 
 _logger = logging.getLogger(__name__)
+
+
+def check_model_name(model: str, option: str, others: tuple[str, ...] = ()) -> None:
+    """Check that timm has a model.
+
+    Args:
+        model: Name of the model.
+        option: Option with the name, for messages.
+        others: Further values of the option, for suggestions.
+
+    Raises:
+        UsageError: if timm has no such model.
+    """
+    with usage_errors(option):
+        source, name = parse_model_name(model)
+    if source is None and not is_model(name):
+        base = split_model_name_tag(name)[0]
+        raise UsageError(f'{option} {model}: timm has no such model.{near_names(base, (*others, *list_models()))}')
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:

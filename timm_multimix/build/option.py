@@ -10,6 +10,11 @@ from ..common.errors import UsageError
 _FLAGS = {'store_true': True, 'store_false': False}
 
 
+def option_name(dest: str) -> str:
+    """Return the name of an option on the command line, '--batch-size' for 'batch_size'."""
+    return '--' + dest.replace('_', '-')
+
+
 class Option(NamedTuple):
     """Names of an option and the keyword arguments of its `add_argument` call."""
     names: tuple[str, ...]

@@ -7,21 +7,21 @@ import os
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.models import is_model, list_models, parse_model_name, split_model_name_tag
 from timm.optim import list_optimizers
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
-from timm.utils.distributed import world_info_from_env
 
 from ..build.arguments import DEFAULT_OUTPUT
 from ..build.loaders import mixup_active
+from ..build.model import check_model_name
+from ..build.option import option_name
 from ..build.saved_weights import AVERAGE, STUDENT, TEACHER
 from ..common.command_line import check_dataset_packages, check_packages
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMOS
 from ..hub import HubRepository, is_hub_name
-from ..options import add_multimix_args, multimix_kwargs, preset_options
+from ..options import check_multimix
 from .checkpoints import holds_checkpoints
 from .trackers import selected_trackers
 
@@ -54,12 +54,6 @@ _MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # infinity means no limit
 _PROBABILITIES = ('drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob',
                   'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob',
                   'model_ema_decay')
-# Options that need several positions. Pooled MultiMix has one.
-_DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
-
-
-def _option(name: str) -> str:
-    return '--' + name.replace('_', '-')
 
 
 def _check_values(args: argparse.Namespace) -> None:
@@ -67,44 +61,35 @@ def _check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value not in choices:
             shown = ', '.join(choice or "''" for choice in choices)
-            raise UsageError(f'{_option(name)} must be one of {shown}, got {value!r}.{near_names(value, choices)}')
+            raise UsageError(f'{option_name(name)} must be one of {shown}, got {value!r}.{near_names(value, choices)}')
     for name in _AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f'{_option(name)} must be at least 1, got {value}.')
+            raise UsageError(f'{option_name(name)} must be at least 1, got {value}.')
     if args.workers < 0:
         raise UsageError(f'--workers must be 0 or more, got {args.workers}.')
     for name, value in vars(args).items():
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(number, float) and math.isnan(number):
-                raise UsageError(f'{_option(name)} must be a number, got {number}.')
+                raise UsageError(f'{option_name(name)} must be a number, got {number}.')
     for name in _PROBABILITIES:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
-            raise UsageError(f'{_option(name)} must be between 0 and 1, got {value}.')
+            raise UsageError(f'{option_name(name)} must be between 0 and 1, got {value}.')
     if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
         raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
     for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix'):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f'{_option(name)} must be 0 or more, got {value}.')
+            raise UsageError(f'{option_name(name)} must be 0 or more, got {value}.')
     for name, value in vars(args).items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if name not in _MAY_BE_INFINITE and (math.inf in numbers or -math.inf in numbers):
-            raise UsageError(f'{_option(name)} must be finite, got {value}.')
+            raise UsageError(f'{option_name(name)} must be finite, got {value}.')
     if not 0 <= args.smoothing < 1:
         raise UsageError(f'--smoothing must be 0 or more and below 1, got {args.smoothing}.')
     if min(args.save_epochs, default=1) < 1:
         raise UsageError('--save-epochs must be at least 1: it counts finished epochs.')
-
-
-def _check_model(model: str, option: str, others: tuple[str, ...] = ()) -> None:
-    """Check that timm has the model. `others` are more names for suggestions."""
-    with usage_errors(option):
-        source, name = parse_model_name(model)
-    if source is None and not is_model(name):
-        base = split_model_name_tag(name)[0]
-        raise UsageError(f'{option} {model}: timm has no such model.{near_names(base, (*others, *list_models()))}')
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
@@ -166,7 +151,7 @@ def _check_files(args: argparse.Namespace) -> None:
             continue
         if path and not (name == 'resume' and path == 'auto') and not os.path.isfile(path):
             wrong = ' is a folder: give a file.' if os.path.isdir(path) else ': no such file.'
-            raise UsageError(f'{_option(name)} {path}{wrong}')
+            raise UsageError(f'{option_name(name)} {path}{wrong}')
     if args.resume == 'auto' and not args.experiment:
         raise UsageError('--resume auto needs --experiment, the name of the run to continue.')
     if args.wandb_resume_id and not args.resume:
@@ -180,7 +165,7 @@ def _check_hub(args: argparse.Namespace) -> None:
     given = [name for name in ('hub_model_id', 'hub_revision', 'hub_private_repo', 'hub_always_push', 'hub_force')
              if getattr(args, name)]
     if given and not args.push_to_hub:
-        _logger.warning(f'{", ".join(map(_option, given))}: without effect, add --push-to-hub.')
+        _logger.warning(f'{", ".join(map(option_name, given))}: without effect, add --push-to-hub.')
     if args.hub_model_id and args.push_to_hub:
         with usage_errors('--hub-model-id'):
             HubRepository(args.hub_model_id, revision=args.hub_revision)
@@ -257,52 +242,6 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
             f'{near_names(args.eval_metric, names)}')
 
 
-def check_multimix(args: argparse.Namespace) -> None:
-    """Check that the other options can be combined with MultiMix.
-
-    Raises:
-        UsageError: for the first invalid combination, with the reason.
-    """
-    batch_size = min([args.batch_size, *(getattr(args, 'train_batch_sizes', None) or ())])
-    if args.multimix_gather:
-        batch_size *= world_info_from_env()[2]
-    length = args.multimix_tuple_length
-    rules = (
-        (args.torchscript, 'TorchScript cannot return the outputs that MultiMix needs: use --torchcompile.'),
-        (args.kd_model_name, 'distillation uses another training task: remove one of the two options.'),
-        (getattr(args, 'naflex_loader', False),
-         'NaFlex sequences contain padding, and logits of padding must not be mixed.'),
-        (args.jsd_loss or getattr(args, 'loss', None) == 'jsd',
-         'the jsd loss compares views of an image, and MultiMix mixes images.'),
-        (batch_size < 2, 'a batch of 1 image cannot be mixed: raise --batch-size.'),
-        (length is not None and not 1 <= length <= batch_size,
-         f'--multimix-tuple-length must be between 1 and the batch size {batch_size}, got {length}.'),
-        (args.multimix_views == 2 and args.aug_splits, '--aug-splits already creates views: use --multimix-views 1.'),
-    )
-    for is_wrong, message in rules:
-        if is_wrong:
-            raise UsageError(f'--multimix {args.multimix}: {message}')
-    with usage_errors(f'--multimix {args.multimix}'):
-        multimix_kwargs(args)
-    if args.multimix == 'pooled':
-        _warn_of_unused_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
-    if args.multimix_teacher == 'none':
-        _warn_of_unused_options(args, ('multimix_teacher', 'multimix_distill'), 'add --multimix-teacher ema')
-    elif args.multimix_teacher != 'ema':
-        _check_model(args.multimix_teacher, '--multimix-teacher', ('none', 'ema'))
-
-
-def _warn_of_unused_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
-    """Warn of MultiMix options with this prefix whose value is neither the default nor that of the preset."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_multimix_args(parser)
-    preset = preset_options(args.multimix_preset)
-    unused = [_option(name) for name, value in vars(parser.parse_args([])).items()
-            if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]
-    if unused:
-        _logger.warning(f'{", ".join(unused)}: without effect, {reason}.')
-
-
 def check_args(args: argparse.Namespace) -> None:
     """Check the options, without reading data or building a model.
 
@@ -310,9 +249,9 @@ def check_args(args: argparse.Namespace) -> None:
         UsageError: for the first invalid option.
     """
     _check_values(args)
-    _check_model(args.model, '--model')
+    check_model_name(args.model, '--model')
     if args.kd_model_name:
-        _check_model(args.kd_model_name, '--kd-model-name')
+        check_model_name(args.kd_model_name, '--kd-model-name')
     if args.input_img_mode:
         with usage_errors(f'--input-img-mode {args.input_img_mode}', near_names(args.input_img_mode, Image.MODES)):
             Image.new(args.input_img_mode, (1, 1))
@@ -325,7 +264,4 @@ def check_args(args: argparse.Namespace) -> None:
     _check_files(args)
     _check_hub(args)
     _check_combinations(args)
-    if args.multimix != 'off':
-        check_multimix(args)
-    else:
-        _warn_of_unused_options(args, '', 'add --multimix dense or --multimix pooled')
+    check_multimix(args)

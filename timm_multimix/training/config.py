@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..build.option import option_name
 from ..build.parser import TrainingParser
 from ..common.errors import UsageError, near_names, usage_errors
 from ..common.secrets import contains_token
@@ -68,7 +69,7 @@ def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
         elif name in COMMAND_LINE_ONLY and value:
             raise UsageError(
                 f'--config {path}: {key} lets other code run and is not allowed in a file. Remove it and, if you '
-                f'trust the code, give --{name.replace("_", "-")} on the command line.')
+                f'trust the code, give {option_name(name)} on the command line.')
         else:
             values[name] = value
     try:
@@ -88,7 +89,7 @@ def _check_dataset_source(args: argparse.Namespace, config: str, values: dict, d
     danger = dataset_danger(args)
     chosen = [name for name in DATA_OPTIONS if values.get(name) and values[name] != defaults[name]]
     if danger and chosen:
-        options = ', '.join(f'--{name.replace("_", "-")}' for name in chosen)
+        options = ', '.join(map(option_name, chosen))
         raise UsageError(
             f'--config {config}: the dataset {args.dataset} is not opened: it can run code ({danger}), and the file '
             f'sets {options}. If you trust it, give {options} on the command line.')
@@ -99,7 +100,7 @@ def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     empty = [name for name in ('data_dir', 'dataset') if values.get(name) == '']
     named = values.get('data_dir') or values.get('dataset')
     if empty and not named:
-        raise UsageError(f'--{empty[0].replace("_", "-")} is empty. Leave it out to train on the embedded digits.')
+        raise UsageError(f'{option_name(empty[0])} is empty. Leave it out to train on the embedded digits.')
     dataset = values.get('dataset') or ('' if named else 'demo/digits')
     demo = DEMOS.get(dataset.lower())
     if demo is None:
@@ -148,7 +149,7 @@ def _resolve_defaults(args: argparse.Namespace, values: dict[str, Any]) -> None:
     for flag, loss in (('jsd_loss', 'jsd'), ('bce_loss', 'bce')):
         if getattr(args, flag):
             if args.loss not in (None, loss):
-                raise UsageError(f'--{flag.replace("_", "-")} contradicts --loss {args.loss}.')
+                raise UsageError(f'{option_name(flag)} contradicts --loss {args.loss}.')
             args.loss = loss
     if args.bce_pos_weight is not None:
         if args.loss_pos_weight not in (None, str(args.bce_pos_weight)):
@@ -171,7 +172,7 @@ def _check_no_token(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if contains_token(str(value)):
             raise UsageError(
-                f'--{name.replace("_", "-")} contains an access token, which would be stored with the run. Remove '
+                f'{option_name(name)} contains an access token, which would be stored with the run. Remove '
                 'it, and use `hf auth login` or set HF_TOKEN.')
 
 
