@@ -39,7 +39,8 @@ WRONG = [
     ('progress/processes/0/loader/seed', 3),
     ('progress/processes/0/loader/workers', [3]), ('progress/processes/0/statistics', {'a': 3}),
     ('progress/average', 'x'), ('progress/scheduler', 'x'), ('progress/validated', 'x'), ('metric', 'x'),
-    ('metric_of', 3), ('metric_of', 'args'), ('metrics', 3), ('metrics', {'state_dict': 3}),
+    ('metric_of', 3), ('metric_of', 'args'), ('eval_weights', 3), ('eval_weights', 'state_dict'), ('metrics', 3),
+    ('metrics', {'state_dict': 3}),
     ('metrics', {'state_dict': {'loss': 'x'}}), ('class_to_idx', {'a': 'b'}),
 ]
 

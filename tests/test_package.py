@@ -2,6 +2,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,14 @@ def test_layers_import_from_below(layer):
         parts = module.split('.')
         if len(parts) > 1 and parts[1] in LAYERS[layer]:
             assert imports(module) <= allowed, module
+
+
+def test_no_import_cycle():
+    """Between packages and modules directly below timm_multimix, including imports in functions and of types."""
+    graph = {}
+    for _, name, *_ in (module.split('.') for module in MODULES[1:]):
+        graph[name] = set()
+    for module in MODULES[1:]:
+        name = module.split('.')[1]
+        graph[name] |= imports(module) - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError

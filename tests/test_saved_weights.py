@@ -1,6 +1,5 @@
 """The sets of weights in a checkpoint: where they are, whose metric is whose, what becomes of them on resuming."""
 import argparse
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,12 +10,12 @@ from timm_multimix.build.saved_weights import (
     metrics_of,
     saved_weights,
     split_metric,
-    weights_of_metric,
+    weights_entry,
 )
-from timm_multimix.training.validation import entry_to_validate
 
 TEACHER = dict(multimix='dense', multimix_teacher='ema')
 ALL = dict(state_dict={}, state_dict_ema={}, state_dict_teacher={})
+CALIBRATED = dict(state_dict={}, temperature=2.0)
 
 
 @pytest.mark.parametrize('name, expected', [
@@ -35,9 +34,11 @@ def test_metrics_say_whose_they_are(name, expected):
      dict(student='state_dict', ema='state_dict_ema')),
     (dict(state_dict={}, args=TEACHER), dict(student='state_dict')),
     (dict(model={}), dict(student='model')),
-    (dict(state_dict={}, weights_of='state_dict_teacher', args=TEACHER), dict(teacher='state_dict')),
-    (dict(state_dict={}, weights_of='state_dict_ema', args=TEACHER), dict(ema='state_dict', teacher='state_dict')),
-    (dict(state_dict={}, weights_of='state_dict'), dict(student='state_dict')),
+    (dict(CALIBRATED, eval_weights='teacher', args=TEACHER), dict(teacher='state_dict')),
+    (dict(CALIBRATED, eval_weights='ema', args=TEACHER), dict(ema='state_dict', teacher='state_dict')),
+    (dict(CALIBRATED, eval_weights='student'), dict(student='state_dict')),
+    (dict(CALIBRATED, metric_of='state_dict', weights_of='state_dict_teacher', args=TEACHER),  # of version 0.1
+     dict(teacher='state_dict')),
 ])
 def test_weights_have_their_places(checkpoint, expected):
     assert saved_weights(checkpoint) == expected
@@ -47,20 +48,19 @@ def test_weights_are_described():
     assert [described(ALL, entry) for entry in ALL] == [
         'the trained weights', 'the average of the weights', "the teacher's weights"]
     assert described(dict(state_dict={}, state_dict_ema={}, args=TEACHER), 'state_dict_ema') == "the teacher's weights"
-    assert described(dict(state_dict={}, weights_of='state_dict_ema'), 'state_dict') == 'the average of the weights'
+    assert described(dict(CALIBRATED, eval_weights='ema'), 'state_dict') == 'the average of the weights'
 
 
 def test_metrics_are_of_the_very_weights():
     metrics = dict(state_dict=dict(top1=80.0, loss=1.0), state_dict_teacher=dict(top1=40.0, loss=2.0))
-    checkpoint = dict(ALL, metric=80.0, metric_of='state_dict', metrics=metrics)
+    checkpoint = dict(ALL, metric=80.0, eval_weights='student', metrics=metrics)
     assert metrics_of(checkpoint, 'state_dict') == dict(top1=80.0, loss=1.0)
     assert metrics_of(checkpoint, 'state_dict_teacher') == dict(top1=40.0, loss=2.0)
     assert metrics_of(checkpoint, 'state_dict_ema', 'top1') == {}
-    assert metrics_of({**checkpoint, 'temperature': 2.0}, 'state_dict') == dict(top1=80.0)
+    assert metrics_of(dict(CALIBRATED, metrics=metrics), 'state_dict') == dict(top1=80.0)
     of_timm = dict(state_dict={}, state_dict_ema={}, metric=40.0)
     assert metrics_of(of_timm, 'state_dict_ema', 'top1') == dict(top1=40.0)
     assert metrics_of(of_timm, 'state_dict', 'top1') == {} == metrics_of(dict(state_dict={}), 'state_dict', 'top1')
-    assert weights_of_metric(of_timm) == 'state_dict_ema'
 
 
 @pytest.mark.parametrize('before, now, words', [
@@ -77,10 +77,18 @@ def test_changes_on_resuming(before, now, words):
     assert not lines or "the teacher's weights" in lines[-1]
 
 
-def test_validation_takes_the_only_weights_that_there_are():
-    """A calibrated file holds those of the teacher, say, and --eval-metric may name others."""
-    calibrated = dict(
-        state_dict={}, metric_of='state_dict', weights_of='state_dict_teacher', args=TEACHER, temperature=2.0)
-    for eval_metric in ('top1', 'student_top1', 'teacher_top1'):
-        run = SimpleNamespace(args=SimpleNamespace(eval_metric=eval_metric, model_ema=False))
-        assert entry_to_validate(run, calibrated) == 'state_dict'
+@pytest.mark.parametrize('checkpoint, weights, expected', [
+    (dict(ALL, eval_weights='teacher'), 'best', 'state_dict_teacher'),
+    (dict(ALL, eval_weights='teacher'), 'student', 'state_dict'),
+    (dict(ALL, eval_weights='student', metric_of='state_dict_ema'), 'best', 'state_dict'),
+    (dict(ALL, metric_of='state_dict_teacher'), 'best', 'state_dict_teacher'),  # of version 0.1
+    (dict(ALL, metric_of=None), 'best', 'state_dict_ema'),
+    (dict(state_dict={}, state_dict_ema={}, eval_weights='teacher', args=TEACHER), 'best', 'state_dict_ema'),
+    (dict(state_dict={}, state_dict_ema={}), 'best', 'state_dict_ema'),  # of timm
+    (dict(state_dict={}), 'best', 'state_dict'), (dict(model={}), 'best', 'model'),
+    (dict(state_dict={}, eval_weights='teacher'), 'best', 'state_dict'),
+    (dict(state_dict={}), 'teacher', None), (dict(CALIBRATED, eval_weights='ema'), 'student', None),
+    (dict(CALIBRATED, eval_weights='ema'), 'best', 'state_dict'),
+])
+def test_entry_of_weights(checkpoint, weights, expected):
+    assert weights_entry(checkpoint, weights) == expected

@@ -13,7 +13,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
 
 from timm_multimix.build import loaders
-from timm_multimix.build.saved_weights import weights_of_metric
+from timm_multimix.build.saved_weights import weights_entry
 from timm_multimix.calibration import run as calibration
 from timm_multimix.calibration.run import calibration_share, hold_out
 from timm_multimix.calibration.temperature import fit_temperature
@@ -81,7 +81,7 @@ def test_writes_the_best_weights_at_a_temperature(script, image_folder, watched)
     assert f'temperature {temperature:.4g}' in script.text and abs(temperature - 1) > 1e-3
     assert {'epoch', 'arch', 'args', 'version', 'metric'} <= set(checkpoint)
     assert checkpoint['epoch'] == best['epoch'] and checkpoint['metric'] == best['metric']
-    assert checkpoint['metric_of'] == 'state_dict' and 'optimizer' not in checkpoint
+    assert checkpoint['eval_weights'] == 'student' and 'optimizer' not in checkpoint
     assert list(checkpoint['state_dict']) == list(best['state_dict'])
     images = torch.randn(30, 3, 32, 32)
     before = logits_of(folder / 'model_best.pth.tar', images)
@@ -126,10 +126,10 @@ def test_temperature_is_that_of_the_held_out_images(script, image_folder):
     assert script.checkpoint('model_calibrated.pth.tar')['temperature'] == pytest.approx(expected, rel=1e-3)
 
 
-def test_averaged_weights_are_calibrated_where_they_are_the_better_ones(script, image_folder):
+def test_averaged_weights_are_calibrated(script, image_folder):
     script.train(image_folder, '--calibrate', '0.25', '--model-ema', '--model-ema-decay', '0.5', epochs=2)
     best = script.checkpoint('model_best.pth.tar')
-    key = weights_of_metric(best)
+    key = weights_entry(best)
     assert key == 'state_dict_ema'
     calibrated = script.checkpoint('model_calibrated.pth.tar')
     body = [name for name in best['state_dict'] if not name.startswith('fc.')]
@@ -138,14 +138,6 @@ def test_averaged_weights_are_calibrated_where_they_are_the_better_ones(script, 
     assert 'state_dict_ema' not in calibrated
     torch.testing.assert_close(
         calibrated['state_dict']['fc.weight'] * calibrated['temperature'], best[key]['fc.weight'], rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize('named, expected', [
-    ('state_dict', 'state_dict'), ('state_dict_teacher', 'state_dict_teacher'), (None, 'state_dict_ema')])
-def test_metric_of_names_the_weights(named, expected):
-    checkpoint = dict(state_dict={}, state_dict_ema={}, state_dict_teacher={})
-    assert weights_of_metric(checkpoint | (dict(metric_of=named) if named else {})) == expected
-    assert weights_of_metric(dict(model={})) == 'model'
 
 
 def test_split_of_its_own(script, image_folder, watched, tmp_path):

@@ -84,6 +84,47 @@ multimix_alpha: 0.3   # a single value of a list option
     assert (args.input_size, args.multimix_alpha) == ([3, 32, 32], [0.3])
 
 
+@pytest.mark.parametrize('name, given, expected', [
+    ('mean', [-0.5, -1e-5, '-2e-3'], [-0.5, -1e-5, -2e-3]), ('mean', -0.5, [-0.5]), ('min_lr', -0.0, 0.0),
+    ('experiment', '-x', '-x'), ('experiment', 'a b=c', 'a b=c'), ('val_split', '', ''), ('wandb_tags', [], []),
+    ('mean', [], None), ('wandb_tags', ['a b', 'c'], ['a b', 'c']), ('save_epochs', (1, 2), [1, 2]),
+    ('clip_grad', float('inf'), float('inf')), ('calibrate', 0.25, '0.25'), ('calibrate', True, '0.1'),
+    ('calibrate', False, None), ('torchcompile', 'eager', 'eager'), ('torchscript', False, False),
+    ('multimix', False, 'off'), ('no_multimix_balance', False, False), ('no_multimix_balance', True, True),
+    ('multimix_views', 2, 2), ('model_kwargs', {}, {}), ('data', '-folder', '-folder'),
+    ('model_kwargs', {'a': [1, {'b': None}], 'c': 'd=e', 'f': '1', 'g': True}, ...),
+])
+def test_values_are_parsed_as_on_the_command_line(name, given, expected):
+    values = build_training_parser().parse_values({'mean': [0.1], name: given, 'std': 2, 'unknown': 3, 'lr': None})
+    assert values == {'mean': [0.1], name: given if expected is ... else expected, 'std': [2.0]}
+    assert type(values[name]) is type(given if expected is ... else expected)
+
+
+def test_a_flag_of_a_file_is_false(tmp_path):
+    path = tmp_path / 'config.yaml'
+    path.write_text('sched_on_updates: false')  # the defaults of the digits set it
+    assert parse_args([]).sched_on_updates and not parse_args(['--config', str(path)]).sched_on_updates
+
+
+def test_files_are_parsed_before_the_command_line(parse, tmp_path, image_folder):
+    assert parse(dict(no_multimix_balance=True), '--multimix-balance').no_multimix_balance is False
+    with pytest.raises(UsageError, match='--torchscript and --torchcompile cannot be combined'):
+        parse(dict(torchcompile='eager'), '--torchscript')
+    path = tmp_path / 'config.yaml'
+    path.write_text('mean: [0.1]')
+    args = parse_args(['--config', str(path), str(image_folder)])
+    assert (args.mean, args.data_dir) == ([0.1], str(image_folder))
+
+
+def test_eval_metric_with_the_name_of_weights(parse):
+    teacher = dict(multimix='dense', multimix_teacher='ema')
+    args = parse(dict(teacher, eval_metric='teacher_top1'))  # as in version 0.1
+    assert (args.eval_metric, args.eval_weights) == ('top1', 'teacher')
+    args = parse(dict(teacher, eval_metric='teacher_top1'), '--eval-weights', 'student', '--eval-metric', 'loss')
+    assert (args.eval_metric, args.eval_weights) == ('loss', 'student')
+    assert parse(teacher).eval_weights is None
+
+
 def test_unknown_keys_of_a_file_are_reported(parse, caplog):
     assert parse(dict(lr=0.5, cluster_name='x')).lr == 0.5
     assert 'cluster_name' in caplog.text
@@ -107,11 +148,18 @@ def test_files_cannot_allow_other_code_to_run(parse, key, value, option):
 
 
 @pytest.mark.parametrize('config,word', [
-    (dict(multimix_logit_scale='auto'), 'multimix_logit_scale.*auto.*--calibrate'),
-    (dict(lr='fast'), 'lr must be number'), (dict(epochs=1.5), 'epochs must be integer'), (dict(amp='yes'), 'true or'),
-    (dict(train_size_schedule='x'), 'one of constant, progressive'), (dict(input_size=224), 'a list of 3 integers'),
-    (dict(input_size=[3, 224]), 'a list of 3'), (dict(mean=['x']), 'list of numbers'), (dict(lr=True), 'lr'),
-    (dict(model=['resnet50']), 'model'), (dict(opt_kwargs='a=b'), 'mapping'), ('- a\n- b', 'name: value'),
+    (dict(multimix_logit_scale='auto'), 'multimix-logit-scale.*auto.*--calibrate'),
+    (dict(lr='fast'), "--lr: invalid float value: 'fast'"), (dict(epochs=1.5), "--epochs: invalid int value: '1.5'"),
+    (dict(train_size_schedule='constan'), 'choose from .*Did you mean constant'),
+    (dict(amp='yes'), "--amp must be true or false, got 'yes'"), (dict(no_multimix_balance=1), 'true or false'),
+    (dict(input_size=224), '--input-size: expected 3 arguments'), (dict(input_size=[3, 224]), 'expected 3 arguments'),
+    (dict(mean=['x']), "--mean: invalid float value: 'x'"), (dict(mean=[[1.0]]), 'list of numbers or strings'),
+    (dict(decay_milestones=[]), '--decay-milestones: expected at least one argument'),
+    (dict(lr=True), '--lr must be a number or a string, got True'), (dict(experiment=False), 'a number or a string'),
+    (dict(model=['resnet50']), '--model must be a number or a string'), (dict(lr={}), 'a number or a string'),
+    (dict(opt_kwargs='a=b'), '--opt-kwargs must be a mapping'), (dict(opt_kwargs=['a=b']), 'a mapping'),
+    (dict(torchscript=True, torchcompile='eager'), 'not allowed with argument --torchcompile'),
+    ('- a\n- b', 'name: value'),
     ('a: [1', 'not valid YAML'), ('!!python/object/apply:os.system ["true"]', 'not valid YAML'),
 ])
 def test_invalid_files_are_refused(parse, config, word):

@@ -1,12 +1,8 @@
 """The script with a teacher: views, validation of both, the better one, resuming, combinations."""
-from types import SimpleNamespace
-
 import pytest
 import timm
 import torch
 from distributed_helpers import run_script
-
-from timm_multimix.training.main import _export_hint
 
 pytest_plugins = ['training_helpers']
 
@@ -26,26 +22,7 @@ def test_both_are_validated_and_saved(script, image_folder):
     assert not same(checkpoint['state_dict'], checkpoint['state_dict_teacher'])
     model = timm.create_model('test_resnet', num_classes=3)
     model.load_state_dict(checkpoint['state_dict_teacher'])
-    assert 'teacher_top1' in script.text and 'Export these weights' in script.text
-
-
-@pytest.mark.parametrize('metric, entry', [
-    ('loss', None), ('student_loss', 'state_dict'), ('teacher_loss', 'state_dict_teacher')])
-def test_metric_is_of_the_weights_that_it_names_or_of_the_better(script, image_folder, metric, entry):
-    assert script.train(image_folder, *TEACHER, eval_metric=metric, multimix_teacher_decay=0.5) == 0, script.text
-    losses = {who: float(script.summary()[0][f'eval_{prefix}loss'])
-              for who, prefix in (('state_dict', ''), ('state_dict_teacher', 'teacher_'))}
-    entry = entry or min(losses, key=losses.get)
-    checkpoint = script.checkpoint('model_best.pth.tar')
-    assert checkpoint['metric_of'] == entry and checkpoint['metric'] == pytest.approx(losses[entry])
-    best = script.run_folder() / 'model_best.pth.tar'
-    assert script('--config', script.run_folder() / 'args.yaml', '--validate', best) == 0
-    assert f'loss {losses[entry]:.4g}' in script.text
-    if metric == 'loss':  # whichever was the better
-        other, = losses.keys() - {entry}
-        torch.save({**checkpoint, 'metric_of': other}, script.folder / 'other.pth.tar')
-        assert script('--config', script.run_folder() / 'args.yaml', '--validate', 'other.pth.tar') == 0
-        assert f'loss {losses[other]:.4g}' in script.text and losses[other] != losses[entry]
+    assert 'teacher_top1' in script.text and "Measured with the teacher's weights" in script.text
 
 
 def test_one_average_serves_as_both(script, image_folder):
@@ -53,7 +30,7 @@ def test_one_average_serves_as_both(script, image_folder):
         image_folder, *TEACHER, '--model-ema', '--model-ema-warmup', model_ema_decay=0.9,
         multimix_teacher_decay=0.9, eval_metric='teacher_top1') == 0, script.text
     checkpoint = script.checkpoint()
-    assert 'state_dict_teacher' not in checkpoint and checkpoint['metric_of'] == 'state_dict_ema'
+    assert 'state_dict_teacher' not in checkpoint and checkpoint['eval_weights'] == 'teacher'
     assert script.train(
         image_folder, *TEACHER, multimix_teacher_decay=0.9, experiment='apart') == 0, script.text
     apart = script.checkpoint(name='apart')
@@ -64,40 +41,42 @@ def test_one_average_serves_as_both(script, image_folder):
     assert row['eval_loss'] != row['eval_teacher_loss']
 
 
-COLUMNS = dict(state_dict='eval_loss', state_dict_ema='eval_ema_loss', state_dict_teacher='eval_teacher_loss')
+COLUMNS = dict(student='eval_loss', ema='eval_ema_loss', teacher='eval_teacher_loss')
 
 
-@pytest.mark.parametrize('metric, entry', [
-    ('loss', None), ('student_loss', 'state_dict'), ('ema_loss', 'state_dict_ema'),
-    ('teacher_loss', 'state_dict_teacher')])
-def test_all_weights_are_candidates(script, image_folder, metric, entry):
-    """The trained ones, an average of its own and the teacher, each of which may be the best."""
+@pytest.mark.parametrize('argv, weights', [
+    ((), 'teacher'), (('--model-ema',), 'ema'), (('--model-ema', '--eval-weights', 'student'), 'student'),
+    (('--model-ema', '--eval-metric', 'teacher_loss'), 'teacher')])
+def test_one_set_of_weights_selects_the_best_checkpoint(script, image_folder, argv, weights):
+    """Its metrics are those of the checkpoint, whichever weights are better. The others are in the summary."""
     assert script.train(
-        image_folder, *TEACHER, '--model-ema', model_ema_decay=0.97, multimix_teacher_decay=0.5, eval_metric=metric,
+        image_folder, *TEACHER, '--eval-metric', 'loss', *argv, model_ema_decay=0.97, multimix_teacher_decay=0.5,
         lr=0.1, epochs=2) == 0, script.text
     best = script.checkpoint('model_best.pth.tar')
-    row = script.summary()[best['epoch']]
-    losses = {entry: float(row[column]) for entry, column in COLUMNS.items()}
-    assert len(set(losses.values())) == 3 and losses.keys() <= best.keys()
-    assert {name: metrics['loss'] for name, metrics in best['metrics'].items()} == pytest.approx(losses)
-    assert best['metric_of'] == (entry or min(losses, key=losses.get))
-    assert best['metric'] == pytest.approx(losses[best['metric_of']])
-    columns = [COLUMNS[entry]] if entry else COLUMNS.values()
-    shown = min(float(row[column]) for row in script.summary() for column in columns)
-    assert best['metric'] == pytest.approx(shown) and f'({best["metric_of"]}). Export these weights' in script.text
+    entries = {name: dict(student='state_dict').get(name, f'state_dict_{name}')
+               for name in COLUMNS if name != 'ema' or '--model-ema' in argv}
+    losses = [{name: float(row[COLUMNS[name]]) for name in entries} for row in script.summary()]
+    assert len(set(losses[best['epoch']].values())) == len(entries) and set(entries.values()) <= best.keys()
+    assert {name: best['metrics'][entry]['loss'] for name, entry in entries.items()} == pytest.approx(
+        losses[best['epoch']])
+    assert best['eval_weights'] == weights and 'metric_of' not in best
+    assert best['metric'] == pytest.approx(min(row[weights] for row in losses))
+    assert f'({entries[weights]}). Export these weights' in script.text
     path = script.run_folder() / 'model_best.pth.tar'
-    assert script('--config', script.run_folder() / 'args.yaml', '--validate', path) == 0
-    assert f'loss {best["metric"]:.4g}' in script.text
+    for option, name in (((), weights), (('--eval-weights', 'student'), 'student')):
+        assert script('--config', script.run_folder() / 'args.yaml', *option, '--validate', path) == 0, script.text
+        assert f'loss {losses[best["epoch"]][name]:.4g}' in script.text
 
 
-def test_without_a_teacher_the_average_alone_counts_as_in_timm(script, image_folder):
+def test_without_a_teacher_the_average_selects_as_in_timm(script, image_folder):
     options = dict(model_ema_decay=0.97, lr=0.1, eval_metric='loss')
     assert script.train(image_folder, '--model-ema', **options) == 0, script.text
     checkpoint, row = script.checkpoint(), script.summary()[0]
-    assert checkpoint['metric_of'] == 'state_dict_ema' and not any('ema_' in name for name in row)
+    assert checkpoint['eval_weights'] == 'ema' and not any('ema_' in name for name in row)
     losses = {entry: metrics['loss'] for entry, metrics in checkpoint['metrics'].items()}
-    assert losses['state_dict'] < losses['state_dict_ema'] == pytest.approx(float(row['eval_loss']))
-    assert 'Without averaging the weights: loss' in script.text and '(state_dict_ema). Export' in script.text
+    assert losses == pytest.approx(
+        dict(state_dict=float(row['eval_student_loss']), state_dict_ema=float(row['eval_loss'])))
+    assert losses['state_dict'] < losses['state_dict_ema'] and '(state_dict_ema). Export' in script.text
 
 
 def test_calibrated_weights_know_whose_they_are(script, image_folder, tmp_path):
@@ -108,7 +87,7 @@ def test_calibrated_weights_know_whose_they_are(script, image_folder, tmp_path):
     best, calibrated = script.checkpoint('model_best.pth.tar'), script.checkpoint('model_calibrated.pth.tar')
     assert "Calibrated the teacher's weights" in script.text
     assert torch.equal(calibrated['state_dict']['conv1.0.weight'], best['state_dict_teacher']['conv1.0.weight'])
-    assert calibrated['weights_of'] == 'state_dict_teacher' and calibrated['metric'] == best['metric']
+    assert calibrated['eval_weights'] == 'teacher' and calibrated['metric'] == best['metric']
     teachers = best['metrics']['state_dict_teacher']
     assert calibrated['metrics'] == {'state_dict': {name: teachers[name] for name in ('top1', 'top5')}}
     assert script('--config', script.run_folder() / 'args.yaml', '--validate',
@@ -137,19 +116,6 @@ def test_resuming_tells_what_becomes_of_a_teacher(script, image_folder):
     assert [bool(row['eval_teacher_loss']) for row in rows] == [True, True, True, False]
     assert [bool(row['eval_ema_loss']) for row in rows] == [False, False, True, False]
     assert all(float(row['lr']) <= 0.01 and 0 <= float(row['eval_top1']) <= 100 and None not in row for row in rows)
-
-
-@pytest.mark.parametrize('entry, words', [
-    ('state_dict_teacher', "the teacher's weights (state_dict_teacher). Export these weights"),
-    ('state_dict', 'the trained weights (state_dict). Export these weights'), (None, '')])
-def test_weights_to_ship_are_named_whoever_trains_now(tmp_path, entry, words):
-    """Also where the best checkpoint is of a teacher that the run went on without."""
-    path = str(tmp_path / 'model_best.pth.tar')
-    torch.save(dict(state_dict={}, state_dict_teacher={}, **({'metric_of': entry} if entry else {})), path)
-    text = _export_hint(SimpleNamespace(folder=str(tmp_path)), path)
-    assert words in text and bool(text) == bool(entry)
-    torch.save(dict(state_dict={}, metric_of='state_dict'), path)
-    assert _export_hint(SimpleNamespace(folder=str(tmp_path)), path) == ''
 
 
 @pytest.mark.parametrize('views', [1, 2])
@@ -199,7 +165,9 @@ def test_another_model_teaches(script, image_folder, tmp_path):
     ((*TEACHER, '--multimix-distill-weight', '-1'), '--multimix-distill-weight must be in'),
     (('--multimix-teacher', 'test_resnot'), '--multimix-teacher test_resnot: timm has no such model'),
     (('--multimix-teacher', 'test_vit', '--multimix-teacher-path', 'none.pth'), '--multimix-teacher-path none.pth'),
-    (('--eval-metric', 'teacher_top1'), '--eval-metric must be one of'),
+    (('--eval-metric', 'teacher_top1'), '--eval-weights must be one of student'),
+    ((*TEACHER, '--eval-weights', 'ema'), '--eval-weights must be one of teacher, student'),
+    ((*TEACHER, '--eval-metric', 'teacher_top1', '--eval-weights', 'student'), 'contradicts --eval-weights student'),
 ])
 def test_refused_before_training(script, image_folder, options, message):
     assert script.train(image_folder, '--multimix', 'dense', *options) == 2

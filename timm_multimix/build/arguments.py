@@ -249,8 +249,12 @@ MISCELLANEOUS = (
     _value('--output', default='', metavar='DIR', help='parent folder of the runs (default: ./output/train)'),
     _value('--experiment', default='', metavar='NAME', help='run folder in --output (default: time, model and size)'),
     _value('--eval-metric', default='top1', metavar='NAME',
-           help='metric that selects the best checkpoint; multilabel uses map unless this option is given. With an EMA '
-                'teacher it is the best over all weights; student_top1, ema_top1 and teacher_top1 select one set'),
+           help='metric that selects the best checkpoint; multilabel uses map unless this option is given. '
+                'teacher_top1 is the same as top1 with --eval-weights teacher'),
+    _value('--eval-weights', choices=WEIGHTS,
+           help='weights whose metric selects the best checkpoint: the trained weights (student), their average (ema), '
+                'or the weights of an EMA teacher (teacher). The best checkpoint is pushed and calibrated with these '
+                'weights (default: ema with --model-ema, else teacher with an EMA teacher, else student)'),
     _value('--tta', type=int, default=0, metavar='N',
            help='number of views of a validation image to average, if the dataset returns several'),
     _flag('--use-multi-epochs-loader', help='keep data loading processes alive between epochs'),

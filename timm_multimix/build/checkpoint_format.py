@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .saved_weights import WEIGHTS
+
 # A schema is a type, None, a dict of schemas for the entries of a dict (the key ANY matches all other keys), a list
 # with the schema of the items, or a tuple of alternatives. Entries may be missing: the code that reads them raises
 # KeyError.
@@ -44,10 +46,11 @@ _ENTRIES = {
     'saver': (_SAVER, None),
     'progress': (_PROGRESS, None),
     'metric': _OPTIONAL_NUMBER,
-    'metric_of': (str, None),
+    'eval_weights': (str, None),
     'metrics': ({ANY: {ANY: _NUMBER}}, None),
     'temperature': _NUMBER,
-    'weights_of': (str, None),
+    'metric_of': (str, None),  # version 0.1
+    'weights_of': (str, None),  # version 0.1
     'class_to_idx': ({ANY: int}, None),
 }
 _NAMES_OF_WEIGHTS = ('state_dict', 'state_dict_ema', 'state_dict_teacher', 'model', 'model_ema')
@@ -135,6 +138,8 @@ def wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
     for name in ('metric_of', 'weights_of'):
         if checkpoint.get(name) not in (None, *_NAMES_OF_WEIGHTS):
             return f'its {name} is not the name of a weight entry'
+    if checkpoint.get('eval_weights') not in (None, *WEIGHTS):
+        return f'its eval_weights is not one of {", ".join(WEIGHTS)}'
     saver, pairs = checkpoint.get('saver'), []
     if saver is not None:
         missing = [name for name in _SAVER if name not in saver]

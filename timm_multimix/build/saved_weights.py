@@ -1,8 +1,8 @@
-"""Named weight sets in a checkpoint (student, EMA, teacher) and the metric recorded for each.
+"""Named weight sets in a checkpoint (student, EMA, teacher) and their metrics.
 
 The sets are the trained weights ('student'), their EMA with --model-ema ('ema') and the weights of an EMA teacher
-('teacher'), which can be the same entry as 'ema'. Options and metrics use these names, such as --hub-weights ema and
---eval-metric teacher_top1.
+('teacher'), which can be the same entry as 'ema'. --eval-weights and --hub-weights use these names. 'eval_weights' in a
+checkpoint is the set that its 'metric' belongs to, 'metrics' contains the metrics of all validated sets by entry.
 """
 import argparse
 import math
@@ -28,6 +28,18 @@ def split_metric(name: str) -> tuple[str | None, str]:
     return (weight_set, metric) if weight_set in _ENTRIES else (None, name)
 
 
+def validated_weights(args: argparse.Namespace) -> list[str]:
+    """Return the weight sets that a run validates. The first one selects the best checkpoint by default."""
+    averages = args.model_ema and not args.model_ema_force_cpu
+    teaches = args.multimix != 'off' and args.multimix_teacher == 'ema'
+    return [*([AVERAGE] if averages else []), *([TEACHER] if teaches else []), STUDENT]
+
+
+def selecting_weights(args: argparse.Namespace) -> str:
+    """Return the weight set whose metric selects the best checkpoint of a run."""
+    return args.eval_weights or validated_weights(args)[0]
+
+
 def entries(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
     """Return the checkpoint entry of each weight set.
 
@@ -44,18 +56,38 @@ def entries(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def eval_weights_of(checkpoint: Mapping[str, Any]) -> str:
+    """Return the weight set that a checkpoint's metric belongs to, without a metric the one that timm would load."""
+    if checkpoint.get('eval_weights') is not None:
+        return checkpoint['eval_weights']
+    # Version 0.1 stored the name of an entry, for calibrated weights that of the entry before calibration.
+    entry = checkpoint.get('weights_of') or checkpoint.get('metric_of')
+    sets = {entry: weight_set for weight_set, entry in _ENTRIES.items()}
+    return sets.get(entry) or (AVERAGE if _ENTRIES[AVERAGE] in checkpoint else STUDENT)
+
+
 def saved_weights(checkpoint: Mapping[str, Any]) -> dict[str, str]:
     """Return the entry of each weight set in a checkpoint. A calibrated checkpoint contains one set as 'state_dict'."""
     args = arguments_of(checkpoint)
-    if 'weights_of' not in checkpoint:
+    if 'temperature' not in checkpoint:
         return entries(checkpoint, args)
-    return {weight_set: 'state_dict' for weight_set in entries([checkpoint['weights_of']], args)}
+    return {weight_set: 'state_dict' for weight_set in entries([_ENTRIES[eval_weights_of(checkpoint)]], args)}
 
 
-def weights_of_metric(checkpoint: Mapping[str, Any]) -> str:
-    """Return the entry of the weights that a checkpoint's metric belongs to: its 'metric_of', else the EMA weights."""
-    names = (checkpoint.get('metric_of'), 'state_dict_ema', 'state_dict', 'model')
-    return next(name for name in names if name in checkpoint)
+def weights_entry(checkpoint: Mapping[str, Any], weights: str = 'best') -> str | None:
+    """Return the entry of a weight set in a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        weights: 'student', 'ema', 'teacher', or 'best' for the weights that the checkpoint's metric belongs to.
+
+    Returns:
+        The entry; None if the checkpoint does not contain these weights.
+    """
+    saved = saved_weights(checkpoint)
+    if weights != 'best':
+        return saved.get(weights)
+    return saved.get(eval_weights_of(checkpoint)) or next(iter(saved.values()))
 
 
 def described(checkpoint: Mapping[str, Any], entry: str) -> str:
@@ -73,7 +105,7 @@ def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '')
         eval_metric: Name of the checkpoint's 'metric', for checkpoints of timm without 'metrics'.
     """
     metrics = dict((checkpoint.get('metrics') or {}).get(entry, {}))
-    if 'metrics' not in checkpoint and checkpoint.get('metric') is not None and entry == weights_of_metric(checkpoint):
+    if 'metrics' not in checkpoint and checkpoint.get('metric') is not None and entry == weights_entry(checkpoint):
         metrics = {split_metric(eval_metric)[1]: float(checkpoint['metric'])}
     if 'temperature' in checkpoint:
         metrics.pop('loss', None)  # calibration changes the loss but not the accuracies

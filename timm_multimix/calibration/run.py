@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..build.checkpoint import read_checkpoint
 from ..build.datasets import build_split
-from ..build.saved_weights import arguments_of, described, metrics_of, split_metric, weights_of_metric
+from ..build.saved_weights import arguments_of, described, eval_weights_of, metrics_of, split_metric, weights_entry
 from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_errors
 from ..common.files import replacing
 from ..data.demo import Part
@@ -162,8 +162,8 @@ def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tup
 def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Callable[[], Any]) -> str | None:
     """Calibrate the best checkpoint of a run and write model_calibrated.pth.tar.
 
-    The calibrated checkpoint contains a single state_dict that timm can load. 'weights_of' is the entry of the best
-    checkpoint that was calibrated. 'metrics' contains its metrics without the loss, because calibration does not change
+    The calibrated checkpoint contains a single state_dict that timm can load. 'eval_weights' is the weight set that
+    was calibrated. 'metrics' contains its metrics without the loss, because calibration does not change
     the others.
 
     Args:
@@ -180,7 +180,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     """
     best = read_checkpoint(os.path.join(folder, 'model_best.pth.tar'))
     model = copy.deepcopy(model)
-    entry = weights_of_metric(best)
+    entry = weights_entry(best)
     model.load_state_dict(clean_state_dict(best[entry]))
     dtype = next(model.parameters()).dtype
     try:
@@ -194,7 +194,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
         names.append('metric')
     checkpoint = dict(
         {name: best[name] for name in names if name in best},
-        state_dict=model.state_dict(), metric_of='state_dict', weights_of=entry, temperature=temperature)
+        state_dict=model.state_dict(), eval_weights=eval_weights_of(best), temperature=temperature)
     if 'metrics' in best:
         checkpoint['metrics'] = {
             'state_dict': {name: value for name, value in metrics_of(best, entry).items() if name != 'loss'}}

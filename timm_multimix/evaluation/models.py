@@ -23,7 +23,7 @@ from ..build.checkpoint import read_checkpoint
 from ..build.classes import checkpoint_classes
 from ..build.model import create_run_model, model_options
 from ..build.recorded import check_recorded
-from ..build.saved_weights import weights_of_metric
+from ..build.saved_weights import weights_entry
 from ..calibration.run import CALIBRATED
 from ..common.command_line import short_names
 from ..common.errors import UsageError, near_names, usage_errors
@@ -115,7 +115,7 @@ def _from_checkpoint(path: str) -> Candidate:
     args = _run_args(checkpoint, path)
     if args.task != 'classification':
         raise UsageError(f'{path} is of --task {args.task}: only models with one class for each image are evaluated.')
-    key = weights_of_metric(checkpoint)
+    key = weights_entry(checkpoint)
     state = {  # of the plain model: --split-bn trains with more normalisation layers than it predicts with
         name: value for name, value in clean_state_dict(checkpoint[key]).items() if 'aux_bn' not in name}
     with usage_errors(f'{path}, a checkpoint of {args.model}'):

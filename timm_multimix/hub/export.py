@@ -21,7 +21,7 @@ from torch import nn
 from ..build.checkpoint import read_checkpoint
 from ..build.model import create_run_model, model_options, resolve_data
 from ..build.recorded import check_recorded
-from ..build.saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_of_metric
+from ..build.saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_entry
 from ..common.errors import UsageError, usage_errors
 from ..common.files import replacing
 from ..data.class_names import ordered_names
@@ -125,11 +125,10 @@ def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, An
     available: set[str] = set()
     for path in paths:
         checkpoint = read_checkpoint(path)
-        saved = saved_weights(checkpoint)
-        entry = weights_of_metric(checkpoint) if weights == 'best' else saved.get(weights)
+        entry = weights_entry(checkpoint, weights)
         if entry is not None:
             return path, checkpoint, entry
-        available |= saved.keys()
+        available |= saved_weights(checkpoint).keys()
     raise UsageError(
         f'{paths[-1]} does not contain the {weights} weights. Choose from {", ".join(["best", *sorted(available)])}.')
 

@@ -117,7 +117,7 @@ def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
     from matplotlib.figure import Figure  # without pyplot, which only works in the main thread
 
     panels = {
-        title: (f'train_{name}', *(f'eval_{prefix}{name}' for prefix in ('', 'ema_', 'teacher_')))
+        title: (f'train_{name}', *(f'eval_{prefix}{name}' for prefix in ('', 'student_', 'ema_', 'teacher_')))
         for title, name in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if any(name in row for row in rows for name in names)}
     if len(rows) < 2 or not panels:

@@ -12,6 +12,7 @@ import torch
 from timm.utils import CheckpointSaver
 
 from ..build.checkpoint import read_checkpoint
+from ..build.saved_weights import selecting_weights
 from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
 from ..common.files import create, duplicate, replace
 from .loss_guard import normalisation_statistics
@@ -62,7 +63,7 @@ class RunSaver(CheckpointSaver):
     """timm's CheckpointSaver with atomic writes and the state that a run needs to continue exactly.
 
     In addition to timm's entries a checkpoint contains 'progress' (see progress.py), 'class_to_idx' and, if it has a
-    metric, 'metric_of' and 'metrics'. 'args' is a dict, so that the file can be loaded with weights_only=True. Tasks
+    metric, 'eval_weights' and 'metrics'. 'args' is a dict, so that the file can be loaded with weights_only=True. Tasks
     store additional state in timm's 'task_state' (get_task_state).
 
     timm continues with the epoch after the 'epoch' of a checkpoint. A recovery checkpoint is written in the middle of
@@ -70,7 +71,6 @@ class RunSaver(CheckpointSaver):
 
     Attributes:
         progress: Progress to store in the next checkpoint.
-        metric_of: Checkpoint entry of the weights that the metric belongs to.
         metrics: All metrics of each validated weight entry.
         outdated: Moves away checkpoints that the next one replaces. It is called after the next one is written.
         class_to_idx: Index of each class name, None if the class names are unknown.
@@ -79,7 +79,6 @@ class RunSaver(CheckpointSaver):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.progress: dict[str, Any] | None = None
-        self.metric_of: str | None = None
         self.metrics: dict[str, dict[str, float]] | None = None
         self.outdated: Callable[[], None] | None = None
         # Buffers that are not finite by design, such as an attention mask with -inf.
@@ -106,7 +105,8 @@ class RunSaver(CheckpointSaver):
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         entries = dict(progress=self.progress, class_to_idx=self.class_to_idx)
         if metric is not None:
-            entries.update(metric=metric, metric_of=self.metric_of, metrics=self.metrics)
+            validated = dict(eval_weights=selecting_weights(self.args), metrics=self.metrics) if self.metrics else {}
+            entries.update(metric=metric, **validated)
         state.update((name, value) for name, value in entries.items() if value is not None)
         return state
 

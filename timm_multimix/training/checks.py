@@ -15,7 +15,7 @@ from ..build.arguments import DEFAULT_OUTPUT
 from ..build.loaders import mixup_active
 from ..build.model import check_model_name
 from ..build.option import option_name
-from ..build.saved_weights import AVERAGE, STUDENT, TEACHER
+from ..build.saved_weights import validated_weights
 from ..common.command_line import check_dataset_packages, check_packages
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
@@ -197,6 +197,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.loss == 'jsd' and args.aug_splits < 2, '--loss jsd needs --aug-splits 2 or more.'),
         (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits.'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn cannot be combined.'),
+        (args.torchscript and args.torchcompile, '--torchscript and --torchcompile cannot be combined.'),
         (args.torchscript and args.sync_bn, '--torchscript and --sync-bn cannot be combined.'),
         (mixup_active(args) and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))),
          'mixup and CutMix need an even --batch-size.'),
@@ -231,15 +232,15 @@ def _check_combinations(args: argparse.Namespace) -> None:
 
 def _check_eval_metric(args: argparse.Namespace) -> None:
     evaluator = MultiLabelClassificationEvaluator if args.task == 'multilabel' else ClassificationEvaluator
-    names = list(evaluator.metric_names)
-    if args.multimix != 'off' and args.multimix_teacher == 'ema':
-        # a metric without a prefix is the best over all weights
-        averages = [AVERAGE] if args.model_ema and not args.model_ema_force_cpu else []
-        names += [f'{weights}_{name}' for weights in (STUDENT, *averages, TEACHER) for name in evaluator.metric_names]
+    names, weights = evaluator.metric_names, validated_weights(args)
     if args.val_split and args.eval_metric not in names:
         raise UsageError(
             f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.'
             f'{near_names(args.eval_metric, names)}')
+    if args.val_split and not args.validate and args.eval_weights not in (None, *weights):
+        raise UsageError(
+            f'--eval-weights must be one of {", ".join(weights)}, the weights that this run validates, got '
+            f'{args.eval_weights}.')
 
 
 def check_args(args: argparse.Namespace) -> None:

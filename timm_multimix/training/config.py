@@ -9,6 +9,7 @@ import yaml
 
 from ..build.option import option_name
 from ..build.parser import TrainingParser
+from ..build.saved_weights import split_metric
 from ..common.errors import UsageError, near_names, usage_errors
 from ..common.secrets import contains_token
 from ..data.dataset_types import code_danger
@@ -93,6 +94,16 @@ def _check_dataset_source(args: argparse.Namespace, config: str, values: dict, d
         raise UsageError(
             f'--config {config}: the dataset {args.dataset} is not opened: it can run code ({danger}), and the file '
             f'sets {options}. If you trust it, give {options} on the command line.')
+
+
+def _split_eval_metric(values: dict[str, Any]) -> None:
+    """Replace the alias --eval-metric teacher_top1 by --eval-metric top1 --eval-weights teacher."""
+    metric = values.get('eval_metric', '')
+    weights, name = split_metric(metric)
+    if weights is not None:
+        if values.setdefault('eval_weights', weights) != weights:
+            raise UsageError(f'--eval-metric {metric} contradicts --eval-weights {values["eval_weights"]}.')
+        values['eval_metric'] = name
 
 
 def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -194,6 +205,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     file_values = read_config(config, parser) if config else {}
     if 'multimix_preset' in given:
         file_values = _without_preset(file_values, given['multimix_preset'])
+    for source in (file_values, given):
+        _split_eval_metric(source)
     values = {**file_values, **given}
     _check_no_token(values)
     if values.get('data'):

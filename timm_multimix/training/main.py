@@ -14,7 +14,7 @@ from timm.models import clean_state_dict
 
 from ..build.checkpoint import read_checkpoint
 from ..build.loaders import TRAINING, VALIDATION
-from ..build.saved_weights import described, saved_weights
+from ..build.saved_weights import described, saved_weights, weights_entry
 from ..build.workers import ending_workers
 from ..calibration.run import forget_calibrated, write_calibrated
 from ..common.console import is_first_on_machine, setup_logging
@@ -41,7 +41,7 @@ from .resuming import check_architecture
 from .run import Run, build_run, compile_task
 from .trackers import Trackers
 from .unreadable import report_totals, warn_of_unreadable
-from .validation import entry_to_validate, share_batch_norm, shown, validate_epoch
+from .validation import share_batch_norm, shown, validate_epoch
 
 _logger = logging.getLogger(__name__)
 
@@ -147,7 +147,6 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
             _logger.info(f'Epoch {epoch}: validation  {shown(eval_metrics)}')
         progress = take_progress(run)
         if saver is not None:
-            saver.metric_of = validated and validated.metric_of
             saver.metrics = validated and validated.by_entry
             _write_summary(run, epoch, train_metrics, eval_metrics, trackers)
             saver.save_checkpoint(epoch, metric, progress)
@@ -219,9 +218,9 @@ def _train(run: Run, saver: RunSaver | None, trackers: Trackers | None, hub: Hub
 def _export_hint(run: Run, path: str) -> str:
     """Return the weight set of the metric and its export command, or '' if there is only one weight set."""
     checkpoint = read_checkpoint(path, verify=False)
-    entry = checkpoint.get('metric_of')
-    if entry is None or len(set(saved_weights(checkpoint).values())) == 1:
+    if 'metrics' not in checkpoint or len(set(saved_weights(checkpoint).values())) == 1:
         return ''
+    entry = weights_entry(checkpoint)
     command = shlex.join(
         ['python', '-m', 'timm_multimix.hub', 'export', run.folder, os.path.join(run.folder, 'model')])
     return f'\nMeasured with {described(checkpoint, entry)} ({entry}). Export these weights for timm with\n  {command}'
@@ -296,7 +295,8 @@ def validate_checkpoint(run: Run) -> dict[str, float]:
     """
     path = run.args.validate
     checkpoint = read_checkpoint(path)
-    key = entry_to_validate(run, checkpoint)
+    # A checkpoint can contain a single weight set, for example of a calibrated model.
+    key = weights_entry(checkpoint, run.args.eval_weights or 'best') or weights_entry(checkpoint)
     with usage_errors(f'{path} does not fit --model {run.args.model}'):
         try:
             run.task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
