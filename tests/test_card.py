@@ -264,15 +264,16 @@ def test_nothing_private_is_told(tmp_path, monkeypatch, no_picture):
     monkeypatch.setenv('HF_TOKEN', SECRETS['token'])
     secrets = list(SECRETS.values())
     fixed = ('model', 'eval_metric', 'config', 'timm_script', 'multimix', 'hub_weights')
-    options = [action for action in build_training_parser()._actions if action.dest not in fixed and not action.choices
-               and action.nargs != 0 and (action.type in (None, str) or isinstance(action.default, dict))]
+    options = [option for name, (option, *_) in build_training_parser().options.items()
+               if name not in fixed and 'choices' not in option.settings
+               and (option.settings.get('type') is str or isinstance(option.settings.get('default'), dict))]
     assert len(options) > 40
     for shift, secret in enumerate(secrets):
         args = {}
-        for index, action in enumerate(options):
+        for index, option in enumerate(options):
             value = secrets[(index + shift) % len(secrets)]
-            args[action.dest] = {'key': value} if isinstance(action.default, dict) else \
-                [value] if action.nargs == '+' else f'prefix {value}' if index % 2 else value
+            args[option.dest] = {'key': value} if isinstance(option.settings['default'], dict) else \
+                [value] if option.settings.get('nargs') == '+' else f'prefix {value}' if index % 2 else value
         args['model'] = f'local-dir:{SECRETS["home"]}/model'
         run = write_run(tmp_path / f'run{shift}', args=args)
         text = card_of(run, tmp_path / 'card')

@@ -8,7 +8,7 @@ import yaml
 
 from timm_multimix.losses.module import MultiMixLoss
 from timm_multimix.losses.weights import alpha_range
-from timm_multimix.options import add_multimix_args, multimix_kwargs
+from timm_multimix.options import MULTIMIX, add_multimix_args, multimix_kwargs
 from timm_multimix.task import MultiMixTask
 
 OPTIONS = {
@@ -32,10 +32,9 @@ def _kwargs(*argv):
 
 
 def test_all_options_are_there_and_explained():
-    actions = [action for action in _parser()._actions if action.dest != 'help']
-    assert {name for action in actions for name in action.option_strings} == OPTIONS
-    assert all(len(action.help) > 30 for action in actions)
-    _parser().format_help()
+    assert {name for option in MULTIMIX.all_options for name in option.names} == OPTIONS
+    assert all(len(option.settings['help']) > 30 for option in MULTIMIX.all_options)
+    assert all(name in _parser().format_help() for name in OPTIONS)
 
 
 def test_defaults_are_those_of_the_classes():

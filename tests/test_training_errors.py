@@ -126,7 +126,7 @@ def test_misspelt_names_are_refused_before_the_model_is_built(script, option):
 def test_misspelt_choice_in_a_config_file(script, tmp_path):
     (tmp_path / 'config.yaml').write_text('loss: bec')
     assert script('--config', tmp_path / 'config.yaml') == 2
-    assert script.lines[-1].endswith("got 'bec'. Did you mean bce?")
+    assert 'argument --loss' in script.lines[-1] and script.lines[-1].endswith('Did you mean bce?')
 
 
 @pytest.mark.parametrize('argv, purpose, command', [

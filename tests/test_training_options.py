@@ -1,5 +1,4 @@
 """Options of the training script compared with those of timm's script, and YAML files of options."""
-import argparse
 import csv
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import pytest
 import yaml
 from timm.utils import ParseKwargs
 
+from timm_multimix.build.option import Option
 from timm_multimix.common.errors import UsageError
 from timm_multimix.options import build_training_parser
 from timm_multimix.training.config import parse_args
@@ -17,29 +17,29 @@ with open(Path(__file__).parent / 'timm_options.csv', newline='') as _file:
     TIMM_OPTIONS = list(csv.DictReader(_file))
 
 
-def _facts(action: argparse.Action) -> dict[str, str]:
-    flag, pairs = isinstance(action, argparse._StoreTrueAction), isinstance(action, ParseKwargs)
-    kind = 'flag' if flag else 'pairs' if pairs else (action.type or str).__name__
+def _facts(option: Option) -> dict[str, str]:
+    settings, action = option.settings, option.settings.get('action')
+    kind = {'store_true': 'flag', ParseKwargs: 'pairs'}.get(action, settings.get('type', str).__name__)
     return dict(
-        names=' '.join(action.option_strings) or action.dest,
+        names=' '.join(option.names),
         type=kind,
-        nargs='' if flag or action.nargs is None else str(action.nargs),
-        default=repr(action.default),
-        const='' if flag or action.const is None else repr(action.const),
-        choices=' '.join(map(str, action.choices or ())),
+        nargs=str(settings.get('nargs', '')),
+        default=repr(build_training_parser().get_default(option.dest)),
+        const=repr(settings['const']) if 'const' in settings else '',
+        choices=' '.join(map(str, settings.get('choices', ()))),
     )
 
 
 @pytest.mark.parametrize('facts', TIMM_OPTIONS, ids=[facts['names'].split()[-1] for facts in TIMM_OPTIONS])
 def test_option_is_timms(facts):
-    actions = [action for action in build_training_parser()._actions if _facts(action)['names'] == facts['names']]
-    assert len(actions) == 1, f'no option {facts["names"]}'
-    assert _facts(actions[0]) == facts
+    options = [option for same in build_training_parser().options.values() for option in same]
+    option, = (option for option in options if ' '.join(option.names) == facts['names'])
+    assert _facts(option) == facts
 
 
 def test_all_options_have_a_help_text():
-    for action in build_training_parser()._actions:
-        assert action.help, action.dest
+    for options in build_training_parser().options.values():
+        assert all(option.settings['help'] for option in options)
     assert '--multimix {off,pooled,dense}' in build_training_parser().format_help()
 
 

@@ -4,7 +4,7 @@ import os
 from timm.data.readers.targets import TARGET_FORMATS
 from timm.loss import LOSS_TYPES
 
-from .option import Group, Option
+from .option import Group
 from .option import flag as _flag
 from .option import pairs as _pairs
 from .option import value as _value
@@ -13,9 +13,8 @@ from .saved_weights import WEIGHTS
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
 
-
 DATASET = (
-    Option(('data',), dict(nargs='?', metavar='DIR', help='deprecated, use --data-dir')),
+    _value('data', nargs='?', metavar='DIR', help='deprecated, use --data-dir'),
     _value('--data-dir', metavar='DIR', help='root folder of the dataset, with one subfolder per split'),
     _value('--dataset', default='', metavar='NAME',
            help='dataset as TYPE/NAME (torch/, hfds/, hfids/, tfds/, wds/), or an embedded dataset (demo/digits, '
