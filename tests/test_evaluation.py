@@ -303,13 +303,13 @@ def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, weights_only=True)
     weights = {}
-    for entry in (None, 'state_dict', 'state_dict_ema'):
-        torch.save({**checkpoint, **({'metric_of': entry} if entry else {})}, path)
+    for name in (None, 'student', 'ema'):
+        torch.save({**checkpoint, 'eval_weights': name}, path)
         candidate = load_candidate(str(tmp_path / 'dense'))
-        weights[entry] = candidate.model.state_dict()['head.weight']
-    assert torch.equal(weights['state_dict'], checkpoint['state_dict']['head.weight'])
-    assert torch.equal(weights['state_dict_ema'], checkpoint['state_dict_ema']['head.weight'])
-    assert torch.equal(weights[None], weights['state_dict_ema'])
+        weights[name] = candidate.model.state_dict()['head.weight']
+    assert torch.equal(weights['student'], checkpoint['state_dict']['head.weight'])
+    assert torch.equal(weights['ema'], checkpoint['state_dict_ema']['head.weight'])
+    assert torch.equal(weights[None], weights['ema'])
     began = dict(pretrained=True, initial_checkpoint='gone.pth')  # what the weights of the run have left behind
     calibrated = {**checkpoint['state_dict'], 'head.weight': checkpoint['state_dict']['head.weight'] * 3}
     torch.save(

@@ -399,7 +399,7 @@ def test_command_that_the_end_of_a_run_names(server, script, image_folder, tmp_p
 
 def test_weights_that_gave_the_metric_and_calibrated_ones_come_first(server, script, trained):
     checkpoint = script.checkpoint('model_best.pth.tar')
-    checkpoint['metric_of'] = 'state_dict'
+    checkpoint['eval_weights'] = 'student'
     torch.save(checkpoint, trained / 'model_best.pth.tar')
     assert hub_command(['push', str(trained), 'user/model']) == 0
     model = timm.create_model('test_resnet', num_classes=3)
