@@ -48,12 +48,18 @@ _CHOICES = {
 # Names for suggestions in error messages. timm validates the values.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 _AUGMENTATIONS = ('v0', 'v0r', 'original', 'originalr', '3a', 'rand', 'augmix')
-_AT_LEAST_ONE = ('batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps',
-                 'log_interval', 'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')
+# Limits, their description, and the options that they apply to.
+_RANGES = (
+    ((1, math.inf), 'at least 1', (
+        'batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps', 'log_interval',
+        'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')),
+    ((0, math.inf), '0 or more', (
+        'workers', 'max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix')),
+    ((0, 1), 'between 0 and 1', (
+        'drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob',
+        'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay')),
+)
 _MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # infinity means no limit
-_PROBABILITIES = ('drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob',
-                  'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob',
-                  'model_ema_decay')
 
 
 def _check_values(args: argparse.Namespace) -> None:
@@ -62,30 +68,20 @@ def _check_values(args: argparse.Namespace) -> None:
         if value is not None and value not in choices:
             shown = ', '.join(choice or "''" for choice in choices)
             raise UsageError(f'{option_name(name)} must be one of {shown}, got {value!r}.{near_names(value, choices)}')
-    for name in _AT_LEAST_ONE:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f'{option_name(name)} must be at least 1, got {value}.')
-    if args.workers < 0:
-        raise UsageError(f'--workers must be 0 or more, got {args.workers}.')
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, float) and math.isnan(number):
-                raise UsageError(f'{option_name(name)} must be a number, got {number}.')
-    for name in _PROBABILITIES:
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UsageError(f'{option_name(name)} must be between 0 and 1, got {value}.')
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
-    for name in ('max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix'):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f'{option_name(name)} must be 0 or more, got {value}.')
     for name, value in vars(args).items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
-        if name not in _MAY_BE_INFINITE and (math.inf in numbers or -math.inf in numbers):
+        numbers = [number for number in numbers if isinstance(number, float)]
+        if any(map(math.isnan, numbers)):
+            raise UsageError(f'{option_name(name)} must be a number, got {value}.')
+        if name not in _MAY_BE_INFINITE and any(map(math.isinf, numbers)):
             raise UsageError(f'{option_name(name)} must be finite, got {value}.')
+    for (low, high), description, names in _RANGES:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f'{option_name(name)} must be {description}, got {value}.')
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
     if not 0 <= args.smoothing < 1:
         raise UsageError(f'--smoothing must be 0 or more and below 1, got {args.smoothing}.')
     if min(args.save_epochs, default=1) < 1:

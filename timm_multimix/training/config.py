@@ -21,7 +21,6 @@ from .checks import check_args
 
 _logger = logging.getLogger(__name__)
 
-_SCRIPT_ONLY = ('config', 'timm_script')
 _MISSPELT_CUTOFF = 0.8  # minimum similarity between an unknown key and an option to report a misspelling
 # Options that let other code run. A file may come from an untrusted source, so they must be on the command line.
 COMMAND_LINE_ONLY = ('dataset_trust_remote_code', 'device_modules')
@@ -211,7 +210,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _check_no_token(values)
     if values.get('data'):
         values.setdefault('data_dir', values['data'])
-    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if name not in _SCRIPT_ONLY}
+    defaults = {name: parser.get_default(name) for name in parser.options}
     demo, demo_note = _demo_defaults(values)
     preset = _preset_defaults(values)
     args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **preset, **values})
