@@ -13,7 +13,7 @@ from .build.model import check_model_name
 from .build.option import Group, Option, option_name
 from .build.option import flag as _flag
 from .build.option import value as _value
-from .build.parser import TrainingParser, build_parser
+from .build.parser import TrainingParser
 from .common.errors import UsageError, usage_errors
 from .data.alternation import BatchSchedule
 from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
@@ -212,7 +212,7 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 def build_training_parser() -> TrainingParser:
     """Build the parser of train_timm.py, with timm's options and the MultiMix options. Its errors are UsageErrors."""
-    return build_parser(MULTIMIX)
+    return TrainingParser(MULTIMIX)
 
 
 def multimix_option_names() -> list[str]:

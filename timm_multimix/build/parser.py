@@ -13,23 +13,28 @@ _NOT_GIVEN = object()
 
 
 class TrainingParser(Parser):
-    """Parser of train_timm.py. It removes access tokens from its error messages.
+    """Parser of train_timm.py. Its errors are UsageErrors without access tokens.
 
     Args:
-        groups: Groups of options, in addition to --config and --timm-script.
-        **settings: Arguments of ArgumentParser.
+        groups: Groups of options, in addition to timm's options, --config and --timm-script.
 
     Attributes:
-        options: The options of the groups by destination. Options with the same destination are opposite flags.
+        options: The options of all groups by destination. Options with the same destination are opposite flags.
     """
 
-    def __init__(self, groups: Sequence[Group], **settings: Any):
-        super().__init__(**settings)
+    def __init__(self, *groups: Group):
+        super().__init__(
+            prog='train_timm.py',
+            usage='train_timm.py [--data-dir DIR] [--model MODEL] [--multimix {off,pooled,dense}] [OPTION ...]',
+            description="Train an image classifier with timm's models and options, optionally with MultiMix. Without "
+                        "--data-dir and --dataset it trains on scikit-learn's digits.",
+            epilog='Example: train_timm.py --model resnet50 --multimix dense',
+        )
         self.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for these options')
         self.add_argument('--timm-script', metavar='FILE',
                           help='run this timm train.py instead, with the MultiMix options added')
         self.options: dict[str, list[Option]] = {}
-        for group in groups:
+        for group in (*groups, *GROUPS):
             group.add_to(self)
             for option in group.all_options:
                 self.options.setdefault(option.dest, []).append(option)
@@ -42,13 +47,10 @@ class TrainingParser(Parser):
         super().error(message)
 
     def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """Parse the command line without filling in defaults.
+        """Parse the command line, and return the values of the given options by destination, without defaults.
 
         Args:
             argv: Command-line arguments. Default: the arguments of the process.
-
-        Returns:
-            Values of the given options by destination.
 
         Raises:
             UsageError: if an option or a value is invalid.
@@ -59,13 +61,10 @@ class TrainingParser(Parser):
         return {name: value for name, value in values.items() if value is not _NOT_GIVEN and value is not None}
 
     def parse_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Parse values of options that were read from a file, as if they were given on the command line.
+        """Parse values of options from a file like arguments of the command line. The result is that of parse_given.
 
         Args:
             values: Values by destination. Options with the value None and unknown options are skipped.
-
-        Returns:
-            Values of the given options by destination.
 
         Raises:
             UsageError: if a value is invalid, or if options exclude each other.
@@ -76,19 +75,3 @@ class TrainingParser(Parser):
         parsed = self.parse_given([word for words in arguments for word in words])
         # A flag that is false has no argument.
         return {name: parsed[name] if name in parsed else self.get_default(name) for name in given}
-
-
-def build_parser(*groups: Group) -> TrainingParser:
-    """Build the parser of train_timm.py with timm's options. Its errors are UsageErrors.
-
-    Args:
-        groups: Further groups of options.
-    """
-    return TrainingParser(
-        (*groups, *GROUPS),
-        prog='train_timm.py',
-        usage='train_timm.py [--data-dir DIR] [--model MODEL] [--multimix {off,pooled,dense}] [OPTION ...]',
-        description="Train an image classifier with timm's models and options, optionally with MultiMix. Without "
-                    "--data-dir and --dataset it trains on scikit-learn's digits.",
-        epilog='Example: train_timm.py --model resnet50 --multimix dense',
-    )

@@ -30,9 +30,12 @@ def split_metric(name: str) -> tuple[str | None, str]:
 
 def validated_weights(args: argparse.Namespace) -> list[str]:
     """Return the weight sets that a run validates. The first one selects the best checkpoint by default."""
-    averages = args.model_ema and not args.model_ema_force_cpu
-    teaches = args.multimix != 'off' and args.multimix_teacher == 'ema'
-    return [*([AVERAGE] if averages else []), *([TEACHER] if teaches else []), STUDENT]
+    is_validated = {
+        AVERAGE: args.model_ema and not args.model_ema_force_cpu,
+        TEACHER: args.multimix != 'off' and args.multimix_teacher == 'ema',
+        STUDENT: True,
+    }
+    return [weight_set for weight_set, validated in is_validated.items() if validated]
 
 
 def selecting_weights(args: argparse.Namespace) -> str:

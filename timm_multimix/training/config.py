@@ -62,8 +62,7 @@ def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
                 check_fields(value or {})
             card = {'card': value or {}}
         elif name not in parser.options:
-            misspelt = near_names(name, parser.options, cutoff=_MISSPELT_CUTOFF)
-            if misspelt:
+            if misspelt := near_names(name, parser.options, cutoff=_MISSPELT_CUTOFF):
                 raise UsageError(f'--config {path}: unknown option {key}.{misspelt}')
             _logger.warning(f'--config {path}: unknown option {key} is skipped.{near_names(name, parser.options)}')
         elif name in COMMAND_LINE_ONLY and value:
