@@ -123,6 +123,8 @@ def test_eval_metric_with_the_name_of_weights(parse):
     args = parse(dict(teacher, eval_metric='teacher_top1'), '--eval-weights', 'student', '--eval-metric', 'loss')
     assert (args.eval_metric, args.eval_weights) == ('loss', 'student')
     assert parse(teacher).eval_weights is None
+    with pytest.raises(UsageError, match='--eval-weights must be one of student, the weights that this run validates'):
+        parse(dict(model_ema=True, model_ema_force_cpu=True, eval_weights='ema'))
 
 
 def test_unknown_keys_of_a_file_are_reported(parse, caplog):
