@@ -93,6 +93,6 @@ def test_other_names_are_timms(tmp_path):
 
 
 def test_demo_defaults_are_options():
-    names = {action.dest for action in build_training_parser()._actions}
+    names = build_training_parser().options.keys()
     for demo in DEMOS.values():
         assert set(demo.defaults) <= names
