@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime
 from pathlib import Path
 
@@ -246,16 +245,14 @@ def test_training_is_the_same_for_the_same_seed(script, image_folder):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_time_goes_to_training_not_to_waiting(script, image_folder, monkeypatch):
+def test_no_value_is_fetched_between_log_lines(script, image_folder, monkeypatch):
     """No value is copied from the device between log lines, because that would synchronize a GPU in every step."""
     fetched = []
     compute = loop.Averages.compute
     monkeypatch.setattr(loop.Averages, 'compute', lambda self, *args: fetched.append(1) or compute(self, *args))
     item = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, 'item', lambda self: fetched.append(1) or item(self))
-    started = time.perf_counter()
-    script.train(image_folder, batch_size=2, log_interval=1000, val_split='')
-    assert time.perf_counter() - started < 60
+    assert script.train(image_folder, batch_size=2, log_interval=1000, val_split='') == 0
     # 12 updates: reports of the first, the last and the epoch, and a few calls by the optimizer.
     assert len(fetched) <= 8, len(fetched)
 
