@@ -22,7 +22,7 @@ def test_there_are_recipes():
 def test_recipe(recipe, tmp_path, caplog, monkeypatch):
     lines = recipe.read_text().splitlines()
     assert lines[0].startswith('# ') and lines[1].startswith('# Checked: ')
-    assert f'hfconfigs/{recipe.name}' in '\n'.join(lines[:7])
+    assert f'train --config {recipe.stem}' in '\n'.join(lines[:7])
     recipe_options = yaml.safe_load(recipe.read_text())
     assert read_config(str(recipe), build_training_parser()) == recipe_options
     assert recipe_options['multimix'] == 'dense'

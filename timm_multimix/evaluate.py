@@ -1,4 +1,4 @@
-"""Evaluate and compare models: `python -m timm_multimix.evaluate --help`."""
+"""`python -m timm_multimix.evaluate` is the same as `timm-multimix evaluate`."""
 import sys
 
 from .evaluation.main import main

@@ -1,4 +1,4 @@
-"""Run timm's train.py with MultiMix: `python -m timm_multimix.patch path/to/train.py --multimix dense ...`.
+"""Run timm's train.py with MultiMix: `timm-multimix patch path/to/train.py --multimix dense ...`.
 
 The script is loaded as a module. Its parser gets the MultiMix options, and MultiMixTask replaces its
 ClassificationTask. Files of timm are not changed. Without `--multimix` the script runs unmodified.
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .build.saved_weights import split_metric
+from .common.command_line import program
 from .common.errors import UsageError
 from .data.alternation import AlternatingCollateMixup, AlternatingMixup, alternate
 from .data.views import add_second_view
@@ -125,8 +126,8 @@ class _Patch:
             check_multimix(args)
             if split_metric(args.eval_metric)[0] is not None:
                 raise UsageError(
-                    f"--eval-metric {args.eval_metric}: timm's script does not validate teachers. Use train_timm.py, "
-                    'or --model-ema with the same decay, so that the EMA model is the teacher.')
+                    f"--eval-metric {args.eval_metric}: timm's script does not validate teachers. Use "
+                    f'`{program("train")}`, or --model-ema with the same decay, so that the EMA model is the teacher.')
             self._install(args)
         return args, text
 
@@ -223,14 +224,14 @@ def run_script(path: str, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m timm_multimix.patch SCRIPT OPTIONS`.
+    """Run `timm-multimix patch SCRIPT OPTIONS`.
 
     Returns:
         Exit status: 0, or 2 for a usage error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith('-'):
-        print('usage: python -m timm_multimix.patch path/to/train.py [OPTIONS of train.py and --multimix ...]',
+        print(f'usage: {program("patch")} path/to/train.py [OPTIONS of train.py and --multimix ...]',
               file=sys.stderr)
         return 0 if argv[:1] in (['-h'], ['--help']) else 2
     try:

@@ -1,4 +1,4 @@
-"""Command-line options of train_timm.py. Names, types and defaults follow timm's training script."""
+"""Command-line options of `timm-multimix train`. Names, types and defaults follow timm's training script."""
 import os
 
 from timm.data.readers.targets import TARGET_FORMATS

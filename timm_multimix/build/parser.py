@@ -1,9 +1,9 @@
-"""Parser of train_timm.py."""
+"""Parser of `timm-multimix train`."""
 import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..common.command_line import Parser
+from ..common.command_line import Parser, program
 from ..common.errors import UsageError
 from ..common.secrets import redact
 from .arguments import GROUPS
@@ -13,7 +13,7 @@ _NOT_GIVEN = object()
 
 
 class TrainingParser(Parser):
-    """Parser of train_timm.py. Its errors are UsageErrors without access tokens.
+    """Parser of `timm-multimix train`. Its errors are UsageErrors without access tokens.
 
     Args:
         groups: Groups of options, in addition to timm's options, --config and --timm-script.
@@ -24,13 +24,14 @@ class TrainingParser(Parser):
 
     def __init__(self, *groups: Group):
         super().__init__(
-            prog='train_timm.py',
-            usage='train_timm.py [--data-dir DIR] [--model MODEL] [--multimix {off,pooled,dense}] [OPTION ...]',
+            prog=program('train'),
+            usage='%(prog)s [--data-dir DIR] [--model MODEL] [--multimix {off,pooled,dense}] [OPTION ...]',
             description="Train an image classifier with timm's models and options, optionally with MultiMix. Without "
                         "--data-dir and --dataset it trains on scikit-learn's digits.",
-            epilog='Example: train_timm.py --model resnet50 --multimix dense',
+            epilog='Example: %(prog)s --model resnet50 --multimix dense',
         )
-        self.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with values for these options')
+        self.add_argument('-c', '--config', default='', metavar='FILE',
+                          help='YAML file of options, or the name of an installed recipe')
         self.add_argument('--timm-script', metavar='FILE',
                           help='run this timm train.py instead, with the MultiMix options added')
         self.options: dict[str, list[Option]] = {}

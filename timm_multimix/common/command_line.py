@@ -1,19 +1,31 @@
-"""Argument parser with one-line errors and suggestions, and checks of optional packages."""
+"""Argument parser with one-line errors and suggestions, commands for hints, and checks of optional packages."""
 import argparse
 import logging
 import math
 import os
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from .advice import DATASET_PACKAGES, missing_packages
-from .console import is_first_on_machine, setup_logging
 from .errors import RunError, UsageError, near_names, printable, usage_errors
+
+if TYPE_CHECKING:
+    import torch
 
 _logger = logging.getLogger(__name__)
 
+# Subcommands of timm-multimix that other modules start too, with `python -m`.
+_MODULES = {
+    'timm_multimix.training.main': 'train',
+    'timm_multimix.evaluate': 'evaluate',
+    'timm_multimix.detection': 'detect',
+    'timm_multimix.hub': 'hub',
+    'timm_multimix.patch': 'patch',
+}
 _INVALID_CHOICE = re.compile(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$")
 _UNKNOWN = 'unrecognized arguments: '
 
@@ -67,6 +79,8 @@ def exit_status(command: Callable[[], None]) -> int:
     Returns:
         Exit status: 0; 2 after a UsageError, 1 after a RunError, 130 after Ctrl-C.
     """
+    from .console import is_first_on_machine, setup_logging  # imports torch, which --help does not need
+
     setup_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
     try:
@@ -82,6 +96,39 @@ def exit_status(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _named(path: str) -> str:
+    """Return the name of a program if the shell finds the program by its name, otherwise its path."""
+    name = os.path.basename(path)
+    return name if shutil.which(name) == path or not os.path.isfile(path) else path
+
+
+def program(subcommand: str = '', processes: int = 1) -> str:
+    """Return the command that starts a subcommand in the way in which this process was started.
+
+    Args:
+        subcommand: Subcommand of timm-multimix, such as 'train'; '' for none.
+        processes: Number of processes on this machine. Several processes are started by torchrun.
+
+    Returns:
+        A command for the shell: `timm-multimix train`, or for example `python train_timm.py` if that script is running.
+    """
+    main = sys.modules['__main__']
+    module = main.__spec__.name.removesuffix('.__main__') if main.__spec__ else ''
+    script = '' if module else getattr(main, '__file__', None) or ''
+    name, folder = os.path.basename(script), os.path.dirname(sys.executable)
+    installed = script if name == 'timm-multimix' else os.path.join(folder, 'timm-multimix')
+    started = 'train' if name == 'train_timm.py' else _MODULES.get(module)
+    if subcommand and subcommand == started:
+        words = ['-m', module] if module else [os.path.relpath(script)]
+    elif processes == 1 and not module and not started and os.path.isfile(installed):
+        return shlex.join([_named(installed), subcommand]).removesuffix(" ''")
+    else:
+        words = ['-m', 'timm_multimix', *([subcommand] if subcommand else [])]
+    if processes > 1:
+        return shlex.join([_named(os.path.join(folder, 'torchrun')), '--nproc-per-node', str(processes), *words])
+    return shlex.join([_named(sys.executable), *words])
 
 
 def check_packages(purpose: str, packages: Sequence[str], extra: str | None = None) -> None:
@@ -109,12 +156,14 @@ def check_dataset_packages(option: str, dataset: str) -> None:
     check_packages(f'{option} {dataset}', DATASET_PACKAGES.get(kind, ()))
 
 
-def open_device(name: str | None) -> torch.device:
+def open_device(name: str | None) -> 'torch.device':
     """Return the device of the option --device, by default CUDA if it is available, otherwise the CPU.
 
     Raises:
         UsageError: if the device does not exist.
     """
+    import torch  # slow to import, and not needed for --help
+
     with usage_errors(f'--device {name}'):
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device)

@@ -5,8 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from huggingface_hub import constants, get_token
-
 _VARIABLES = ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_OIDC_ID_TOKEN')
 _SHORTEST = 6  # characters of a token; a shorter one could be a word of a message
 _PREFIXED = r'((?:hf_(?:(?:oauth|jwt|refresh)_)*|api_org_))[A-Za-z0-9]{%d,}[\w-]*(?:\.[\w-]+)*=*'
@@ -27,6 +25,8 @@ def _known_tokens(call_get_token: bool = False) -> list[str]:
     Args:
         call_get_token: Call get_token, which can use the network.
     """
+    from huggingface_hub import constants, get_token  # slow to import
+
     tokens = {*_remembered, *(os.environ.get(name, '') for name in _VARIABLES)}
     with suppress(OSError, UnicodeDecodeError):
         tokens.add(Path(constants.HF_TOKEN_PATH).read_text())

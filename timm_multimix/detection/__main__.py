@@ -1,4 +1,4 @@
-"""python -m timm_multimix.detection"""
+"""`python -m timm_multimix.detection` is the same as `timm-multimix detect`."""
 import sys
 
 from .main import main

@@ -1,4 +1,4 @@
-"""python -m timm_multimix.detection: compare backbones by the detectors that they give."""
+"""Command line of `timm-multimix detect`."""
 import argparse
 import logging
 import time
@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils.distributed import init_distributed_device, is_distributed_env, world_info_from_env
 from torch import nn
 
-from ..common.command_line import Parser, check_packages, exit_status, number, open_device
+from ..common.command_line import Parser, check_packages, exit_status, number, open_device, program
 from ..common.errors import UsageError, usage_errors
 from ..common.files import check_output, unlock_folders
 from ..common.results import default_folder, print_text
@@ -33,12 +33,12 @@ data:
                                     2007+2012 trains on both years and tests on 2007
 
 examples:
-  python -m timm_multimix.detection output/train/digits resnet18
+  %(prog)s output/train/digits resnet18
       a trained backbone and random weights, frozen, on the embedded scenes
-  python -m timm_multimix.detection output/train/ce output/train/dense --seeds 5
-  python -m timm_multimix.detection hf-hub:timm/resnet50.a1_in1k --detector fasterrcnn \\
+  %(prog)s output/train/ce output/train/dense --seeds 5
+  %(prog)s hf-hub:timm/resnet50.a1_in1k --detector fasterrcnn \\
       --data coco:train2017:instances_train2017.json --test-data coco:val2017:instances_val2017.json
-  torchrun --nproc-per-node 8 -m timm_multimix.detection RUN --data voc:data:2007+2012
+  torchrun --nproc-per-node 8 -m timm_multimix detect RUN --data voc:data:2007+2012
 """
 
 # Defaults for the embedded scenes, and for other data.
@@ -47,12 +47,12 @@ _FOR_OTHERS = dict(frozen=False, epochs=12, batch_size=8, lr=1e-4, fpn_channels=
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of python -m timm_multimix.detection."""
+    """The parser of `timm-multimix detect`."""
     def default(name: str) -> str:
         return f'(default: {_FOR_SCENES[name]:g} on {SCENES}, {_FOR_OTHERS[name]:g} on other data)'
 
     parser = Parser(
-        prog='python -m timm_multimix.detection', epilog=_EPILOG,
+        prog=program('detect'), epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train object detectors on the backbones of trained models, and compare their mean average '
                     'precision.')
@@ -171,7 +171,7 @@ def _command(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run python -m timm_multimix.detection.
+    """Run `timm-multimix detect`.
 
     Args:
         argv: Command line, by default that of the process.

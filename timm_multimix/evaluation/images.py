@@ -31,7 +31,7 @@ class Source:
     """Source of images.
 
     Attributes:
-        dataset: Name of a dataset, as for --dataset of train_timm.py; '' for a folder of images.
+        dataset: Name of a dataset, as for --dataset of `timm-multimix train`; '' for a folder of images.
         root: Folder.
         split: Name of the split.
         options: Further arguments of timm's create_dataset.

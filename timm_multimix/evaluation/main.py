@@ -1,4 +1,4 @@
-"""Command line of python -m timm_multimix.evaluate."""
+"""Command line of `timm-multimix evaluate`."""
 import argparse
 import logging
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..calibration.run import CALIBRATED, share_split
-from ..common.command_line import Parser, check_packages, exit_status, number, open_device
+from ..common.command_line import Parser, check_packages, exit_status, number, open_device, program
 from ..common.errors import UsageError
 from ..common.files import check_output
 from ..common.results import default_folder, print_text, write_file, write_results
@@ -25,11 +25,11 @@ _logger = logging.getLogger(__name__)
 
 _EPILOG = """\
 examples:
-  python -m timm_multimix.evaluate output/train/run
+  %(prog)s output/train/run
       a run, on its validation images
-  python -m timm_multimix.evaluate output/train/ce output/train/dense --ood demo/letters uniform gaussian
+  %(prog)s output/train/ce output/train/dense --ood demo/letters uniform gaussian
       compare two runs
-  python -m timm_multimix.evaluate hf-hub:timm/resnet50.a1_in1k --data-dir imagenet --parts attacks --eps 1/255 4/255
+  %(prog)s hf-hub:timm/resnet50.a1_in1k --data-dir imagenet --parts attacks --eps 1/255 4/255
       a model of the Hub, with attacks only
 """
 
@@ -42,9 +42,9 @@ def _epsilon(text: str) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of python -m timm_multimix.evaluate. Its errors are UsageErrors."""
+    """Build the parser of `timm-multimix evaluate`. Its errors are UsageErrors."""
     parser = Parser(
-        prog='python -m timm_multimix.evaluate', epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program('evaluate'), epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Evaluate image classifiers: accuracy, calibration, selective classification, robustness to '
                     'attacks and corruptions, out-of-distribution detection, and the geometry of the embeddings. '
                     'Several models are compared.')
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('images').add_argument
     add('--data-dir', metavar='DIR', help='folder of images, or of the dataset (default: that of the first run)')
-    add('--dataset', metavar='NAME', help='dataset, as in train_timm.py (default: that of the first run)')
+    add('--dataset', metavar='NAME', help='dataset, as for training (default: that of the first run)')
     add('--split', metavar='NAME',
         help='split to evaluate on (default: the validation split of the first run, or validation)')
     add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
@@ -188,7 +188,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run python -m timm_multimix.evaluate.
+    """Run `timm-multimix evaluate`.
 
     Args:
         argv: Command line, by default that of the process.

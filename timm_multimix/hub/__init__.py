@@ -2,8 +2,8 @@
 
 In Python, call `push_to_hub(model, 'user/name')`. For a run folder, use the command line:
 
-    python -m timm_multimix.hub push RUN_FOLDER user/name
-    python -m timm_multimix.hub card RUN_FOLDER
+    timm-multimix hub push RUN_FOLDER user/name
+    timm-multimix hub card RUN_FOLDER
 
 The access token comes from `hf auth login` or HF_TOKEN. It is never an argument.
 """

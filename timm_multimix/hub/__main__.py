@@ -1,4 +1,4 @@
-"""Entry point of `python -m timm_multimix.hub`."""
+"""`python -m timm_multimix.hub` is the same as `timm-multimix hub`."""
 import sys
 
 from .command import main

@@ -192,7 +192,7 @@ def _yaml(options: Mapping[str, Any]) -> str:
 def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str], earlier: Mapping[str, Mapping[str, Any]]) -> str:
     note = f' Options with private values are omitted: {", ".join(left_out)}.' if left_out else ''
     usage = ('To repeat the training, save these options as `recipe.yaml` and run '
-             f'`python train_timm.py --config recipe.yaml`. Add `--data-dir` for an image folder.{note}')
+             f'`timm-multimix train --config recipe.yaml`. Add `--data-dir` for an image folder.{note}')
     parts = [f'{when}, the run used these options instead:\n\n{_yaml(options)}' for when, options in earlier.items()]
     return '\n\n'.join(['## Recipe', usage, _yaml(recipe), *parts])
 

@@ -1,4 +1,4 @@
-"""The command `python -m timm_multimix.hub`: push, export or describe the model of a run folder."""
+"""The command `timm-multimix hub`: push, export or describe the model of a run folder."""
 import argparse
 import logging
 import os
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from ..build.hub_files import WEIGHTS_NAME
 from ..build.saved_weights import WEIGHTS
+from ..common.command_line import program
 from ..common.console import setup_logging
 from ..common.errors import UsageError, usage_errors
 from ..common.files import create, remove_work_folders, work_folder
@@ -42,7 +43,7 @@ def push_command(folder: str, repository: HubRepository, weights: str) -> str:
     options = ['--revision', repository.revision] if repository.revision else []
     options += ['--private'] if repository.private else []
     options += ['--weights', weights] if weights != 'best' else []
-    return shlex.join(['python', '-m', 'timm_multimix.hub', 'push', folder, repository.repo_id, *options])
+    return f'{program("hub")} push {shlex.join([folder, repository.repo_id, *options])}'
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _command_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog='python -m timm_multimix.hub',
+        prog=program('hub'),
         description='Push the model of a run to the Hugging Face Hub, export it to a folder in the same format, or '
                     'print its model card. Only push needs an access token, from `hf auth login` or HF_TOKEN.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='{push,export,card}', parser_class=_Parser)
@@ -175,11 +176,12 @@ def _run_command(argv: Sequence[str] | None) -> None:
         limit_waiting()
         _push_folder(args, repo_id)
     else:
-        raise UsageError(f'No repository is given. Give its name: push {args.folder} user/name')
+        raise UsageError(
+            f'No repository is given. Give its name: {program("hub")} push {shlex.quote(args.folder)} user/name')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `python -m timm_multimix.hub`.
+    """Run `timm-multimix hub`.
 
     Returns:
         Exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C, 143 after SIGTERM.

@@ -1,4 +1,4 @@
-"""The training script train_timm.py. It depends on MultiMix only through task.py and options.py."""
+"""`timm-multimix train` and train_timm.py. It depends on MultiMix only through task.py and options.py."""
 from .main import main
 
 __all__ = ['main']

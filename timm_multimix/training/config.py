@@ -11,6 +11,7 @@ from ..build.option import option_name
 from ..build.parser import TrainingParser
 from ..build.saved_weights import split_metric
 from ..common.errors import UsageError, near_names, usage_errors
+from ..common.recipes import find_recipe
 from ..common.secrets import contains_token
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMOS
@@ -200,6 +201,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_training_parser()
     given = parser.parse_given(argv)
     config = given.pop('config', '')
+    with usage_errors('--config'):
+        config = find_recipe(config) if config else ''
     file_values = read_config(config, parser) if config else {}
     if 'multimix_preset' in given:
         file_values = _without_preset(file_values, given['multimix_preset'])

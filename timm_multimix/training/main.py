@@ -1,4 +1,4 @@
-"""Entry point of train_timm.py: training, validation and exit status."""
+"""Entry point of `timm-multimix train`: training, validation and exit status."""
 import argparse
 import logging
 import os
@@ -17,6 +17,7 @@ from ..build.loaders import TRAINING, VALIDATION
 from ..build.saved_weights import described, saved_weights, weights_entry
 from ..build.workers import ending_workers
 from ..calibration.run import forget_calibrated, write_calibrated
+from ..common.command_line import program
 from ..common.console import is_first_on_machine, setup_logging
 from ..common.distributed import is_lost_contact, lost_contact
 from ..common.errors import (
@@ -158,16 +159,14 @@ def _finish_epoch(run: Run, epoch: int, train_metrics: dict, saver: RunSaver | N
 
 
 def _command(run: Run, *options: str) -> str:
-    script = os.path.relpath(sys.argv[0]) if os.path.exists(sys.argv[0]) else 'train_timm.py'
-    launcher = ['python']
-    if run.args.distributed:
-        launcher = ['torchrun', '--nproc-per-node', os.environ.get('LOCAL_WORLD_SIZE', str(run.args.world_size))]
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', run.args.world_size)) if run.args.distributed else 1
     code = ['--dataset-trust-remote-code'] if run.args.dataset_trust_remote_code else []  # never from a config file
     code += ['--device-modules', *run.args.device_modules] if run.args.device_modules else []
     if dataset_danger(run.args):
         code += [part for name in DATA_OPTIONS if (value := getattr(run.args, name))
                  for part in (f'--{name.replace("_", "-")}', value) if name != 'data']
-    return shlex.join([*launcher, script, '--config', os.path.join(run.folder, 'args.yaml'), *options, *code])
+    words = ['--config', os.path.join(run.folder, 'args.yaml'), *options, *code]
+    return f'{program("train", processes)} {shlex.join(words)}'
 
 
 def _how_to_continue(run: Run, saver: RunSaver) -> str:
@@ -221,8 +220,7 @@ def _export_hint(run: Run, path: str) -> str:
     if 'metrics' not in checkpoint or len(set(saved_weights(checkpoint).values())) == 1:
         return ''
     entry = weights_entry(checkpoint)
-    command = shlex.join(
-        ['python', '-m', 'timm_multimix.hub', 'export', run.folder, os.path.join(run.folder, 'model')])
+    command = f'{program("hub")} export {shlex.join([run.folder, os.path.join(run.folder, "model")])}'
     return f'\nMeasured with {described(checkpoint, entry)} ({entry}). Export these weights for timm with\n  {command}'
 
 
@@ -364,7 +362,7 @@ def _status(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run train_timm.py.
+    """Run `timm-multimix train` or train_timm.py.
 
     Args:
         argv: Command line arguments, by default sys.argv[1:].
