@@ -264,6 +264,7 @@ MISCELLANEOUS = (
     _value('--wandb-project', metavar='NAME', help='Weights & Biases project'),
     _value('--wandb-tags', nargs='+', default=[], metavar='TAG', help='Weights & Biases tags'),
     _value('--wandb-resume-id', default='', metavar='ID', help='Weights & Biases run to continue, with --resume'),
+    _flag('--dry-run', help='check options, data and model, print the options as a recipe, and write no files'),
     _value('--validate', metavar='FILE', help='validate this checkpoint and exit, without training or writing files'),
 )
 

@@ -1,9 +1,18 @@
-"""Check option values that are stored in a checkpoint."""
+"""Option values that are stored in a checkpoint."""
+import argparse
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.errors import UsageError
+import yaml
+
+from ..common.errors import UsageError, usage_errors
 from .parser import TrainingParser
+
+# Options for the initial weights of a run: the checkpoint replaces them.
+_INITIAL_WEIGHTS = dict(
+    pretrained=False, pretrained_path=None, initial_checkpoint='', head_init_scale=None, head_init_bias=None,
+    grad_checkpointing=False, torchscript=False)
 
 
 def check_recorded(values: Mapping[str, Any], parser: TrainingParser, path: str) -> None:
@@ -23,3 +32,33 @@ def check_recorded(values: Mapping[str, Any], parser: TrainingParser, path: str)
         parser.parse_values(values)
     except UsageError as error:
         raise UsageError(f'{path} contains invalid arguments: {error}') from error
+
+
+def recorded_arguments(
+        checkpoint: Mapping[str, Any],
+        path: str,
+        parser: TrainingParser,
+) -> argparse.Namespace:
+    """Return the arguments of the run that wrote a checkpoint, without its options for initial weights.
+
+    Args:
+        checkpoint: The checkpoint. Without arguments, they are read from args.yaml next to it.
+        path: Path of the checkpoint.
+        parser: Parser with the options.
+
+    Raises:
+        UsageError: if there are no arguments, or an argument has an invalid value.
+    """
+    values = checkpoint.get('args')
+    beside = os.path.join(os.path.dirname(path), 'args.yaml')
+    if isinstance(values, argparse.Namespace):  # as timm's own script writes it
+        values = vars(values)
+    elif not isinstance(values, dict) and os.path.isfile(beside):
+        with usage_errors(beside), open(beside, encoding='utf-8') as file:
+            values = yaml.safe_load(file)
+    if not isinstance(values, dict) or not values.get('model'):
+        raise UsageError(
+            f'{path} does not say what model it holds, and there is no args.yaml beside it. Give the run folder, or '
+            'the name of a model of timm or the Hub.')
+    check_recorded(values, parser, path)
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **values, **_INITIAL_WEIGHTS})

@@ -72,10 +72,11 @@ def share_images(first: Dataset, second: Dataset) -> bool:
     return all(isinstance(array, np.ndarray) for array in images) and np.array_equal(*images)
 
 
-def _warn_of_few(args: argparse.Namespace, held_out: Dataset) -> None:
+def warn_of_few(what: str, held_out: Dataset) -> None:
+    """Warn if a dataset has few images to fit a temperature on. `what` is the start of the message."""
     if not isinstance(held_out, IterableDataset) and len(held_out) < _FEW:
         _logger.warning(
-            f'--calibrate {args.calibrate}: {len(held_out)} images are few to fit a temperature on. The temperature '
+            f'{what}: {len(held_out)} images are few to fit a temperature on. The temperature '
             'may depend strongly on the selection of images.')
 
 
@@ -112,7 +113,7 @@ def hold_out(
                     f'--calibrate {args.calibrate}: these are the images of --{"train" if other is train else "val"}-'
                     f'split {split}. Name another split, or give a share of the training images, such as 0.1, that is '
                     'kept out of training.')
-        _warn_of_few(args, held_out)
+        warn_of_few(f'--calibrate {args.calibrate}', held_out)
         return train, held_out
     if isinstance(train, IterableDataset):
         raise UsageError(
@@ -125,7 +126,7 @@ def hold_out(
         raise UsageError(f'--calibrate {args.calibrate}: that share of {len(train)} training images is too small.')
     _logger.info(f'{count} of {len(train)} training images are held out to fit a temperature on (--calibrate).')
     held_out = Part(train, sorted(order[:count]))
-    _warn_of_few(args, held_out)
+    warn_of_few(f'--calibrate {args.calibrate}', held_out)
     return Part(train, sorted(order[count:])), held_out
 
 

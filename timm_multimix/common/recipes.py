@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .command_line import Parser, program
-from .errors import UsageError, near_names
+from .errors import near_names, usage_errors
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -21,15 +21,16 @@ def find_recipe(name: str) -> str:
     """Return the path of a recipe, given its path or its name. A file takes precedence over a name.
 
     Raises:
-        UsageError: if there is neither a file nor a recipe with this name.
+        ValueError: if there is neither a file nor a recipe with this name.
     """
     if os.path.exists(name):
         return name
     known = recipes()
     if name not in known:
-        raise UsageError(
-            f'{name}: no such file, and no recipe has this name.{near_names(Path(name).stem, known)} The recipes are '
-            f'{", ".join(known)}.')
+        stem = Path(name).stem
+        hint = f' Did you mean {stem}?' if stem in known else near_names(stem, known)
+        raise ValueError(
+            f'no such file, and no recipe has this name.{hint} `{program("recipes")} list` lists the recipes.')
     return str(known[name])
 
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     show.add_argument('name', metavar='NAME', help='name of a recipe, or a YAML file')
     args = parser.parse_args(argv)
     if args.command == 'show':
-        with open(find_recipe(args.name), encoding='utf-8') as file:
+        with usage_errors(args.name), open(find_recipe(args.name), encoding='utf-8') as file:
             sys.stdout.write(file.read())
         return 0
     known = recipes()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.models import (
@@ -22,7 +21,7 @@ from torch import nn
 from ..build.checkpoint import read_checkpoint
 from ..build.classes import checkpoint_classes
 from ..build.model import create_run_model, model_options
-from ..build.recorded import check_recorded
+from ..build.recorded import recorded_arguments
 from ..build.saved_weights import weights_entry
 from ..calibration.run import CALIBRATED
 from ..common.command_line import short_names
@@ -34,10 +33,6 @@ from ..options import build_training_parser
 
 # Checkpoints of a run folder in the order of preference.
 RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')
-# Options for the initial weights of a run: the checkpoint replaces them.
-_BEGINNING = dict(
-    pretrained=False, pretrained_path=None, initial_checkpoint='', head_init_scale=None, head_init_bias=None,
-    grad_checkpointing=False, torchscript=False)
 
 
 class PixelModel(nn.Module):
@@ -89,30 +84,9 @@ class Candidate:
         return self.pixel_model.model
 
 
-def _run_args(checkpoint: dict, path: str) -> argparse.Namespace:
-    """Options of the run that wrote a checkpoint: from the checkpoint, otherwise from args.yaml beside it."""
-    values = checkpoint.get('args')
-    beside = os.path.join(os.path.dirname(path), 'args.yaml')
-    if isinstance(values, argparse.Namespace):  # as timm's own script writes it
-        values = vars(values)
-    elif not isinstance(values, dict) and os.path.isfile(beside):
-        with usage_errors(beside), open(beside, encoding='utf-8') as file:
-            values = yaml.safe_load(file)
-    if not isinstance(values, dict) or not values.get('model'):
-        raise UsageError(
-            f'{path} does not say what model it holds, and there is no args.yaml beside it. Give the run folder, or '
-            'the name of a model of timm or the Hub.')
-    parser = build_training_parser()
-    check_recorded(values, parser, path)
-    args = parser.parse_args([])
-    for name, value in {**values, **_BEGINNING}.items():
-        setattr(args, name, value)
-    return args
-
-
 def _from_checkpoint(path: str) -> Candidate:
     checkpoint = read_checkpoint(path)
-    args = _run_args(checkpoint, path)
+    args = recorded_arguments(checkpoint, path, build_training_parser())
     if args.task != 'classification':
         raise UsageError(f'{path} is of --task {args.task}: only models with one class for each image are evaluated.')
     key = weights_entry(checkpoint)

@@ -78,6 +78,12 @@ def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
         raise UsageError(f'--config {path}: {error}') from error
 
 
+def recipe_text(values: dict[str, Any]) -> str:
+    """Return the options that differ from their defaults as YAML for --config."""
+    defaults = {'card': {}, **vars(build_training_parser().parse_args([]))}
+    return yaml.safe_dump({name: value for name, value in values.items() if value != defaults[name]})
+
+
 def dataset_danger(args: argparse.Namespace) -> str:
     """Describe how opening the dataset of a run can run code. Returns '' if it cannot."""
     splits = [split for split in (args.train_split, args.val_split, args.calibrate) if split]
@@ -201,7 +207,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_training_parser()
     given = parser.parse_given(argv)
     config = given.pop('config', '')
-    with usage_errors('--config'):
+    with usage_errors(f'--config {config}'):
         config = find_recipe(config) if config else ''
     file_values = read_config(config, parser) if config else {}
     if 'multimix_preset' in given:

@@ -34,7 +34,7 @@ from ..hub.summary import SUMMARY_NAME, fit_columns, read_summary, trim_summary
 from .branches import set_aside
 from .checkpoints import RunSaver
 from .checks import check_run_folder
-from .config import COMMAND_LINE_ONLY, DATA_OPTIONS, dataset_danger, parse_args
+from .config import COMMAND_LINE_ONLY, DATA_OPTIONS, dataset_danger, parse_args, recipe_text
 from .hub import HubPush
 from .loop import learning_rate, train_epoch, validate
 from .progress import restore_progress, take_progress
@@ -165,8 +165,8 @@ def _command(run: Run, *options: str) -> str:
     if dataset_danger(run.args):
         code += [part for name in DATA_OPTIONS if (value := getattr(run.args, name))
                  for part in (f'--{name.replace("_", "-")}', value) if name != 'data']
-    words = ['--config', os.path.join(run.folder, 'args.yaml'), *options, *code]
-    return f'{program("train", processes)} {shlex.join(words)}'
+    config = os.path.join(run.folder, 'args.yaml')
+    return f'{program("train", processes)} {shlex.join(["--config", config, *options, *code])}'
 
 
 def _how_to_continue(run: Run, saver: RunSaver) -> str:
@@ -318,7 +318,7 @@ def _timm_script(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _run(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    saved = {name: value for name, value in vars(args).items() if name not in COMMAND_LINE_ONLY}
+    saved = {name: value for name, value in vars(args).items() if name not in (*COMMAND_LINE_ONLY, 'dry_run')}
     hub = HubPush.start(args)
     try:
         run = build_run(args)
@@ -328,7 +328,10 @@ def _run(argv: Sequence[str]) -> None:
         error = lost_contact(error, 'preparing', args.dist_timeout)
         _logger.error(error)
         raise error from None
-    if args.validate:
+    if args.dry_run:
+        sys.stdout.write(recipe_text(saved) if utils.is_primary(args) else '')
+        _logger.info('Dry run: options, data and model are valid. Nothing was written.')
+    elif args.validate:
         try:
             validate_checkpoint(run)
         except RunError as error:

@@ -209,7 +209,7 @@ def _build_training(run: Run) -> None:
         run.optimizer = create_optimizer_v2(
             task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     path = args.resume or None
-    if path and utils.is_primary(args) and os.path.isdir(run.folder):
+    if path and utils.is_primary(args) and os.path.isdir(run.folder) and not args.dry_run:
         with usage_errors(f'--output {run.folder}'):
             lock_folder(run.folder)  # before its checkpoints are read
     if args.resume == 'auto':

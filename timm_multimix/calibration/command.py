@@ -1,0 +1,145 @@
+"""The command `timm-multimix calibrate`: fit a temperature for the best checkpoint of a finished run."""
+import argparse
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+
+import torch
+from torch.utils.data import Dataset
+
+from ..build.checkpoint import read_checkpoint
+from ..build.classes import checkpoint_classes, match_classes
+from ..build.datasets import build_datasets, build_split
+from ..build.loaders import build_calibration_loader
+from ..build.model import create_run_model, input_channels, model_options, place_model, resolve_data
+from ..build.recorded import recorded_arguments
+from ..common.command_line import Parser, open_device, program
+from ..common.console import setup_logging
+from ..common.errors import RunError, UsageError
+from ..common.files import lock_folder, unlock_folders
+from ..data.dataset_types import code_danger
+from ..data.demo import Part
+from ..options import build_training_parser
+from .run import calibration_share, hold_out, share_images, share_split, warn_of_few, write_calibrated
+
+_logger = logging.getLogger(__name__)
+
+
+def _build_parser() -> Parser:
+    parser = Parser(
+        prog=program('calibrate'),
+        description='Fit a temperature for the best checkpoint of a run, on images that it was not trained on, and '
+                    'write model_calibrated.pth.tar to the run folder: the same predictions with calibrated '
+                    'probabilities.',
+        epilog='Example: %(prog)s output/train/RUN --split test')
+    add = parser.add_argument
+    add('run', metavar='RUN', help='run folder with model_best.pth.tar')
+    add('--split', metavar='NAME',
+        help='split of the images (default: the images that the run held out with --calibrate, or its validation '
+             'split; validation for other data)')
+    add('--data-dir', metavar='DIR', help='folder of other images (default: the data of the run)')
+    add('--dataset', metavar='NAME', help='another dataset, as for training')
+    add('-b', '--batch-size', type=int, metavar='N', help='images per batch (default: as in the run)')
+    add('-j', '--workers', type=int, metavar='N', help='data loading processes (default: as in the run)')
+    add('--device', metavar='DEVICE', help='default: cuda if available, otherwise cpu')
+    return parser
+
+
+def _training_images(run: argparse.Namespace, in_chans: int) -> Dataset:
+    return build_datasets(argparse.Namespace(**{**vars(run), 'val_split': ''}), in_chans)[0]
+
+
+def _check_unseen(run: argparse.Namespace, images: Dataset, split: str | None, in_chans: int) -> None:
+    """Check that images were not used for training. `split` is their split if they are of the same dataset."""
+    is_seen = split is not None and share_split(run.train_split, split)
+    if not is_seen and not code_danger(run.dataset, run.data_dir, [run.train_split]):
+        with suppress(UsageError):  # the training images may be on another machine
+            is_seen = share_images(images, _training_images(run, in_chans))
+    if is_seen:
+        raise UsageError(
+            f'The run was trained on these images (--train-split {run.train_split}), so a temperature fitted on them '
+            'would be too low. Name another split with --split, or other images with --data-dir.')
+
+
+def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Dataset, str]:
+    """Open the images to fit a temperature on. Returns them and the name of their split."""
+    is_own = args.data_dir is None and args.dataset is None
+    if not is_own:
+        source = argparse.Namespace(**{**vars(run), 'dataset': args.dataset or '', 'data_dir': args.data_dir})
+        split = args.split or 'validation'
+        images = build_split(source, in_chans, split, 'Calibration')
+        _check_unseen(run, images, None, in_chans)
+        vars(run).update(vars(source))
+        return images, split
+    split = args.split or run.calibrate or run.val_split
+    if not split:
+        raise UsageError('The run has no validation split: give --split or --data-dir.')
+    if danger := code_danger(run.dataset, run.data_dir, [run.train_split, split]):
+        raise UsageError(
+            f'The images of the run are {run.dataset} in {run.data_dir}, and are not opened because of what its '
+            f'checkpoint says ({danger}). If you trust it, give --dataset and --data-dir.')
+    if args.split is None and run.calibrate and calibration_share(run.calibrate) is not None:
+        return hold_out(run, _training_images(run, in_chans), None, in_chans)[1], run.train_split
+    images = build_split(run, in_chans, split, 'Calibration')
+    _check_unseen(run, images, split, in_chans)
+    if run.val_split and share_split(run.val_split, split):
+        _logger.warning(
+            f'The split {split} has selected the best checkpoint. Evaluate the calibrated model on other images.')
+    return images, split
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    best = os.path.join(args.run, 'model_best.pth.tar')
+    if not os.path.isfile(best):
+        raise UsageError(f'{args.run} is not the folder of a finished run: it does not contain model_best.pth.tar.')
+    checkpoint = read_checkpoint(best)
+    run = recorded_arguments(checkpoint, best, build_training_parser())
+    if run.task != 'classification' or run.num_classes is None:
+        raise UsageError(f'{best}: only models with one class for each image, and a known number of classes, can be '
+                         'calibrated.')
+    device = open_device(args.device)
+    vars(run).update(  # a checkpoint never decides to run code or to download
+        distributed=False, dataset_trust_remote_code=False, dataset_download=False, naflex_loader=False,
+        batch_size=args.batch_size or run.validation_batch_size or run.batch_size, validation_batch_size=None,
+        workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
+    options = model_options(run)
+    images, split = _open_images(args, run, input_channels(options))
+    if not isinstance(images, Part):  # hold_out warns itself
+        warn_of_few(f'Split {split}', images)
+    if classes := checkpoint_classes(checkpoint, best):
+        match_classes(run, images.dataset if isinstance(images, Part) else images, split, classes, best)
+    dtype = getattr(torch, run.model_dtype) if run.model_dtype else None
+    model = place_model(run, create_run_model(run, options), device, dtype)
+    loader = build_calibration_loader(run, images, resolve_data(run, model), device, dtype)
+    lock_folder(args.run)
+    if write_calibrated(args.run, model, loader, nullcontext) is None:
+        return 1
+    _logger.info(f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}')
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `timm-multimix calibrate`.
+
+    Args:
+        argv: Command-line arguments, by default those of the process.
+
+    Returns:
+        Exit status: 0; 1 if no temperature can be fitted or the file cannot be written; 2 for a usage error; 130 after
+        Ctrl-C.
+    """
+    setup_logging()
+    try:
+        return _calibrate(_build_parser().parse_args(argv))
+    except UsageError as error:
+        _logger.error(error)
+        return 2
+    except RunError as error:
+        _logger.error(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        unlock_folders()
