@@ -1,16 +1,19 @@
 # make demo: install into .venv and train a small model with dense MultiMix on the embedded digits.
 # make test: install into .venv and run the tests.
 # make docs: install into .venv and build the documentation in site/.
+# make lint, make types: run ruff and mypy. make dist: build the wheel and the source archive.
+# PACKAGES='torch==2.4.1 torchvision==0.19.1' installs these versions.
 PYTHON ?= python3
 VENV ?= .venv
+PACKAGES ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint types docs dist clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --editable '.[test]'
+	$(BIN)/python -m pip install --progress-bar off --editable '.[test]' $(PACKAGES)
 	touch $@
 
 demo: $(VENV)/.installed
@@ -32,5 +35,15 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+types: $(VENV)/.installed
+	$(BIN)/python -m mypy
+
+dist:
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet build twine
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-dist build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

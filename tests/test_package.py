@@ -1,5 +1,6 @@
 """The package as a whole: its public names, imports between its layers, and imports that are delayed."""
 import ast
+import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -17,7 +18,7 @@ MODULES = sorted(
 LAYERS = (
     ('common', 'version'), ('losses',), ('dense', 'data'), ('build',),
     ('teacher', 'task', 'options', 'calibration', 'hub'), ('evaluation', 'detection'),
-    ('training', 'patch', 'evaluate'))
+    ('training', 'patch', 'evaluate'), ('cli',))
 HEAVY = ('timm', 'huggingface_hub', 'torchvision', 'safetensors', 'sklearn', 'scipy', 'matplotlib')
 
 
@@ -69,3 +70,31 @@ def test_no_import_cycle():
         name = module.split('.')[1]
         graph[name] = graph.get(name, set()) | imports(module) - {name}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+# Each module is imported in a child of a process that has imported the dependencies, which is fast.
+IMPORT_EACH = """
+import os, sys
+import captum.attr, huggingface_hub, matplotlib.figure, sklearn, timm, timm.data, timm.task, torch, torchvision, yaml
+for module in sys.argv[1:]:
+    if not os.fork():
+        __import__(module)
+        os._exit(0)
+    if os.wait()[1]:
+        print(module)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_every_module_can_be_imported_first():
+    modules = [module for module in MODULES if module != 'timm_multimix']
+    outcome = subprocess.run([sys.executable, '-c', IMPORT_EACH, *modules], capture_output=True, text=True, check=True)
+    assert outcome.stdout == '', outcome.stderr
+
+
+def test_distribution_contains_all_packages():
+    tomllib = pytest.importorskip('tomllib')  # Python 3.11
+    settings = tomllib.loads((PACKAGE.parent / 'pyproject.toml').read_text())['tool']['setuptools']
+    folders = {path.parent.relative_to(PACKAGE.parent) for path in PACKAGE.rglob('__init__.py')}
+    assert {*settings['packages']} - {*settings['package-dir']} == {'.'.join(folder.parts) for folder in folders}

@@ -211,7 +211,7 @@ def add_multimix_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def build_training_parser() -> TrainingParser:
-    """Build the parser of `timm-multimix train`, with timm's options and the MultiMix options. Its errors are UsageErrors."""
+    """Build the parser of `timm-multimix train`, with timm's and the MultiMix options. Its errors are UsageErrors."""
     return TrainingParser(MULTIMIX)
 
 
