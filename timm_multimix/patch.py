@@ -142,13 +142,13 @@ class _Patch:
         self.module.FastCollateMixup = AlternatingCollateMixup
         self.module.Mixup = self._make_mixup
 
-    def _make_mixup(self, *args, **kwargs) -> AlternatingMixup:
+    def _make_mixup(self, *args: Any, **kwargs: Any) -> AlternatingMixup:
         self.mixup = AlternatingMixup(*args, **kwargs)
         return self.mixup
 
     def _with_changes(self, create_loader: Callable, args: argparse.Namespace) -> Callable:
         """Wrap create_loader: add the second view, and assign batches if the loader mixes images."""
-        def create(*positional, is_training: bool = False, collate_fn: Callable | None = None, **keywords):
+        def create(*positional: Any, is_training: bool = False, collate_fn: Any = None, **keywords: Any) -> Any:
             loader = create_loader(*positional, is_training=is_training, collate_fn=collate_fn, **keywords)
             if is_training and args.multimix_views == 2:
                 add_second_view(loader)
@@ -178,8 +178,8 @@ class _Patch:
         """Create a subclass of the task with the options of this run."""
         patch = self
 
-        class BoundTask(task_cls):
-            def __init__(self, *positional, **keywords):
+        class BoundTask(task_cls):  # type: ignore[valid-type]  # the class is chosen by the script
+            def __init__(self, *positional: Any, **keywords: Any):
                 try:
                     with errors_name_options():
                         super().__init__(*positional, **keywords, **multimix_kwargs(args))
@@ -187,14 +187,14 @@ class _Patch:
                     raise UsageError(f'--multimix {args.multimix}: {error}') from error
                 patch.task = self
 
-            def forward(self, input, target):
+            def forward(self, input: Any, target: Any) -> Any:
                 return super().forward(input, target, patch._decide())
 
         BoundTask.__name__ = BoundTask.__qualname__ = task_cls.__name__
         return BoundTask
 
     def _with_epoch(self, train_one_epoch: Callable) -> Callable:
-        def train(epoch: int, *args, **kwargs):
+        def train(epoch: int, *args: Any, **kwargs: Any) -> Any:
             if self.task is None:
                 raise UsageError('--multimix does not support the task of the script, for example distillation.')
             self.task.set_epoch(epoch)

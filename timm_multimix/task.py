@@ -118,7 +118,7 @@ class MultiMixTask(ClassificationTask):
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
-            **options,
+            **options: Any,
     ):
         if mode not in TASK_MODES:
             raise ValueError(f'mode must be one of {", ".join(TASK_MODES)}, got {mode!r}.')
@@ -271,7 +271,8 @@ class MultiMixTask(ClassificationTask):
         shared = self.get_trainable_module(ema=True)
         return isinstance(self.teacher, EMATeacher) and self.teacher.average is not shared
 
-    def setup_ema(self, decay: float = 0.9999, use_warmup: bool = False, device=None, **kwargs) -> nn.Module:
+    def setup_ema(
+            self, decay: float = 0.9999, use_warmup: bool = False, device: Any = None, **kwargs: Any) -> nn.Module:
         """Set up timm's EMA model. If its decay equals the decay of the 'ema' teacher, it is also the teacher."""
         average = super().setup_ema(decay, use_warmup, device, **kwargs)
         if isinstance(self.teacher, EMATeacher) and self.teacher.average.decay == decay and device is None:
@@ -289,13 +290,14 @@ class MultiMixTask(ClassificationTask):
         """Return the averaged model of an 'ema' teacher, for validation, or None."""
         return self.teacher.module if isinstance(self.teacher, EMATeacher) else None
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs) -> nn.Module:
+    def compile(  # type: ignore[override]  # as in timm's TrainingTask
+            self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module:
         """Compile the student and the teacher."""
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **kwargs)
         return super().compile(backend, mode, **kwargs)
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiMixTask':
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'MultiMixTask':
         """Wrap the student for distributed training. The teacher has no gradient and is not wrapped."""
         super().prepare_distributed(device_ids, **ddp_kwargs)
         if self._owns_average:  # DDP has copied the student's weights from rank 0
@@ -303,7 +305,7 @@ class MultiMixTask(ClassificationTask):
                 torch.distributed.broadcast(tensor, 0)
         return self
 
-    def get_checkpoint_state(self, ema: bool = False, unwrap_fn=unwrap_model) -> dict[str, Any]:
+    def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Callable = unwrap_model) -> dict[str, Any]:
         """Return timm's entries, and the weights of a separate 'ema' teacher as 'state_dict_teacher'."""
         state = super().get_checkpoint_state(ema, unwrap_fn)
         if self._owns_average and not ema:
@@ -364,7 +366,7 @@ class MultiLabelMultiMixTask(MultiMixTask, MultiLabelClassificationTask):
         ValueError: If the threshold is not in (0, 1).
     """
 
-    def __init__(self, model: nn.Module, *args, threshold: float = 0.5, **options):
+    def __init__(self, model: nn.Module, *args: Any, threshold: float = 0.5, **options: Any):
         if not 0 < threshold < 1:
             raise ValueError(f'threshold must be in (0, 1), got {threshold}.')
         super().__init__(model, *args, **options)

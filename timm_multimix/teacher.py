@@ -61,7 +61,7 @@ class EMATeacher(nn.Module):
         ```
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, use_warmup: bool = True, **options):
+    def __init__(self, model: nn.Module, decay: float = 0.999, use_warmup: bool = True, **options: Any):
         super().__init__()
         check_teacher('ema', decay, None, 1)
         self._set_average(ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options))
@@ -96,7 +96,7 @@ class EMATeacher(nn.Module):
         with outputs_in_evaluation(self.module):
             return self.module(images)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the averaged model. The arguments are passed to torch.compile."""
         self.module.compile(*args, **kwargs)
 
@@ -142,7 +142,7 @@ class FrozenTeacher(nn.Module):
         with outputs_in_evaluation(self.module):
             return self.module(images)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module. The arguments are passed to torch.compile."""
         self.module.compile(*args, **kwargs)
 
@@ -218,7 +218,7 @@ class PretrainedTeacher(nn.Module):
         output = self.teacher(images * self.scale + self.shift)
         return output[0] if isinstance(output, (tuple, list)) else output
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the teacher. The arguments are passed to torch.compile."""
         self.teacher.model.compile(*args, **kwargs)
 

@@ -79,7 +79,8 @@ def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _shared_options(args: argparse.Namespace, data_config: dict, device, dtype: torch.dtype | None) -> dict[str, Any]:
+def _shared_options(
+        args: argparse.Namespace, data_config: dict, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     return dict(
         mean=data_config['mean'],
         std=data_config['std'],
@@ -179,7 +180,7 @@ def _standard_train_loader(
     return loader, mixup_fn
 
 
-def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size, shared: dict, own: dict):
+def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size: Any, shared: dict, own: dict) -> Any:
     mixup_fn = None
     if mixup_active(args):
         options = _mixup_options(args)
@@ -201,7 +202,8 @@ def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size,
     )
 
 
-def _evaluation_loader(args: argparse.Namespace, dataset: Dataset, input_size, patch_size, shared: dict, own: dict):
+def _evaluation_loader(
+        args: argparse.Namespace, dataset: Dataset, input_size: Any, patch_size: Any, shared: dict, own: dict) -> Any:
     if not args.naflex_loader:
         return create_loader(dataset, input_size=input_size, **shared, **own)
     return create_naflex_loader(
@@ -232,7 +234,7 @@ def build_calibration_loader(
         data_config: dict[str, Any],
         device: torch.device,
         dtype: torch.dtype | None,
-):
+) -> Any:
     """Create a loader of the held-out images, with the transforms of validation. Every process loads all images."""
     shared = _shared_options(args, data_config, device, dtype)
     with usage_errors('Loader options of calibration'):

@@ -40,7 +40,7 @@ class TrainingParser(Parser):
             for option in group.all_options:
                 self.options.setdefault(option.dest, []).append(option)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         message = redact(message)
         if message.startswith('unrecognized arguments') and 'token' in message:
             raise UsageError(

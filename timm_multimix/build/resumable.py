@@ -86,7 +86,7 @@ class _Skip:
 class _Batches:
     """Batch sampler that skips the first batches of another one."""
 
-    def __init__(self, batch_sampler, skip: _Skip):
+    def __init__(self, batch_sampler: Any, skip: _Skip):
         self.batch_sampler = batch_sampler
         self.skip = skip
 

@@ -5,6 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -63,7 +64,7 @@ def _check_unseen(run: argparse.Namespace, images: Dataset, split: str | None, i
             'would be too low. Name another split with --split, or other images with --data-dir.')
 
 
-def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Dataset, str]:
+def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Any, str]:
     """Open the images to fit a temperature on. Returns them and the name of their split."""
     is_own = args.data_dir is None and args.dataset is None
     if not is_own:

@@ -72,18 +72,18 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
     if target.ndim == 1 and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
             f'Targets must be class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
-    logits = _wide(logits).numpy().astype(np.float64)
+    values = _wide(logits).numpy().astype(np.float64)
     target = _wide(target).numpy().astype(np.float64) if target.ndim == 2 else np.eye(num_classes)[target.numpy()]
-    logits -= logits.mean(1, keepdims=True)  # softmax is invariant to it
-    spread = logits.std(ddof=1).item()
-    if _slope(0.0, logits, target) >= 0:
+    values -= values.mean(1, keepdims=True)  # softmax is invariant to it
+    spread = values.std(ddof=1).item()
+    if _slope(0.0, values, target) >= 0:
         raise ValueError(
             f'The temperature cannot be fitted: the logits do not predict the targets of these {num_images} images. '
             'Check that the labels and the class order match the model.')
-    if _slope(_MAX_RATIO / spread, logits, target) <= 0:
+    if _slope(_MAX_RATIO / spread, values, target) <= 0:
         error_rate = 1 / (num_images + 2)
         target = target * (1 - error_rate) + (1 - target) * (error_rate / (num_classes - 1))
-    return 1 / brentq(_slope, 0.0, _MAX_RATIO / spread, args=(logits, target), xtol=1e-12 / spread, rtol=1e-12)
+    return 1 / brentq(_slope, 0.0, _MAX_RATIO / spread, args=(values, target), xtol=1e-12 / spread, rtol=1e-12)
 
 
 def _is_affine(module: nn.Module, output: Any) -> bool:
@@ -126,7 +126,7 @@ def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
     """
     names = {}
 
-    def record(module: nn.Module, _, output: Any, name: str) -> None:
+    def record(module: nn.Module, _: Any, output: Any, name: str) -> None:
         if _is_affine(module, output) and output.grad_fn is not None:
             names[output.grad_fn] = name
 

@@ -33,7 +33,7 @@ _UNKNOWN = 'unrecognized arguments: '
 class Parser(argparse.ArgumentParser):
     """Argument parser that raises UsageError with a suggestion instead of exiting."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         message = message.rstrip('.')
         raise UsageError(f'{message}.{self._suggestion(message)}')
 

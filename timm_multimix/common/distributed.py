@@ -83,7 +83,7 @@ class Watchdog:
         place: Current place, such as 'epoch 1, update 7'.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.place = 'preparing'
         self._since = time.monotonic()
         self._ended = threading.Event()

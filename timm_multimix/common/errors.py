@@ -2,7 +2,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pickle import UnpicklingError
@@ -108,7 +108,7 @@ def usage_errors(what: str, hint: str = '') -> Iterator[None]:
         raise UsageError(f'{what}: {text}{hint}') from error
 
 
-def near_names(name: str, names, count: int = 3, cutoff: float = 0.5) -> str:
+def near_names(name: str, names: Iterable[str], count: int = 3, cutoff: float = 0.5) -> str:
     """Suggest names similar to a misspelt one. Return '' if there are none, or if the name exists."""
     names = list(names)
     if name in names:

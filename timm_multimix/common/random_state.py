@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def _device_module(device: torch.device | None):
+def _device_module(device: torch.device | None) -> Any:
     """PyTorch's module for a device with its own random state; None for other devices."""
     if device is None or device.type == 'cpu':
         return None

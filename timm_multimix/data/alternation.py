@@ -30,7 +30,7 @@ class BatchSchedule:
     start_epoch: int = 0
     off_epoch: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.prob, (int, float)) or not 0 <= self.prob <= 1:
             raise ValueError(f'prob is the probability of a MultiMix batch and must be in [0, 1], got {self.prob!r}.')
         for name in ('start_epoch', 'off_epoch'):
@@ -151,7 +151,7 @@ def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
 class AlternatingCollateMixup(FastCollateMixup):
     """timm's FastCollateMixup without image mixing for MultiMix batches. The targets of all batches are soft."""
 
-    def __call__(self, batch: Sequence, _=None):
+    def __call__(self, batch: Sequence, _: Any = None) -> Any:
         enabled = self.mixup_enabled
         self.mixup_enabled = enabled and getattr(batch, 'mixes_images', True)
         try:
@@ -169,7 +169,7 @@ class AlternatingMixup(Mixup):
 
     mixes_images = True
 
-    def __call__(self, x, target):
+    def __call__(self, x: Any, target: Any) -> Any:
         enabled = self.mixup_enabled
         self.mixup_enabled = enabled and self.mixes_images
         try:

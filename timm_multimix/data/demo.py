@@ -125,7 +125,7 @@ class DigitsDataset(EmbeddedDataset):
     """
     classes = tuple(FIGURES)
 
-    def __init__(self, split: str = 'train', **options):
+    def __init__(self, split: str = 'train', **options: Any):
         from sklearn.datasets import load_digits  # slow import, needed only here
 
         split = _canonical_split('demo/digits', split, train=TRAIN_SPLITS, validation=(*VALIDATION_SPLITS, 'test'))
@@ -159,7 +159,7 @@ class GlyphsDataset(EmbeddedDataset):
     classes = tuple(FIGURES + LETTERS)
     coarse = False
 
-    def __init__(self, split: str = 'train', num_samples: int | None = None, seed: int = 0, **options):
+    def __init__(self, split: str = 'train', num_samples: int | None = None, seed: int = 0, **options: Any):
         split = _canonical_split(
             self.name, split, train=TRAIN_SPLITS, validation=VALIDATION_SPLITS, test=('test',))
         if num_samples is None:
@@ -187,7 +187,7 @@ class Demo(NamedTuple):
         size: Number of images, as text.
         defaults: Default options for training on the dataset.
     """
-    dataset: type[torch.utils.data.Dataset]
+    dataset: Callable[..., torch.utils.data.Dataset]
     name: str
     size: str
     defaults: dict[str, Any]
@@ -240,7 +240,8 @@ def default_img_mode(in_chans: int) -> str:
     return 'RGB' if in_chans == 3 else 'L'
 
 
-def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs):
+def create_dataset(
+        name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs: Any) -> Any:
     """Create an embedded dataset (`demo/...`) or a dataset of timm with additional checks.
 
     The split of a folder must exist. Hidden folders are not classes. Images without a class are reported. Unreadable
@@ -267,7 +268,8 @@ def create_dataset(name: str, *, split: str = 'validation', input_img_mode: str 
     return dataset(split=split, **options)
 
 
-def _create_timm_dataset(name: str, split: str, input_img_mode: str, options: dict[str, Any]):
+def _create_timm_dataset(
+        name: str, split: str, input_img_mode: str, options: dict[str, Any]) -> torch.utils.data.Dataset:
     check_split(name, options.get('root'), split)
     prefix = dataset_prefix(name)
     class_map = None

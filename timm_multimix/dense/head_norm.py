@@ -19,7 +19,7 @@ class _BatchStatistics:
     (store the statistics only), 'apply' (normalize with the stored statistics).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.phase: str | None = None
         self.mean: torch.Tensor | None = None
         self.var: torch.Tensor | None = None

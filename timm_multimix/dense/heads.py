@@ -75,7 +75,7 @@ def _modules_below(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, .
 
 def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Average the outputs of a model with several heads, as distilled models do in evaluation mode."""
-    return sum(output) / len(output) if isinstance(output, tuple) else output
+    return sum(output[1:], output[0]) / len(output) if isinstance(output, tuple) else output
 
 
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
@@ -184,7 +184,8 @@ def _window(modules: dict[str, nn.Module]) -> tuple[int, int] | None:
     """Return the kernel size of an unpadded convolution in the head, or None."""
     for module in modules.values():
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and max(module.padding) == 0:
-            return tuple(module.kernel_size)
+            height, width = module.kernel_size
+            return height, width
     return None
 
 
@@ -318,7 +319,7 @@ def _norm_behind_tokens(twin: nn.Module, image: torch.Tensor) -> str | None:
     """Return the name of the norm whose output forward_features returns, if the last map can be computed, or None."""
     outputs = {}
 
-    def watch(name, module, output):
+    def watch(name: str, module: nn.Module, output: torch.Tensor) -> None:
         if isinstance(module, nn.LayerNorm):
             outputs[name] = output
 

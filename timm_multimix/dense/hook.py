@@ -57,7 +57,7 @@ class _ForwardPass:
 class _MultiMixModel:
     """Mixin for an attached model."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, _MultiMixModel):  # a wrapper can call this method after the model was detached
             return type(self).forward(self, *args, **kwargs)
         settings = self._multimix
@@ -80,7 +80,7 @@ class _MultiMixModel:
             set_phase(self, batch_norms, None)
             del self._multimix_pass
 
-    def forward_features(self, *args, **kwargs):
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         current = self.__dict__.get('_multimix_pass')
         if current is None or not current.is_dense or self._multimix.head.map_norm is None:
             return super().forward_features(*args, **kwargs)
@@ -88,7 +88,7 @@ class _MultiMixModel:
         current.last_map = maps[-1]
         return features
 
-    def forward_head(self, *args, **kwargs):
+    def forward_head(self, *args: Any, **kwargs: Any) -> Any:
         prediction = super().forward_head(*args, **kwargs)
         current = self.__dict__.get('_multimix_pass')
         if current is not None and current.is_dense and current.prediction is None:
@@ -102,7 +102,7 @@ class _MultiMixModel:
             current.output = _dense_output(self, self._multimix, current, features)
         return prediction
 
-    def reset_classifier(self, *args, **kwargs):
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
         settings = self._multimix
         before = _attributes(self)
         super().reset_classifier(*args, **kwargs)
@@ -115,7 +115,7 @@ class _MultiMixModel:
                 'reset_classifier.') from error
 
 
-def _image_size(*args) -> Sequence[int] | None:
+def _image_size(*args: Any) -> Sequence[int] | None:
     is_image = args and isinstance(args[0], torch.Tensor) and args[0].ndim == 4
     return args[0].shape[-2:] if is_image else None
 
@@ -189,7 +189,7 @@ class MultiMixHandle:
     def __enter__(self) -> 'MultiMixHandle':
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.remove()
 
     @property

@@ -3,6 +3,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -25,15 +26,16 @@ def _subclass(mixin: type, base: type) -> type:
 
 
 def _rebuild(mixin: type, base: type) -> nn.Module:
-    cls = _subclass(mixin, base)
+    cls: Any = _subclass(mixin, base)
     return cls.__new__(cls)
 
 
 class SwappedModule:
     """Base of all swapped classes. Pickling stores the mixin and the original class."""
 
-    def __reduce_ex__(self, protocol):
-        function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        function, arguments, *rest = reduced
         if function is copyreg.__newobj__:
             mixin, _, base = type(self).__bases__
             return (_rebuild, (mixin, base), *rest)

@@ -66,7 +66,8 @@ def mean_average_precision(predictions: Sequence[Boxes], targets: Sequence[Boxes
         parts = []
         for threshold in _THRESHOLDS:
             pairs = [_without_difficult(*pair, threshold) for pair in zip(predictions, targets, strict=True)]
-            parts.append(_measure(*zip(*pairs, strict=True), [threshold]))
+            some, others = zip(*pairs, strict=True)
+            parts.append(_measure(some, others, [threshold]))
         values = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
         values |= dict(map_50=parts[0]['map'], map_75=parts[5]['map'])
     else:

@@ -27,7 +27,7 @@ class InParts:
         limit: Maximum number of images per call, None if no batch was too large.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.limit: int | None = None
 
     def __call__(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Embedder:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits and embeddings, joined along the last axis: (b, c + d)."""
-        inputs = {}
+        inputs: dict[nn.Module, list[torch.Tensor]] = {}
 
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
             # a layer may be applied several times
@@ -100,13 +100,13 @@ def predict(candidate: Candidate, batches: Iterable, in_parts: InParts, what: st
     """Logits (n, c) and targets (n,) of batches of images, on the CPU. A UsageError if logits are not finite."""
     device = candidate.pixel_model.mean.device
     name = f'{candidate.name}: {what}'
-    logits, targets = [], []
+    outputs, targets = [], []
     for images, target in progress(batches, name):
-        logits.append(in_parts(candidate.pixel_model, images.to(device)).float().cpu())
+        outputs.append(in_parts(candidate.pixel_model, images.to(device)).float().cpu())
         targets.append(target)
-    if not logits:
+    if not outputs:
         raise UsageError(f'{name}: there are no images.')
-    logits = torch.cat(logits)
+    logits = torch.cat(outputs)
     if bad := int((~logits.isfinite().all(1)).sum()):
         raise UsageError(
             f'{name}: the outputs for {bad} of {len(logits)} images are not finite. The model diverged, or its weights '

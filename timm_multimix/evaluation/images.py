@@ -122,7 +122,7 @@ class Images:
     labelled: bool = True
     reported: set[int] = field(default_factory=set)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         config = self.candidate.data_config
         self.dataset = self.source.open(self.candidate.img_mode)
         self._check_classes()

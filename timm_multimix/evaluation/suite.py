@@ -182,7 +182,8 @@ class _Evaluation:
     def _corruptions(self, result: Result) -> None:
         cells = [(kind, severity) for kind in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES]
         generators = {cell: torch.Generator('cpu').manual_seed(self.settings.seed) for cell in cells}
-        clean, hits = [], {cell: [] for cell in cells}
+        clean = []
+        hits: dict[tuple[str, int], list[torch.Tensor]] = {cell: [] for cell in cells}
         for images, target in progress(self.sample, f'{self.candidate.name}: corruptions'):
             target = target.to(self.device)
             clean.append(self.in_parts(self._is_correct, images.to(self.device), target).cpu())
@@ -197,7 +198,7 @@ class _Evaluation:
             num_images=sum(map(len, clean)), severities=list(corruptions.SEVERITIES), clean_top1=_percent(clean),
             mean_top1=sum(accuracies) / len(accuracies), top1=top1)
 
-    def _noise(self, kind: str, count: int):
+    def _noise(self, kind: str, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         size = tuple(self.candidate.data_config['input_size'])
         for images in ood.noise_batches(kind, count, size, self.settings.batch_size, self.settings.seed):
             yield images, torch.zeros(len(images), dtype=torch.long, device='cpu')
@@ -246,11 +247,12 @@ class _Evaluation:
         if not len(pairs):
             return
         targets = target[pairs]
-        confidence, entropy = [], []
+        confidence: list[torch.Tensor] = []
+        entropy: list[torch.Tensor] = []
         counts = dict(misses=0, intrusions_of_images=0, intrusions_of_embeddings=0)
         for share in progress(between.SHARES, f'{self.candidate.name}: mixed images'):
             logits, mixed = embed.split(torch.cat([
-                self.in_parts(embed, between.mix(*(images[part].to(self.device) for part in some.T), share)).cpu()
+                self.in_parts(embed, between.mix(*(images[part].to(self.device) for part in some.T), share=share)).cpu()
                 for some in pairs.split(self.settings.batch_size)]))
             for values, value in zip((confidence, entropy), between.confidence_and_entropy(logits), strict=True):
                 values.append(value)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from safetensors.torch import load_file
@@ -47,7 +47,7 @@ def push_command(folder: str, repository: HubRepository, weights: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(redact(message))
 
 
@@ -150,7 +150,7 @@ class _Terminated(KeyboardInterrupt):
 @contextmanager
 def _terminated_by_signals() -> Iterator[None]:
     """Raise _Terminated for SIGTERM and SIGHUP, so that temporary files are removed."""
-    def stop(number: int, frame: Any):
+    def stop(number: int, frame: Any) -> NoReturn:
         raise _Terminated(number)
 
     in_main_thread = threading.current_thread() is threading.main_thread()

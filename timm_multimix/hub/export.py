@@ -224,7 +224,8 @@ def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluatio
 
 def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Options of the earlier parts of a run that was resumed with other options. Keys such as 'Before epoch 3'."""
-    options, parts = {}, []
+    options: dict[str, Any] = {}
+    parts = []
     for part in reversed(args.get('earlier') or ()):
         options = {**options, **part['options']}
         when = f'{"Until partway through" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'

@@ -48,7 +48,7 @@ def limit_waiting(seconds: float = REQUEST_TIMEOUT) -> None:
     """
     from huggingface_hub.utils._http import default_client_factory  # not public
 
-    def with_timeout():
+    def with_timeout() -> Any:
         client = default_client_factory()
         client.timeout = seconds
         return client

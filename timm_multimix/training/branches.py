@@ -55,7 +55,7 @@ def set_aside(run: Run) -> Callable[[], None] | None:
     names = (f'superseded-{number}' for number in itertools.count(1))
     folder = next(path for path in (os.path.join(run.folder, name) for name in names) if not os.path.exists(path))
     paths = _replaced(run)
-    source = next((path for path in paths if os.path.realpath(path) == os.path.realpath(run.resumed_from)), None)
+    source = next((path for path in paths if os.path.realpath(path) == os.path.realpath(run.resumed_from or '')), None)
     others = [path for path in paths if path != source]
     if others:
         os.mkdir(folder)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class RunSaver(CheckpointSaver):
         class_to_idx: Index of each class name, None if the class names are unknown.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.progress: dict[str, Any] | None = None
         self.metrics: dict[str, dict[str, float]] | None = None
@@ -103,7 +104,7 @@ class RunSaver(CheckpointSaver):
         )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        entries = dict(progress=self.progress, class_to_idx=self.class_to_idx)
+        entries: dict[str, Any] = dict(progress=self.progress, class_to_idx=self.class_to_idx)
         if metric is not None:
             validated = dict(eval_weights=selecting_weights(self.args), metrics=self.metrics) if self.metrics else {}
             entries.update(metric=metric, **validated)
@@ -146,7 +147,7 @@ class RunSaver(CheckpointSaver):
             with suppress(OSError):
                 os.remove(path)
 
-    def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None):
+    def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None) -> Any:
         """Save a checkpoint as timm does, at the end of an epoch. A NaN metric is treated as None."""
         self.progress = progress
         saved = super().save_checkpoint(epoch, _number(metric))
@@ -196,7 +197,7 @@ class RunSaver(CheckpointSaver):
         name = re.compile(re.escape(self.save_prefix) + r'-(\d+)' + re.escape(self.extension))
         files = [(file, _number(metric)) for file, metric in state['checkpoint_files']
                  if (match := name.fullmatch(file)) and int(match[1]) < start_epoch]
-        ranked = sorted((file for file in files if file[1] is not None), key=lambda file: file[1])
+        ranked = sorted((file for file in files if file[1] is not None), key=itemgetter(1))
         files = [*(ranked if self.decreasing else ranked[::-1]), *(file for file in files if file[1] is None)]
         own = dict(checkpoint_files=files, best_epoch=None, best_metric=None, pending=(None, None))
         if state['best_epoch'] is not None and state['best_epoch'] < start_epoch and (

@@ -4,6 +4,7 @@ import signal
 import threading
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,9 @@ class StopRequest:
         signal_number: Number of the received signal, or None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
         self._group = None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -34,7 +35,7 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -91,7 +91,7 @@ def _gradient_scale(run: Run, input: Any) -> float | torch.Tensor:
     return scale
 
 
-def _clip_parameters(run: Run):
+def _clip_parameters(run: Run) -> Any:
     return run.task.get_clip_parameters(exclude_head='agc' in run.args.clip_mode)
 
 

@@ -35,7 +35,7 @@ _LOSS_OPTIONS = {
 }
 
 
-def _class_weights(args: argparse.Namespace, kind: str, stats: tuple[torch.Tensor, int] | None):
+def _class_weights(args: argparse.Namespace, kind: str, stats: tuple[torch.Tensor, int] | None) -> Any:
     weights = resolve_class_weights(
         getattr(args, f'loss_{kind}'),
         kind,
@@ -74,7 +74,7 @@ def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared) -> TrainingTask:
+def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared: Any) -> TrainingTask:
     shared.update(
         student_model=model,
         teacher_model=args.kd_model_name,
@@ -137,7 +137,8 @@ def _pretrained_teacher(model: nn.Module, shared: dict, args: argparse.Namespace
     return teacher
 
 
-def _multimix_task(task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace):
+def _multimix_task(
+        task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace) -> MultiMixTask:
     options = multimix_kwargs(args)
     if args.multimix_teacher not in ('none', 'ema'):
         path = f', --multimix-teacher-path {args.multimix_teacher_path}' if args.multimix_teacher_path else ''

@@ -79,7 +79,7 @@ def take_progress(run: Run, averages: Averages | None = None) -> dict[str, Any] 
         averages=None if averages is None else averages.state_dict(),
         statistics={name: buffer.cpu() for name, buffer in _own_statistics(run).items()} if distributed else {},
     )
-    processes = [own]
+    processes: list[Any] | None = [own]
     if distributed:
         processes = [None] * run.args.world_size if utils.is_primary(run.args) else None
         dist.gather_object(own, processes)

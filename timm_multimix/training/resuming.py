@@ -77,7 +77,7 @@ def _remember_objective(args: argparse.Namespace, checkpoint: dict[str, Any], ep
         args.earlier = earlier
 
 
-def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler, path: str) -> dict:
+def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, loss_scaler: Any, path: str) -> dict:
     """Restore a task, its optimizer and the loss scaler from a checkpoint.
 
     Args:

@@ -32,7 +32,8 @@ class Trackers:
     """
 
     def __init__(self, run: Run):
-        self._writer, self._services = None, []
+        self._writer: Any = None
+        self._services: list[Any] = []
         for name, option in selected_trackers(run.args).items():
             try:
                 self._start(name, run)
