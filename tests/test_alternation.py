@@ -102,6 +102,7 @@ def make_loader(collate_fn, workers, dataset=None):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_collate_function_leaves_multimix_batches_unmixed(workers):
+    np.random.seed(0)  # some seeds give a mix that is almost one of its images
     schedule = BatchSchedule(0.5, seed=1)
     options = dict(mixup_alpha=1.0, num_classes=CLASSES, label_smoothing=0.3)
     loader = make_loader(AlternatingCollateMixup(**options), workers)
