@@ -114,6 +114,11 @@ def test_calibrate_fits_on_what_the_run_held_out(script, image_folder):
     again = torch.load(path, weights_only=True)
     assert again['temperature'] == pytest.approx(first['temperature'], rel=1e-4)
     assert list(again) == list(first) and again['weights_of'] == first['weights_of']
+    best = torch.load(script.run_folder() / 'model_best.pth.tar', weights_only=True)
+    del best['state_dict']['fc.bias']
+    torch.save(best, script.run_folder() / 'model_best.pth.tar')
+    assert main(['calibrate', str(script.run_folder())]) == 2
+    assert script.capsys.readouterr().err.splitlines()[-1].startswith('ERROR: ')
 
 
 def test_calibrate_on_other_images_but_not_on_those_of_training(script, image_folder, tmp_path):

@@ -18,7 +18,7 @@ from ..build.model import create_run_model, input_channels, model_options, place
 from ..build.recorded import recorded_arguments
 from ..common.command_line import Parser, open_device, program
 from ..common.console import setup_logging
-from ..common.errors import RunError, UsageError
+from ..common.errors import RunError, UsageError, usage_errors
 from ..common.files import lock_folder, unlock_folders
 from ..data.dataset_types import code_danger
 from ..data.demo import Part
@@ -115,7 +115,9 @@ def _calibrate(args: argparse.Namespace) -> int:
     model = place_model(run, create_run_model(run, options), device, dtype)
     loader = build_calibration_loader(run, images, resolve_data(run, model), device, dtype)
     lock_folder(args.run)
-    if write_calibrated(args.run, model, loader, nullcontext) is None:
+    with usage_errors(best):
+        path = write_calibrated(args.run, model, loader, nullcontext)
+    if path is None:
         return 1
     _logger.info(f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}')
     return 0
