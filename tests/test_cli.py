@@ -167,8 +167,8 @@ def test_hints_use_the_command_that_was_started_and_work(programs, tmp_path, ima
 @pytest.mark.parametrize(('start', 'shown'), [
     ('timm-multimix recipes', 'timm-multimix recipes'),
     ('python -m timm_multimix recipes', 'python -m timm_multimix recipes'),
-    ('timm-multimix hub', 'timm-multimix hub'),
-    ('python -m timm_multimix.hub', 'python -m timm_multimix.hub'),
+    pytest.param('timm-multimix hub', 'timm-multimix hub', marks=pytest.mark.slow),
+    pytest.param('python -m timm_multimix.hub', 'python -m timm_multimix.hub', marks=pytest.mark.slow),
 ])
 def test_usage_names_the_command_that_was_started(programs, tmp_path, start, shown):
     usage = shell(f'{start} --help', tmp_path).stdout
