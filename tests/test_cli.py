@@ -113,7 +113,7 @@ def test_calibrate_fits_on_what_the_run_held_out(script, image_folder):
     assert f'evaluate {script.run_folder()}' in text and '12 of 24 training images' in text
     again = torch.load(path, weights_only=True)
     assert again['temperature'] == pytest.approx(first['temperature'], rel=1e-4)
-    assert list(again) == list(first) and again['weights_of'] == first['weights_of']
+    assert list(again) == list(first) and again['eval_weights'] == first['eval_weights']
     best = torch.load(script.run_folder() / 'model_best.pth.tar', weights_only=True)
     del best['state_dict']['fc.bias']
     torch.save(best, script.run_folder() / 'model_best.pth.tar')

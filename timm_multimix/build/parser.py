@@ -1,7 +1,7 @@
 """Parser of `timm-multimix train`."""
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ..common.command_line import Parser, program
 from ..common.errors import UsageError

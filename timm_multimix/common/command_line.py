@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .advice import DATASET_PACKAGES, missing_packages
 from .errors import RunError, UsageError, near_names, printable, usage_errors

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ _STYLE = {'text.parse_math': False, 'text.usetex': False, 'font.size': 9, 'legen
 def as_png(draw: Callable[..., Figure]) -> Callable[..., bytes]:
     """Decorate a function that draws a figure, to return it as PNG."""
     @wraps(draw)
-    def render(*args) -> bytes:
+    def render(*args: Any) -> bytes:
         buffer = io.BytesIO()
         with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Glyph .* missing from')  # shown as a box

@@ -1,6 +1,6 @@
 """Scenes for object detection: handwritten digits and printed glyphs on cluttered grounds, drawn from a seed."""
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -107,7 +107,8 @@ def _add_clutter(image: np.ndarray, objects: tuple[_Objects, _Objects], rng: np.
 def _draw_scene(objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> Scene:
     image = _ground(rng)
     _add_clutter(image, objects, rng)
-    boxes, labels = [], []
+    boxes: list[Any] = []
+    labels: list[int] = []
     for _ in range(rng.integers(1, _MAX_OBJECTS + 1)):
         drawn, label = _draw(objects, rng)
         mask = _resize(drawn, int(rng.integers(*OBJECT_SIZES, endpoint=True)))

@@ -45,7 +45,7 @@ def _dataset(
         content['categories'], key=lambda entry: (str(type(entry['id'])), entry['id']))}
     if len(set(names.values())) < len(names):
         raise UsageError(f'{where}: two categories have the same name.')
-    images = {}
+    images: dict[Any, Any] = {}
     for entry in content['images']:
         with usage_errors(f'{where}: image {entry["id"]!r}'):
             size = checked_size(entry['width'], entry['height'])

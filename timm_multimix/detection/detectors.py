@@ -20,7 +20,7 @@ _SCORE_THRESHOLD = 1e-3  # torchvision's 0.2 and 0.05 cut off the end of the pre
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
 _BOX_PER_STRIDE = 14  # FPN (Lin et al., 2017), equation 1: boxes of 224 pixels belong to stride 16
 # timm's switches for models that otherwise take images of one size only. Most models need none of them.
-_SIZE_SWITCHES = ({}, dict(dynamic_img_size=True), dict(strict_img_size=False))
+_SIZE_SWITCHES: tuple[dict[str, bool], ...] = ({}, dict(dynamic_img_size=True), dict(strict_img_size=False))
 
 
 @dataclass

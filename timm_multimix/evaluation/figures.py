@@ -109,7 +109,7 @@ def reliability_figure(results: Sequence[Result]) -> Figure:
 @as_png
 def attacks_figure(results: Sequence[Result]) -> Figure:
     """Accuracy against the size of FGSM and PGD."""
-    def curve(result: Result, attack: str):
+    def curve(result: Result, attack: str) -> Any:
         return result.values['attacks']['epsilon_of_255'], result.values['attacks'][attack]
 
     return _curves(results, curve, {
@@ -120,7 +120,7 @@ def attacks_figure(results: Sequence[Result]) -> Figure:
 @as_png
 def corruptions_figure(results: Sequence[Result]) -> Figure:
     """Accuracy against the severity of each kind of corruption."""
-    def curve(result: Result, kind: str):
+    def curve(result: Result, kind: str) -> Any:
         values = result.values['corruptions']
         return [0, *values['severities']], [values['clean_top1'], *values['top1'][kind]]
 
@@ -132,7 +132,7 @@ def corruptions_figure(results: Sequence[Result]) -> Figure:
 @as_png
 def between_figure(results: Sequence[Result]) -> Figure:
     """Confidence and entropy on mixes of two images, against the weight of the first."""
-    def curve(result: Result, quantity: str):
+    def curve(result: Result, quantity: str) -> Any:
         return result.values['between']['shares'], result.values['between'][quantity]
 
     return _curves(results, curve, {
