@@ -12,7 +12,7 @@ import timm
 import torch
 from hub_server import HubServer, User, serve
 
-from timm_multimix.training import hub as training_hub
+from timm_multimix.hub import repository
 
 TOKEN = 'hf_writewritewritewrite'
 READ_TOKEN = 'hf_readreadreadreadread'
@@ -33,7 +33,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setenv('HF_TOKEN', TOKEN)
         monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-        monkeypatch.setattr(training_hub.HubPush, 'retry_waits', (0.01, 0.01))
+        monkeypatch.setattr(repository, 'RETRY_WAITS', (0.01, 0.01))
         yield running
         huggingface_hub.close_session()
 

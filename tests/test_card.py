@@ -1,10 +1,7 @@
 """Model cards: content, metadata that the Hub accepts, and removal of private data."""
 import argparse
-import getpass
 import json
-import os
 import re
-import socket
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,27 +13,33 @@ import yaml
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
 
+from timm_multimix.build.recorded import check_recorded
+from timm_multimix.common.errors import UsageError
 from timm_multimix.data.class_names import dataset_classes, ordered_names
-from timm_multimix.hub import Evaluation, HubError, dataset_type, model_card, save_config
+from timm_multimix.hub import HubError
 from timm_multimix.hub import export as run_export
-from timm_multimix.hub.card import CARD_FIELDS, check_fields, is_ours
+from timm_multimix.hub.card import CARD_FIELDS, Evaluation, check_fields, is_ours, model_card
+from timm_multimix.hub.models import save_config
+from timm_multimix.hub.recipe import Recipe
 from timm_multimix.hub.summary import draw_curve, read_summary
 from timm_multimix.options import build_training_parser
 from timm_multimix.training.config import parse_args
 
 CONFIG = dict(architecture='resnet18', num_classes=3, label_names=['a|b', 'c', 'd'], pretrained_cfg=dict(
     input_size=[3, 64, 64], interpolation='bicubic', crop_pct=0.9, mean=[0.5] * 3, std=[0.5] * 3))
-SECRETS = dict(
-    home='/home/alice/private', windows='C:\\Users\\alice\\runs', relative='../alice/secret.pt',
-    host='gpu-17.example.org', user='alice-cooper', token='hf_abcdefghijklmnop',
-    wandb='0123456789abcdef0123456789abcdef01234567',
-    url='https://alice:password@example.org/data')
+TOKEN = 'hf_abcdefghijklmnopqrst'
+# Values that reveal where a run was trained.
+SECRETS = (
+    '/home/alice/private', 'C:\\Users\\alice\\runs', '\\\\server\\alice', '../alice/secret.pt', 'alice/weights',
+    '~/alice', 'secret.pt', 'gpu-17.example.org', 'alice@gpu-17', 'alice-pc:8080', '10.20.30.40', 'fe80::1',
+    'pipe:alice', 'https://alice:password@example.org/data', 's3://alice/data', 'file:/alice', 'local-dir:/alice',
+    'hfds//alice/x', 'hfds/../alice', 'hf-hub:/alice', 'resnet18.alice.example')
 
 
 def test_card_says_how_to_use_the_model():
     card = model_card(
-        'user/model', CONFIG, revision='v1', summary='What it is.', multimix=dict(multimix='dense'),
-        recipe=dict(lr=0.1, multimix='off'), left_out=['opt_kwargs'], has_curve=True,
+        'user/model', CONFIG, revision='v1', summary='What it is.', has_curve=True,
+        recipe=Recipe(dict(lr=0.1, multimix='off'), ('opt_kwargs',), dict(multimix='dense')),
         evaluation=Evaluation('cifar10', 'CIFAR-10', 'test', dict(top1=91.25, top5=99.0, loss=0.5, map=50.0)),
         fields=dict(license='mit', datasets=['uoft-cs/cifar10'], base_model='timm/resnet18.a1_in1k', language=['en'],
                     tags=['more'], description='A description.'))
@@ -69,12 +72,12 @@ HOSTILE = [
 def test_names_from_elsewhere_are_shown_as_they_are(name):
     """Class names, splits, datasets and settings stay in their cell, line or code span."""
     text = str(model_card(
-        'user/model', {**CONFIG, 'label_names': [name, 'last']}, multimix=dict(setting=name), recipe=dict(aa=name),
+        'user/model', {**CONFIG, 'label_names': [name, 'last']}, recipe=Recipe(dict(aa=name), (), dict(setting=name)),
         summary='What it is.', evaluation=Evaluation('imagefolder', name, name, {'top1': 50.0, name: 1.0})))
     text.encode()  # no lone surrogates
     assert not any(unicodedata.category(character) in ('Cc', 'Cs') for character in text.replace('\n', ''))
     plain = str(model_card(
-        'user/model', {**CONFIG, 'label_names': ['first', 'last']}, multimix=dict(setting='x'), recipe=dict(aa='x'),
+        'user/model', {**CONFIG, 'label_names': ['first', 'last']}, recipe=Recipe(dict(aa='x'), (), dict(setting='x')),
         summary='What it is.', evaluation=Evaluation('imagefolder', 'x', 'x', {'top1': 50.0, 'y': 1.0})))
     body, plain_body = (part.split('---\n', 2)[2] for part in (text, plain))
     # Headings and tables are the same, with the same number of cells.
@@ -125,16 +128,6 @@ def test_fields_are_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         check_fields(fields)
     check_fields({name: ['x'] if kind is list else 'x' for name, kind in CARD_FIELDS.items()})
-
-
-@pytest.mark.parametrize('name, expected', [
-    ('', 'imagefolder'), ('demo/digits', 'digits'), ('torch/cifar10', 'cifar10'), ('hfds/user/images', 'user/images'),
-    ('tfds/imagenet2012:5.1', 'imagenet2012'), ('wds/anything', 'webdataset'), ('folder', 'imagefolder'),
-    ('hfds/a/b/c d', 'a_b_c_d'), ('mine/folder', 'imagefolder')])
-def test_dataset_types_are_what_the_hub_takes(name, expected):
-    assert dataset_type(name) == expected
-    assert metadata_errors(str(model_card('u/m', CONFIG, evaluation=Evaluation(
-        dataset_type(name), 'x', 'test', dict(top1=1.0))))) == []
 
 
 # Cards of runs.
@@ -244,52 +237,88 @@ def test_card_of_a_run_that_was_resumed_with_other_options(tmp_path, no_picture)
     assert metadata_errors(card) == [] and 'multimix' in ModelCard(card).data.tags
 
 
-def test_recipe_repeats_the_training(tmp_path):
+def recipe_in(card: str) -> dict:
+    return yaml.safe_load(card.split('```yaml\n')[1].split('```')[0])
+
+
+def test_recipe_repeats_the_training(tmp_path, no_picture):
     given = ['--model', 'test_resnet', '--multimix', 'dense', '--multimix-alpha', '0.5', '1', '--lr', '0.3', '--mixup',
-             '0.2', '--opt-kwargs', 'foreach=False', '--data-dir', str(tmp_path), '--img-size', '32', '--sched', 'wsd']
+             '0.2', '--opt', 'lookahead_adamw', '--opt-kwargs', 'foreach=False', '--data-dir', str(tmp_path),
+             '--img-size', '32', '--sched', 'wsd', '--aa', 'rand-m9-mstd0.5-inc1', '--lr-decay-fn', '1-sqrt', '--gp',
+             'max', '--loss', 'bce', '--loss-pos-weight', '1.5,2,3', '--channels-last', '--calibrate',
+             '--multimix-teacher', 'ema', '--torchcompile-mode', 'max-autotune', '--dist-bn', '']
     args = vars(parse_args(given))
-    options, left_out = run_export.recipe(args)
-    assert left_out == [] and 'data_dir' not in options and 'device' not in options
-    (tmp_path / 'recipe.yaml').write_text(
-        card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card').split('```yaml\n')[1].split('```')[0])
-    again = vars(parse_args(['--config', str(tmp_path / 'recipe.yaml'), '--data-dir', str(tmp_path)]))
-    assert again == args
+    card = card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card')
+    assert 'are omitted' not in card and not {'data_dir', 'device'} & recipe_in(card).keys()
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe_in(card)))
+    assert vars(parse_args(['--config', str(tmp_path / 'recipe.yaml'), '--data-dir', str(tmp_path)])) == args
 
 
-def test_nothing_private_is_told(tmp_path, monkeypatch, no_picture):
-    """Each option with a text value is set to private data, and a card is written from these options."""
-    monkeypatch.setattr(socket, 'gethostname', lambda: SECRETS['host'])
-    monkeypatch.setattr(getpass, 'getuser', lambda: SECRETS['user'])
-    monkeypatch.setenv('WANDB_API_KEY', SECRETS['wandb'])
-    monkeypatch.setenv('HF_TOKEN', SECRETS['token'])
-    secrets = list(SECRETS.values())
-    fixed = ('model', 'eval_metric', 'config', 'timm_script', 'multimix', 'hub_weights')
-    options = [option for name, (option, *_) in build_training_parser().options.items()
-               if name not in fixed and 'choices' not in option.settings
-               and (option.settings.get('type') is str or isinstance(option.settings.get('default'), dict))]
-    assert len(options) > 40
-    for shift, secret in enumerate(secrets):
-        args = {}
-        for index, option in enumerate(options):
-            value = secrets[(index + shift) % len(secrets)]
-            args[option.dest] = {'key': value} if isinstance(option.settings['default'], dict) else \
-                [value] if option.settings.get('nargs') == '+' else f'prefix {value}' if index % 2 else value
-        args['model'] = f'local-dir:{SECRETS["home"]}/model'
-        run = write_run(tmp_path / f'run{shift}', args=args)
-        text = card_of(run, tmp_path / 'card')
-        for known in (*secrets, 'alice', 'gpu-17', str(tmp_path), os.path.expanduser('~') + '/'):
-            assert known not in text, (secret, known)
-        assert 'model: test_resnet' in text and metadata_errors(text) == []
-        config = (tmp_path / 'card' / 'config.json').read_text()
-        assert not any(known in config for known in secrets)
+@pytest.mark.parametrize('option, value', [
+    ('dataset', 'hfds/alice/cats'), ('dataset', 'torch/cifar10'), ('dataset', 'tfds/imagenet2012:5.*.*'),
+    ('model', 'resnet18.a1_in1k'), ('model', 'hf-hub:alice/base@v1.0'), ('initial_checkpoint', 'hf-hub:alice/base'),
+    ('val_split', 'test[:50%]'), ('calibrate', '0.25'), ('target_key', 'cat,dog'), ('kd_model_name', 'resnet50'),
+    ('multimix_teacher', 'resnet50.a1_in1k'), ('aa', 'augmix-m5-w4-d2'), ('loss_pos_weight', 'neg_pos'),
+    ('model_kwargs', dict(drop_rate=0.1, depths=[1, 2]))])
+def test_public_names_are_in_the_recipe(tmp_path, monkeypatch, no_picture, option, value):
+    """Names in registries, on the Hub and in datasets are public, also if a part of them is the user's name."""
+    monkeypatch.setenv('USER', 'alice')
+    monkeypatch.setenv('LOGNAME', 'alice')
+    card = card_of(write_run(tmp_path / 'run', args={option: value}), tmp_path / 'card')
+    assert recipe_in(card)[option] == value and 'are omitted' not in card and metadata_errors(card) == []
+
+
+@pytest.mark.parametrize('dataset, kind', [
+    ('', 'imagefolder'), ('demo/digits', 'digits'), ('torch/cifar10', 'cifar10'), ('hfds/user/images', 'user/images'),
+    ('tfds/imagenet2012:5.1', 'imagenet2012'), ('wds/anything', 'webdataset'), ('folder', 'imagefolder'),
+    ('hfds/a/b/c d', 'imagefolder'), ('mine/folder', 'imagefolder')])
+def test_dataset_types_are_what_the_hub_takes(tmp_path, no_picture, dataset, kind):
+    card = card_of(write_run(tmp_path / 'run', args=dict(dataset=dataset)), tmp_path / 'card')
+    assert metadata_errors(card) == []
+    data = ModelCard(card).data
+    assert data.eval_results[0].dataset_type == kind
+    assert data.datasets == (['user/images'] if dataset == 'hfds/user/images' else None)
+
+
+def texts_of(secret: str) -> dict:
+    """Values for all options that accept a text: the secret itself, and inside of lists and mappings."""
+    parser, values = build_training_parser(), {}
+    for name in vars(parser.parse_args([])):
+        for value in (secret, [secret], {'key': secret}):
+            try:
+                check_recorded({name: value}, parser, 'test')
+            except UsageError:  # a number, a flag, or a choice
+                continue
+            values[name] = value
+    return values
+
+
+@pytest.mark.parametrize('secret', SECRETS)
+def test_paths_and_hosts_are_not_published(tmp_path, no_picture, secret):
+    """The value is given to every option of the parser that accepts a text. The card only has the options' names."""
+    values = texts_of(secret)
+    assert len(values) > 30 and {'opt_kwargs', 'wandb_tags', 'multimix_teacher', 'data_dir'} <= values.keys()
+    earlier = [dict(epoch=1, in_epoch=False, options=texts_of(f'{secret}/earlier'))]
+    args = {**values, 'pretrained': True, 'pretrained_path': secret, 'earlier': earlier}
+    text = card_of(write_run(tmp_path / 'run', args=args), tmp_path / 'card')
+    assert secret not in text and 'alice' not in text and metadata_errors(text) == []
+    assert recipe_in(text)['model'] == 'test_resnet' and 'omitted: aa, ' in text
+    assert secret not in (tmp_path / 'card' / 'config.json').read_text()
+
+
+@pytest.mark.parametrize('value', [dict(a='gelu'), {'/home/alice': 1}, dict(a=[1, 'b']), dict(a=dict(b='c'))])
+def test_text_in_keyword_arguments_is_not_published(tmp_path, no_picture, value):
+    card = card_of(write_run(tmp_path / 'run', args=dict(model_kwargs=value)), tmp_path / 'card')
+    assert 'model_kwargs' not in recipe_in(card) and 'omitted: model_kwargs.' in card
 
 
 def test_a_token_that_gets_into_a_card_stops_it(tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', SECRETS['token'])
-    run = write_run(tmp_path / 'run', args=dict(card=dict(description=f'Use {SECRETS["token"]}')))
-    with pytest.raises(HubError, match='private'):
-        card_of(run, tmp_path / 'card')
-    assert not (tmp_path / 'card' / 'README.md').exists()
+    monkeypatch.setenv('HF_TOKEN', 'plainsecret')
+    for args in (dict(card=dict(description=f'Use {TOKEN}')), dict(opt=TOKEN), dict(opt='plainsecret')):
+        run = write_run(tmp_path / 'run', args=args)
+        with pytest.raises(HubError, match='would contain an access token'):
+            card_of(run, tmp_path / 'card')
+        assert not (tmp_path / 'card' / 'README.md').exists()
 
 
 def test_pretrained_file_is_not_in_the_config(tmp_path):

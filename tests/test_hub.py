@@ -12,12 +12,13 @@ import torch
 from hub_helpers import READ_TOKEN, TOKEN, logits, small_model
 from hub_server import File, User
 from huggingface_hub import ModelCard
-from huggingface_hub.utils._http import default_client_factory
 
-import timm_multimix.hub as hub
 from timm_multimix import attach, push_to_hub
-from timm_multimix.hub import HubError, HubRepository, limit_waiting, with_retries
+from timm_multimix.build.hub_files import download
+from timm_multimix.hub import HubError
 from timm_multimix.hub.command import main as hub_command
+from timm_multimix.hub.models import save_config, save_weights
+from timm_multimix.hub.repository import HubRepository, limit_waiting
 
 pytest_plugins = ['training_helpers', 'hub_helpers']
 
@@ -133,8 +134,8 @@ def model_folder(tmp_path):
     def write(seed: int = 0) -> Path:
         torch.manual_seed(seed)
         model = small_model()
-        hub.save_config(model, folder / 'config.json')
-        hub.save_weights(model.state_dict(), folder / 'model.safetensors')
+        save_config(model, folder / 'config.json')
+        save_weights(model.state_dict(), folder / 'model.safetensors')
         return folder
     return write
 
@@ -149,24 +150,39 @@ def opened(**options) -> HubRepository:
 def test_commit_of_somebody_else_in_between_is_not_overwritten_unseen(server, model_folder):
     """Other files are kept, other weights are not replaced, and a commit after the check is detected."""
     repository, folder = opened(), model_folder()
-    repository.commit(folder, 'ours')
+    repository.push(folder, 'ours')
     theirs = server.repos['user/model']
 
     def note():
         theirs.commit('main', 'note', {**theirs.head().files, 'NOTES': File(b'note', False)})
 
     server.fail('POST', '/commit/', note)  # between check and commit: status 412
-    repository.commit(model_folder(1), 'ours again')
+    repository.push(model_folder(1), 'ours again')
     assert theirs.titles == ['initial commit', 'ours', 'note', 'ours again'] and 'NOTES' in theirs.head().files
 
     server.fail('POST', '/commit/', lambda: theirs.commit(
         'main', 'theirs', {**theirs.head().files, 'model.safetensors': File(b'theirs', True)}))
     with pytest.raises(HubError, match='Other weights were pushed') as error:
-        repository.commit(model_folder(2), 'ours')
+        repository.push(model_folder(2), 'ours')
     assert not error.value.is_temporary and theirs.titles[-1] == 'theirs'
     repository.force = True
-    repository.commit(folder, 'forced')
+    repository.push(folder, 'forced')
     assert theirs.titles[-1] == 'forced'
+
+
+def test_card_that_cannot_be_read_is_not_replaced(server, model_folder):
+    """huggingface_hub raises an EntryNotFoundError for a failed download, as for a missing file."""
+    repository, folder = opened(), model_folder()
+    (folder / 'README.md').write_text('<!-- Written by timm-multimix. -->')
+    theirs = server.repos['user/model']
+    theirs.commit('main', 'mine', {**theirs.head().files, 'README.md': File(b'My own words.', False)})
+    server.fail('HEAD', 'README.md', *[500] * 100)
+    with pytest.raises(HubError, match='500') as error:
+        repository.push(folder, 'ours')
+    assert error.value.is_temporary and theirs.titles[-1] == 'mine'
+    server.faults.clear()
+    repository.push(folder, 'ours')
+    assert theirs.titles[-1] == 'ours' and server.file('user/model', 'README.md') == b'My own words.'
 
 
 def test_commit_whose_answer_was_lost_is_not_made_twice(server, model_folder):
@@ -182,7 +198,7 @@ def test_commit_whose_answer_was_lost_is_not_made_twice(server, model_folder):
 
     server.fail('POST', '/commit/', lose_the_answer, 500)
     server.fail('POST', '/commit/', 'cut')
-    with_retries(lambda: repository.commit(folder, 'ours'), (0, 0), lambda seconds: None)
+    repository.push(folder, 'ours')
     assert committed.titles == ['initial commit', 'ours']
 
 
@@ -271,7 +287,7 @@ def test_errors_that_pass_are_overcome(server, model_folder, method, path, actio
     repository, folder = opened(), model_folder()
     server.fail(method, path, *actions)
     waits = []
-    with_retries(lambda: repository.commit(folder, 'ours'), (1, 2), waits.append)
+    repository.push(folder, 'ours', sleep=waits.append)
     assert not server.faults[0].actions
     assert server.repos['user/model'].titles == ['initial commit', 'ours']
     if actions == [(429, {'Retry-After': '7'})]:
@@ -281,15 +297,15 @@ def test_errors_that_pass_are_overcome(server, model_folder, method, path, actio
 
 @pytest.mark.parametrize('status, temporary, calls, message', [
     (401, False, 1, 'hf auth login'), (403, False, 1, 'write access to this repository'), (400, False, 1, '400'),
-    (404, False, 1, 'no such repository'), (409, True, 15, 'another commit'), (429, True, 3, 'too many requests'),
+    (404, False, 1, 'no such repository'), (409, True, 3, 'another commit'), (429, True, 3, 'too many requests'),
     (500, True, 3, '500')])
 def test_errors_that_stay(server, model_folder, status, temporary, calls, message):
     """Temporary errors are retried. The message contains the remedy, and the repository is unchanged."""
     repository, folder = opened(), model_folder()
     server.fail('POST', '/commit/', *[status] * 50)
     with pytest.raises(HubError, match=message) as error:
-        with_retries(lambda: repository.commit(folder, 'ours'), (0, 0), lambda seconds: None)
-    assert error.value.is_temporary == temporary and error.value.status == status
+        repository.push(folder, 'ours')
+    assert error.value.is_temporary == temporary
     assert server.count('POST', '/commit/') == calls
     assert server.repos['user/model'].titles == ['initial commit']
 
@@ -299,6 +315,13 @@ def test_nobody_listens(server, monkeypatch):
     with pytest.raises(HubError, match='Logging in to the Hugging Face Hub: no connection to http:') as error:
         push_to_hub(small_model(), 'user/model')
     assert 'http://127.0.0.1:9' in str(error.value)
+    assert error.value.is_temporary
+
+
+def test_download_without_a_connection(server):
+    server.close()
+    with pytest.raises(HubError, match='Downloading from the Hub: no connection to http:') as error:
+        download('hf-hub:user/model', 'model.safetensors', 'config.json')
     assert error.value.is_temporary
 
 
@@ -314,7 +337,7 @@ def test_cards_pass_the_hubs_own_validation(server, trained, script):
 # Tokens.
 
 KINDS = ['hf_abcdefghijklmnopqrstuvwxyz01234567', 'hf_oauth_abcDEF123456ghiJKL7890',
-         'hf_jwt_eyJhbGciOi.eyJzdWIiOi.c2ln-b_F0', 'api_org_abcdefghijklmnopqrstuvwx', 'plainsecret',
+         'hf_jwt_eyJhbGciOiJFUzI1NiJ9abcd.eyJzdWIiOi.c2ln-b_F0', 'api_org_abcdefghijklmnopqrstuvwx', 'plainsecret',
          'with/slash+and=', 'a.b-c_d~e']
 ECHOES = ['Bearer {} said no', 'https://user:{}@huggingface.co/x', 'https://huggingface.co/x?token={}&y=1', '"{}"',
           'x{}y', 'token%3D{}', '({}).']
@@ -393,32 +416,31 @@ def test_repository_named_like_a_token_is_refused(server):
 
 # Timeouts.
 
-def test_requests_time_out(server, model_folder):
-    """After limit_waiting, a request without a response is repeated. The default is to wait without limit."""
+def test_requests_time_out(server, model_folder, monkeypatch):
+    """The Hub carries out a commit without a response. It is not made twice, and the next weights are accepted."""
+    limit_waiting(0.5)
     try:
-        limit_waiting(0.5)
         repository, folder = opened(), model_folder()
         server.fail('POST', '/commit/', 'mute')
-        with_retries(lambda: repository.commit(folder, 'ours'), (0,), lambda seconds: None)
+        repository.push(folder, 'ours')
         assert server.repos['user/model'].titles == ['initial commit', 'ours']
+        monkeypatch.setattr('timm_multimix.hub.repository.RETRY_WAITS', ())
+        server.fail('POST', '/commit/', 'mute')
+        with pytest.raises(HubError, match='no connection'):
+            repository.push(model_folder(1), 'second')
+        repository.push(model_folder(2), 'third')
+        assert server.repos['user/model'].titles == ['initial commit', 'ours', 'second', 'third']
     finally:
-        huggingface_hub.set_client_factory(default_client_factory)
+        limit_waiting(None)
 
 
-def test_retries_end_after_ten_minutes(monkeypatch):
-    """The time starts at the first failure and includes the duration of the calls."""
-    now = [1000.0]
-    monkeypatch.setattr('time.monotonic', lambda: now[0])
-    waits = []
-
-    def wait(seconds):
-        waits.append(seconds)
-        now[0] += seconds
-
-    def push():
-        now[0] += 90
-        raise HubError('no connection', is_temporary=True)
-
-    with pytest.raises(HubError):
-        with_retries(push, (5,) * 100, wait)
-    assert len(waits) == 7 and now[0] <= 1000 + 90 + 600 + 90
+def test_timeout_keeps_the_settings_of_the_client(server, monkeypatch):
+    """Offline mode is a hook of huggingface_hub's client."""
+    limit_waiting(60)
+    try:
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+        with pytest.raises(HubError, match='offline mode is enabled'):
+            push_to_hub(small_model(), 'user/model')
+        assert huggingface_hub.get_session().timeout.read == 60 and not server.requests
+    finally:
+        limit_waiting(None)

@@ -94,27 +94,24 @@ def test_failed_uploads_do_not_stop_training_and_are_finished_later(server, scri
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_stopped_run_is_left_alone(server, script, image_folder, monkeypatch):
-    from timm_multimix.training import loop
-    steps, step = [], loop._train_step
-
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(loop, '_train_step', interrupted)
-    assert script.train(image_folder, '--push-to-hub', hub_model_id='user/model', hub_strategy='end', epochs=3) == 130
-    assert server.repos['user/model'].titles == ['initial commit']
-    assert script.lines[-1].endswith('--resume auto')
-
-
 def join_hub_threads() -> None:
     """Wait for abandoned uploads of runs in this process."""
     for thread in threading.enumerate():
         if thread.name == 'hub':
             thread.join()
+
+
+def test_stopped_run_is_left_alone(server, script, image_folder):
+    """The checkpoint that is being uploaded is the last one that is pushed."""
+    server.gate = threading.Event()
+    server.fail('PUT', '/', _thread.interrupt_main)  # during the upload of epoch 0
+    assert script.train(
+        image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/model', epochs=100000) == 130
+    assert script.lines[-1].endswith('--resume auto') and 'Finish the upload' not in script.text
+    server.gate.set()
+    join_hub_threads()
+    (title,) = server.repos['user/model'].titles[1:]
+    assert 'epoch 0,' in title and not any('.hub-' in name for name in script.written())
 
 
 def test_interrupt_while_the_last_upload_is_under_way(server, script, image_folder):

@@ -10,8 +10,8 @@ import timm
 import torch
 from hub_helpers import small_model
 
-from timm_multimix.hub import save_config, save_weights
 from timm_multimix.hub.command import main
+from timm_multimix.hub.models import save_config, save_weights
 
 RUN = Path(__file__).parent / 'data' / 'checkpoints_0.1' / 'calibrated'
 

@@ -14,13 +14,12 @@ from timm.models import (
     resolve_model_input_args,
     split_model_name_tag,
 )
-from timm.models._hub import HF_WEIGHTS_NAME
 from torch import nn
 
 from ..common.errors import UsageError, near_names, usage_errors
 from ..dense.hook import attach, outputs_in_evaluation
 from .checkpoint import check_weights_file
-from .hub_files import WEIGHTS_NAME, download, is_hub_name
+from .hub_files import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, download, is_hub_name
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     checkpoint_path = args.initial_checkpoint
     if is_hub_name(checkpoint_path):
         with usage_errors(f'--initial-checkpoint {checkpoint_path}'):
-            checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, HF_WEIGHTS_NAME)
+            checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME)
     files = ('initial_checkpoint', 'pretrained_path')
     started = ''.join(f', --{name.replace("_", "-")} {path}' for name in files if (path := getattr(args, name)))
     with usage_errors(f'--model {args.model}{started}'):

@@ -5,7 +5,6 @@ from typing import Any, NoReturn
 
 from ..common.command_line import Parser, program
 from ..common.errors import UsageError
-from ..common.secrets import redact
 from .arguments import GROUPS
 from .option import Group, Option, to_arguments
 
@@ -41,7 +40,6 @@ class TrainingParser(Parser):
                 self.options.setdefault(option.dest, []).append(option)
 
     def error(self, message: str) -> NoReturn:
-        message = redact(message)
         if message.startswith('unrecognized arguments') and 'token' in message:
             raise UsageError(
                 f'{message}. Do not pass a Hub token on the command line: use `hf auth login` or set HF_TOKEN.')

@@ -21,7 +21,7 @@ class _LineFormatter(logging.Formatter):
     """Format log records: level except for INFO, rank for errors of distributed runs, access tokens redacted."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = redact(super().format(record), only_certain=True)
+        text = redact(super().format(record))
         _, rank, world_size = world_info_from_env()
         if record.levelno >= logging.ERROR and world_size > 1:
             text = f'[rank {rank} of {world_size}] {text}'

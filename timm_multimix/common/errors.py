@@ -33,7 +33,7 @@ class _OneLine(Exception):
     """Exception whose text is one line without access tokens."""
 
     def __str__(self) -> str:
-        line = printable(redact(' '.join(super().__str__().split()), only_certain=True))  # redact before truncation
+        line = printable(redact(' '.join(super().__str__().split())))  # redact before truncation
         return line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'
 
 
@@ -110,7 +110,7 @@ def usage_errors(what: str, hint: str = '') -> Iterator[None]:
 
 def near_names(name: str, names: Iterable[str], count: int = 3, cutoff: float = 0.5) -> str:
     """Suggest names similar to a misspelt one. Return '' if there are none, or if the name exists."""
-    names = list(names)
+    names = [str(name) for name in names]
     if name in names:
         return ''
     matches = get_close_matches(name, names, n=count, cutoff=cutoff)

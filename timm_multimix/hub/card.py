@@ -1,6 +1,6 @@
 """Model card for the Hugging Face Hub: README.md with metadata."""
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..version import __version__
 from .markdown import code, code_block, escape, one_line, table
+from .recipe import Recipe
 
 CARD_NAME = 'README.md'
 CURVE_NAME = 'training_curve.png'
@@ -18,17 +19,9 @@ _MARK = '<!-- Written by timm-multimix.'  # a card with this text can be replace
 _TASK = 'image-classification'
 
 # Fields of the `card:` section of a recipe, and their types.
-CARD_FIELDS = {
-    'license': str,
-    'license_name': str,
-    'license_link': str,
-    'datasets': list,
-    'dataset_name': str,
-    'base_model': str,
-    'tags': list,
-    'language': list,
-    'description': str,
-}
+CARD_FIELDS = dict(
+    license=str, license_name=str, license_link=str, datasets=list, dataset_name=str, base_model=str, tags=list,
+    language=list, description=str)
 
 # For each metric of timm: type on the Hub, displayed name, and divisor that converts timm's value to the Hub's.
 _METRICS = {
@@ -37,9 +30,6 @@ _METRICS = {
     'map': ('mean_average_precision', 'Mean average precision', 100),
     'loss': ('loss', 'Loss', 1),
 }
-
-_NAMED_DATASETS = ('demo', 'torch', 'tfds', 'hfds', 'hfids')
-_DATASET_TYPE = re.compile(r'(?:[\w-]+/)?[\w.-]+')
 
 _CITATION = """\
 ```bibtex
@@ -71,7 +61,7 @@ class Evaluation(NamedTuple):
         dataset_type: Identifier of the dataset on the Hub.
         dataset_name: Displayed name of the dataset.
         split: Split of the dataset.
-        metrics: Values by timm's metric names, such as 'top1', 'top5', 'map' and 'loss'.
+        metrics: Values by timm's metric names, such as 'top1', 'top5', 'map' and 'loss'. At least one.
     """
     dataset_type: str
     dataset_name: str
@@ -92,44 +82,45 @@ def check_fields(fields: Any) -> None:
         if name not in CARD_FIELDS:
             raise ValueError(f'card has no field {name!r}. Choose from {", ".join(CARD_FIELDS)}.')
         expected = CARD_FIELDS[name]
-        if not isinstance(value, expected) or (expected is list and not all(isinstance(item, str) for item in value)):
+        texts = value if isinstance(value, list) else [value]
+        if not isinstance(value, expected) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f'card: {name} must be {"a list of strings" if expected is list else "a string"}, '
                              f'got {value!r}.')
-        texts = value if expected is list else [value]
         if name != 'description' and any(text != one_line(text) for text in texts):
             raise ValueError(f'card: {name} must be one line of printable characters, got {value!r}.')
 
 
-def is_ours(card: str | None) -> bool:
+def is_ours(card: str) -> bool:
     """Return whether a card can be replaced: it is missing, was written by this module, or contains only metadata."""
-    return not card or _MARK in card or not re.sub(r'\A---\n.*?\n---', '', card.strip(), flags=re.DOTALL).strip()
+    return _MARK in card or not re.sub(r'\A---\n.*?\n---', '', card.strip(), flags=re.DOTALL).strip()
 
 
-def dataset_type(name: str) -> str:
-    """Convert the name of a dataset to an identifier that is valid on the Hub.
-
-    Args:
-        name: Value of --dataset, such as `hfds/user/name`, `torch/cifar10` or `demo/digits`; '' for an image folder.
-    """
-    prefix, _, rest = name.partition('/')
-    rest = rest.partition(':')[0]
-    if prefix.lower() == 'wds':
-        return 'webdataset'
-    if not rest or prefix.lower() not in _NAMED_DATASETS:
-        return 'imagefolder'
-    return rest if _DATASET_TYPE.fullmatch(rest) else re.sub(r'[^\w.-]+', '_', rest) or 'imagefolder'
-
-
-def _results(evaluation: Evaluation) -> list[EvalResult]:
-    results = []
+def _results(evaluation: Evaluation) -> Iterator[EvalResult]:
     for name, value in evaluation.metrics.items():
         metric_type, displayed, divisor = _METRICS.get(name, (name, name, 1))
-        results.append(EvalResult(
+        yield EvalResult(
             task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
             dataset_name=one_line(evaluation.dataset_name) or evaluation.dataset_type,
             dataset_split=one_line(evaluation.split), metric_type=one_line(metric_type),
-            metric_name=one_line(displayed), metric_value=round(value / divisor, 6)))
-    return results
+            metric_name=one_line(displayed), metric_value=round(value / divisor, 6))
+
+
+def _metadata(
+        name: str,
+        evaluation: Evaluation | None,
+        tags: Sequence[str],
+        fields: Mapping[str, Any],
+) -> ModelCardData:
+    results = list(_results(evaluation)) if evaluation else []
+    return ModelCardData(
+        library_name='timm',
+        pipeline_tag=_TASK,
+        tags=['timm', _TASK, *tags],
+        metrics=['accuracy'] if any(result.metric_type == 'accuracy' for result in results) else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **fields,
+    )
 
 
 def _usage(repo_id: str, revision: str | None) -> str:
@@ -159,6 +150,15 @@ probabilities = model(**processor(image, return_tensors='pt')).logits.softmax(-1
 ```"""
 
 
+def _evaluation(evaluation: Evaluation) -> str:
+    rows = []
+    for name, value in evaluation.metrics.items():
+        _, displayed, divisor = _METRICS.get(name, (name, name, 1))
+        rows.append((escape(displayed), f'{value:.2f} %' if divisor == 100 else f'{value:.4g}'))
+    title = f'## Results\n\nEvaluated on {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
+    return f'{title}\n\n{table(("metric", "value"), rows)}'
+
+
 def _model_table(config: Mapping[str, Any]) -> str:
     data = config['pretrained_cfg']
     rows = {
@@ -175,13 +175,9 @@ def _model_table(config: Mapping[str, Any]) -> str:
     return '## Model\n\n' + table(('', ''), rows.items())
 
 
-def _evaluation(evaluation: Evaluation) -> str:
-    rows = []
-    for name, value in evaluation.metrics.items():
-        _, displayed, divisor = _METRICS.get(name, (name, name, 1))
-        rows.append((escape(displayed), f'{value:.2f} %' if divisor == 100 else f'{value:.4g}'))
-    title = f'## Results\n\nEvaluated on {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
-    return f'{title}\n\n{table(("metric", "value"), rows)}'
+def _multimix(settings: Mapping[str, Any]) -> str:
+    rows = ((code(name), code(value)) for name, value in settings.items())
+    return '## MultiMix\n\n' + table(('setting', 'value'), rows)
 
 
 def _yaml(options: Mapping[str, Any]) -> str:
@@ -189,30 +185,14 @@ def _yaml(options: Mapping[str, Any]) -> str:
         yaml.safe_dump(dict(options), default_flow_style=None, sort_keys=True, width=100).strip(), 'yaml')
 
 
-def _recipe(recipe: Mapping[str, Any], left_out: Sequence[str], earlier: Mapping[str, Mapping[str, Any]]) -> str:
-    note = f' Options with private values are omitted: {", ".join(left_out)}.' if left_out else ''
+def _recipe(recipe: Recipe) -> str:
+    left_out = ', '.join(recipe.left_out)
+    note = f' Options with values that can be private are omitted: {left_out}.' if left_out else ''
     usage = ('To repeat the training, save these options as `recipe.yaml` and run '
              f'`timm-multimix train --config recipe.yaml`. Add `--data-dir` for an image folder.{note}')
-    parts = [f'{when}, the run used these options instead:\n\n{_yaml(options)}' for when, options in earlier.items()]
-    return '\n\n'.join(['## Recipe', usage, _yaml(recipe), *parts])
-
-
-def _metadata(
-        name: str,
-        evaluation: Evaluation | None,
-        tags: Sequence[str],
-        fields: Mapping[str, Any],
-) -> ModelCardData:
-    results = _results(evaluation) if evaluation else []
-    return ModelCardData(
-        library_name='timm',
-        pipeline_tag=_TASK,
-        tags=['timm', _TASK, *tags],
-        metrics=['accuracy'] if any(result.metric_type == 'accuracy' for result in results) else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-        **fields,
-    )
+    parts = [f'{when}, the run used these options instead:\n\n{_yaml(options)}'
+             for when, options in recipe.earlier.items()]
+    return '\n\n'.join(['## Recipe', usage, _yaml(recipe.options), *parts])
 
 
 def model_card(
@@ -222,10 +202,7 @@ def model_card(
         revision: str | None = None,
         summary: str = '',
         evaluation: Evaluation | None = None,
-        multimix: Mapping[str, Any] | None = None,
-        recipe: Mapping[str, Any] | None = None,
-        left_out: Sequence[str] = (),
-        earlier: Mapping[str, Mapping[str, Any]] | None = None,
+        recipe: Recipe | None = None,
         has_curve: bool = False,
         fields: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -237,30 +214,18 @@ def model_card(
         revision: Branch of the model; None for main.
         summary: Description of the model and its training.
         evaluation: Evaluation results.
-        multimix: MultiMix settings by name; None if MultiMix was not used.
-        recipe: Options that repeat the training.
-        left_out: Names of options that are omitted from the recipe for privacy.
-        earlier: For a run that was resumed with other options: for each earlier part, the options that differ from the
-            recipe. A key is text such as 'Before epoch 3'.
+        recipe: Options of the training run.
         has_curve: Whether training_curve.png is stored next to the card.
         fields: Card fields such as license, datasets and base_model; see CARD_FIELDS.
-
-    Returns:
-        The card. `str(card)` is its text.
 
     Raises:
         ValueError: if a field is unknown or invalid.
     """
     fields = dict(fields or {})
     check_fields(fields)
-    description = fields.pop('description', '')
-    fields.pop('dataset_name', None)
-    earlier = earlier or {}
-    has_multimix = multimix is not None or any(part.get('multimix', 'off') != 'off' for part in earlier.values())
-    method = ['multimix'] if has_multimix else []
-    name = repo_id.rpartition('/')[2]
-    evaluation = evaluation if evaluation and evaluation.metrics else None
-    data = _metadata(name, evaluation, [*method, *fields.pop('tags', [])], fields)
+    name, has_multimix = repo_id.rpartition('/')[2], recipe is not None and recipe.has_multimix
+    description, _ = fields.pop('description', ''), fields.pop('dataset_name', None)
+    tags = [*(['multimix'] if has_multimix else []), *fields.pop('tags', [])]
     parts = [
         f'{_MARK} Remove this line to prevent later pushes from replacing the card. -->',
         f'# {escape(name)}',
@@ -270,11 +235,10 @@ def model_card(
         _evaluation(evaluation) if evaluation else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _model_table(config),
-        '## MultiMix\n\n' + table(('setting', 'value'), ((code(name), code(value)) for name, value in multimix.items()))
-        if multimix else '',
-        _recipe(recipe, left_out, earlier) if recipe else '',
+        _multimix(recipe.multimix) if recipe and recipe.multimix else '',
+        _recipe(recipe) if recipe else '',
         f'Exported with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
         f'## Citation\n\n{_CITATION}' if has_multimix else '',
     ]
     text = '\n\n'.join(part.strip() for part in parts if part.strip())
-    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}\n')
+    return ModelCard(f'---\n{_metadata(name, evaluation, tags, fields).to_yaml()}\n---\n\n{text}\n')

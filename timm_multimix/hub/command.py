@@ -6,11 +6,10 @@ import re
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import yaml
@@ -18,25 +17,19 @@ from safetensors.torch import load_file
 
 from ..build.hub_files import WEIGHTS_NAME
 from ..build.saved_weights import WEIGHTS
-from ..common.command_line import program
+from ..common.command_line import Parser, program
 from ..common.console import setup_logging
 from ..common.errors import UsageError, usage_errors
 from ..common.files import create, remove_work_folders, work_folder
-from ..common.secrets import redact
 from .card import CARD_NAME, CURVE_NAME
 from .export import export
 from .models import check_rebuilds
 from .onnx import check_onnx_packages, write_onnx
-from .repository import HubRepository, limit_waiting, with_retries
+from .repository import HubRepository, limit_waiting
 
 _logger = logging.getLogger(__name__)
 
 _SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-
-
-def model_folder(folder: str) -> AbstractContextManager[str]:
-    """Create a temporary folder for a model, on the disk of the run if it is writable."""
-    return work_folder(folder if os.access(folder, os.W_OK) else gettempdir())
 
 
 def push_command(folder: str, repository: HubRepository, weights: str) -> str:
@@ -46,17 +39,12 @@ def push_command(folder: str, repository: HubRepository, weights: str) -> str:
     return f'{program("hub")} push {shlex.join([folder, repository.repo_id, *options])}'
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(redact(message))
-
-
 def _command_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=program('hub'),
         description='Push the model of a run to the Hugging Face Hub, export it to a folder in the same format, or '
                     'print its model card. Only push needs an access token, from `hf auth login` or HF_TOKEN.')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='{push,export,card}', parser_class=_Parser)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='{push,export,card}')
     push = commands.add_parser('push', help='push the model of a run, or repeat a failed upload')
     files = commands.add_parser('export', help='export the model of a run to a folder that timm can load')
     card = commands.add_parser('card', help='print the model card; needs no network')
@@ -94,11 +82,11 @@ def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
         repository = HubRepository(
             repo_id, revision=args.revision, private=args.private or None, force=args.force)
         repository.log_in()
-        with model_folder(args.folder) as target:
+        with work_folder(args.folder) as target:
             model = export(args.folder, target, repository.repo_id, revision=args.revision, weights=args.weights)
             check_rebuilds(target, load_file(os.path.join(target, WEIGHTS_NAME)))
             repository.open(model.architecture)
-            url = with_retries(lambda: repository.commit(target, model.message))
+            url = repository.push(target, model.message)
     _logger.info(f'Pushed {model.message}: {url}')
     _logger.info(f"Load it with timm.create_model('hf-hub:{repository.shown}', pretrained=True)")
 
@@ -143,18 +131,13 @@ def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP was received."""
-
-
 @contextmanager
 def _terminated_by_signals() -> Iterator[None]:
-    """Raise _Terminated for SIGTERM and SIGHUP, so that temporary files are removed."""
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, so that temporary files are removed."""
     def stop(number: int, frame: Any) -> NoReturn:
-        raise _Terminated(number)
+        raise KeyboardInterrupt(number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, stop) for number in _SIGNALS if in_main_thread}
+    previous = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -195,5 +178,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         _logger.error('Interrupted. The run folder is unchanged; run the same command again.')
-        return 128 + (error.args[0] if isinstance(error, _Terminated) else signal.SIGINT)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0

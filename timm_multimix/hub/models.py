@@ -11,25 +11,20 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.models import create_model
-from timm.models._hub import save_config_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
 from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError
+from ..common.library_internals import save_config_for_hf
 from .card import CARD_NAME, model_card
-from .repository import HubRepository, with_retries
+from .repository import HubRepository
 
 # Fields of a pretrained_cfg that describe the pretrained weights.
 _PRETRAINED_FIELDS = ('tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 def save_weights(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Save the weights of a model as safetensors, with the default permissions of a new file.
-
-    Args:
-        state_dict: State dict of a timm model. Tensors may share memory and have any memory format.
-        path: Output file.
-    """
+    """Save weights as safetensors, with the permissions of a new file. They may share memory, in any memory format."""
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in state_dict.items()}
     Path(path).touch()
@@ -47,16 +42,9 @@ def save_config(
         model_args: Mapping[str, Any] | None = None,
         from_scratch: bool = False,
 ) -> None:
-    """Save timm's config.json, from which create_model rebuilds the model.
+    """Save timm's config.json, from which create_model rebuilds the model. See push_to_hub for the arguments.
 
-    Args:
-        model: A timm model.
-        path: Output file.
-        data_config: Input size, pixel statistics, interpolation and crop of the evaluation, in the format of timm's
-            resolve_data_config. The default is the configuration of the model.
-        label_names: Class names in order.
-        model_args: Arguments of create_model that timm has not recorded, or JSON replacements for recorded ones.
-        from_scratch: Omit the fields that describe timm's pretrained weights, such as their license.
+    With `from_scratch`, it omits the fields that describe timm's pretrained weights, such as their license.
 
     Raises:
         HubError: if timm cannot write the configuration of the model.
@@ -77,11 +65,7 @@ def save_config(
 
 
 def check_rebuilds(folder: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Check that timm rebuilds a model from its config.json.
-
-    Args:
-        folder: Folder with config.json.
-        state_dict: Weights of the model.
+    """Check that timm rebuilds the model with these weights from the config.json in a folder.
 
     Raises:
         HubError: if timm cannot build a model, or if the names or shapes of its weights differ.
@@ -159,4 +143,4 @@ def push_to_hub(
         (Path(folder) / CARD_NAME).write_text(card, encoding='utf-8')
         save_weights(state_dict, Path(folder) / WEIGHTS_NAME)
         repository.open(config['architecture'])
-        return with_retries(lambda: repository.commit(folder, commit_message))
+        return repository.push(folder, commit_message)

@@ -7,8 +7,8 @@ import torch
 from timm.models import create_model
 from torch import nn
 
+from ..build.hub_files import HubError
 from ..common.command_line import check_packages
-from .repository import HubError
 
 ONNX_NAME = 'model.onnx'
 _EXPORT_PACKAGES = ('onnx', 'onnxscript')

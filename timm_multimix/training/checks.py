@@ -12,6 +12,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 
 from ..build.arguments import DEFAULT_OUTPUT
+from ..build.hub_files import is_hub_name
 from ..build.loaders import mixup_active
 from ..build.model import check_model_name
 from ..build.option import option_name
@@ -20,7 +21,7 @@ from ..common.command_line import check_dataset_packages, check_packages
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMOS
-from ..hub import HubRepository, is_hub_name
+from ..hub.repository import HubRepository
 from ..options import check_multimix
 from .checkpoints import holds_checkpoints
 from .trackers import selected_trackers

@@ -15,7 +15,7 @@ from ..common.recipes import find_recipe
 from ..common.secrets import contains_token
 from ..data.dataset_types import code_danger
 from ..data.demo import DEMOS
-from ..hub import check_fields
+from ..hub.card import check_fields
 from ..losses.module import PRESETS
 from ..options import build_training_parser, preset_options
 from .checks import check_args

@@ -1,4 +1,4 @@
-"""Push runs to the Hugging Face Hub, in the background during training or later from the run folder."""
+"""Push the checkpoints of a run to the Hugging Face Hub in the background."""
 import argparse
 import json
 import logging
@@ -6,64 +6,53 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
 from timm.utils.distributed import world_info_from_env
 
+from ..build.hub_files import CONFIG_NAME, PATIENCE, HubError
 from ..common.errors import usage_errors
 from ..common.files import duplicate, remove_work_folders, work_folder
-from ..hub import (
-    CONFIG_NAME,
-    PATIENCE,
-    RETRY_WAITS,
-    HubError,
-    HubRepository,
-    check_rebuilds,
-    limit_waiting,
-    with_retries,
-)
-from ..hub.command import model_folder, push_command
+from ..hub.command import push_command
 from ..hub.export import export, plain_weights
+from ..hub.models import check_rebuilds
+from ..hub.repository import HubRepository, limit_waiting
 from .run import Run
 
 _logger = logging.getLogger(__name__)
 
+_STRATEGIES = {'end': 'the best checkpoint at the end', 'best': 'every new best checkpoint',
+               'every_save': 'every checkpoint'}
+
 
 class HubPush:
-    """Push checkpoints of a run in the background, and its result at the end.
+    """Push checkpoints of a run in a daemon thread, and its result at the end.
 
-    Create it with `start`. Only the first process pushes. Errors after the start of training are logged and do not
-    stop the run.
+    huggingface_hub's own background uploads (`run_as_future`) would block the exit of the interpreter. Create it with
+    `start`. Only the first process pushes. Errors after the start of training are logged and do not stop the run.
 
     Args:
         args: Arguments of the run.
         repository: Repository after `log_in`.
     """
-    retry_waits: Sequence[float] = RETRY_WAITS
     patience: float = PATIENCE  # seconds to wait for the last upload
 
     def __init__(self, args: argparse.Namespace, repository: HubRepository):
         self.args = args
         self.repository = repository
         self.folder = ''
-        self._jobs: queue.Queue[tuple[ExitStack, str] | None] = queue.Queue()  # checkpoints to push
+        # Checkpoints to push, each with the temporary folder that contains it. None ends the thread.
+        self._jobs: queue.Queue[tuple[str | None, ExitStack] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name='hub', daemon=True)
         self._stopped = threading.Event()  # queued checkpoints are not pushed
-        self._is_complete = False  # the run has ended normally
-        self._finished = threading.Event()
-        self._error = ''  # error of the last push
+        self._error = ''  # why the result was not pushed
         self._last_saved: tuple[int, int] | None = None  # inode and time of the last checkpoint in the queue
         self._logged_url = ''
 
     @classmethod
     def start(cls, args: argparse.Namespace) -> 'HubPush | None':
-        """Check the repository name and log in, before the model is built.
-
-        Returns:
-            The HubPush, or None if this process does not push.
+        """Check the repository name and log in, before the model is built. Return None if this process does not push.
 
         Raises:
             UsageError: if there is no token with write access, or if the name is invalid.
@@ -97,18 +86,13 @@ class HubPush:
             check_rebuilds(self.folder, plain_weights(run.task.get_checkpoint_state()['state_dict']))
             with open(os.path.join(self.folder, CONFIG_NAME), encoding='utf-8') as file:
                 self.repository.open(json.load(file)['architecture'])
-        pushed = {'end': 'the best checkpoint at the end', 'best': 'every new best checkpoint',
-                  'every_save': 'every checkpoint'}[self.args.hub_strategy]
-        _logger.info(f'Pushing {pushed} to {self.repository.api.endpoint}/{self.repository.repo_id}')
+        _logger.info(f'Pushing {_STRATEGIES[self.args.hub_strategy]} to '
+                     f'{self.repository.api.endpoint}/{self.repository.repo_id}')
         disable_progress_bars()  # they would overwrite the progress bar of the epoch
         self._thread.start()
 
     def after_save(self, is_best: bool) -> None:
-        """Push the last checkpoint in the background if it is new and --hub-strategy selects it. Returns immediately.
-
-        Args:
-            is_best: Whether the checkpoint is the best one so far.
-        """
+        """Push the last checkpoint in the background, if it is new and --hub-strategy selects it."""
         strategy = self.args.hub_strategy
         if strategy == 'end' or (strategy == 'best' and not is_best):
             return
@@ -124,42 +108,35 @@ class HubPush:
                 # A second link preserves the checkpoint when training replaces it.
                 path = os.path.join(stack.enter_context(work_folder(self.folder)), 'checkpoint.pth.tar')
                 duplicate(last, path)
-                self._jobs.put((stack.pop_all(), path))
+                self._jobs.put((path, stack.pop_all()))
         except OSError as error:
             _logger.warning(f'The checkpoint was not pushed: {error}')
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            with job[0]:
-                self._push_checkpoint(job[1])
+        for path, stack in iter(self._jobs.get, None):
+            with stack:
+                try:
+                    if path is None or not self._stopped.is_set():
+                        self._push(path)
+                except Exception as error:  # must not stop training
+                    _logger.debug('', exc_info=True)
+                    if path is None:
+                        self._error = str(error)
+                    elif not self._stopped.is_set():
+                        _logger.warning(f'The checkpoint was not pushed: {error}')
             self._jobs.task_done()
-        if self._is_complete:
-            try:
-                self._push(None)
-            except Exception as error:  # logged by finish(), because the run itself is complete
-                _logger.debug('', exc_info=True)
-                self._error = str(error)
-        self._finished.set()
-
-    def _push_checkpoint(self, path: str) -> None:
-        try:
-            if not self._stopped.is_set():
-                self._push(path, self._sleep)
-        except Exception as error:  # must not stop training
-            if not self._stopped.is_set():
-                _logger.warning(f'The checkpoint was not pushed: {error}')
-                _logger.debug('', exc_info=True)
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise HubError('The run has ended.')
 
-    def _push(self, checkpoint_path: str | None, sleep: Callable[[float], Any] | None = None) -> None:
-        with model_folder(self.folder) as target:
+    def _push(self, path: str | None) -> None:
+        """Push a checkpoint, or the result of the run if `path` is None."""
+        with work_folder(self.folder) as target:
             model = export(
                 self.folder, target, self.repository.repo_id, revision=self.repository.revision,
-                weights=self.args.hub_weights, checkpoint_path=checkpoint_path)
-            url = with_retries(lambda: self.repository.commit(target, model.message), self.retry_waits, sleep)
+                weights=self.args.hub_weights, checkpoint_path=path)
+            url = self.repository.push(target, model.message, sleep=self._sleep if path else None)
         if url != self._logged_url:  # unchanged if there was nothing to commit
             _logger.info(f'Pushed {model.message}: {url}')
         self._logged_url = url
@@ -171,23 +148,19 @@ class HubPush:
         """
         if not self.args.hub_always_push:
             self._stopped.set()  # queued checkpoints are older than the result
-        self._is_complete = True
+        self._jobs.put((None, ExitStack()))
         self._jobs.put(None)
+        deadline = time.monotonic() + self.patience
         try:
-            if not self._wait():
-                self._log_command(f'The upload took longer than {self.patience / 60:g} minutes.')
-            elif self._error:
-                self._log_command(self._error)
+            while self._thread.is_alive() and time.monotonic() < deadline:
+                self._thread.join(min(0.5, self.patience))  # a signal to another thread does not interrupt it
         except KeyboardInterrupt:
             self._log_command('The upload was interrupted.')
             raise
-
-    def _wait(self) -> bool:
-        deadline = time.monotonic() + self.patience
-        while not self._finished.wait(min(0.5, self.patience)):  # a signal to another thread does not interrupt wait()
-            if time.monotonic() > deadline:
-                return False
-        return True
+        if self._thread.is_alive():
+            self._log_command(f'The upload took longer than {self.patience / 60:g} minutes.')
+        elif self._error:
+            self._log_command(self._error)
 
     def abandon(self) -> None:
         """Stop pushing without waiting, after the user stopped the run."""

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from ..build.arguments import DEFAULT_OUTPUT
 from ..build.classes import check_targets, match_classes, settle_classes
 from ..build.datasets import build_datasets
+from ..build.hub_files import WEIGHTS_NAME, download, is_hub_name
 from ..build.loaders import Loaders, build_calibration_loader, build_loaders
 from ..build.model import (
     check_input_sizes,
@@ -40,7 +41,6 @@ from ..common.distributed import Watchdog, choose_device, join_processes, of_the
 from ..common.errors import UsageError, usage_errors
 from ..common.files import lock_folder
 from ..data.demo import Part
-from ..hub import WEIGHTS_NAME, download, is_hub_name
 from ..options import batch_schedule
 from .checkpoints import newest_checkpoint
 from .interrupt import StopRequest

@@ -1,0 +1,111 @@
+"""Recipe of a model card: the options that repeat a training run, without values that can be private."""
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from timm.models import is_model
+
+from ..options import build_training_parser, multimix_option_names
+
+# Options that depend on the machine, or control output and uploads. A recipe does not contain them.
+_LOCAL_OPTIONS = frozenset((
+    'data', 'data_dir', 'class_map', 'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'stop_epoch',
+    'validate', 'local_rank', 'device', 'device_modules', 'report_to', 'log_wandb', 'wandb_project', 'wandb_tags',
+    'wandb_resume_id', 'save_images', 'log_interval', 'recovery_interval', 'checkpoint_hist', 'save_epochs',
+    'pretrained_path', 'push_to_hub', 'hub_model_id', 'hub_strategy', 'hub_private_repo', 'hub_revision',
+    'hub_always_push', 'hub_weights', 'hub_force'))
+
+_WORD = r'\w+(?:-\w+)*'
+_NUMBERS = r'\d*\.?\d+(?:,\d*\.?\d+)*'
+_ON_HUB = r'hf-hub:[\w-][\w.-]*/[\w-][\w.-]*(?:@[\w.-]+)?'
+_MODEL = rf'\w+(?:\.\w+)?|{_ON_HUB}'
+_SPLIT = r'\w+(?:\[[\d:%]*\])?'
+# The options with text values that a card can contain, and the pattern of public values: names in timm's registries, on
+# the Hub and of datasets. Except for TYPE/NAME of a dataset and of a model on the Hub, no pattern matches a path or a
+# host name with a domain. All other text is private, also of options that are added later.
+_PUBLIC_TEXT = {
+    **dict.fromkeys((
+        'amp_dtype', 'asl_reduction', 'clip_mode', 'dist_bn', 'eval_metric', 'fuser', 'gp', 'input_img_mode',
+        'input_key', 'interpolation', 'kd_distill_type', 'kd_loss_type', 'kd_token_distill_type', 'loss',
+        'lr_base_scale', 'lr_decay_fn', 'mixup_mode', 'model_dtype', 'multimix', 'multimix_attention',
+        'multimix_attention_norm', 'multimix_preset', 'naflex_loss_scale', 'opt', 'remode', 'sched', 'target_format',
+        'task', 'torchcompile', 'torchcompile_mode', 'train_crop_mode', 'train_interpolation', 'train_size_schedule',
+        'variable_batch_loss_scale', 'worker_seeding'), _WORD),
+    **dict.fromkeys(('model', 'kd_model_name', 'multimix_teacher'), _MODEL),
+    'initial_checkpoint': _ON_HUB,
+    'dataset': r'(?i:demo|torch|hfds|hfids|tfds|wds)(?:/\w[\w.-]*){1,2}(?::[\d.*]+)?',
+    **dict.fromkeys(('train_split', 'val_split'), _SPLIT),
+    'calibrate': rf'{_NUMBERS}|{_SPLIT}',
+    'target_key': r'\w+(?:,\w+)*',
+    'aa': r'\w+(?:-[a-z]+(?:\d*\.?\d+)?)*',
+    'loss_pos_weight': rf'{_NUMBERS}|neg_pos',
+    'loss_class_weight': rf'{_NUMBERS}|inv_freq|effective_num',
+}
+
+
+class Recipe(NamedTuple):
+    """Options of a training run that a card contains.
+
+    Attributes:
+        options: Options that differ from their defaults.
+        left_out: Names of options that are omitted, because their values can be private.
+        multimix: All MultiMix settings; empty if the last part of the run did not use MultiMix.
+        earlier: For a run that was resumed with other options: for each earlier part, the options that differ from
+            `options`. A key is text such as 'Before epoch 3'.
+    """
+    options: Mapping[str, Any]
+    left_out: tuple[str, ...] = ()
+    multimix: Mapping[str, Any] = {}
+    earlier: Mapping[str, Mapping[str, Any]] = {}
+
+    @property
+    def has_multimix(self) -> bool:
+        return bool(self.multimix) or any(part.get('multimix', 'off') != 'off' for part in self.earlier.values())
+
+
+def is_public(name: str, value: Any) -> bool:
+    """Return whether a card can contain a value of an option: numbers, flags, and text that is known to be public."""
+    if isinstance(value, Mapping):
+        return all(str(key).isidentifier() and is_public('', item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(is_public(name, item) for item in value)
+    if isinstance(value, str):
+        pattern = _PUBLIC_TEXT.get(name)
+        is_known = pattern is not None and (not value or re.fullmatch(pattern, value) is not None)
+        return is_known and (pattern != _MODEL or ':' in value or value in ('none', 'ema') or is_model(value))
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def public_text(args: Mapping[str, Any], name: str, otherwise: str) -> str:
+    """Return the text of an option, or another text if it is empty or can be private."""
+    value = args.get(name)
+    return value if value and is_public(name, value) else otherwise
+
+
+def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    options, parts = {}, []
+    for part in reversed(args.get('earlier') or ()):
+        options = {**options, **part['options']}
+        when = f'{"Until partway through" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'
+        parts.append((when, {name: value for name, value in options.items()
+                             if is_public(name, value) and value != args.get(name)}))
+    return dict(reversed(parts))
+
+
+def recipe_of(args: Mapping[str, Any], architecture: str) -> Recipe:
+    """Select the options of a run that its card contains.
+
+    Args:
+        args: Arguments of the run.
+        architecture: timm's name of the model, which replaces a private value of --model such as a folder.
+    """
+    defaults = vars(build_training_parser().parse_args([]))
+    given = {name: value for name, value in args.items()
+             if name in defaults and value != defaults[name] and name not in _LOCAL_OPTIONS}
+    options = {name: value for name, value in given.items() if is_public(name, value)}
+    if 'model' in given.keys() - options.keys():
+        options['model'] = architecture
+    multimix = {} if args.get('multimix', 'off') == 'off' else {
+        name: args[name] for name in multimix_option_names()
+        if args.get(name) is not None and is_public(name, args[name])}
+    return Recipe(options, tuple(sorted(given.keys() - options.keys())), multimix, _earlier(args))
