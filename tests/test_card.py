@@ -255,7 +255,8 @@ def test_recipe_repeats_the_training(tmp_path, no_picture):
 
 
 @pytest.mark.parametrize('option, value', [
-    ('dataset', 'hfds/alice/cats'), ('dataset', 'torch/cifar10'), ('dataset', 'tfds/imagenet2012:5.*.*'),
+    ('eval_weights', 'ema'), ('dataset', 'hfds/alice/cats'), ('dataset', 'torch/cifar10'),
+    ('dataset', 'tfds/imagenet2012:5.*.*'),
     ('model', 'resnet18.a1_in1k'), ('model', 'hf-hub:alice/base@v1.0'), ('initial_checkpoint', 'hf-hub:alice/base'),
     ('val_split', 'test[:50%]'), ('calibrate', '0.25'), ('target_key', 'cat,dog'), ('kd_model_name', 'resnet50'),
     ('multimix_teacher', 'resnet50.a1_in1k'), ('aa', 'augmix-m5-w4-d2'), ('loss_pos_weight', 'neg_pos'),

@@ -25,9 +25,9 @@ _SPLIT = r'\w+(?:\[[\d:%]*\])?'
 # host name with a domain. All other text is private, also of options that are added later.
 _PUBLIC_TEXT = {
     **dict.fromkeys((
-        'amp_dtype', 'asl_reduction', 'clip_mode', 'dist_bn', 'eval_metric', 'fuser', 'gp', 'input_img_mode',
-        'input_key', 'interpolation', 'kd_distill_type', 'kd_loss_type', 'kd_token_distill_type', 'loss',
-        'lr_base_scale', 'lr_decay_fn', 'mixup_mode', 'model_dtype', 'multimix', 'multimix_attention',
+        'amp_dtype', 'asl_reduction', 'clip_mode', 'dist_bn', 'eval_metric', 'eval_weights', 'fuser', 'gp',
+        'input_img_mode', 'input_key', 'interpolation', 'kd_distill_type', 'kd_loss_type', 'kd_token_distill_type',
+        'loss', 'lr_base_scale', 'lr_decay_fn', 'mixup_mode', 'model_dtype', 'multimix', 'multimix_attention',
         'multimix_attention_norm', 'multimix_preset', 'naflex_loss_scale', 'opt', 'remode', 'sched', 'target_format',
         'task', 'torchcompile', 'torchcompile_mode', 'train_crop_mode', 'train_interpolation', 'train_size_schedule',
         'variable_batch_loss_scale', 'worker_seeding'), _WORD),
