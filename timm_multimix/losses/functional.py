@@ -1,14 +1,10 @@
 """Functional form of the MultiMix losses, and validation of their arguments."""
 import torch
 
-from .fused import Distillation, FusedLoss, FusedLossFunction, Partition, sigmoid_partition, softmax_partition
+from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
+from .targets import ClassWeights, check_class_weights, make_targets, multi_hot
 
 CHECKED_ELEMENTS = 2 ** 18  # number of weights that are validated at a time
-
-
-def multi_hot(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast integer or boolean multi-hot targets (b, c) to the dtype of the loss."""
-    return target if target.is_floating_point() or target.ndim != 2 else target.to(dtype)
 
 
 def check_num_classes(num_classes: int, loss_type: str) -> None:
@@ -18,13 +14,9 @@ def check_num_classes(num_classes: int, loss_type: str) -> None:
             "cross-entropy (loss_type='bce') with targets (b, 1), or two classes.")
 
 
-def class_rows(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
-    """Convert targets to rows (b, c). As in timm, smoothing applies to class indices only."""
-    if target.is_floating_point():
-        return target.detach()
-    off_value = smoothing / num_classes
-    rows = torch.full((len(target), num_classes), off_value, device=target.device)
-    return rows.scatter_(1, target.unsqueeze(1), 1 - smoothing + off_value)
+def mean(total: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """Return total / divisor, and 0 for no mixes, with a divisor of 0."""
+    return total / divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
 
 
 def loss_dtype(logits: torch.Tensor) -> torch.dtype:
@@ -36,25 +28,73 @@ def _can_check_values(tensor: torch.Tensor) -> bool:
     return tensor.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
+def _check_target_values(target: torch.Tensor, num_classes: int) -> None:
+    if not _can_check_values(target):
+        return
+    if target.is_floating_point():
+        if not target.min() >= 0:  # negated, to reject NaN too
+            raise ValueError(f'Soft targets must not be negative, got {target.min().item()}.')
+    elif not 0 <= target.min() <= target.max() < num_classes:
+        raise ValueError(
+            f'Class indices must be in [0, {num_classes - 1}] for {num_classes} classes, '
+            f'got values from {target.min().item()} to {target.max().item()}.')
+
+
+def check_output(
+        logits: torch.Tensor | None,
+        dense_logits: torch.Tensor | None,
+        target: torch.Tensor | None,
+        dense_target: torch.Tensor | None,
+) -> None:
+    """Check that an output has the logits that the targets require."""
+    if target is None and dense_target is None:
+        raise ValueError('MultiMixLoss requires target, dense_target or both.')
+    if dense_target is not None and dense_logits is None:
+        raise ValueError('dense_target requires logits at every position: pass a MultiMixOutput with dense_logits.')
+    if target is not None and (logits is None or logits.ndim != 2):
+        raise ValueError(
+            'MultiMixLoss expects logits (b, c) or a MultiMixOutput, got logits of shape '
+            f'{None if logits is None else tuple(logits.shape)}. '
+            'For logits at every position (b, r, c) use multimix_cross_entropy.')
+
+
 def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
     batch_size, num_classes = logits.shape[0], logits.shape[-1]
     if not batch_size:
         raise ValueError('The batch is empty.')
-    if target.is_floating_point():
-        if target.shape != (batch_size, num_classes):
-            raise ValueError(
-                f'Soft targets must have shape (b, c) = ({batch_size}, {num_classes}), got {tuple(target.shape)}.')
-        if _can_check_values(target) and not target.min() >= 0:  # negated, to reject NaN too
-            raise ValueError(f'Soft targets must not be negative, got {target.min().item()}.')
-        return
-    if target.dtype != torch.int64 or target.shape != (batch_size,):
+    if target.is_floating_point() and target.shape != (batch_size, num_classes):
+        raise ValueError(
+            f'Soft targets must have shape (b, c) = ({batch_size}, {num_classes}), got {tuple(target.shape)}.')
+    if not target.is_floating_point() and (target.dtype != torch.int64 or target.shape != (batch_size,)):
         raise ValueError(
             f'Class indices must be int64 with shape (b,) = ({batch_size},), got {target.dtype} with shape '
             f'{tuple(target.shape)}. Soft targets must be floating point with shape (b, c).')
-    if _can_check_values(target) and not 0 <= target.min() <= target.max() < num_classes:
+    _check_target_values(target, num_classes)
+
+
+def check_dense_target(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        mask: torch.Tensor | None,
+        ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the targets at every position, 0 at positions without a target, and the mask of positions with a target.
+
+    Raises:
+        ValueError: If the shape or a value of a target does not fit.
+    """
+    is_soft = target.is_floating_point()
+    if target.shape != (logits.shape if is_soft else logits.shape[:2]) or not (is_soft or target.dtype == torch.int64):
         raise ValueError(
-            f'Class indices must be in [0, {num_classes - 1}] for {num_classes} classes, '
-            f'got values from {target.min().item()} to {target.max().item()}.')
+            f'dense_target must be int64 with shape (b, r) = {tuple(logits.shape[:2])}, or floating point with shape '
+            f'(b, r, c) = {tuple(logits.shape)}, got {target.dtype} with shape {tuple(target.shape)}.')
+    if not is_soft:
+        valid = target != ignore_index
+        mask = valid if mask is None else mask & valid
+    if mask is not None:
+        target = target.masked_fill(~(mask.unsqueeze(2) if is_soft else mask), 0)
+    _check_target_values(target, logits.shape[2])
+    return target, mask
 
 
 def check_smoothing(smoothing: float) -> None:
@@ -73,7 +113,8 @@ def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
     if _can_check_values(weights):
         for block in weights.detach().split(max(1, CHECKED_ELEMENTS // weights.shape[-1]), dim=-2):
             # Negated, to reject NaN too.
-            if not (block.min() >= -1e-6 and (block.sum(dim=-1) - 1).abs().max() <= 1e-3):
+            total = block.sum(dim=-1)
+            if not (block.min() >= -1e-6 and ((total - 1).abs() <= 1e-3).logical_or(total == 0).all()):
                 raise ValueError('Rows of weights must be finite, non-negative and sum to 1. See sample_weights.')
 
 
@@ -83,7 +124,9 @@ def check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) -> 
             f'attention must have shape (b, r) = {tuple(dense_logits.shape[:2])}, got {tuple(attention.shape)}.')
     # Negated, to reject NaN too. If the logits are not finite, training has diverged and the loss is not finite either.
     values = attention.detach()
-    is_invalid = _can_check_values(attention) and not 0 <= values.min() <= values.max() < torch.inf
+    if values.dtype == torch.bool or not _can_check_values(attention):
+        return
+    is_invalid = not 0 <= values.min() <= values.max() < torch.inf
     if is_invalid and dense_logits.detach().isfinite().all():
         raise ValueError('attention must be non-negative and finite. See attention_map.')
 
@@ -117,31 +160,27 @@ def teacher_rows(logits: torch.Tensor, teacher_logits: torch.Tensor | None, weig
 
 
 def _mixed_loss(
-        partition: Partition,
         logits: torch.Tensor,
         target: torch.Tensor,
         weights: torch.Tensor,
         attention_grad: bool,
         smoothing: float,
         teacher_logits: torch.Tensor | None,
-        distillation: Distillation,
+        class_weights: ClassWeights,
         **options,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
-    if partition is sigmoid_partition:
+    loss = FusedLoss(num_mixes=weights.shape[-2], **options)
+    if loss.is_binary:
         target = multi_hot(target, loss_dtype(logits))
     check_target(logits, target)
     check_smoothing(smoothing)
+    class_weights = check_class_weights(class_weights, logits.shape[-1], loss.is_binary)
     if logits.ndim == 2:
         logits, weights = logits.unsqueeze(1), weights.unsqueeze(0)
-    return FusedLossFunction.apply(
-        logits,
-        weights if attention_grad else weights.detach(),
-        None,
-        class_rows(target, logits.shape[-1], smoothing),
-        teacher_rows(logits, teacher_logits, distillation.weight),
-        FusedLoss(partition, weights.shape[1], distillation=distillation, **options),
-    )
+    teacher = teacher_rows(logits, teacher_logits, loss.distillation.weight)
+    targets = make_targets(target, logits.shape[-1], class_weights, smoothing, teacher, loss.is_binary)
+    return mean(*FusedLossFunction.apply(logits, weights if attention_grad else weights.detach(), None, loss, *targets))
 
 
 def multimix_cross_entropy(
@@ -153,6 +192,7 @@ def multimix_cross_entropy(
         attention_grad: bool = False,
         smoothing: float = 0.0,
         logit_scale: float = 1.0,
+        weight: torch.Tensor | None = None,
         teacher_logits: torch.Tensor | None = None,
         distill_weight: float = 0.25,
         distill_temperature: float = 1.0,
@@ -174,12 +214,16 @@ def multimix_cross_entropy(
     Args:
         logits: Logits (b, c), or logits at every position (b, r, c).
         target: Class indices (b,), int64, or soft targets (b, c).
-        weights: Interpolation weights (n, b) or (r, n, b), rows on the simplex. See sample_weights and attend.
+        weights: Interpolation weights (n, b) or (r, n, b), rows on the simplex. See sample_weights and attend. Rows
+            that are zero, as attend gives for padding, are left out of the mean.
         balance: Use the balanced gradient for the logits instead of the literal gradient (docs/method.md). The value
             of the loss is the same.
         attention_grad: Compute the gradient for the weights. It is not balanced.
         smoothing: Label smoothing of class indices. Soft targets are not smoothed.
         logit_scale: Factor on the mixed logits of model and teacher.
+        weight: Class weights (c,), as in F.cross_entropy. They multiply the terms of the mixed targets. The sum over
+            mixes is divided by the sum of the mixed class weights of the targets if targets are class indices, and by
+            the number of mixes if they are soft. The predictions of a teacher are weighted like soft targets.
         teacher_logits: Logits of a teacher for the same examples, in the shape of logits, or (b, c) for all positions.
             They receive no gradient.
         distill_weight: Weight of the distillation term, in [0, 1]. It is ignored without a teacher.
@@ -195,9 +239,9 @@ def multimix_cross_entropy(
             are checked on the CPU only, and not in compiled code.
     """
     return _mixed_loss(
-        softmax_partition, logits, target, weights, attention_grad, smoothing, teacher_logits,
-        check_distillation(distill_weight, distill_temperature),
-        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
+        logits, target, weights, attention_grad, smoothing, teacher_logits, ClassWeights(weight),
+        partition=softmax_partition, balance=balance, logit_scale=logit_scale, tile_size=tile_size,
+        distillation=check_distillation(distill_weight, distill_temperature))
 
 
 def multimix_binary_cross_entropy(
@@ -210,6 +254,8 @@ def multimix_binary_cross_entropy(
         smoothing: float = 0.0,
         sum_classes: bool = False,
         logit_scale: float = 1.0,
+        weight: torch.Tensor | None = None,
+        pos_weight: torch.Tensor | None = None,
         teacher_logits: torch.Tensor | None = None,
         distill_weight: float = 0.25,
         distill_temperature: float = 1.0,
@@ -222,9 +268,12 @@ def multimix_binary_cross_entropy(
     Args:
         target: Multi-hot or soft targets (b, c), or class indices (b,) for single-label training.
         sum_classes: Sum over classes instead of the mean, as timm's BinaryCrossEntropy.
+        weight: Class weights (c,). The mean is divided by the number of mixes and classes, as in
+            F.binary_cross_entropy_with_logits.
+        pos_weight: Weights of the positive terms (c,), as in F.binary_cross_entropy_with_logits.
     """
     loss = _mixed_loss(
-        sigmoid_partition, logits, target, weights, attention_grad, smoothing, teacher_logits,
-        check_distillation(distill_weight, distill_temperature),
-        balance=balance, logit_scale=logit_scale, tile_size=tile_size)
+        logits, target, weights, attention_grad, smoothing, teacher_logits, ClassWeights(weight, pos_weight),
+        partition=sigmoid_partition, balance=balance, logit_scale=logit_scale, tile_size=tile_size,
+        distillation=check_distillation(distill_weight, distill_temperature))
     return loss if sum_classes else loss / logits.shape[-1]

@@ -6,7 +6,8 @@ binary cross-entropy), the loss of the n mixes at one position, and its gradient
 
     mean_k A(M_k L) - M_k Y · M_k L        and        G = Mᵀ R / n,    R_k = A'(M_k L) - M_k Y.
 
-(In cross-entropy with targets that do not sum to 1, A is multiplied by the sum of M_k Y.)
+(In cross-entropy with targets that do not sum to 1, A is multiplied by the sum of M_k Y. With class weights or positive
+weights, both terms have factors that are linear in M_k Y.)
 
 Let w be the mean of the rows of M. The rows of M sum to 1, so the columns of M - w sum to zero, and
 
@@ -14,7 +15,8 @@ Let w be the mean of the rows of M. The rows of M sum to 1, so the columns of M 
 
 Balancing multiplies C by κ. What is linear in Y needs no mixed logits: it comes from w and the covariance
 K = (M - w)ᵀ(M - w) / n. The mixed logits M L (n x c) are formed in tiles and never kept. docs/method.md has the
-derivation.
+derivation. Rows of M that are zero, since no example of the mix has attention at the position, are left out: n and all
+means are then over the other rows.
 
 A teacher adds the term A(M_k L) - A'(M_k L')·M_k L, where L' are the teacher's logits.
 """
@@ -26,14 +28,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .weights import attend
+from .targets import ClassWeights, Targets
+from .weights import attended_rows
 
 # Limit on the elements of the weights (p, n, b) of the positions in memory, and of a tile of mixed logits. On a CPU a
 # tile should fit the cache of a core. At least one position is in memory, with all its weights.
 ELEMENTS_AT_A_TIME = 2 ** 24
 ELEMENTS_AT_A_TIME_CPU = 2 ** 19
 
-# Takes mixed logits (..., c). Returns the log-partition A (..., 1) and its derivative A' (..., c), the prediction.
+# Takes mixed logits (..., c). Returns the log-partition A, (..., 1) or for each class (..., c), and its derivative A'
+# (..., c), the prediction.
 Partition = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -45,8 +49,13 @@ def softmax_partition(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sigmoid_partition(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softplus, summed over classes, and sigmoid."""
-    return F.softplus(mixed).sum(dim=-1, keepdim=True), mixed.sigmoid()
+    """Return softplus and sigmoid."""
+    return F.softplus(mixed), mixed.sigmoid()
+
+
+def _sum_classes(value: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Return the sum over classes (p, t, 1) of A times its factor. The last axes have 1 or c elements."""
+    return share * value.sum(dim=-1, keepdim=True) if share.shape[-1] == 1 else (share * value).sum(-1, keepdim=True)
 
 
 class Distillation(NamedTuple):
@@ -64,28 +73,39 @@ class Distillation(NamedTuple):
 class Inputs(NamedTuple):
     """The inputs of the loss at p positions."""
     m: torch.Tensor                 # attended weights M (p, n, b)
+    rows: torch.Tensor | None       # 1 for rows of M, 0 for rows that are left out (p, n, 1); None for all 1
     logits: torch.Tensor            # L (p, b, c), scaled
-    target: torch.Tensor            # Y (b, c), times the share of classification
+    target: torch.Tensor            # Y (b, c) or (p, b, c), weighted, times the share of classification
+    share: torch.Tensor | None      # factor of A, as Y but with 1 or c classes; None for the share of classification
     teacher: torch.Tensor | None    # L' (p, b, c), scaled and divided by the temperature
+    class_weights: ClassWeights
 
     def tile(self, positions: slice, rows: slice) -> 'Inputs':
         """Select positions, and rows of M."""
-        teacher = None if self.teacher is None else self.teacher[positions]
-        return Inputs(self.m[positions, rows], self.logits[positions], self.target, teacher)
+        target, share, teacher = (
+            tensor[positions] if tensor is not None and tensor.ndim == 3 else tensor
+            for tensor in (self.target, self.share, self.teacher))
+        return Inputs(
+            self.m[positions, rows], None if self.rows is None else self.rows[positions, rows], self.logits[positions],
+            target, share, teacher, self.class_weights)
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether the derivative of every row is A' times one factor."""
+        return self.teacher is None and (self.share is None or self.share.shape[-1] == 1)
 
 
-def kappa(w: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+def kappa(w: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """Factor κ of C in the balanced gradient (p, 1, 1).
 
     Args:
         w: Mean of the rows of M (p, 1, b).
-        covariance: Covariance K of the rows (p, b, b). Its trace is S - Σw², S the mean of the rows' sums of squares.
+        spread: Trace (p, 1, 1) of the covariance K of the rows. It is S - Σw², S the mean of the rows' sums of squares.
     """
-    w_square = w.square().sum(dim=(1, 2))
-    spread = covariance.diagonal(dim1=1, dim2=2).sum(dim=-1)
+    w_square = w.square().sum(dim=2, keepdim=True)
     # If all rows are equal, C is zero and κ undefined.
     equal = spread <= 8 * torch.finfo(w.dtype).eps * (spread + w_square)
-    return torch.where(equal, 1, (1 - w_square) / spread.masked_fill(equal, 1))[:, None, None]
+    return torch.where(equal, 1, (1 - w_square) / spread.masked_fill(equal, 1))
 
 
 def _elements_at_a_time(tensor: torch.Tensor) -> int:
@@ -125,66 +145,110 @@ class FusedLoss:
             for rows in _slices(self.num_mixes, num_rows):
                 yield positions, rows
 
+    @property
+    def is_binary(self) -> bool:
+        return self.partition is sigmoid_partition
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """Factors of the logits and of the teacher's logits."""
+        return self.logit_scale, self.logit_scale / (self.distillation.temperature if self.distillation else 1)
+
+    def inputs(
+            self,
+            m: torch.Tensor,
+            rows: torch.Tensor | None,
+            targets: Targets,
+            logits: torch.Tensor,
+            teacher: torch.Tensor | None,
+    ) -> Inputs:
+        """Return the inputs at p positions, for logits (p, b, c) and targets at these positions."""
+        class_weights = ClassWeights(targets.weight, targets.pos_weight)
+        target, share = class_weights.factors(targets.rows, self.is_binary)
+        if teacher is not None:
+            target = target * (1 - self.distillation.weight)
+            share = share if share is None else share * (1 - self.distillation.weight)
+        return Inputs(m, rows, logits, target, share, teacher, class_weights)
+
     def value_and_gradient(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss, summed over positions, and its gradient for the logits (p, b, c)."""
-        m, logits, target, _ = inputs
-        w = m.mean(dim=1, keepdim=True)
-        centred = torch.cat([m - w, torch.ones_like(m[..., :1])], dim=-1)   # the column of ones gives 1ᵀG
-        factor = self.share(inputs) if inputs.teacher is None else torch.ones_like(m[..., :1])
-        weighted = centred * factor
+        """Return the loss, summed over mixes and positions, and its gradient for the logits (p, b, c)."""
+        m, rows, logits, target, *_ = inputs
+        ones = torch.ones_like(m[..., :1]) if rows is None else rows
+        num_rows = ones.sum(dim=1, keepdim=True).clamp_(min=1)
+        total = m.sum(dim=1, keepdim=True)
+        w = total / num_rows
+        centred = m - w
+        if rows is not None:
+            centred *= rows
+        centred = torch.cat([centred, ones], dim=-1)                        # the column of ones gives 1ᵀG
+        weighted = centred * (self.share(inputs) if inputs.scales_rows else ones)
         # The derivatives of different rows differ little. Products that round operands would lose the differences.
         # So the derivative at w is subtracted from every row first, and its product is added separately.
-        _, constant = self.row_losses(inputs._replace(m=w))
+        _, constant = self.row_losses(inputs._replace(m=w, rows=None))
         value = logits.new_zeros(())
         sums = weighted.sum(dim=1).unsqueeze(-1) * constant
-        for positions, rows in self.tiles(logits):
-            losses, derivative = self.row_losses(inputs.tile(positions, rows))
+        for positions, tile_rows in self.tiles(logits):
+            losses, derivative = self.row_losses(inputs.tile(positions, tile_rows))
             value += losses.sum()
-            sums[positions] += weighted[positions, rows].mT @ derivative.sub_(constant[positions])
-        c, common = (sums / self.num_mixes).split([m.shape[-1], 1], dim=1)  # C (p, b, c) and 1ᵀG (p, 1, c)
+            sums[positions] += weighted[positions, tile_rows].mT @ derivative.sub_(constant[positions])
+        c, common = sums.split([m.shape[-1], 1], dim=1)                     # n C (p, b, c) and n 1ᵀG (p, 1, c)
         # The part of value and gradient that is linear in the targets.
-        covariance = centred[..., :-1].mT @ centred[..., :-1] / self.num_mixes
-        mixed_target, covariant_target = w @ target, covariance @ target
-        value = value / self.num_mixes - (covariant_target * logits).sum() - (mixed_target * (w @ logits)).sum()
+        covariance = centred[..., :-1].mT @ centred[..., :-1]               # n K
+        mixed_target, covariant_target = total @ target, covariance @ target
+        value = value - (covariant_target * logits).sum() - (mixed_target * (w @ logits)).sum()
         c, common = c - covariant_target, common - mixed_target
         if self.balance:
-            c = kappa(w, covariance) * c
+            c = kappa(w, covariance.diagonal(dim1=1, dim2=2).sum(dim=-1)[:, None, None] / num_rows) * c
         return value, c.addcmul_(w.mT, common)
 
     def share(self, tile: Inputs) -> torch.Tensor:
-        """Factor of A in the classification term of every row (p, t, 1).
+        """Factor of A in the classification term of every row (p, t, 1 or c).
 
         For cross-entropy it is the sum of the row's mixed target.
         """
-        if self.partition is softmax_partition:
-            return (tile.m @ tile.target.sum(dim=1)).unsqueeze(-1)
-        return torch.full_like(tile.m[..., :1], 1.0 if tile.teacher is None else 1 - self.distillation.weight)
+        if tile.share is None:
+            return torch.full_like(tile.m[..., :1], 1.0 if tile.teacher is None else 1 - self.distillation.weight)
+        return tile.m @ tile.share
 
     def row_losses(self, tile: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of every row (p, t, 1) and its derivative for the mixed logits (p, t, c).
 
-        Both are without the part that is linear in the targets. Without a teacher the derivative has to be multiplied
-        by the share of the row.
+        Both are without the part that is linear in the targets. If the inputs scale rows, the derivative has to be
+        multiplied by the share of the row.
         """
         mixed = tile.m @ tile.logits
         value, prediction = self.partition(mixed)
         share = self.share(tile)
-        losses = share * value
-        if tile.teacher is None:
-            return losses, prediction
+        losses = _sum_classes(value, share)
+        if tile.teacher is not None:
+            distilled, derivative = self._distill(mixed, value, prediction, tile)
+            losses = losses + distilled
+            derivative.addcmul_(share, prediction)
+        else:
+            derivative = prediction if tile.scales_rows else share * prediction
+        return losses if tile.rows is None else losses * tile.rows, derivative
+
+    def _distill(
+            self,
+            mixed: torch.Tensor,
+            value: torch.Tensor,
+            prediction: torch.Tensor,
+            tile: Inputs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the distillation term of every row (p, t, 1) and its derivative for the mixed logits (p, t, c)."""
         weight, temperature = self.distillation
-        _, teacher_prediction = self.partition(tile.m @ tile.teacher)
-        soft_prediction = prediction
+        _, target = self.partition(tile.m @ tile.teacher)
         if temperature != 1:
             mixed = mixed / temperature
-            value, soft_prediction = self.partition(mixed)
-        distilled = value - (teacher_prediction * mixed).sum(dim=-1, keepdim=True)
-        losses = losses + weight * temperature ** 2 * distilled
-        derivative = (soft_prediction - teacher_prediction).mul_(weight * temperature)
-        return losses, derivative.addcmul_(share, prediction)
+            value, prediction = self.partition(mixed)
+        if any(given is not None for given in tile.class_weights):
+            target, share = tile.class_weights.factors(target, self.is_binary)
+            value, prediction = _sum_classes(value, share), share * prediction
+        distilled = value.sum(dim=-1, keepdim=True) - (target * mixed).sum(dim=-1, keepdim=True)
+        return weight * temperature ** 2 * distilled, (prediction - target).mul_(weight * temperature)
 
     def gradient_of_weights(self, inputs: Inputs) -> torch.Tensor:
-        """Gradient of the loss, summed over positions, for the weights M (p, n, b). It is not balanced."""
+        """Gradient of the loss, summed over mixes and positions, for the weights M (p, n, b). It is not balanced."""
         def loss(m: torch.Tensor, tile: Inputs) -> torch.Tensor:
             losses, _ = self.row_losses(tile._replace(m=m))
             return losses.sum() - ((m @ tile.target) * (m @ tile.logits)).sum()
@@ -193,93 +257,126 @@ class FusedLoss:
         for positions, rows in self.tiles(inputs.logits):
             tile = inputs.tile(positions, rows)
             grad[positions, rows] = torch.func.grad(loss)(tile.m, tile)
-        return grad / self.num_mixes
+        return grad
 
 
-def _positions_first(logits: torch.Tensor, positions: slice, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """Select positions of logits (b, r, c) and scale them: (p, b, c)."""
-    return logits[:, positions].transpose(0, 1).to(dtype).mul(scale).contiguous()
+def _positions_first(
+        logits: torch.Tensor,
+        positions: slice,
+        attention: torch.Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+) -> torch.Tensor:
+    """Select positions of logits (b, r, c) and scale them: (p, b, c). Logits without attention are replaced by 0."""
+    logits = logits[:, positions].to(dtype)
+    if attention is not None:
+        logits = torch.where((attention[:, positions] != 0).unsqueeze(-1), logits, 0)
+    logits = logits.transpose(0, 1)
+    return (logits if scale == 1 else logits * scale).contiguous()
+
+
+def _weights_at(
+        positions: slice,
+        weights: torch.Tensor | Callable[..., torch.Tensor],
+        attention: torch.Tensor | None,
+        dtype: torch.dtype,
+        needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, Callable | None]:
+    """Return the attended weights M (p, n, b), their rows (see Inputs), and the pull-back of a gradient for M.
+
+    It is the gradient for the attention (b, p), or for the weights (p, n, b) without attention.
+    """
+    size = positions.stop - positions.start
+    is_given = isinstance(weights, torch.Tensor) and weights.ndim == 3
+    m = weights(num_positions=size) if callable(weights) else weights[positions] if is_given else weights
+    m = m.to(dtype)
+    if attention is None:
+        rows = (m.sum(dim=-1, keepdim=True) != 0).to(dtype) if is_given else None
+        return m.expand(size, -1, -1), rows, lambda grad: grad
+    attention = attention[:, positions]
+    if needs_grad:
+        m, pull_back, rows = torch.func.vjp(partial(attended_rows, m), attention.to(dtype), has_aux=True)
+        return m, rows, lambda grad: pull_back(grad)[0]
+    return *attended_rows(m, attention if attention.dtype == torch.bool else attention.to(dtype)), None
 
 
 class FusedLossFunction(torch.autograd.Function):
-    """Mean of a FusedLoss over positions. The forward pass computes the gradients, the backward pass scales them.
+    """Sum of a FusedLoss over mixes and positions, and its divisor. The forward pass computes the gradients.
 
     Args of apply:
         logits: Logits (b, r, c).
         weights: Weights (r, n, b), weights (n, b) shared by all positions, or a function that draws weights
-            (p, n, b) for `num_positions=p`.
-        attention: Attention (b, r) that the weights are attended with, or None.
-        target: Target rows (b, c).
-        teacher: The teacher's logits (b, r, c) or (b, 1, c), or None.
+            (p, n, b) for `num_positions=p`. Rows of (r, n, b) that are zero are left out.
+        attention: Attention (b, r) that the weights are attended with, a mask (b, r) for uniform attention, or None.
+            Positions without attention have no effect, and rows without attention are left out.
         loss: The FusedLoss.
+        targets: The entries of Targets.
 
-    Gradients: for logits, balanced or not; for attention; for weights (r, n, b) if there is no attention.
+    Returns:
+        The sum, and the number of rows or the sum of their normalizers. Gradients: for logits, balanced or not; for
+        attention; for weights (r, n, b) if there is no attention.
     """
 
     @staticmethod
-    def forward(ctx, logits, weights, attention, target, teacher, loss):
+    def forward(ctx, logits, weights, attention, loss, *targets):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         with torch.autocast(device_type=logits.device.type, enabled=False):
-            value, *grads = FusedLossFunction._evaluate(
-                logits, weights, attention, target.to(dtype), teacher, loss, *ctx.needs_input_grad[1:3])
+            value, divisor, *grads = FusedLossFunction._evaluate(
+                logits, weights, attention, Targets(*targets).to(dtype), loss, *ctx.needs_input_grad[1:3])
         ctx.save_for_backward(*grads)
         ctx.dtypes = [getattr(tensor, 'dtype', None) for tensor in (logits, weights, attention)]
-        return value
+        return value, divisor
 
     @staticmethod
     def _evaluate(
             logits: torch.Tensor,
             weights: torch.Tensor | Callable[..., torch.Tensor],
             attention: torch.Tensor | None,
-            target: torch.Tensor,
-            teacher: torch.Tensor | None,
+            targets: Targets,
             loss: FusedLoss,
             needs_weights_grad: bool,
             needs_attention_grad: bool,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Return the loss and the gradients for logits, weights and attention."""
-        dtype, num_positions = target.dtype, logits.shape[1]
-        value = target.new_zeros(())
-        grad = torch.empty_like(logits, dtype=dtype)
-        weights_grad = torch.empty_like(weights, dtype=dtype) if needs_weights_grad else None
-        attention_grad = torch.empty_like(attention, dtype=dtype) if needs_attention_grad else None
-        if teacher is not None:
-            target = target * (1 - loss.distillation.weight)
-            teacher = teacher.expand_as(logits)
-        for positions in _slices(num_positions, loss.positions_at_a_time(logits)):
-            size = positions.stop - positions.start
-            if callable(weights):
-                m = weights(num_positions=size).to(dtype)
-            else:
-                m = (weights if weights.ndim == 2 else weights[positions]).to(dtype)
-            if needs_attention_grad:
-                m, pull_back = torch.func.vjp(partial(attend, m), attention[:, positions].to(dtype))
-            elif attention is not None:
-                m = attend(m, attention[:, positions].to(dtype))
-            inputs = Inputs(
-                m.expand(size, -1, -1),
-                _positions_first(logits, positions, dtype, loss.logit_scale),
-                target,
-                None if teacher is None else _positions_first(
-                    teacher, positions, dtype, loss.logit_scale / loss.distillation.temperature))
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the sum, the divisor and the gradient of the sum for the logits.
+
+        If the attention, or without attention the weights, need gradients, those of the sum and of a divisor that
+        depends on them follow.
+        """
+        value, divisor = targets.rows.new_zeros(()), targets.rows.new_zeros(())
+        grad = torch.empty_like(logits, dtype=value.dtype)
+        source, axis = (attention, 1) if needs_attention_grad else (weights, 0)
+        num_grads = (needs_weights_grad or needs_attention_grad) * (1 if targets.normalizer is None else 2)
+        source_grads = [torch.empty_like(source, dtype=value.dtype) for _ in range(num_grads)]
+        for positions in _slices(logits.shape[1], loss.positions_at_a_time(logits)):
+            m, rows, pull_back = _weights_at(positions, weights, attention, value.dtype, needs_attention_grad)
+            here = targets.at(positions)
+            inputs = loss.inputs(m, rows, here, *(
+                None if tensor is None else _positions_first(
+                    tensor.expand_as(logits), positions, attention, scale, value.dtype)
+                for tensor, scale in zip((logits, targets.teacher), loss.scales, strict=True)))
             chunk_value, chunk_grad = loss.value_and_gradient(inputs)
             value += chunk_value
             grad[:, positions] = chunk_grad.transpose(0, 1)
-            if needs_attention_grad:
-                attention_grad[:, positions], = pull_back(loss.gradient_of_weights(inputs))
-            if needs_weights_grad:
-                weights_grad[positions] = loss.gradient_of_weights(inputs)
-        grad *= loss.logit_scale
-        grads = (None if g is None else g.div_(num_positions) for g in (grad, weights_grad, attention_grad))
-        return value / num_positions, *grads
+            if here.normalizer is not None:
+                divisor += (m.sum(dim=1, keepdim=True) * here.normalizer).sum()
+            else:
+                divisor += m.shape[0] * m.shape[1] if rows is None else rows.sum()
+            if source_grads:
+                m_grads = loss.gradient_of_weights(inputs), here.normalizer
+                for total, m_grad in zip(source_grads, m_grads, strict=False):
+                    total.narrow(axis, positions.start, len(m)).copy_(pull_back(m_grad.expand_as(m)))
+        return value, divisor, grad.mul_(loss.logit_scale), *source_grads
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_value, grad_divisor):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 'MultiMix losses can be differentiated once: no create_graph=True, and no second-order optimizer.')
         # A gradient is scaled before it is cast: in float16 it would underflow without the loss scaler's factor.
-        grads = (
-            None if grad is None else (grad * grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None, None
+        grad, *source_grads = ctx.saved_tensors
+        grads = [(grad * grad_value).to(ctx.dtypes[0]), None, None]
+        for index in (1, 2):
+            if ctx.needs_input_grad[index]:
+                total = sum(part * outer for part, outer in zip(source_grads, (grad_value, grad_divisor), strict=False))
+                grads[index] = total.to(ctx.dtypes[index])
+        return *grads, *[None] * (1 + len(Targets._fields))

@@ -10,22 +10,22 @@ import torch.nn.functional as F
 from .attention import attention_map, check_attention
 from .functional import (
     check_attention_map,
+    check_dense_target,
     check_distillation,
     check_num_classes,
+    check_output,
     check_smoothing,
     check_target,
-    class_rows,
     loss_dtype,
-    multi_hot,
-    multimix_binary_cross_entropy,
-    multimix_cross_entropy,
+    mean,
     teacher_rows,
 )
 from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
-from .gather import check_same_sizes, gather_batch, mean_over_processes, num_processes, share_positions
-from .weights import Alpha, alpha_range, sample_weights
+from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
+from .targets import ClassWeights, Targets, check_class_weights, make_targets, multi_hot
+from .weights import Alpha, alpha_range, check_mask, sample_weights
 
-LOSS_TYPES = ('ce', 'bce')
+PARTITIONS = {'ce': softmax_partition, 'bce': sigmoid_partition}
 # Values of None arguments of MultiMixLoss for each preset.
 PRESETS = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
@@ -40,11 +40,12 @@ class MultiMixOutput(NamedTuple):
     """Output of an attached model in training mode.
 
     Attributes:
-        logits: Ordinary logits of the model (b, c).
+        logits: Ordinary logits of the model (b, c). None if the loss has targets at every position only.
         dense_logits: Logits at every position (b, r, c), positions in row-major order, or None in pooled mode.
-        attention: Attention of each example over its positions (b, r), or None for uniform attention.
+        attention: Attention of each example over its positions (b, r), or None for uniform attention. Positions with
+            attention 0, such as padding, have no effect on the loss.
     """
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     dense_logits: torch.Tensor | None = None
     attention: torch.Tensor | None = None
 
@@ -68,8 +69,9 @@ class MultiMixLoss(nn.Module):
         (1 - clean_weight) * ((1 - pooled_weight) * dense + pooled_weight * pooled) + clean_weight * plain loss
 
     The dense term mixes the logits at every position, the pooled term mixes the ordinary logits. Without dense logits,
-    pooled_weight is 1. Memory grows with the number of mixes only by the weights of the positions computed together:
-    n·b numbers per position.
+    pooled_weight is 1. A mix whose examples all have attention 0 at a position, such as padding, is left out of the
+    dense term, which is the mean over the other mixes and positions. Memory grows with the number of mixes only by the
+    weights of the positions computed together: n·b numbers per position.
 
     Args:
         num_mixes: Number of mixes n at every position. It should be well above the batch size.
@@ -82,7 +84,8 @@ class MultiMixLoss(nn.Module):
         shared_weights: Use the same weights at all positions, which is faster. By default weights are drawn for each
             position (P2, eq. 10). The attention of the positions still differs.
         attention: None uses the attention of the output, or uniform attention if it has none. 'cam' computes attention
-            from the dense logits of the true class. 'uniform' ignores the attention of the output.
+            from the dense logits of the true class. 'uniform' is uniform attention. Both ignore the attention of the
+            output, also at padding, so sequences with padding need a mask.
         attention_norm: Normalization of the 'cam' attention: 'relu' or 'softmax'.
         attention_grad: Backpropagate through the attention.
         balance: Use the balanced gradient. False is the literal gradient of the papers.
@@ -94,6 +97,12 @@ class MultiMixLoss(nn.Module):
         smoothing: Label smoothing of class indices. Soft targets, such as the targets of timm's Mixup, are not
             smoothed.
         loss_type: 'ce' for softmax cross-entropy, 'bce' for binary cross-entropy, mean over classes.
+        weight: Class weights (c,), as in F.cross_entropy. They multiply the terms of the mixed targets. The sum over
+            mixes is divided by the sum of the mixed class weights of the targets if targets are class indices, and by
+            the number of mixes if they are soft or with 'bce'. The predictions of a teacher are weighted like soft
+            targets.
+        pos_weight: Weights of the positive terms (c,) for 'bce', as in F.binary_cross_entropy_with_logits.
+        ignore_index: Class index of positions without a target in `dense_target`. They have the effect of padding.
         gather: Mix the joined batch of all processes of torch.distributed. The loss, and the gradient averaged by
             DistributedDataParallel or FSDP, are equal to the results of one process with all examples. The logits are
             exchanged once (docs/distributed.md). Every process draws the weights of its share of the positions, so
@@ -104,6 +113,8 @@ class MultiMixLoss(nn.Module):
     Shapes:
         output: MultiMixOutput, or logits (b, c).
         target: class indices (b,), or soft or multi-hot targets (b, c). With 'bce', multi-hot targets can be integers.
+        mask: valid positions (b, r), True for valid, or None. See `terms`.
+        dense_target: class indices (b, r), or soft or multi-hot targets (b, r, c), or None. See `terms`.
         teacher: output of a teacher for the same examples, in the form of `output`, or None. See `terms`.
         Returns a scalar in float32 (float64 for float64 logits).
 
@@ -128,6 +139,9 @@ class MultiMixLoss(nn.Module):
             logit_scale: float = 1.0,
             smoothing: float = 0.0,
             loss_type: str = 'ce',
+            weight: torch.Tensor | None = None,
+            pos_weight: torch.Tensor | None = None,
+            ignore_index: int = -100,
             gather: bool = False,
             generator: torch.Generator | None = None,
             tile_size: int | None = None,
@@ -146,15 +160,15 @@ class MultiMixLoss(nn.Module):
             raise ValueError(
                 f"attention must be 'cam', 'uniform' or None (attention of the output), got {attention!r}. Pass other "
                 'queries to attach().')
-        for name, weight in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
-            if not 0 <= weight <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {weight}.')
+        for name, share in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
+            if not 0 <= share <= 1:
+                raise ValueError(f'{name} must be in [0, 1], got {share}.')
         if logit_scale == 'auto':
             raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
         if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
             raise ValueError(f'logit_scale must be a positive number, got {logit_scale!r}.')
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f'loss_type must be one of {", ".join(LOSS_TYPES)}, got {loss_type!r}.')
+        if loss_type not in PARTITIONS:
+            raise ValueError(f'loss_type must be one of {", ".join(PARTITIONS)}, got {loss_type!r}.')
         check_attention(attention or 'uniform', attention_norm)
         check_smoothing(smoothing)
         self.num_mixes = num_mixes
@@ -171,6 +185,9 @@ class MultiMixLoss(nn.Module):
         self.logit_scale = logit_scale
         self.smoothing = smoothing
         self.loss_type = loss_type
+        self.register_buffer('weight', weight)
+        self.register_buffer('pos_weight', pos_weight)
+        self.ignore_index = ignore_index
         self.gather = gather
         self.generator = generator
         self.tile_size = tile_size
@@ -184,22 +201,28 @@ class MultiMixLoss(nn.Module):
     def forward(
             self,
             output: MultiMixOutput | torch.Tensor,
-            target: torch.Tensor,
+            target: torch.Tensor | None = None,
             teacher: MultiMixOutput | torch.Tensor | None = None,
             *,
+            mask: torch.Tensor | None = None,
+            dense_target: torch.Tensor | None = None,
             distill_weight: float = 0.25,
             distill_temperature: float = 1.0,
     ) -> torch.Tensor:
+        """Return the loss. See `terms` for the arguments."""
         terms = self.terms(
-            output, target, teacher, distill_weight=distill_weight, distill_temperature=distill_temperature)
+            output, target, teacher, mask=mask, dense_target=dense_target, distill_weight=distill_weight,
+            distill_temperature=distill_temperature)
         return terms['loss']
 
     def terms(
             self,
             output: MultiMixOutput | torch.Tensor,
-            target: torch.Tensor,
+            target: torch.Tensor | None = None,
             teacher: MultiMixOutput | torch.Tensor | None = None,
             *,
+            mask: torch.Tensor | None = None,
+            dense_target: torch.Tensor | None = None,
             distill_weight: float = 0.25,
             distill_temperature: float = 1.0,
     ) -> dict[str, torch.Tensor]:
@@ -207,15 +230,21 @@ class MultiMixLoss(nn.Module):
 
         Args:
             output: MultiMixOutput of an attached model, or logits (b, c).
-            target: Class indices (b,), or soft or multi-hot targets (b, c).
+            target: Class indices (b,), or soft or multi-hot targets (b, c). None with `dense_target` computes the dense
+                term only.
             teacher: Output of a teacher for the same examples. Each term then combines classification and distillation.
                 The logits of model and teacher are mixed with the same weights, attended with the attention of
                 `output`. If the teacher has no dense logits, its ordinary logits are used at all positions.
+            mask: Valid positions (b, r) of the dense logits, True for valid. The attention of padding is set to 0. The
+                loss does not depend on logits, targets and attention at padding. The output of an attached model whose
+                forward_head takes the mask already has attention 0 there.
+            dense_target: Targets of the dense term for each position: class indices (b, r), or soft or multi-hot
+                targets (b, r, c). By default every position has the target of its example.
             distill_weight: Weight of the distillation term, in [0, 1]. With 0 the teacher is ignored.
             distill_temperature: Temperature that divides the logits of model and teacher in the distillation term.
 
         Returns:
-            'loss', and the terms 'dense', 'pooled' and 'clean' whose weight is above 0.
+            'loss', and the terms 'dense', 'pooled' and 'clean' whose weight is above 0. A term without mixes is 0.
 
         Raises:
             ValueError: If an option is out of range, or the shapes of the inputs do not match.
@@ -223,51 +252,75 @@ class MultiMixLoss(nn.Module):
         distillation = check_distillation(distill_weight, distill_temperature)
         logits, dense_logits, attention = _as_output(output)
         teacher = MultiMixOutput(None) if teacher is None else _as_output(teacher, 'The teacher of MultiMixLoss')
-        if logits.ndim != 2:
-            raise ValueError(
-                f'MultiMixLoss expects logits (b, c) or a MultiMixOutput, got logits of shape {tuple(logits.shape)}. '
-                'For logits at every position (b, r, c) use multimix_cross_entropy.')
-        check_num_classes(logits.shape[1], self.loss_type)
-        if self.loss_type == 'bce':
-            target = multi_hot(target, loss_dtype(logits))
-        check_target(logits, target)
+        check_output(logits, dense_logits, target, dense_target)
+        check_num_classes((dense_logits if target is None else logits).shape[-1], self.loss_type)
+        if target is not None:
+            target = self._cast(target, logits)
+            check_target(logits, target)
+        if mask is not None and dense_logits is not None:
+            mask = check_mask(mask, dense_logits.shape[:2])
+        if dense_target is not None:
+            dense_target = self._cast(dense_target, dense_logits)
+            dense_target, mask = check_dense_target(dense_logits, dense_target, mask, self.ignore_index)
         mixed_target = target
         if self.gather:
+            like = dense_logits if logits is None else logits
             num_positions = 0 if dense_logits is None else dense_logits.shape[1]
-            check_same_sizes((len(logits), num_positions, logits.shape[1]), logits.device)
+            check_same_sizes((len(like), num_positions, like.shape[-1]), like.device)
             mixed_target, = gather_batch(target)
-        pooled_weight = 1.0 if dense_logits is None else self.pooled_weight
-        shares = {
-            'dense': (1 - self.clean_weight) * (1 - pooled_weight),
-            'pooled': (1 - self.clean_weight) * pooled_weight,
-            'clean': self.clean_weight,
-        }
-        terms = {}
+        shares = self._shares(has_dense=dense_logits is not None, dense_only=target is None)
+        terms = {}  # sum and divisor of each term
         if shares['dense']:
-            attention = self._attention(dense_logits, attention, target)
+            attention = self._attention(dense_logits, attention, target, mask)
             dense_teacher = teacher.logits if teacher.dense_logits is None else teacher.dense_logits
-            terms['dense'] = self._mixed(dense_logits, mixed_target, attention, dense_teacher, distillation)
+            target_of_positions = mixed_target if dense_target is None else dense_target
+            terms['dense'] = self._mixed(dense_logits, target_of_positions, attention, dense_teacher, distillation)
         if shares['pooled']:
             terms['pooled'] = self._mixed(logits.unsqueeze(1), mixed_target, None, teacher.logits, distillation)
         if shares['clean']:
             terms['clean'] = self._clean(logits, target, teacher.logits, distillation)
         if self.gather:
-            terms = dict(zip(terms, mean_over_processes(torch.stack(list(terms.values()))).unbind(), strict=True))
+            sums = mean_over_processes(torch.stack([torch.stack(pair) for pair in terms.values()]))
+            terms = dict(zip(terms, sums, strict=True))
+        terms = {name: mean(*pair) for name, pair in terms.items()}
         loss = sum(shares[name] * term for name, term in terms.items())
         return {'loss': loss, **terms}
+
+    def _cast(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cast integer multi-hot targets, which have as many axes as the logits."""
+        is_multi_hot = self.loss_type == 'bce' and target.ndim == logits.ndim
+        return multi_hot(target, loss_dtype(logits)) if is_multi_hot else target
+
+    def _shares(self, has_dense: bool, dense_only: bool) -> dict[str, float]:
+        """Return the weight of each term."""
+        clean = 0.0 if dense_only else self.clean_weight
+        pooled = 0.0 if dense_only else self.pooled_weight if has_dense else 1.0
+        return dict(dense=(1 - clean) * (1 - pooled), pooled=(1 - clean) * pooled, clean=clean)
+
+    def _targets(self, target: torch.Tensor, teacher: torch.Tensor | None, num_classes: int) -> Targets:
+        is_binary = self.loss_type == 'bce'
+        class_weights = check_class_weights(ClassWeights(self.weight, self.pos_weight), num_classes, is_binary)
+        return make_targets(target, num_classes, class_weights, self.smoothing, teacher, is_binary)
+
+    def _mean_over_classes(self, total: torch.Tensor, num_classes: int) -> torch.Tensor:
+        return total if self.loss_type == 'ce' else total / num_classes
 
     def _attention(
             self,
             dense_logits: torch.Tensor,
             attention: torch.Tensor | None,
-            target: torch.Tensor,
+            target: torch.Tensor | None,
+            mask: torch.Tensor | None,
     ) -> torch.Tensor | None:
+        """Return the attention, which is 0 at padding. It is the mask for uniform attention, or None without a mask."""
         if self.attention == 'cam':
-            attention = attention_map(None, dense_logits, target, query='cam', norm=self.attention_norm)
+            attention = attention_map(None, dense_logits, target, query='cam', norm=self.attention_norm, mask=mask)
         elif self.attention == 'uniform':
             attention = None
         if attention is None:
-            return None
+            return mask
+        if mask is not None and attention.shape == mask.shape:
+            attention = attention.masked_fill(~mask, 0)
         check_attention_map(dense_logits, attention)
         return attention if self.attention_grad else attention.detach()
 
@@ -282,19 +335,21 @@ class MultiMixLoss(nn.Module):
             attention: torch.Tensor | None,
             teacher: torch.Tensor | None,
             distillation: Distillation,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses of the mixes of logits (b, r, c), and its divisor."""
         teacher = teacher_rows(logits, teacher, distillation.weight)
-        share = 1.0
         if self.gather:
-            num_positions = logits.shape[1]
             teacher = teacher.expand_as(logits) if teacher is not None else None
-            logits, attention, teacher = share_positions(logits, attention, teacher)
-            share = num_processes() * logits.shape[1] / num_positions
-            if not share:
+            is_dense = target.ndim == (3 if target.is_floating_point() else 2)
+            logits, attention, teacher, target_of_positions = share_positions(
+                logits, attention, teacher, target if is_dense else None)
+            target = target_of_positions if is_dense else target
+            if not logits.shape[1]:
                 # There are more processes than positions. This process has no loss, but it must take part in the
                 # collectives of the backward pass. The sum of empty tensors keeps them in a compiled graph.
                 received = (tensor for tensor in (logits, attention, teacher, target) if tensor is not None)
-                return sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
+                total = sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
+                return total, torch.zeros_like(total)
         batch_size, _, num_classes = logits.shape
         sample = partial(
             sample_weights,
@@ -305,22 +360,18 @@ class MultiMixLoss(nn.Module):
             generator=self.generator,
             device=logits.device,
         )
-        loss = FusedLossFunction.apply(
-            logits,
-            sample() if self.shared_weights else sample,
-            attention,
-            class_rows(target, num_classes, self.smoothing),
-            teacher,
-            FusedLoss(
-                softmax_partition if self.loss_type == 'ce' else sigmoid_partition,
-                self.num_mixes,
-                self.balance,
-                self.logit_scale,
-                self.tile_size,
-                distillation,
-            ),
+        loss = FusedLoss(
+            PARTITIONS[self.loss_type],
+            self.num_mixes,
+            self.balance,
+            self.logit_scale,
+            self.tile_size,
+            distillation,
         )
-        return share * (loss if self.loss_type == 'ce' else loss / num_classes)
+        total, divisor = FusedLossFunction.apply(
+            logits, sample() if self.shared_weights else sample, attention, loss,
+            *self._targets(target, teacher, num_classes))
+        return self._mean_over_classes(total, num_classes), divisor
 
     def _clean(
             self,
@@ -328,14 +379,20 @@ class MultiMixLoss(nn.Module):
             target: torch.Tensor,
             teacher: torch.Tensor | None,
             distillation: Distillation,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses of the examples, and its divisor."""
+        batch_size, num_classes = logits.shape
         logits = logits.to(loss_dtype(logits))
-        target = class_rows(target, logits.shape[1], self.smoothing).to(logits.dtype)
-        if teacher is not None and distillation.weight:
-            function = multimix_cross_entropy if self.loss_type == 'ce' else multimix_binary_cross_entropy
-            return function(
-                logits, target, torch.eye(len(logits), device=logits.device), teacher_logits=teacher,
-                distill_weight=distillation.weight, distill_temperature=distillation.temperature)
-        if self.loss_type == 'ce':
-            return F.cross_entropy(logits, target)
-        return F.binary_cross_entropy_with_logits(logits, target)
+        teacher = teacher_rows(logits.unsqueeze(1), teacher, distillation.weight)
+        targets = self._targets(target, teacher, num_classes)
+        if teacher is not None:
+            identity = torch.eye(batch_size, device=logits.device)
+            loss = FusedLoss(PARTITIONS[self.loss_type], batch_size, distillation=distillation)
+            total, divisor = FusedLossFunction.apply(logits.unsqueeze(1), identity, None, loss, *targets)
+        else:
+            rows, normalizer, _, *weights = targets
+            function = F.cross_entropy if self.loss_type == 'ce' else partial(
+                F.binary_cross_entropy_with_logits, pos_weight=weights[1])
+            total = function(logits, rows.to(logits.dtype), weights[0], reduction='sum')
+            divisor = logits.new_full((), batch_size) if normalizer is None else normalizer.sum()
+        return self._mean_over_classes(total, num_classes), divisor

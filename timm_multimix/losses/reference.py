@@ -7,6 +7,8 @@ fused.py computes the same values on logits, in tiles. Symbols as in docs/method
     w  interpolation weights Λ, rows on the simplex   (n, b), dense (r, n, b)
     a  attention over positions                       (b, r)
 
+A mask (b, r) is True at valid positions. Targets can be given for every position, (b, r, c).
+
 P1 is arXiv 2206.14868, P2 is arXiv 2311.05538.
 """
 from collections.abc import Callable
@@ -22,14 +24,21 @@ def one_hot(target: torch.Tensor, num_classes: int, dtype: torch.dtype) -> torch
     return target.to(dtype) if target.is_floating_point() else F.one_hot(target, num_classes).to(dtype)
 
 
-def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return H(y, softmax(logits)) of every row, (..., c) -> (...)."""
-    return -(y * logits.log_softmax(dim=-1)).sum(dim=-1)
+def cross_entropy(logits: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return H(y, softmax(logits)) of every row, (..., c) -> (...), with class weights (c,)."""
+    weight = torch.ones_like(y) if weight is None else weight
+    return -(weight * y * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
-def binary_cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def binary_cross_entropy(
+        logits: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        pos_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the binary cross-entropy of every row, mean over classes, (..., c) -> (...)."""
-    return F.binary_cross_entropy_with_logits(logits, y, reduction='none').mean(dim=-1)
+    return F.binary_cross_entropy_with_logits(
+        logits, y, weight, pos_weight=pos_weight, reduction='none').mean(dim=-1)
 
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -43,11 +52,35 @@ def pooled_multimix(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor, classifie
     return loss(classifier(z_mixed), y_mixed).mean()
 
 
-def attention_weights(w: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Scale the weights by the attention and normalize them (P2, eqs. 10-11)."""
+def attention_weights(w: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Scale the weights by the attention and normalize them (P2, eqs. 10-11). Weights of padding are 0."""
+    if mask is not None:
+        w, a = w * mask.T.unsqueeze(1), a * mask
+        w = w / w.sum(dim=2, keepdim=True).clamp(min=1e-30)
     m = torch.stack([w_j @ torch.diag(a_j) for w_j, a_j in zip(w, a.T, strict=True)])  # eq. 10, (r, n, b)
     total = m.sum(dim=2, keepdim=True)
     return torch.where(total > 0, m / total, w)                         # eq. 11; w if all attention is 0
+
+
+def mean(losses: torch.Tensor, m: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the mean of losses (r, n) over the rows of m that are not zero.
+
+    Args:
+        losses: Loss of every mix.
+        m: Weights (r, n, b).
+        weight: Class weight of the target of every example, (b,) or (b, r), if targets are class indices. The divisor
+            is then the sum of the mixed class weights.
+    """
+    rows = m.sum(dim=2) > 0
+    divisor = rows.sum()
+    if weight is not None:
+        divisor = torch.einsum('rnb,br->rn', m, weight.view(len(weight), -1).expand(-1, len(m))).sum()
+    return (losses * rows).sum() / divisor
+
+
+def mix_targets(m: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mix targets (b, c) or (b, r, c) with weights (r, n, b) (P2, eq. 13)."""
+    return torch.einsum('rnb,bc->rnc', m, y) if y.ndim == 2 else torch.einsum('rnb,brc->rnc', m, y)
 
 
 def dense_multimix(
@@ -57,12 +90,14 @@ def dense_multimix(
         a: torch.Tensor,
         classifier: Classifier,
         loss=cross_entropy,
+        mask: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
 ):
-    """Dense MultiMix (P2, sec. 3.3)."""
-    m = attention_weights(w, a)
+    """Dense MultiMix (P2, sec. 3.3). See mean for the weight, and attention_weights for the mask."""
+    m = attention_weights(w, a, mask)
     z_mixed = torch.einsum('rnb,brd->rnd', m, z)                        # eq. 12
-    y_mixed = torch.einsum('rnb,bc->rnc', m, y)                         # eq. 13
-    return loss(classifier(z_mixed), y_mixed).mean()                    # eq. 14
+    y_mixed = mix_targets(m, y)                                         # eq. 13
+    return mean(loss(classifier(z_mixed), y_mixed), m, weight)          # eq. 14
 
 
 def self_distillation(
@@ -108,6 +143,9 @@ def balance_gradient(grad: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         grad: Gradient of the loss with respect to the logits of one position (b, c).
         m: Weights used at that position (n, b).
     """
+    m = m[m.sum(dim=1) > 0]                                             # without the mixes that are left out
+    if not len(m):
+        return grad
     w = m.mean(dim=0)
     common = torch.outer(w, grad.sum(dim=0))                            # w (1ᵀG)
     mean_square = m.square().sum(dim=1).mean()                          # S

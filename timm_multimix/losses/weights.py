@@ -112,6 +112,19 @@ def _sample_dirichlet(concentration: torch.Tensor, length: int, generator: torch
     return _sample_log_gamma(concentration, size, generator).softmax(dim=-1)
 
 
+def check_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return the mask of valid positions (b, r) as a boolean tensor. Integers, as in an attention_mask, are cast.
+
+    Raises:
+        ValueError: If the shape is not (b, r), or the mask is floating point.
+    """
+    if mask.shape != shape or mask.is_floating_point():
+        raise ValueError(
+            f'mask must be boolean with shape (b, r) = {tuple(shape)}, True for valid positions, got {mask.dtype} with '
+            f'shape {tuple(mask.shape)}.')
+    return mask.bool()
+
+
 def sample_weights(
         num_mixes: int,
         batch_size: int,
@@ -189,7 +202,21 @@ def manifold_mixup_weights(
     return lam * identity + (1 - lam) * identity[partners]
 
 
-def attend(weights: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+def attended_rows(weights: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attended weights (r, n, b), and 1 for every row with attention and 0 for the others (r, n, 1).
+
+    Rows without attention are zero. A boolean attention keeps the sums of the weights, and thus weights that it does
+    not change.
+    """
+    scaled = weights * attention.mT.contiguous().unsqueeze(1)
+    total = scaled.sum(dim=-1, keepdim=True)
+    if attention.dtype == torch.bool:
+        total = total / weights.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    return scaled / total.masked_fill(empty, torch.inf), (~empty).to(weights.dtype)
+
+
+def attend(weights: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Scale the weights at every position by the attention and normalize them (P2, eqs. 10-11).
 
     Column i at position j is multiplied by the attention of example i at position j. Each row is divided by its sum. If
@@ -198,9 +225,11 @@ def attend(weights: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
     Args:
         weights: Interpolation weights (n, b), shared by all positions, or (r, n, b).
         attention: Attention (b, r), non-negative.
+        mask: Valid positions (b, r), True for valid. The weights of padding are zero. A row is zero at a position if
+            all its examples have padding there.
 
     Returns:
-        Weights (r, n, b), rows on the simplex.
+        Weights (r, n, b), rows on the simplex, or zero with a mask.
 
     Raises:
         ValueError: If the shapes do not match.
@@ -210,8 +239,10 @@ def attend(weights: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             'attend expects weights (n, b) or (r, n, b) and attention (b, r), '
             f'got weights {tuple(weights.shape)} and attention {tuple(attention.shape)}.')
-    scaled = weights * attention.mT.contiguous().unsqueeze(1)
-    total = scaled.sum(dim=-1, keepdim=True)
-    empty = total == 0
-    # Rows without attention become 0, then the weights are added. This is faster on a CPU than torch.where.
-    return (scaled / total.masked_fill(empty, torch.inf)).addcmul_(weights, empty.to(weights.dtype))
+    unattended = weights
+    if mask is not None:
+        mask = check_mask(mask, attention.shape)
+        attention = attention.masked_fill(~mask, 0)
+        unattended, _ = attended_rows(weights, mask)
+    attended, rows = attended_rows(weights, attention)
+    return attended.addcmul_(unattended, 1 - rows)
