@@ -36,13 +36,21 @@ LOSSES = {
     'soft targets': dict(soft=True),
     'dense teacher': dict(teacher='dense', attention_grad=True),
     'pooled teacher': dict(teacher='pooled', clean_weight=0.3),
+    'mask': dict(padding=True, tuple_length=2, attention_grad=True),
+    'mask without attention': dict(padding=True, tuple_length=2, attention='uniform'),
+    'dense targets': dict(padding=True, dense_target=True, tuple_length=2),
+    'class weights': dict(weight=torch.rand(NUM_CLASSES), attention_grad=True, clean_weight=0.3),
 }
 
 
 def _joined_batch(world_size, options):
-    """Logits, dense logits, attention, target and teacher of all examples, the same in every process; loss options."""
+    """Logits, dense logits, attention, targets and teacher of all examples, the same in every process; loss options.
+
+    Targets are the arguments target, mask and dense_target of the loss.
+    """
     options = dict(options)
-    num_positions, soft, teacher_kind = (options.pop(name, None) for name in ('num_positions', 'soft', 'teacher'))
+    num_positions, soft, teacher_kind, padding, has_dense_target = (
+        options.pop(name, None) for name in ('num_positions', 'soft', 'teacher', 'padding', 'dense_target'))
     num_positions = 5 if num_positions is None else num_positions
     torch.manual_seed(1)
     size = world_size * BATCH_SIZE
@@ -53,13 +61,19 @@ def _joined_batch(world_size, options):
         attention = torch.rand(size, num_positions, dtype=torch.float64)
     target = torch.rand(size, NUM_CLASSES, dtype=torch.float64) if soft else torch.randint(NUM_CLASSES, (size,))
     teacher = dict(dense=(teacher_logits, teacher_dense), pooled=(teacher_logits, None)).get(teacher_kind)
-    return [logits, dense, attention], target, teacher, options
+    targets = dict(target=target)
+    if padding:
+        targets['mask'] = torch.rand(size, num_positions) < 0.5
+    if has_dense_target:
+        targets['dense_target'] = torch.randint(NUM_CLASSES, (size, num_positions))
+    return [logits, dense, attention], targets, teacher, options
 
 
-def _terms(loss, leaves, target, teacher, examples=slice(None)):
+def _terms(loss, leaves, targets, teacher, examples=slice(None)):
     if teacher is not None:
         teacher = MultiMixOutput(*(part[examples] if part is not None else None for part in teacher))
-    return loss.terms(MultiMixOutput(*leaves), target[examples], teacher)
+    return loss.terms(
+        MultiMixOutput(*leaves), teacher=teacher, **{name: value[examples] for name, value in targets.items()})
 
 
 def _leaves(tensors, examples=slice(None)):
@@ -75,7 +89,7 @@ def _on_a_rank(cases):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = {}
     for name, case in cases.items():
-        tensors, target, teacher, options = _joined_batch(world_size, case)
+        tensors, targets, teacher, options = _joined_batch(world_size, case)
         mine = slice(rank * BATCH_SIZE, (rank + 1) * BATCH_SIZE)
         leaves = _leaves(tensors, mine)
         drawn = []
@@ -86,7 +100,7 @@ def _on_a_rank(cases):
 
         losses.sample_weights = recorded
         torch.manual_seed(rank)
-        terms = _terms(MultiMixLoss(NUM_MIXES, gather=True, **options), leaves, target, teacher, mine)
+        terms = _terms(MultiMixLoss(NUM_MIXES, gather=True, **options), leaves, targets, teacher, mine)
         terms['loss'].backward()
         results[name] = {name: term.item() for name, term in terms.items()}, _grads(leaves), drawn
     return results
@@ -98,9 +112,9 @@ def _on_one(monkeypatch, case, world_size, drawn):
     monkeypatch.setattr(
         losses, 'sample_weights',
         lambda *_, num_positions, **options: torch.stack([drawn.pop(0) for _ in range(num_positions)]))
-    tensors, target, teacher, options = _joined_batch(world_size, case)
+    tensors, targets, teacher, options = _joined_batch(world_size, case)
     leaves = _leaves(tensors)
-    terms = _terms(MultiMixLoss(NUM_MIXES, **options), leaves, target, teacher)
+    terms = _terms(MultiMixLoss(NUM_MIXES, **options), leaves, targets, teacher)
     terms['loss'].backward()
     assert not drawn
     return {name: term.item() for name, term in terms.items()}, _grads(leaves)

@@ -308,9 +308,14 @@ def test_distillation(script, image_folder, monkeypatch, kind):
     timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(script.run_folder() / 'last.pth.tar'))
 
 
-@pytest.mark.parametrize('flags', [[], ['--mixup', '0.2', '--mixup-off-epoch', '1'], ['--no-prefetcher']])
+@pytest.mark.parametrize('flags', [
+    [], ['--mixup', '0.2', '--mixup-off-epoch', '1'], ['--no-prefetcher'],
+    ['--multimix', 'dense', '--mixup', '0.2', '--multimix-teacher', 'ema'],
+    ['--multimix', 'dense', '--multimix-attention', 'cam', '--multimix-tuple-length', '2', '--no-prefetcher'],
+])
 def test_naflex(script, image_folder, flags):
-    flags += [
+    flags = [
+        *flags,
         '--naflex-loader', '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '9',
         '--model-kwargs', 'embed_dim=16', 'depth=1', 'num_heads=2', 'patch_size=8']
     status = script.train(image_folder, *flags, model='naflexvit_base_patch16_gap', epochs=2, batch_size=4)

@@ -31,7 +31,14 @@ WRONG_OPTIONS = {
                       'and --multimix-off-epoch 1 leave no epoch'),
     'MultiMix with TorchScript': (['--multimix', 'dense', '--torchscript'], 'torchcompile'),
     'MultiMix with distillation': (['--multimix', 'dense', '--kd-model-name', 'resnet18'], 'distillation'),
-    'MultiMix with NaFlex': (['--multimix', 'dense', '--naflex-loader'], 'padding'),
+    'NaFlex, MultiMix on some batches': (
+        ['--multimix', 'dense', '--naflex-loader', '--multimix-prob', '0.5'], 'use --multimix-prob 1.'),
+    'NaFlex, two views': (
+        ['--multimix', 'dense', '--naflex-loader', '--multimix-teacher', 'ema', '--multimix-views', '2'],
+        'use --multimix-views 1.'),
+    'NaFlex, another teacher': (
+        ['--multimix', 'dense', '--naflex-loader', '--multimix-teacher', 'test_vit'],
+        'supports --multimix-teacher ema'),
     'MultiMix with JSD': (['--multimix', 'dense', '--jsd-loss', '--aug-splits', '2'], 'jsd'),
     'MultiMix with an asymmetric loss': (['--multimix', 'dense', '--loss', 'asl'], 'AsymmetricLoss'),
     'missing folder': (['--data-dir', 'nowhere'], 'nowhere: no such folder'),

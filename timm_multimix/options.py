@@ -284,11 +284,13 @@ def check_multimix(args: argparse.Namespace) -> None:
     if args.multimix_gather:
         batch_size *= world_info_from_env()[2]
     length = args.multimix_tuple_length
+    naflex = getattr(args, 'naflex_loader', False)
     rules = (
         (args.torchscript, 'TorchScript cannot return the outputs that MultiMix needs: use --torchcompile.'),
         (args.kd_model_name, 'distillation uses another training task: remove one of the two options.'),
-        (getattr(args, 'naflex_loader', False),
-         'NaFlex sequences contain padding, and logits of padding must not be mixed.'),
+        (naflex and args.multimix_views == 2, '--naflex-loader creates one view of an image: use --multimix-views 1.'),
+        (naflex and args.multimix_teacher not in ('none', 'ema'),
+         f'--naflex-loader supports --multimix-teacher ema, got {args.multimix_teacher}.'),
         (args.jsd_loss or getattr(args, 'loss', None) == 'jsd',
          'the jsd loss compares views of an image, and MultiMix mixes images.'),
         (batch_size < 2, 'a batch of 1 image cannot be mixed: raise --batch-size.'),
@@ -301,6 +303,10 @@ def check_multimix(args: argparse.Namespace) -> None:
             raise UsageError(f'--multimix {args.multimix}: {message}')
     with usage_errors(f'--multimix {args.multimix}'):
         multimix_kwargs(args)
+    if naflex and batch_schedule(args).alternates:
+        raise UsageError(
+            f'--multimix {args.multimix}: the mixup of --naflex-loader cannot be disabled for single batches: use '
+            '--multimix-prob 1.')
     if args.multimix == 'pooled':
         _warn_of_unused_options(args, _DENSE_ONLY, '--multimix pooled has a single position and no attention')
     if args.multimix_teacher == 'none':

@@ -227,14 +227,14 @@ class MultiMixTask(ClassificationTask):
 
     def forward(
             self,
-            input: torch.Tensor,
+            input: torch.Tensor | dict[str, torch.Tensor],
             target: torch.Tensor,
             multimix: bool | None = None,
     ) -> dict[str, torch.Tensor]:
         """Forward pass and loss.
 
         Args:
-            input: Images (b, c, h, w), or (b, 2c, h, w) with two views.
+            input: Images (b, c, h, w), or (b, 2c, h, w) with two views, or a batch of timm's NaFlex loader.
             target: Class indices (b,), or soft or multi-hot targets (b, c).
             multimix: Whether this is a MultiMix batch. If None, the task decides.
 
@@ -256,7 +256,9 @@ class MultiMixTask(ClassificationTask):
             return {'loss': loss, 'output': output, **parts}
         output = _without_overflow(output)
         loss = self.distillation or self.loss
-        terms = loss.terms(output, self._mixable(target, output.logits), teacher_output)
+        # The loss ignores the attention of the output if it computes its own. The output's is then 0 at padding only.
+        mask = output.attention > 0 if self.loss.attention == 'cam' else None
+        terms = loss.terms(output, self._mixable(target, output.logits), teacher_output, mask=mask)
         if getattr(self.criterion, 'sum_classes', False):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}
         parts = {name: term.detach() for name, term in terms.items() if name != 'loss'}

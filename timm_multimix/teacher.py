@@ -240,6 +240,7 @@ class SelfDistillationLoss(nn.Module):
         output: MultiMixOutput of an attached student, or logits (b, c).
         target: class indices (b,), or soft or multi-hot targets (b, c).
         teacher: output of the teacher for the same examples, or for another view of them.
+        mask, dense_target: padding and targets at every position, see MultiMixLoss.terms.
         Returns a scalar.
 
     Raises:
@@ -278,17 +279,24 @@ class SelfDistillationLoss(nn.Module):
     def forward(
             self,
             output: MultiMixOutput | torch.Tensor,
-            target: torch.Tensor,
+            target: torch.Tensor | None,
             teacher: MultiMixOutput | torch.Tensor,
+            *,
+            mask: torch.Tensor | None = None,
+            dense_target: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.terms(output, target, teacher)['loss']
+        return self.terms(output, target, teacher, mask=mask, dense_target=dense_target)['loss']
 
     def terms(
             self,
             output: MultiMixOutput | torch.Tensor,
-            target: torch.Tensor,
+            target: torch.Tensor | None,
             teacher: MultiMixOutput | torch.Tensor | None,
+            *,
+            mask: torch.Tensor | None = None,
+            dense_target: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the loss and its terms. See MultiMixLoss.terms."""
         return self.loss.terms(
-            output, target, teacher, distill_weight=self.weight, distill_temperature=self.distill_temperature)
+            output, target, teacher, mask=mask, dense_target=dense_target, distill_weight=self.weight,
+            distill_temperature=self.distill_temperature)

@@ -2,8 +2,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
+
+
+def _class_weights(criterion: nn.Module) -> dict[str, torch.Tensor]:
+    given = {name: getattr(criterion, name, None) for name in ('weight', 'pos_weight')}
+    return {name: weight for name, weight in given.items() if weight is not None}
 
 
 def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
@@ -13,25 +19,24 @@ def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
         criterion: The loss for unmixed examples.
 
     Returns:
-        'loss_type' and 'smoothing' of MultiMixLoss.
+        'loss_type', 'smoothing', and class weights of MultiMixLoss.
 
     Raises:
         ValueError: If the criterion has no mixed form. The message gives the reason.
     """
     if isinstance(criterion, nn.CrossEntropyLoss):
-        if criterion.weight is not None or criterion.reduction != 'mean' or criterion.ignore_index >= 0:
-            raise ValueError("MultiMix supports neither class weights nor ignore_index, and only reduction='mean'.")
-        return dict(loss_type='ce', smoothing=criterion.label_smoothing)
+        if criterion.reduction != 'mean' or criterion.ignore_index >= 0:
+            raise ValueError("MultiMix supports no ignore_index of images, and only reduction='mean'.")
+        return dict(loss_type='ce', smoothing=criterion.label_smoothing, **_class_weights(criterion))
     if isinstance(criterion, LabelSmoothingCrossEntropy):
         return dict(loss_type='ce', smoothing=criterion.smoothing)
     if isinstance(criterion, SoftTargetCrossEntropy):
         return dict(loss_type='ce', smoothing=0.0)
     if isinstance(criterion, BinaryCrossEntropy):
-        if criterion.weight is not None or criterion.pos_weight is not None:
-            raise ValueError('MultiMix does not support class weights or positive weights of binary cross-entropy.')
         if not criterion.sum_classes and criterion.reduction != 'mean':
             raise ValueError(f"MultiMix supports only reduction='mean', got reduction={criterion.reduction!r}.")
-        return dict(loss_type='bce', smoothing=0.0)  # MultiMixTask smooths the targets
+        # MultiMixTask smooths the targets.
+        return dict(loss_type='bce', smoothing=0.0, **_class_weights(criterion))
     name = getattr(criterion, '__name__', None) or type(criterion).__name__
     raise ValueError(
         f'MultiMix supports cross-entropy and binary cross-entropy, got {name}: use one of them, or train without '

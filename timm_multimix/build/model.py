@@ -158,12 +158,14 @@ def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: d
 def report_positions(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
     """Log the number of positions of dense MultiMix at each image size, and warn if there is only one.
 
+    With --naflex-loader, the number of positions is the sequence length, which is an option.
+
     Args:
         args: Arguments of the run.
         model: A model that dense MultiMix can train. It is unchanged afterwards.
         data_config: Data configuration with the input size.
     """
-    if args.multimix != 'dense':
+    if args.multimix != 'dense' or args.naflex_loader:
         return
     channels, *size = data_config['input_size']
     parameter, is_training = next(model.parameters()), model.training

@@ -93,13 +93,14 @@ class _MultiMixModel:
         current = self.__dict__.get('_multimix_pass')
         if current is not None and current.is_dense and current.prediction is None:
             features, *others = [value for value in (*args, *kwargs.values()) if value is not None]
-            if any(isinstance(value, torch.Tensor) for value in others):
+            masks = [value for value in others if isinstance(value, torch.Tensor)]
+            if len(masks) > 1:
                 raise ValueError(
-                    'Dense MultiMix does not support masks of valid positions: train on images of one size, or attach '
-                    "with mode='pooled'.")
+                    'Dense MultiMix supports one tensor besides the features in forward_head, the mask of valid '
+                    f"positions (b, r), got {len(masks)}: attach with mode='pooled'.")
             current.prediction = prediction
             # Computed here, so that the autocast context of a wrapped forward applies.
-            current.output = _dense_output(self, self._multimix, current, features)
+            current.output = _dense_output(self, self._multimix, current, features, *masks)
         return prediction
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
@@ -153,6 +154,7 @@ def _dense_output(
         settings: _Settings,
         current: _ForwardPass,
         features: Features,
+        mask: torch.Tensor | None = None,
 ) -> MultiMixOutput:
     head = settings.head
     set_phase(model, head.batch_norms, 'apply')
@@ -166,7 +168,7 @@ def _dense_output(
         token = torch.cat([stream[:, 0] for stream in as_streams(features)], dim=-1)
     placed = [stream for stream, layout in zip(positions, head.layouts, strict=True) if layout.has_positions]
     keys = placed[0] if len(placed) == 1 else torch.cat(placed, dim=-1)
-    attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token)
+    attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token, mask=mask)
     return MultiMixOutput(_checked_logits(model, current.prediction), dense, attention)
 
 
@@ -323,6 +325,9 @@ def attach(
     replaces the settings. The logits of the output are the ordinary prediction. For distilled models they are the mean
     of the two heads, also with distilled_training. In dense mode a copy of the model on the meta device runs on one
     image to inspect the features and the head. If the head is replaced later, the next forward pass inspects it again.
+
+    If a model passes a tensor to forward_head besides the features, it is the mask of valid positions (b, r), True for
+    valid. The attention of padding is 0, so that padding has no effect on MultiMixLoss. timm's NaFlex models do so.
 
     A forward that was set on the instance, for example by Accelerate's prepare(), is called instead of the class's
     forward.

@@ -59,7 +59,7 @@ def attention_weights(w: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | Non
         w = w / w.sum(dim=2, keepdim=True).clamp(min=1e-30)
     m = torch.stack([w_j @ torch.diag(a_j) for w_j, a_j in zip(w, a.T, strict=True)])  # eq. 10, (r, n, b)
     total = m.sum(dim=2, keepdim=True)
-    return torch.where(total > 0, m / total, w)                         # eq. 11; w if all attention is 0
+    return torch.where(total > 0, m / torch.where(total > 0, total, 1), w)  # eq. 11; w if all attention is 0
 
 
 def mean(losses: torch.Tensor, m: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
