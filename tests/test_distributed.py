@@ -39,7 +39,7 @@ LOSSES = {
     'mask': dict(padding=True, tuple_length=2, attention_grad=True),
     'mask without attention': dict(padding=True, tuple_length=2, attention='uniform'),
     'dense targets': dict(padding=True, dense_target=True, tuple_length=2),
-    'class weights': dict(weight=torch.rand(NUM_CLASSES), attention_grad=True, clean_weight=0.3),
+    'class weights': dict(weight=torch.tensor([1.0, 2.0, 0.5, 3.0]), attention_grad=True, clean_weight=0.3),
 }
 
 

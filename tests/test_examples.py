@@ -14,6 +14,8 @@ EXAMPLES = [
     'hf_trainer.py',
     'lightning_module.py',
     'plain_loop.py',
+    'segmentation.py',
+    'sequence_classifier.py',
 ]
 
 

@@ -300,3 +300,33 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     assert names['loss'].isfinite()
     timm.create_model('test_resnet', num_classes=10).load_state_dict(
         torch.load('teacher.pth', weights_only=True))
+
+
+def test_loop_of_the_docs_is_resumed(tmp_path, monkeypatch):
+    text = (README.parent / 'docs' / 'training.md').read_text()
+    saving, loading = re.search(r'```python\n(torch\.save\(dict\(.*?)\n(# In the new.*?)```', text, re.DOTALL).groups()
+    monkeypatch.chdir(tmp_path)
+    images, target = images_of_colour(8)
+
+    def create():
+        model = resnet()
+        attach(model.train())
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        return dict(torch=torch, model=model, teacher=EMATeacher(model), optimizer=optimizer)
+
+    def train(model, teacher, optimizer, **_):
+        torch.manual_seed(0)
+        for _ in range(2):
+            step(model, optimizer, SelfDistillationLoss(MultiMixLoss(20))(model(images), target, teacher(images)))
+            teacher.update(model)
+
+    run, resumed = create(), create()
+    train(**run)
+    exec(saving, run)
+    exec(loading, resumed)
+    train(**{name: run[name] for name in ('model', 'teacher', 'optimizer')})
+    train(**{name: resumed[name] for name in ('model', 'teacher', 'optimizer')})
+    assert run['teacher'].num_updates == resumed['teacher'].num_updates == 4
+    for name in ('model', 'teacher'):
+        torch.testing.assert_close(
+            run[name].state_dict(), resumed[name].state_dict(), rtol=0, atol=0, check_device=False)
