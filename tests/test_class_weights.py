@@ -16,7 +16,7 @@ from timm_multimix import (
     multimix_cross_entropy,
     sample_weights,
 )
-from timm_multimix.criteria import loss_options
+from timm_multimix.build.criteria import loss_options
 from timm_multimix.losses import reference
 
 
