@@ -73,6 +73,17 @@ def test_a_step_with_a_teacher_does_not_wait_for_the_device(step_on_a_gpu):
     assert step_on_a_gpu(lambda output, target: loss(output, target, output)).device.type == 'cuda'
 
 
+@pytest.mark.parametrize('kind', ['ce', 'bce'])
+@pytest.mark.parametrize('attention', [None, 'cam'])
+def test_masks_dense_targets_and_class_weights_do_not_wait_for_the_device(kind, attention, step_on_a_gpu):
+    def loss(output, target):
+        weights = dict(weight=torch.ones(7), **(dict(pos_weight=torch.ones(7)) if kind == 'bce' else {}))
+        criterion = MultiMixLoss(30, loss_type=kind, attention=attention, **weights)
+        mask = torch.ones(output.dense_logits.shape[:2], dtype=torch.bool)
+        return criterion(output, target, mask=mask, dense_target=mask.long())
+    assert step_on_a_gpu(loss).device.type == 'cuda'
+
+
 def test_a_step_that_waits_for_the_device_is_noticed(step_on_a_gpu):
     with pytest.raises(DataDependentOutputException):
         step_on_a_gpu(lambda output, target: output.logits.sum().item())
