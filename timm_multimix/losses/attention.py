@@ -1,4 +1,6 @@
 """Attention of each example over the positions of its feature map."""
+from typing import Any
+
 import torch
 
 from .weights import check_mask
@@ -72,7 +74,9 @@ def attention_map(
             not fit.
     """
     check_attention(query, norm)
-    source = logits if query == 'cam' else features
+    source: Any = logits if query == 'cam' else features
+    classes: Any = target
+    key_query: Any = token
     if query != 'cam' and features is None:
         raise ValueError(f'attention query {query!r} requires features with shape (b, r, d).')
     if source is not None and source.ndim != 3:
@@ -86,16 +90,16 @@ def attention_map(
         mask = check_mask(mask, source.shape[:2])
         source = source.masked_fill(~mask.unsqueeze(2), 0)
     if query == 'uniform':
-        ones = source.new_ones(source.shape[:2], dtype=_wide_dtype(source))
+        ones: torch.Tensor = source.new_ones(source.shape[:2], dtype=_wide_dtype(source))
         return ones * _uniform(ones, mask)
     if query == 'cam':
-        scores = _cam_scores(source, target)
+        scores = _cam_scores(source, classes)
         return _normalize(scores.to(_wide_dtype(scores)), norm, mask)
     key = source.to(_wide_dtype(source))
     if query == 'gap':
-        token = key.mean(dim=1) if mask is None else key.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        key_query = key.mean(dim=1) if mask is None else key.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     with torch.autocast(device_type=source.device.type, enabled=False):
-        return _normalize(torch.einsum('brd,bd->br', key, token.to(key.dtype)), norm, mask)
+        return _normalize(torch.einsum('brd,bd->br', key, key_query.to(key.dtype)), norm, mask)
 
 
 def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:

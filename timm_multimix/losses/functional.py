@@ -1,4 +1,6 @@
 """Functional form of the MultiMix losses, and validation of their arguments."""
+from typing import Any
+
 import torch
 
 from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
@@ -111,7 +113,7 @@ def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
             'Expected logits (b, c) with weights (n, b), or logits (b, r, c) with weights (r, n, b), '
             f'got logits {tuple(logits.shape)} and weights {tuple(weights.shape)}.')
     if _can_check_values(weights):
-        for block in weights.detach().split(max(1, CHECKED_ELEMENTS // weights.shape[-1]), dim=-2):
+        for block in torch.split(weights.detach(), max(1, CHECKED_ELEMENTS // weights.shape[-1]), dim=-2):
             # Negated, to reject NaN too.
             total = block.sum(dim=-1)
             if not (block.min() >= -1e-6 and ((total - 1).abs() <= 1e-3).logical_or(total == 0).all()):
@@ -167,7 +169,7 @@ def _mixed_loss(
         smoothing: float,
         teacher_logits: torch.Tensor | None,
         class_weights: ClassWeights,
-        **options,
+        **options: Any,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
     loss = FusedLoss(num_mixes=weights.shape[-2], **options)

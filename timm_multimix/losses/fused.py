@@ -23,7 +23,7 @@ A teacher adds the term A(M_k L) - A'(M_k L')·M_k L, where L' are the teacher's
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,9 @@ class Distillation(NamedTuple):
     temperature: float = 1.0
 
 
+NO_DISTILLATION = Distillation(0.0)
+
+
 class Inputs(NamedTuple):
     """The inputs of the loss at p positions."""
     m: torch.Tensor                 # attended weights M (p, n, b)
@@ -82,6 +85,7 @@ class Inputs(NamedTuple):
 
     def tile(self, positions: slice, rows: slice) -> 'Inputs':
         """Select positions, and rows of M."""
+        target: Any
         target, share, teacher = (
             tensor[positions] if tensor is not None and tensor.ndim == 3 else tensor
             for tensor in (self.target, self.share, self.teacher))
@@ -124,7 +128,7 @@ class FusedLoss:
     balance: bool = True
     logit_scale: float = 1.0
     tile_size: int | None = None
-    distillation: Distillation | None = None
+    distillation: Distillation = NO_DISTILLATION
 
     def positions_at_a_time(self, logits: torch.Tensor) -> int:
         """Number of positions whose weights (p, n, b) and logits (p, b, c) are in memory together.
@@ -152,7 +156,7 @@ class FusedLoss:
     @property
     def scales(self) -> tuple[float, float]:
         """Factors of the logits and of the teacher's logits."""
-        return self.logit_scale, self.logit_scale / (self.distillation.temperature if self.distillation else 1)
+        return self.logit_scale, self.logit_scale / self.distillation.temperature
 
     def inputs(
             self,
@@ -191,7 +195,7 @@ class FusedLoss:
             losses, derivative = self.row_losses(inputs.tile(positions, tile_rows))
             value += losses.sum()
             sums[positions] += weighted[positions, tile_rows].mT @ derivative.sub_(constant[positions])
-        c, common = sums.split([m.shape[-1], 1], dim=1)                     # n C (p, b, c) and n 1ᵀG (p, 1, c)
+        c, common = sums[:, :-1], sums[:, -1:]                              # n C (p, b, c) and n 1ᵀG (p, 1, c)
         # The part of value and gradient that is linear in the targets.
         covariance = centred[..., :-1].mT @ centred[..., :-1]               # n K
         mixed_target, covariant_target = total @ target, covariance @ target
@@ -221,7 +225,7 @@ class FusedLoss:
         share = self.share(tile)
         losses = _sum_classes(value, share)
         if tile.teacher is not None:
-            distilled, derivative = self._distill(mixed, value, prediction, tile)
+            distilled, derivative = self._distill(mixed, value, prediction, tile, tile.m @ tile.teacher)
             losses = losses + distilled
             derivative.addcmul_(share, prediction)
         else:
@@ -234,14 +238,16 @@ class FusedLoss:
             value: torch.Tensor,
             prediction: torch.Tensor,
             tile: Inputs,
+            mixed_teacher: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distillation term of every row (p, t, 1) and its derivative for the mixed logits (p, t, c)."""
         weight, temperature = self.distillation
-        _, target = self.partition(tile.m @ tile.teacher)
+        _, target = self.partition(mixed_teacher)
         if temperature != 1:
             mixed = mixed / temperature
             value, prediction = self.partition(mixed)
         if any(given is not None for given in tile.class_weights):
+            share: Any  # not None, because there are class weights
             target, share = tile.class_weights.factors(target, self.is_binary)
             value, prediction = _sum_classes(value, share), share * prediction
         distilled = value.sum(dim=-1, keepdim=True) - (target * mixed).sum(dim=-1, keepdim=True)
@@ -281,7 +287,7 @@ def _weights_at(
         attention: torch.Tensor | None,
         dtype: torch.dtype,
         needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, Callable | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
     """Return the attended weights M (p, n, b), their rows (see Inputs), and the pull-back of a gradient for M.
 
     It is the gradient for the attention (b, p), or for the weights (p, n, b) without attention.
@@ -295,9 +301,11 @@ def _weights_at(
         return m.expand(size, -1, -1), rows, lambda grad: grad
     attention = attention[:, positions]
     if needs_grad:
-        m, pull_back, rows = torch.func.vjp(partial(attended_rows, m), attention.to(dtype), has_aux=True)
+        pulled: Any = torch.func.vjp(partial(attended_rows, m), attention.to(dtype), has_aux=True)
+        m, pull_back, rows = pulled
         return m, rows, lambda grad: pull_back(grad)[0]
-    return *attended_rows(m, attention if attention.dtype == torch.bool else attention.to(dtype)), None
+    m, rows = attended_rows(m, attention if attention.dtype == torch.bool else attention.to(dtype))
+    return m, rows, None
 
 
 class FusedLossFunction(torch.autograd.Function):
@@ -318,7 +326,14 @@ class FusedLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, weights, attention, loss, *targets):
+    def forward(
+            ctx: Any,
+            logits: torch.Tensor,
+            weights: Any,
+            attention: torch.Tensor | None,
+            loss: FusedLoss,
+            *targets: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         with torch.autocast(device_type=logits.device.type, enabled=False):
             value, divisor, *grads = FusedLossFunction._evaluate(
@@ -344,16 +359,18 @@ class FusedLossFunction(torch.autograd.Function):
         """
         value, divisor = targets.rows.new_zeros(()), targets.rows.new_zeros(())
         grad = torch.empty_like(logits, dtype=value.dtype)
-        source, axis = (attention, 1) if needs_attention_grad else (weights, 0)
+        source: Any = attention if needs_attention_grad else weights
+        axis = 1 if needs_attention_grad else 0
         num_grads = (needs_weights_grad or needs_attention_grad) * (1 if targets.normalizer is None else 2)
         source_grads = [torch.empty_like(source, dtype=value.dtype) for _ in range(num_grads)]
         for positions in _slices(logits.shape[1], loss.positions_at_a_time(logits)):
             m, rows, pull_back = _weights_at(positions, weights, attention, value.dtype, needs_attention_grad)
             here = targets.at(positions)
-            inputs = loss.inputs(m, rows, here, *(
+            selected: Any = (
                 None if tensor is None else _positions_first(
                     tensor.expand_as(logits), positions, attention, scale, value.dtype)
-                for tensor, scale in zip((logits, targets.teacher), loss.scales, strict=True)))
+                for tensor, scale in zip((logits, targets.teacher), loss.scales, strict=True))
+            inputs = loss.inputs(m, rows, here, *selected)
             chunk_value, chunk_grad = loss.value_and_gradient(inputs)
             value += chunk_value
             grad[:, positions] = chunk_grad.transpose(0, 1)
@@ -362,13 +379,13 @@ class FusedLossFunction(torch.autograd.Function):
             else:
                 divisor += m.shape[0] * m.shape[1] if rows is None else rows.sum()
             if source_grads:
-                m_grads = loss.gradient_of_weights(inputs), here.normalizer
+                m_grads: Any = (loss.gradient_of_weights(inputs), here.normalizer)
                 for total, m_grad in zip(source_grads, m_grads, strict=False):
                     total.narrow(axis, positions.start, len(m)).copy_(pull_back(m_grad.expand_as(m)))
         return value, divisor, grad.mul_(loss.logit_scale), *source_grads
 
     @staticmethod
-    def backward(ctx, grad_value, grad_divisor):
+    def backward(ctx: Any, grad_value: torch.Tensor, grad_divisor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 'MultiMix losses can be differentiated once: no create_graph=True, and no second-order optimizer.')

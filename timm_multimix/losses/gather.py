@@ -7,6 +7,7 @@ are a single position. One process computes their loss.
 """
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +22,14 @@ class _AllToAll(torch.autograd.Function):
     """Differentiable all-to-all: send `send[i]` of the rows (r, ...) to process i and receive `receive[i]` from it."""
 
     @staticmethod
-    def forward(ctx, rows, send, receive):
+    def forward(ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
         ctx.sizes = send, receive
         received = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(received, rows.contiguous(), receive, send)
         return received
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         send, receive = ctx.sizes
         rows = grad.new_empty(sum(send), *grad.shape[1:])
         dist.all_to_all_single(rows, grad.contiguous(), send, receive)
@@ -39,13 +40,13 @@ class _Mean(torch.autograd.Function):
     """Mean over processes. The backward pass is the identity, since DDP averages the gradients."""
 
     @staticmethod
-    def forward(ctx, values):
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
         values = values.clone()
         dist.all_reduce(values)
         return values / dist.get_world_size()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad
 
 

@@ -1,7 +1,7 @@
 """MultiMix as a loss module."""
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,7 @@ from .weights import Alpha, alpha_range, check_mask, sample_weights
 
 PARTITIONS = {'ce': softmax_partition, 'bce': sigmoid_partition}
 # Values of None arguments of MultiMixLoss for each preset.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
     'paper': dict(alpha=(0.5, 2.0), balance=False, pooled_weight=0.0),
 }
@@ -149,8 +149,8 @@ class MultiMixLoss(nn.Module):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {preset!r}.')
-        given = dict(alpha=alpha, balance=balance, pooled_weight=pooled_weight)
-        alpha, balance, pooled_weight = (
+        given: dict[str, Any] = dict(alpha=alpha, balance=balance, pooled_weight=pooled_weight)
+        alpha, balance, share_of_pooled = (
             PRESETS[preset][name] if value is None else value for name, value in given.items())
         if num_mixes < 1:
             raise ValueError(f'num_mixes must be at least 1, got {num_mixes}.')
@@ -160,10 +160,10 @@ class MultiMixLoss(nn.Module):
             raise ValueError(
                 f"attention must be 'cam', 'uniform' or None (attention of the output), got {attention!r}. Pass other "
                 'queries to attach().')
-        for name, share in (('pooled_weight', pooled_weight), ('clean_weight', clean_weight)):
+        for name, share in (('pooled_weight', share_of_pooled), ('clean_weight', clean_weight)):
             if not 0 <= share <= 1:
                 raise ValueError(f'{name} must be in [0, 1], got {share}.')
-        if logit_scale == 'auto':
+        if isinstance(logit_scale, str) and logit_scale == 'auto':
             raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
         if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
             raise ValueError(f'logit_scale must be a positive number, got {logit_scale!r}.')
@@ -179,8 +179,8 @@ class MultiMixLoss(nn.Module):
         self.attention = attention
         self.attention_norm = attention_norm
         self.attention_grad = attention_grad
-        self.balance = balance
-        self.pooled_weight = pooled_weight
+        self.balance = bool(balance)
+        self.pooled_weight = share_of_pooled
         self.clean_weight = clean_weight
         self.logit_scale = logit_scale
         self.smoothing = smoothing
@@ -250,7 +250,8 @@ class MultiMixLoss(nn.Module):
             ValueError: If an option is out of range, or the shapes of the inputs do not match.
         """
         distillation = check_distillation(distill_weight, distill_temperature)
-        logits, dense_logits, attention = _as_output(output)
+        tensors: Any = _as_output(output)  # check_output and the shares of the terms determine which are not None
+        logits, dense_logits, attention = tensors
         teacher = MultiMixOutput(None) if teacher is None else _as_output(teacher, 'The teacher of MultiMixLoss')
         check_output(logits, dense_logits, target, dense_target)
         check_num_classes((dense_logits if target is None else logits).shape[-1], self.loss_type)
@@ -262,14 +263,14 @@ class MultiMixLoss(nn.Module):
         if dense_target is not None:
             dense_target = self._cast(dense_target, dense_logits)
             dense_target, mask = check_dense_target(dense_logits, dense_target, mask, self.ignore_index)
-        mixed_target = target
+        mixed_target: Any = target
         if self.gather:
             like = dense_logits if logits is None else logits
             num_positions = 0 if dense_logits is None else dense_logits.shape[1]
             check_same_sizes((len(like), num_positions, like.shape[-1]), like.device)
             mixed_target, = gather_batch(target)
         shares = self._shares(has_dense=dense_logits is not None, dense_only=target is None)
-        terms = {}  # sum and divisor of each term
+        terms: dict[str, Any] = {}  # sum and divisor of each term
         if shares['dense']:
             attention = self._attention(dense_logits, attention, target, mask)
             dense_teacher = teacher.logits if teacher.dense_logits is None else teacher.dense_logits
@@ -283,7 +284,7 @@ class MultiMixLoss(nn.Module):
             sums = mean_over_processes(torch.stack([torch.stack(pair) for pair in terms.values()]))
             terms = dict(zip(terms, sums, strict=True))
         terms = {name: mean(*pair) for name, pair in terms.items()}
-        loss = sum(shares[name] * term for name, term in terms.items())
+        loss: Any = sum(shares[name] * term for name, term in terms.items())
         return {'loss': loss, **terms}
 
     def _cast(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -299,7 +300,8 @@ class MultiMixLoss(nn.Module):
 
     def _targets(self, target: torch.Tensor, teacher: torch.Tensor | None, num_classes: int) -> Targets:
         is_binary = self.loss_type == 'bce'
-        class_weights = check_class_weights(ClassWeights(self.weight, self.pos_weight), num_classes, is_binary)
+        buffers: Any = (self.weight, self.pos_weight)
+        class_weights = check_class_weights(ClassWeights(*buffers), num_classes, is_binary)
         return make_targets(target, num_classes, class_weights, self.smoothing, teacher, is_binary)
 
     def _mean_over_classes(self, total: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -341,14 +343,14 @@ class MultiMixLoss(nn.Module):
         if self.gather:
             teacher = teacher.expand_as(logits) if teacher is not None else None
             is_dense = target.ndim == (3 if target.is_floating_point() else 2)
-            logits, attention, teacher, target_of_positions = share_positions(
-                logits, attention, teacher, target if is_dense else None)
+            shared: Any = share_positions(logits, attention, teacher, target if is_dense else None)
+            logits, attention, teacher, target_of_positions = shared
             target = target_of_positions if is_dense else target
             if not logits.shape[1]:
                 # There are more processes than positions. This process has no loss, but it must take part in the
                 # collectives of the backward pass. The sum of empty tensors keeps them in a compiled graph.
                 received = (tensor for tensor in (logits, attention, teacher, target) if tensor is not None)
-                total = sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
+                total: Any = sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
                 return total, torch.zeros_like(total)
         batch_size, _, num_classes = logits.shape
         sample = partial(
@@ -376,7 +378,7 @@ class MultiMixLoss(nn.Module):
     def _clean(
             self,
             logits: torch.Tensor,
-            target: torch.Tensor,
+            target: Any,
             teacher: torch.Tensor | None,
             distillation: Distillation,
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def one_hot(target: torch.Tensor, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -45,7 +46,13 @@ def softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(dim=-1)
 
 
-def pooled_multimix(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor, classifier: Classifier, loss=cross_entropy):
+def pooled_multimix(
+        z: torch.Tensor,
+        y: torch.Tensor,
+        w: torch.Tensor,
+        classifier: Classifier,
+        loss: Loss = cross_entropy,
+) -> torch.Tensor:
     """Pooled MultiMix (P1 and P2, sec. 3.2)."""
     z_mixed = w @ z                                                     # eq. 6, (n, d)
     y_mixed = w @ y                                                     # eq. 7, (n, c)
@@ -89,10 +96,10 @@ def dense_multimix(
         w: torch.Tensor,
         a: torch.Tensor,
         classifier: Classifier,
-        loss=cross_entropy,
+        loss: Loss = cross_entropy,
         mask: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
-):
+) -> torch.Tensor:
     """Dense MultiMix (P2, sec. 3.3). See mean for the weight, and attention_weights for the mask."""
     m = attention_weights(w, a, mask)
     z_mixed = torch.einsum('rnb,brd->rnd', m, z)                        # eq. 12
@@ -110,9 +117,9 @@ def self_distillation(
         classifier_teacher: Classifier,
         weight: float,
         temperature: float = 1.0,
-        loss=cross_entropy,
-        predict=softmax,
-):
+        loss: Loss = cross_entropy,
+        predict: Classifier = softmax,
+) -> torch.Tensor:
     """Dense MultiMix with a teacher (P1, sec. 3.3, eq. 9).
 
     Student and teacher are mixed with the same weights, attended with the student's attention. The factor T² of the
@@ -129,7 +136,13 @@ def self_distillation(
     return (1 - weight) * classification + weight * distillation
 
 
-def manifold_mixup(z: torch.Tensor, y: torch.Tensor, lam: torch.Tensor, partners: torch.Tensor, classifier: Classifier):
+def manifold_mixup(
+        z: torch.Tensor,
+        y: torch.Tensor,
+        lam: torch.Tensor,
+        partners: torch.Tensor,
+        classifier: Classifier,
+) -> torch.Tensor:
     """Manifold mixup at the last layer (Verma et al., ICML 2019), with one λ for the batch."""
     z_mixed = lam * z + (1 - lam) * z[partners]
     y_mixed = lam * y + (1 - lam) * y[partners]

@@ -1,5 +1,5 @@
 """Targets of the losses and class weights."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,8 +56,9 @@ class Targets(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> 'Targets':
         """Convert all but the teacher's logits, which are converted when they are used."""
-        return Targets(*(
-            tensor if tensor is None or tensor is self.teacher else tensor.to(dtype) for tensor in self))
+        entries: Any = (
+            tensor if tensor is None or tensor is self.teacher else tensor.to(dtype) for tensor in self)
+        return Targets(*entries)
 
 
 def multi_hot(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +99,7 @@ def make_targets(
         is_binary: bool,
 ) -> Targets:
     """Return the targets of a loss. As in PyTorch, class weights normalize cross-entropy with class indices."""
-    is_normalized = class_weights.weight is not None and not is_binary and not target.is_floating_point()
-    normalizer = class_weights.weight[target] if is_normalized else None
+    normalizer = None
+    if class_weights.weight is not None and not is_binary and not target.is_floating_point():
+        normalizer = class_weights.weight[target]
     return Targets(class_rows(target, num_classes, smoothing), normalizer, teacher, *class_weights)

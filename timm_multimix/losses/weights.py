@@ -80,7 +80,7 @@ def _propose_log_gamma(
     _draw_log_gamma.
     """
     d = a + (1 - 1 / 3)
-    options = dict(dtype=a.dtype, device=a.device, generator=generator)
+    options: dict[str, Any] = dict(dtype=a.dtype, device=a.device, generator=generator)
     normal = torch.randn(size, **options)
     root = (normal * (9 * d).rsqrt()).add_(1)
     v = root.pow(3)
@@ -165,7 +165,7 @@ def sample_weights(
         device = generator.device
 
     rows = (num_mixes,) if num_positions is None else (num_positions, num_mixes)
-    options = dict(dtype=torch.float32, device=device)
+    options: dict[str, Any] = dict(dtype=torch.float32, device=device)
     concentration = torch.full((*rows, 1), low, **options)
     if high > low:
         concentration += (high - low) * torch.rand((*rows, 1), generator=generator, **options)
