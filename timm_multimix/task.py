@@ -376,7 +376,7 @@ class MultiLabelMultiMixTask(MultiMixTask, MultiLabelClassificationTask):
 
     def forward(
             self,
-            input: torch.Tensor,
+            input: torch.Tensor | dict[str, torch.Tensor],
             target: torch.Tensor,
             multimix: bool | None = None,
     ) -> dict[str, torch.Tensor]:

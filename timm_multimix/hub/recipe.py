@@ -83,7 +83,8 @@ def public_text(args: Mapping[str, Any], name: str, otherwise: str) -> str:
 
 
 def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    options, parts = {}, []
+    options: dict[str, Any] = {}
+    parts = []
     for part in reversed(args.get('earlier') or ()):
         options = {**options, **part['options']}
         when = f'{"Until partway through" if part["in_epoch"] else "Before"} epoch {int(part["epoch"])}'
