@@ -3,24 +3,20 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_resume import stopping
+from training_helpers import stopping
 
 pytest_plugins = ['training_helpers']
 
-KILLED = """
+KILLED = f"""
 import os, signal, sys
-from timm_multimix import training
-step, calls = training.loop._train_step, []
-def counted(*args):
-    calls.append(args)
-    if len(calls) == int(os.environ['KILLED_IN']):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
-training.loop._train_step = counted
-sys.exit(training.main())
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from training_helpers import main, on_batch
+on_batch(lambda number, *_: os.kill(os.getpid(), signal.SIGKILL) if number == 2 else None)
+sys.exit(main())
 """
 
 
@@ -106,7 +102,7 @@ def test_branch_that_is_killed_before_its_first_checkpoint(script, image_folder,
             '--warmup-epochs', 0, '--lr', 0.01, '--opt', 'sgd', '--workers', 0, '--experiment', 'run',
             '--resume', five_epochs / 'checkpoint-1.pth.tar']
     done = subprocess.run(
-        [sys.executable, '-c', KILLED, *map(str, argv)], cwd=script.folder, env={**os.environ, 'KILLED_IN': '2'},
+        [sys.executable, '-c', KILLED, *map(str, argv)], cwd=script.folder,
         capture_output=True, text=True, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with stopping(updates=1):

@@ -1,27 +1,30 @@
 """Files in a run folder: atomic writes, locks, loading as plain data, and selection of the checkpoint to resume."""
 import argparse
 import errno
+import fcntl
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from test_resume import stopping
-from training_helpers import make_images, same
+from training_helpers import make_images, on_update, same, spoiling, stopping
 
 from timm_multimix.build.checkpoint import read_checkpoint
-from timm_multimix.common import files
 from timm_multimix.common.errors import UsageError
 from timm_multimix.common.files import duplicate, lock_folder, make_folder, replacing, unlock_folders
-from timm_multimix.training import loop, main
 from timm_multimix.training.checkpoints import newest_checkpoint
 from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']
+
+TRAIN_SCRIPT = str(Path(__file__).parent.parent / 'train_timm.py')
+RUN_OF_TWO_EPOCHS = Path(__file__).parent / 'data' / 'checkpoints_0.1' / 'recovery'
 
 
 def test_files_are_replaced_at_once(tmp_path):
@@ -79,69 +82,79 @@ def held_by_another_process(folder):
     finally:
         os.kill(process, signal.SIGKILL), os.waitpid(process, 0)
         try:
-            lock_folder(str(folder))
+            lock_folder(str(folder), patience=0.3)
         finally:
             os.kill(worker, signal.SIGKILL), unlock_folders()
             os.close(input), os.close(output)
 
 
-def test_folder_is_locked_until_its_process_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, '_PATIENCE', 0.3)
+def test_folder_is_locked_until_its_process_ends(tmp_path):
     message = 'is in use by another run: process '
     # The context manager also checks that the lock is released when the process is killed.
     with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{message}{process} on '):
-        lock_folder(str(tmp_path))
+        lock_folder(str(tmp_path), patience=0.3)
     lock_folder(str(tmp_path)), lock_folder(f'{tmp_path}/.')
     assert str(os.getpid()) in (tmp_path / '.lock').read_text()
     unlock_folders()
 
 
-def test_folder_of_a_process_that_is_ending_is_waited_for(tmp_path, monkeypatch):
-    """The process is killed when the first attempt to lock its folder fails."""
-    flock = files.fcntl.flock
+def test_folder_of_a_process_that_is_ending_is_waited_for(tmp_path):
     with held_by_another_process(tmp_path) as process:
-        def failing_once(descriptor, operation):
-            try:
-                return flock(descriptor, operation)
-            except BlockingIOError:
-                os.kill(process, signal.SIGKILL)
-                raise
-        monkeypatch.setattr(files.fcntl, 'flock', failing_once)
+        threading.Timer(1.0, os.kill, [process, signal.SIGKILL]).start()
         lock_folder(str(tmp_path))
         unlock_folders()
 
 
-def test_second_run_in_a_folder_is_refused(script, image_folder, monkeypatch):
-    monkeypatch.setattr(files, '_PATIENCE', 0.1)
-    assert script.train(image_folder) == 0
-    last = script.run_folder() / 'last.pth.tar'
-    for options in (dict(resume='auto'), dict(resume=last), dict(experiment='new')):
-        with held_by_another_process(script.run_folder(options.get('experiment', 'run'))):
-            (script.run_folder() / 'half.tmp').write_text('of the other')
-            before = {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')}
-            assert script.train(image_folder, epochs=2, **options) == 2, script.text
-            assert 'in use by another run' in script.lines[-1]
-            assert {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')} == before
-    assert script.train(image_folder, epochs=2, resume='auto') == 0, script.text
+@pytest.mark.parametrize('options', [dict(resume='auto'), dict(experiment='new')])
+def test_second_run_in_a_folder_is_refused(script, image_folder, options):
+    shutil.copytree(RUN_OF_TWO_EPOCHS, script.run_folder())
+    with held_by_another_process(script.run_folder(options.get('experiment', 'run'))):
+        (script.run_folder() / 'half.tmp').write_text('of the other')
+        before = {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')}
+        assert script.train(image_folder, epochs=3, **options) == 2, script.text
+        assert 'in use by another run' in script.lines[-1]
+        assert {path: path.stat().st_mtime_ns for path in script.folder.rglob('*')} == before
 
 
-def test_run_that_another_has_just_made_is_not_overwritten(script, image_folder, monkeypatch):
-    def other(folder):
-        (Path(folder) / 'last.pth.tar').write_text('')
-    monkeypatch.setattr(sys.modules[main.__module__], 'lock_folder', other)
-    assert script.train(image_folder) == 2
+def test_run_that_another_has_just_made_is_not_overwritten(script, image_folder):
+    """The other run writes a checkpoint and ends while this run waits for the lock of its new folder."""
+    with held_by_another_process(script.run_folder()) as process:
+        def end():
+            (script.run_folder() / 'last.pth.tar').write_text('')
+            os.kill(process, signal.SIGKILL)
+        threading.Timer(2.0, end).start()
+        assert script.train(image_folder) == 2, script.text
     assert 'contains a run' in script.lines[-1]
-    assert [path.name for path in script.run_folder().iterdir()] == ['last.pth.tar']
+    assert {path.name for path in script.run_folder().iterdir()} == {'.lock', 'last.pth.tar'}
 
 
 def test_trains_where_nothing_can_be_locked(script, image_folder, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOTSUP, 'not supported')
-    monkeypatch.setattr(files.fcntl, 'flock', flock)
+    monkeypatch.setattr(fcntl, 'flock', flock)
     assert script.train(image_folder) == 0
     assert script.text.count('does not support locks') == 1
-    monkeypatch.setattr(files, 'fcntl', None)
-    assert script.train(image_folder, epochs=2, resume='auto') == 0
+
+
+def test_worker_of_a_killed_run_does_not_keep_its_folder_locked(script, image_folder):
+    """The workers are stopped, so that they cannot notice the end of the run."""
+    argv = ['--data-dir', image_folder, '--model', 'test_resnet', '--img-size', 32, '--batch-size', 8, '--workers', 2,
+            '--epochs', 10000, '--log-interval', 1, '--experiment', 'run']
+    process = subprocess.Popen(
+        [sys.executable, TRAIN_SCRIPT, *map(str, argv)], cwd=script.folder, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if line.startswith('Train: 1'))
+    workers = [int(number) for task in Path(f'/proc/{process.pid}/task').iterdir()
+               for number in (task / 'children').read_text().split()]
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    process.kill(), process.wait()
+    try:
+        assert script.train(image_folder, epochs=2, stop_epoch=1, resume='auto') == 0, script.text
+        assert 'Continuing from' in script.text
+        assert len(workers) >= 2 and all(os.path.exists(f'/proc/{worker}') for worker in workers)
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_of_equal_checkpoints_last_is_taken(tmp_path):
@@ -283,28 +296,15 @@ def test_lost_best_checkpoint_is_made_again(script, image_folder):
         float(row['eval_top1']) for row in script.summary()) or 'is lost' in script.text
 
 
-def _spoil(monkeypatch, first, count=1):
-    """Replace `count` training batches by NaN, starting with batch `first`, counted from 1."""
-    to_device, seen = loop._to_device, []
-
-    def spoiled(run, input, target):
-        input, target = to_device(run, input, target)
-        seen.append(1)
-        if run.task.get_trainable_module().training and first <= len(seen) < first + count:
-            input = input * float('nan')
-        return input, target
-    monkeypatch.setattr(loop, '_to_device', spoiled)
-
-
 @pytest.mark.parametrize('flags,options', [
     (['--model-ema'], dict(momentum=0.9)), (['--model-ema'], dict(multimix='dense', opt='adamw')),
     ([], dict(clip_grad=1.0)), ([], dict(batch_size=4, grad_accum_steps=2)),
 ])
-def test_nothing_is_left_of_a_loss_that_is_not_finite(script, image_folder, monkeypatch, flags, options):
+def test_nothing_is_left_of_a_loss_that_is_not_finite(script, image_folder, flags, options):
     accumulated = options.get('grad_accum_steps', 1)
-    _spoil(monkeypatch, 3 * accumulated)  # the last of three updates
     flags = [*flags, '--recovery-interval', 1]
-    assert script.train(image_folder, *flags, val_split='', **options) == 0, script.text
+    with spoiling(3 * accumulated):  # the last of three updates
+        assert script.train(image_folder, *flags, val_split='', **options) == 0, script.text
     assert 'not finite in epoch 0, update 2, at learning rate 0.01' in script.text
     before, after = script.checkpoint('recovery-0-1.pth.tar'), script.checkpoint()
     for entry in ('state_dict', 'state_dict_ema', 'optimizer'):
@@ -316,23 +316,23 @@ def test_nothing_is_left_of_a_loss_that_is_not_finite(script, image_folder, monk
     assert 0 < float(script.summary()[0]['train_loss']) < 5
 
 
-def test_many_losses_that_are_not_finite_stop_the_run(script, image_folder, monkeypatch):
-    _spoil(monkeypatch, 5 + 2, 100)  # the validation of epoch 0 has two batches
-    assert script.train(image_folder, epochs=4, max_nonfinite=3) == 1
+def test_many_losses_that_are_not_finite_stop_the_run(script, image_folder):
+    with spoiling(5, 100):
+        assert script.train(image_folder, epochs=4, max_nonfinite=3) == 1
     assert '3 updates in a row, last in epoch 2, update 0, at learning rate' in script.text
     assert '--resume auto' in script.lines[-1] and 'Traceback' not in script.text
     last = script.checkpoint()
     assert last['epoch'] == 1 and all(value.isfinite().all() for value in last['state_dict'].values())
 
 
-def test_lost_weights_are_not_saved(script, image_folder, monkeypatch):
-    def spoil(run, *_):
-        with torch.no_grad():
-            next(run.task.get_trainable_module().parameters()).fill_(float('nan'))
+def test_lost_weights_are_not_saved(script, image_folder):
+    def spoil(number, optimizer):
+        optimizer.param_groups[0]['params'][0].data.fill_(torch.nan)
+
     script.train(image_folder, epochs=3, stop_epoch=1)
     before = script.checkpoint()
-    monkeypatch.setattr(loop, '_after_update', spoil)
-    assert script.train(image_folder, epochs=3, resume='auto', max_nonfinite=100) == 1
+    with on_update(spoil):
+        assert script.train(image_folder, epochs=3, resume='auto', max_nonfinite=100) == 1
     assert 'weights are not finite' in script.text
     same(before, script.checkpoint())
 

@@ -108,13 +108,11 @@ def test_hugging_face_datasets_with_scripts(parse, monkeypatch):
 
 def test_continuing_a_run_names_its_dataset_on_the_command_line(script, tmp_path):
     from argparse import Namespace
-    from types import SimpleNamespace
 
-    from timm_multimix.training.main import _command
+    from timm_multimix.training.hints import train_command
     args = parse_args(['--dataset', 'wds/x', '--data-dir', 'http://example.org/x y', '--val-split', 'b-0.tar'])
-    run = SimpleNamespace(args=Namespace(**vars(args), distributed=False), folder=str(tmp_path))
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**vars(args), 'dataset_trust_remote_code': None}))
-    words = shlex.split(_command(run))
+    words = shlex.split(train_command(Namespace(**vars(args), distributed=False), str(tmp_path)))
     again = parse_args(words[words.index('--config'):])
     assert (again.dataset, again.data_dir, again.val_split) == (args.dataset, args.data_dir, args.val_split)
 

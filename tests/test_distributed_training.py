@@ -6,14 +6,12 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from distributed_helpers import PATIENCE, run_script
-from training_helpers import make_images, same
-
-from timm_multimix import training
-from timm_multimix.training.interrupt import StopRequest
+from training_helpers import make_images, on_batch, on_update, on_validation_batch, same, spoiling
 
 pytest_plugins = ['training_helpers']
 
@@ -38,52 +36,25 @@ def summary(folder, name='run'):
 
 def _signal_at(update, signalled, rank):
     """Send SIGTERM to the process `signalled` at an update, counted from 1."""
-    requested, calls = StopRequest.requested, []
-
-    def counted(self):
-        calls.append(self)
-        if rank == signalled and len(calls) == update:
-            signal.raise_signal(signal.SIGTERM)
-        return requested(self)
-
-    StopRequest.requested = counted
+    on_update(lambda number, _: (
+        signal.raise_signal(signal.SIGTERM) if rank == signalled and number == update else None))
 
 
 def _stop_twice_at(batch, rank):
     """Send SIGTERM twice to all processes at a validation batch, counted from 1, so that they stop at once."""
-    check, calls = StopRequest.check, []
-
-    def counted(self):
-        calls.append(self)
-        if len(calls) == batch:
-            signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGTERM)
-        return check(self)
-
-    StopRequest.check = counted
+    on_validation_batch(lambda number: (
+        [signal.raise_signal(signal.SIGTERM) for _ in range(2)] if number == batch else None))
 
 
 def _at_update(update, sick, act, rank):
     """Call `act` in the process `sick` in the middle of an update, counted from 1."""
-    step, calls = training.loop._train_step, []
-
-    def counted(*args):
-        calls.append(args)
-        if rank == sick and len(calls) == update:
-            act()
-        return step(*args)
-
-    training.loop._train_step = counted
+    on_batch(lambda number, *_: act() if rank == sick and number == update else None)
 
 
 def _spoil_first_losses(rank):
     """Make the inputs of the second process NaN in the first two updates."""
-    step, calls = training.loop._train_step, []
-
-    def spoiled(run, input, *args):
-        calls.append(input)
-        return step(run, input * torch.nan if rank == 1 and len(calls) <= 2 else input, *args)
-
-    training.loop._train_step = spoiled
+    if rank == 1:
+        spoiling(1, 2)
 
 
 def _die():
@@ -133,18 +104,16 @@ def test_mistakes_are_told_once(tmp_path, image_folder):
 
 
 # train_timm.py in which one process is killed once.
-KILLED_ONCE = """
+KILLED_ONCE = f"""
 import os, signal, sys
-from timm_multimix import training
-step, calls = training.loop._train_step, []
-def counted(*args):
-    calls.append(args)
-    if os.environ['RANK'] == '1' and len(calls) == 6 and not os.path.exists('killed'):
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from training_helpers import main, on_batch
+def kill(number, *_):
+    if os.environ['RANK'] == '1' and number == 6 and not os.path.exists('killed'):
         open('killed', 'w').close()
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
-training.loop._train_step = counted
-sys.exit(training.main())
+on_batch(kill)
+sys.exit(main())
 """
 
 
@@ -236,6 +205,21 @@ def test_run_interrupted_and_continued_is_the_uninterrupted_one(tmp_path, image_
     assert not outcomes[1].text
     for outcome in run_script(tmp_path, 2, *argv, '--resume', 'auto'):
         assert outcome.status == 0, outcome.text
+    whole, continued = checkpoint(tmp_path, name='whole'), checkpoint(tmp_path)
+    for entry in ('args', 'saver'):
+        whole.pop(entry), continued.pop(entry)
+    same(whole, continued)
+
+
+def test_run_killed_and_continued_with_a_joined_batch_is_the_uninterrupted_one(tmp_path, image_folder):
+    argv = arguments(image_folder, '--multimix-gather', '--recovery-interval', 2, multimix='dense', aa='rand-m3')
+    for outcome in run_script(tmp_path, 2, *argv, '--experiment', 'whole'):
+        assert outcome.status == 0, outcome.text
+    outcomes = run_script(tmp_path, 2, *argv, prepare=partial(_at_update, 6, 1, _die))
+    assert [outcome.status for outcome in outcomes] == [1, -signal.SIGKILL], outcomes[0].text
+    outcomes = run_script(tmp_path, 2, *argv, '--resume', 'auto')
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].text
+    assert 'recovery-1-1.pth.tar' in outcomes[0].text
     whole, continued = checkpoint(tmp_path, name='whole'), checkpoint(tmp_path)
     for entry in ('args', 'saver'):
         whole.pop(entry), continued.pop(entry)

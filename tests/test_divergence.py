@@ -1,6 +1,7 @@
 """Weights, statistics and losses that are not finite: what is saved, what is skipped, and how a run ends."""
 import argparse
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -13,8 +14,11 @@ from training_helpers import same
 
 from timm_multimix import MultiMixOutput, MultiMixTask
 from timm_multimix.common.errors import RunError
-from timm_multimix.training import run
+from timm_multimix.common.files import unlock_folders
 from timm_multimix.training.checkpoints import RunSaver
+from timm_multimix.training.config import parse_args
+from timm_multimix.training.fit import fit
+from timm_multimix.training.run import build_run
 
 pytest_plugins = ['training_helpers']
 
@@ -106,26 +110,34 @@ def test_infinite_statistics_of_an_earlier_version_are_not_saved_again(script, i
     assert not list(script.run_folder('other').glob('*.pth.tar'))
 
 
+def train_scaled(data, scaler, *argv):
+    """Train on the CPU with a loss scaler, which the script uses only on a GPU."""
+    args = parse_args([str(part) for part in (
+        '--data-dir', data, '--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--warmup-epochs', 0,
+        '--lr', 0.01, '--workers', 0, '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16', *argv)])
+    try:
+        setup, state = build_run(args)
+        state.setup = setup = replace(setup, loss_scaler=scaler)
+        fit(setup, state)
+    finally:
+        unlock_folders()
+
+
 @pytest.mark.parametrize('flags', [[], ['--clip-grad', '1.0'], ['--grad-accum-steps', '3']])
 def test_loss_scaler_steps_only_with_finite_losses(script, image_folder, monkeypatch, flags):
     """An infinite loss whose gradients are finite."""
-    precision = run.Precision
-
-    def scaled(dtype, autocast, loss_scaler):
-        scaler = NativeScaler(device='cpu')
-        scaler._scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
-        return precision(dtype, autocast, scaler)
-    monkeypatch.setattr(run, 'Precision', scaled)
-    flags = [*flags, '--amp', '--amp-dtype', 'bfloat16', '--model-ema']
-    assert script.train(image_folder, *flags, epochs=3, stop_epoch=1, batch_size=4) == 0
+    scaler = NativeScaler(device='cpu')
+    scaler._scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
+    flags = [*flags, '--opt', 'sgd', '--model-ema', '--epochs', 3, '--experiment', 'run']
+    train_scaled(image_folder, scaler, *flags, '--stop-epoch', 1)
     before = script.checkpoint()
     assert before['amp_scaler']['scale'] == 8.0 and before['amp_scaler']['_growth_tracker'] > 0
     forward = LabelSmoothingCrossEntropy.forward
-    with monkeypatch.context() as patch:
-        patch.setattr(LabelSmoothingCrossEntropy, 'forward', lambda *args: forward(*args) + math.inf)
-        argv = dict(epochs=3, resume='auto', batch_size=4, val_split='', eval_metric='loss', max_nonfinite=2)
-        assert script.train(image_folder, *flags, '--recovery-interval', 1, **argv) == 1
-    assert '2 updates in a row' in script.text
+    monkeypatch.setattr(LabelSmoothingCrossEntropy, 'forward', lambda *args: forward(*args) + math.inf)
+    with pytest.raises(RunError, match='2 updates in a row'):
+        train_scaled(
+            image_folder, scaler, *flags, '--recovery-interval', 1, '--resume', 'auto', '--val-split', '',
+            '--eval-metric', 'loss', '--max-nonfinite', 2)
     recovery = script.checkpoint('recovery-1-0.pth.tar')
     for entry in ('state_dict', 'state_dict_ema', 'optimizer', 'amp_scaler'):
         if entry == 'state_dict' and '--grad-accum-steps' in flags:
@@ -134,15 +146,12 @@ def test_loss_scaler_steps_only_with_finite_losses(script, image_folder, monkeyp
              recovery[entry] if entry != 'optimizer' else recovery[entry]['state'], entry)
 
 
-def test_loss_scaler_trains_as_without(script, image_folder, monkeypatch):
+def test_loss_scaler_trains_as_without(script, image_folder):
     """With a power of two as the scale it changes no bit."""
-    argv = dict(epochs=2, batch_size=4, opt='adamw', grad_accum_steps=2, clip_grad=0.5)
-    assert script.train(image_folder, '--amp', '--amp-dtype', 'bfloat16', **argv) == 0
-    precision = run.Precision
-    monkeypatch.setattr(
-        run, 'Precision', lambda dtype, autocast, _: precision(dtype, autocast, NativeScaler(device='cpu')))
-    assert script.train(image_folder, '--amp', '--amp-dtype', 'bfloat16', experiment='scaled', **argv) == 0
-    same(script.checkpoint()['state_dict'], script.checkpoint(name='scaled')['state_dict'])
+    argv = ['--epochs', 2, '--opt', 'adamw', '--grad-accum-steps', 2, '--clip-grad', 0.5]
+    train_scaled(image_folder, None, *argv, '--experiment', 'plain')
+    train_scaled(image_folder, NativeScaler(device='cpu'), *argv, '--experiment', 'scaled')
+    same(script.checkpoint(name='plain')['state_dict'], script.checkpoint(name='scaled')['state_dict'])
 
 
 @pytest.mark.parametrize('value', [math.inf, math.nan])

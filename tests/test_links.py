@@ -57,16 +57,17 @@ def test_lock_that_is_a_link_is_refused(script, few_images, tmp_path):
         (script.run_folder() / '.lock').unlink(missing_ok=True)
         plant(script.run_folder(), secret, ['.lock'])
         assert script.train(few_images) == 2
-        assert '.lock is a symbolic link. Remove it.' in script.lines[-1]
+        assert '.lock is a link to another file. Remove it.' in script.lines[-1]
         assert secret.read_text() == content if content else not secret.exists()
 
 
-def test_lock_with_a_second_name_is_not_written(script, few_images, tmp_path):
+def test_lock_with_a_second_name_is_refused(script, few_images, tmp_path):
     secret = tmp_path / 'secret'
     secret.write_text('precious')
     script.run_folder().mkdir(parents=True)
     os.link(secret, script.run_folder() / '.lock')
-    assert script.train(few_images) == 0, script.text
+    assert script.train(few_images) == 2
+    assert '.lock is a link to another file. Remove it.' in script.lines[-1]
     assert secret.read_text() == 'precious'
 
 

@@ -33,11 +33,12 @@ def test_recipe(recipe, tmp_path, caplog, monkeypatch):
     # Only what ties a recipe to its data and its machine is replaced.
     args = parse_args([
         '--config', str(recipe), '--data-dir', str(images), '--dataset', '', '--val-split', '', '--img-size', '64',
-        '--batch-size', '4', '--workers', '0', '--device', 'cpu', '--multimix-n', '30', '--eval-metric', 'loss'])
+        '--batch-size', '4', '--workers', '0', '--device', 'cpu', '--multimix-n', '30', '--eval-metric', 'loss',
+        '--output', str(tmp_path / 'output')])
     assert not caplog.records
     args.pretrained = False
-    run = build_run(args)
-    averages, _ = train_epoch(run, 0)
-    assert run.updates_per_epoch == 2
-    assert 'loss' in averages and set(averages) <= {'loss', *run.task.loss_names, 'top1', 'unreadable'}
-    assert all(torch.isfinite(p).all() for p in run.task.parameters())
+    setup, state = build_run(args)
+    averages, _ = train_epoch(setup, state)
+    assert setup.updates_per_epoch == 2
+    assert 'loss' in averages and set(averages) <= {'loss', *setup.task.loss_names, 'top1', 'unreadable'}
+    assert all(torch.isfinite(p).all() for p in setup.task.parameters())

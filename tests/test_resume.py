@@ -1,17 +1,14 @@
 """A run that is interrupted and continued equals an uninterrupted run bit for bit, in every checkpoint entry."""
 import random
-import signal
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
-from training_helpers import same
+from training_helpers import same, stopping
 
 from timm_multimix.build.resumable import ResumableLoader
 from timm_multimix.common.random_state import random_state, set_random_state
-from timm_multimix.training.interrupt import StopRequest
 
 pytest_plugins = ['training_helpers']
 
@@ -93,25 +90,6 @@ def test_loader_goes_on_in_the_middle(workers, prefetch, places):
             assert continued.consumed == 5
             seen += _epoch(continued, prefetch)[0]
             assert seen == expected, (stop, epoch_state is None)
-
-
-@contextmanager
-def stopping(updates=None, validated=None):
-    """Send SIGTERM to a run after a number of updates or of validation batches."""
-    def counting(limit, function):
-        calls = []
-
-        def counted(self):
-            calls.append(self)
-            if len(calls) == limit:
-                signal.raise_signal(signal.SIGTERM)
-            return function(self)
-        return counted
-
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(StopRequest, 'requested', counting(updates, StopRequest.requested))
-        patches.setattr(StopRequest, 'check', counting(validated, StopRequest.check))
-        yield
 
 
 # Three updates in each of three epochs.

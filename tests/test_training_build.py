@@ -1,13 +1,14 @@
 """Options are passed to timm: arguments of create_model, create_loader and the optimizer and scheduler factories."""
-import importlib
+import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-
-from timm_multimix.build import loaders, model
-from timm_multimix.training import loop, run
+from training_helpers import on_batch
 
 pytest_plugins = ['training_helpers']
 
@@ -33,27 +34,27 @@ SCHEDULE = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Record the keyword arguments of calls to timm's factory functions."""
-    seen = {}
+# The script, which writes the keyword arguments of calls to timm's factory functions to calls.json.
+SPY = """
+import json, sys
+import timm.data, timm.models, timm.optim, timm.scheduler
+calls = {}
+def spy(module, name):
+    function = getattr(module, name)
+    def call(*args, **options):
+        calls.setdefault(name, []).append(options)
+        return function(*args, **options)
+    setattr(module, name, call)
+spy(timm.data, 'create_loader'), spy(timm.models, 'create_model')
+spy(timm.optim, 'create_optimizer_v2'), spy(timm.scheduler, 'create_scheduler_v2')
+from timm_multimix.training import main
+status = main()
+json.dump(calls, open('calls.json', 'w'), default=str)
+sys.exit(status)
+"""
 
-    def spy(owner, name):
-        function = getattr(owner, name)
 
-        def call(*args, **kwargs):
-            seen.setdefault(name, []).append(kwargs)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, call)
-
-    for owner, name in ((model, 'create_model'), (loaders, 'create_loader'), (run, 'create_optimizer_v2'),
-                        (run, 'create_scheduler_v2')):
-        spy(owner, name)
-    return seen
-
-
-def test_options_are_passed_to_timm(script, image_folder, calls):
+def test_options_are_passed_to_timm(image_folder, tmp_path):
     scalars = {**TRAIN_LOADER, **OPTIMIZER, **SCHEDULE}
     argv = [part for name, (value, _) in scalars.items() for part in (f'--{name}', value)]
     argv += [part for name, (values, _) in LISTS.items() for part in (f'--{name}', *values)]
@@ -62,7 +63,10 @@ def test_options_are_passed_to_timm(script, image_folder, calls):
     argv += ['--interpolation', 'bilinear', '--pin-mem', '--stop-epoch', '1', '--sched-on-updates']
     argv += ['--model', 'test_efficientnet', '--img-size', '32', '--data-dir', image_folder, '--model-kwargs',
              'act_layer=relu']
-    assert script(*argv) == 0, script.text
+    done = subprocess.run(
+        [sys.executable, '-c', SPY, *map(str, argv)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    calls = json.loads((tmp_path / 'calls.json').read_text())
     created, = calls['create_model']
     assert {name: created[name] for name in (
         'drop_rate', 'drop_path_rate', 'global_pool', 'bn_momentum', 'bn_eps', 'num_classes', 'act_layer')} == dict(
@@ -70,14 +74,14 @@ def test_options_are_passed_to_timm(script, image_folder, calls):
         act_layer='relu')
     train, evaluation = calls['create_loader']
     for value, argument in {**TRAIN_LOADER, **LISTS}.values():
-        assert train[argument] == (tuple(value) if argument in ('mean', 'std') else value), argument
-    assert train['pin_memory'] and train['is_training'] and train['input_size'] == (3, 32, 32)
+        assert train[argument] == value, argument
+    assert train['pin_memory'] and train['is_training'] and train['input_size'] == [3, 32, 32]
     assert (evaluation['batch_size'], evaluation['crop_pct'], evaluation['interpolation']) == (5, 0.7, 'bilinear')
     optimizer, = calls['create_optimizer_v2']
     assert {argument: optimizer[argument] for _, argument in OPTIMIZER.values()} == {
         argument: value for value, argument in OPTIMIZER.values()}
     assert optimizer['betas'] == [0.8, 0.9] and optimizer['amsgrad']
-    schedule, = calls['create_scheduler_v2']
+    *_, schedule = calls['create_scheduler_v2']  # the first one checks the options
     for value, argument in SCHEDULE.values():
         assert schedule[argument] == value, argument
     assert schedule['step_on_epochs'] is False and schedule['updates_per_epoch'] == 4
@@ -87,10 +91,10 @@ def test_options_are_passed_to_timm(script, image_folder, calls):
     ([], 0.1 * 16 / 256), (['--opt', 'adamw'], 0.1 * (16 / 256) ** 0.5), (['--grad-accum-steps', '2'], 0.1 * 32 / 256),
     (['--lr-base', '0.5', '--lr-base-size', '64', '--lr-base-scale', 'sqrt'], 0.5 * 0.5), (['--lr', '0.3'], 0.3),
 ])
-def test_learning_rate_scales_with_the_batch_size(script, image_folder, calls, options, lr):
+def test_learning_rate_scales_with_the_batch_size(script, image_folder, options, lr):
     assert script('--data-dir', image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '16', '-j', '0',
-                  '--epochs', '1', '--warmup-epochs', '0', *options) == 0, script.text
-    assert calls['create_optimizer_v2'][0]['lr'] == pytest.approx(lr)
+                  '--epochs', '1', '--warmup-epochs', '0', '--experiment', 'run', *options) == 0, script.text
+    assert script.checkpoint()['optimizer']['param_groups'][0]['initial_lr'] == pytest.approx(lr)
 
 
 def test_schedule_per_update_or_per_epoch(script, image_folder):
@@ -123,40 +127,27 @@ def test_resumed_average_continues(script, image_folder):
 
 
 @pytest.mark.parametrize('flags', [[], ['--no-prefetcher']])
-def test_mixup_ends_and_smooths(script, image_folder, monkeypatch, flags):
+def test_mixup_ends_and_smooths(script, image_folder, flags):
     targets = []
-    train_step = loop._train_step
-    monkeypatch.setattr(loop, '_train_step', lambda *args: targets.append(args[2]) or train_step(*args))
-    script.train(
-        image_folder, *flags, mixup=1.0, mixup_mode='elem', mixup_off_epoch=1, smoothing=0.3, epochs=2,
-        multimix='dense')
+    with on_batch(lambda number, input, target: targets.append(target)):
+        script.train(
+            image_folder, *flags, mixup=1.0, mixup_mode='elem', mixup_off_epoch=1, smoothing=0.3, epochs=2,
+            multimix='dense')
     mixed, plain = torch.cat(targets[:3]), torch.cat(targets[3:])
     assert ((mixed > 0.11) & (mixed < 0.79)).any()
     torch.testing.assert_close(plain.sort(dim=1).values, torch.tensor([0.1, 0.1, 0.8]).expand_as(plain))
 
 
-def test_views_of_a_validation_image_are_averaged(script, image_folder, monkeypatch):
+def test_views_of_a_validation_image_are_averaged(script, image_folder, tmp_path):
     """With two equal views of every image, the metrics are the same as with one view."""
+    shutil.copytree(image_folder, tmp_path / 'doubled')
+    for path in (tmp_path / 'doubled' / 'validation').rglob('*.png'):
+        shutil.copy(path, path.with_name(f'{path.stem}.copy.png'))  # the next one in the order of names
     script.train(image_folder, seed=3)
     expected = script.summary()[0]
-    validate = loop.validate
-
-    class Doubled:
-        def __init__(self, loader):
-            self.loader = loader
-
-        def __iter__(self):
-            for images, target in self.loader:
-                yield images.repeat_interleave(2, dim=0), target.repeat_interleave(2)
-
-    def doubled(run_, eval_model):
-        run_.loaders.evaluation = Doubled(run_.loaders.evaluation)
-        return validate(run_, eval_model)
-
-    monkeypatch.setattr(importlib.import_module('timm_multimix.training.main'), 'validate', doubled)
-    script.train(image_folder, seed=3, tta=2)
+    assert script.train(tmp_path / 'doubled', seed=3, tta=2, experiment='doubled') == 0, script.text
     for name in ('eval_loss', 'eval_top1'):
-        assert float(script.summary()[0][name]) == pytest.approx(float(expected[name]), rel=1e-4)
+        assert float(script.summary('doubled')[0][name]) == pytest.approx(float(expected[name]), rel=1e-4)
 
 
 def test_auto_augment_policies_work_at_every_magnitude():

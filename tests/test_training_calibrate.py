@@ -1,6 +1,8 @@
 """--calibrate: what is held out, and the checkpoint that is written at the end of a run."""
 import argparse
+import os
 import pickle
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
@@ -8,17 +10,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import IterableDataset
+from timm.models import register_model
 
-from timm_multimix.build import loaders
+from timm_multimix.build.datasets import build_datasets
 from timm_multimix.build.saved_weights import weights_entry
 from timm_multimix.calibration import run as calibration
 from timm_multimix.calibration.run import calibration_share, hold_out
 from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError
-from timm_multimix.data.demo import DigitsDataset, Part
+from timm_multimix.data.demo import DigitsDataset
+from timm_multimix.training.config import parse_args
 
 pytest_plugins = ['training_helpers']
 
@@ -32,31 +35,17 @@ def digits(calibrate, seed=42, **options):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Images that were trained on, and that a temperature was fitted to, by the paths that they were read from."""
+    """Names of the images that were trained on, and of the images that a temperature was fitted to."""
     seen = dict(train=set(), calibration=set())
-    build_loaders, build_calibration_loader = loaders.build_loaders, loaders.build_calibration_loader
+    get = ImageDataset.__getitem__
 
-    def watch(dataset, name):
-        original = dataset.__getitem__
+    def watching(dataset, index):
+        name = dataset.filename(index, absolute=True)
+        if f'{os.sep}validation{os.sep}' not in name:
+            seen['train' if 'Random' in repr(dataset.transform) else 'calibration'].add(name)
+        return get(dataset, index)
 
-        class Watched(type(dataset)):
-            def __getitem__(self, index):
-                seen[name].add(self.dataset.filename(self.indices[index]) if isinstance(self, Part) else (
-                    self.filename(index)))
-                return original(index)
-
-        dataset.__class__ = Watched
-
-    def building(args, datasets, *rest):
-        watch(datasets[0], 'train')
-        return build_loaders(args, datasets, *rest)
-
-    def building_calibration(args, dataset, *rest):
-        watch(dataset, 'calibration')
-        return build_calibration_loader(args, dataset, *rest)
-
-    monkeypatch.setattr('timm_multimix.training.run.build_loaders', building)
-    monkeypatch.setattr('timm_multimix.training.run.build_calibration_loader', building_calibration)
+    monkeypatch.setattr(ImageDataset, '__getitem__', watching)
     return seen
 
 
@@ -92,25 +81,22 @@ def test_writes_the_best_weights_at_a_temperature(script, image_folder, watched)
     assert not list(folder.glob('*.tmp'))
 
 
-@pytest.mark.parametrize('reader, split, is_refused', [
-    (ReaderImageFolder, 'held', True),  # the same folder under another name
-    (object, 'train[90%:]', False), (object, 'train[:90%]', True), (object, 'train', True), (object, 'test', False)])
-def test_splits_that_share_images_are_refused(monkeypatch, reader, split, is_refused):
-    """Readers of files have a root for each split; others keep all splits in one, and tell them by names and slices."""
-    class Reader(reader):
-        def __init__(self):
-            self.root = '/data'
-
-    class Stream(IterableDataset):
-        reader = Reader()
-
-        def __iter__(self):
-            return iter(())
-
-    args = argparse.Namespace(calibrate=split, train_split='train[:90%]', val_split='validation', seed=0)
-    monkeypatch.setattr('timm_multimix.calibration.run.build_split', lambda *_: Stream())
+@pytest.mark.parametrize('split, is_refused', [
+    ('train[90%:]', False), ('train[:90%]', True), ('train', True), ('test', False)])
+def test_splits_that_share_images_are_refused(hub_images, split, is_refused):
+    """All splits of a table have the same root. They are compared by their names and slices."""
+    hub_images(lambda index: index % 3)
+    args = parse_args(['--dataset', 'hfds/x', '--train-split', 'train[:90%]', '--calibrate', split])
+    train, evaluation = build_datasets(args, 3)
     with pytest.raises(UsageError, match='these are the images of') if is_refused else nullcontext():
-        assert isinstance(hold_out(args, Stream(), None, 3)[1], Stream)
+        assert hold_out(args, train, evaluation, 3)[1].reader.split == split
+
+
+def test_folder_under_another_name_is_refused(script, image_folder, tmp_path):
+    for name, target in dict(train='train', validation='validation', held='train').items():
+        (tmp_path / name).symlink_to(image_folder / target)
+    assert script.train(tmp_path, '--calibrate', 'held') == 2
+    assert 'these are the images of --train-split train' in script.lines[-1]
 
 
 def test_temperature_is_that_of_the_held_out_images(script, image_folder):
@@ -141,7 +127,6 @@ def test_averaged_weights_are_calibrated(script, image_folder):
 
 
 def test_split_of_its_own(script, image_folder, watched, tmp_path):
-    import shutil
     root = tmp_path / 'images'
     shutil.copytree(image_folder, root)
     shutil.copytree(root / 'validation', root / 'extra')
@@ -239,23 +224,28 @@ def test_embedded_splits_by_their_synonyms(split):
                input_img_mode=None)
 
 
-def test_a_head_that_cannot_be_scaled_is_told_before_training(script, image_folder, monkeypatch):
-    def refuse(model, images):
-        assert images.shape == (2, 3, 32, 32)
-        raise ValueError('The logits are not proportional.')
-
-    monkeypatch.setattr(calibration, 'scalable_classifier', refuse)
-    assert script.train(image_folder, '--calibrate') == 2
-    assert '--calibrate 0.1: The logits are not proportional.' in script.lines[-1] and script.written() == []
+@register_model
+def bounded_resnet(pretrained=False, **options):
+    """A model whose logits are not proportional to its last layer."""
+    model = timm.create_model('test_resnet', **options)
+    model.register_forward_hook(lambda module, args, logits: logits.tanh())
+    return model
 
 
-def test_a_run_without_a_temperature_ends_well(script, image_folder, monkeypatch):
-    def refuse(model, loader):
-        raise ValueError('No temperature fits.')
+def test_a_head_that_cannot_be_scaled_is_told_before_training(script, image_folder):
+    assert script.train(image_folder, '--calibrate', model='bounded_resnet') == 2
+    assert '--calibrate 0.1: The logits of ResNet are not proportional' in script.lines[-1]
+    assert script.written() == []
 
-    monkeypatch.setattr(calibration, 'calibrate', refuse)
-    assert script.train(image_folder, '--calibrate', '0.25') == 0
-    assert 'Not calibrated: No temperature fits.' in script.text
+
+def test_a_run_without_a_temperature_ends_well(script, image_folder, tmp_path):
+    """The images to calibrate on have wrong labels."""
+    for name in ('train', 'validation'):
+        (tmp_path / name).symlink_to(image_folder / name)
+    for label, content in zip('abc', 'bca', strict=True):
+        shutil.copytree(image_folder / 'validation' / content, tmp_path / 'held' / label)
+    assert script.train(tmp_path, '--calibrate', 'held', epochs=4, lr=0.1) == 0, script.text
+    assert 'Not calibrated: The temperature cannot be fitted' in script.text
     assert not (script.run_folder() / 'model_calibrated.pth.tar').exists()
 
 

@@ -1,5 +1,6 @@
 """User errors end the script with a one-line message and exit status 2, before files are written."""
 import argparse
+import logging
 import signal
 import sys
 
@@ -7,10 +8,6 @@ import pytest
 import timm
 import torch
 from training_helpers import make_images
-
-from timm_multimix.common.errors import RunError
-from timm_multimix.training import loop, main
-from timm_multimix.training.checkpoints import RunSaver
 
 pytest_plugins = ['training_helpers']
 
@@ -202,44 +199,42 @@ def test_validated_checkpoint_of_another_model_is_named(script, image_folder):
     assert script.lines[-1].endswith('is a checkpoint of test_resnet, not of --model test_convnext.')
 
 
-def _failing(monkeypatch):
-    def failing(loader):
-        raise RunError('A batch could not be loaded: EOFError.')
-        yield
-    monkeypatch.setattr(loop, '_batches', failing)
+def _spoil_images(folder):
+    for path in folder.rglob('*.png'):
+        path.write_bytes(b'noise')
 
 
-def test_worker_error_during_shutdown(script, image_folder, monkeypatch):
+def test_worker_error_during_shutdown(script, tmp_path):
     """PyTorch raises the error of a dead worker at any point of the main process, such as while the run is ending."""
     def handler(number, frame):
         raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')
 
-    def latest(saver):
-        signal.raise_signal(signal.SIGCHLD)
-        return find(saver)
+    def send_signal(record):
+        if 'A batch could not be loaded' in record.getMessage():
+            signal.raise_signal(signal.SIGCHLD)
+        return True
 
-    _failing(monkeypatch)
-    find = RunSaver.latest
-    monkeypatch.setattr(RunSaver, 'latest', latest)
+    _spoil_images(make_images(tmp_path / 'images' / 'train'))
     previous = signal.signal(signal.SIGCHLD, handler)
+    logger = logging.getLogger('timm_multimix.training.fit')
+    logger.addFilter(send_signal)
     try:
-        assert script.train(image_folder) == 1
+        assert script.train(tmp_path / 'images', val_split='') == 1
         assert signal.getsignal(signal.SIGCHLD) is handler
-        assert 'ERROR: A batch could not be loaded: EOFError.' in script.lines
-        assert script.lines[-1] == 'No checkpoint has been written yet.'
-        # without suppression the error ends the run with one line
-        monkeypatch.setattr(sys.modules[main.__module__], 'suppress_worker_errors', lambda: None)
-        assert script.train(image_folder, experiment='other') == 1
-        assert script.lines[-1] == 'ERROR: DataLoader worker (pid 1) is killed by signal: Killed.'
     finally:
         signal.signal(signal.SIGCHLD, previous)
+        logger.removeFilter(send_signal)
+    assert 'ERROR: A batch could not be loaded: 10 images in a row cannot be read' in script.text
+    assert script.lines[-1] == 'No checkpoint has been written yet.'
 
 
-def test_failure_of_validate_is_reported(script, image_folder, monkeypatch):
-    assert script.train(image_folder) == 0
-    _failing(monkeypatch)
-    assert script.train(image_folder, validate=script.run_folder() / 'last.pth.tar') == 1
-    assert script.lines[-1] == 'ERROR: A batch could not be loaded: EOFError.'
+def test_failure_of_validate_is_reported(script, tmp_path):
+    images = make_images(tmp_path / 'images' / 'train').parent
+    make_images(images / 'validation')
+    assert script.train(images) == 0
+    _spoil_images(images / 'validation')
+    assert script.train(images, validate=script.run_folder() / 'last.pth.tar') == 1
+    assert script.lines[-1].startswith('ERROR: A batch could not be loaded: 10 images in a row')
 
 
 def test_multimix_options_without_multimix_are_reported(script, image_folder):

@@ -1,12 +1,27 @@
-"""Helpers for tests of the training script: small image folders, and runs of the script in this process."""
+"""Helpers for tests of the training script: image folders, runs of the script in this process, and faults in a run."""
 import csv
+import io
+import itertools
 import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.optim import Lookahead
+from timm.task import TrainingTask
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from timm_multimix.training import main
 
@@ -34,6 +49,44 @@ def image_folder(tmp_path_factory):
     return root
 
 
+class LabelledImages:
+    """Sixteen images with the interface of a dataset of the package `datasets`, as far as timm's reader uses it."""
+
+    def __init__(self, split: str, labels: Callable[[int], Any]):
+        self.split = split
+        self.labels = labels
+        self.info = SimpleNamespace(features=None, splits=None)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict:
+        file = io.BytesIO()
+        Image.new('RGB', (32, 32), color=(index * 15, 100, 200 - index * 10)).save(file, 'png')
+        return dict(image=dict(bytes=file.getvalue()), label=self.labels(index))
+
+    def cast_column(self, *_) -> 'LabelledImages':
+        return self
+
+    def remove_columns(self, *_) -> Sequence[dict]:
+        return [dict(label=self.labels(index)) for index in range(len(self))]
+
+
+@pytest.fixture
+def hub_images(monkeypatch):
+    """Replace the package `datasets`. Call it with labels: all datasets hfds/... are then LabelledImages."""
+    module, reader = ModuleType('datasets'), 'timm.data.readers.reader_hfds'
+    module.__spec__ = ModuleSpec('datasets', None)
+    module.Image = lambda decode: None
+    monkeypatch.setitem(sys.modules, 'datasets', module)
+    sys.modules.pop(reader, None)
+
+    def use(labels: Callable[[int], Any]) -> None:
+        module.load_dataset = lambda name, split, cache_dir=None: LabelledImages(split, labels)
+    yield use
+    sys.modules.pop(reader, None)
+
+
 def same(a, b, path: str = '') -> None:
     """Assert that two checkpoints are bitwise equal, including NaN and signed zeros."""
     assert type(a) is type(b), path
@@ -50,6 +103,55 @@ def same(a, b, path: str = '') -> None:
             same(*pair, f'{path}/{index}')
     else:
         assert a == b or a != a, path
+
+
+def on_batch(act: Callable[[int, Any, torch.Tensor], Any]) -> RemovableHandle:
+    """Call `act(number, input, target)` before the forward pass of each training batch, counted from 1.
+
+    A result that is not None replaces the input. The handle removes the hook, also as a context manager.
+    """
+    numbers = itertools.count(1)
+
+    def hook(module, args):
+        if isinstance(module, TrainingTask):
+            changed = act(next(numbers), *args)
+            return None if changed is None else (changed, *args[1:])
+    return register_module_forward_pre_hook(hook)
+
+
+def on_update(act: Callable[[int, Optimizer], Any]) -> RemovableHandle:
+    """Call `act(number, optimizer)` after each optimizer step, counted from 1."""
+    numbers = itertools.count(1)
+
+    def hook(optimizer, args, kwargs):
+        if not isinstance(optimizer, Lookahead):  # which steps another optimizer
+            act(next(numbers), optimizer)
+    return register_optimizer_step_post_hook(hook)
+
+
+def on_validation_batch(act: Callable[[int], Any]) -> RemovableHandle:
+    """Call `act(number)` before the forward pass of each validation batch, counted from 1."""
+    numbers = itertools.count(1)
+
+    def hook(module, args):
+        if torch.is_inference_mode_enabled() and hasattr(module, 'forward_features'):
+            act(next(numbers))
+    return register_module_forward_pre_hook(hook)
+
+
+@contextmanager
+def stopping(updates: int | None = None, validated: int | None = None) -> Iterator[None]:
+    """Send SIGTERM to a run in this process at an update or at a validation batch, counted from 1."""
+    def stop(limit):
+        return lambda number, *_: signal.raise_signal(signal.SIGTERM) if number == limit else None
+
+    with on_update(stop(updates)), on_validation_batch(stop(validated)):
+        yield
+
+
+def spoiling(first: int, count: int = 1) -> RemovableHandle:
+    """Replace `count` training batches by NaN, starting with batch `first`, counted from 1."""
+    return on_batch(lambda number, input, target: input * torch.nan if first <= number < first + count else None)
 
 
 class Script:

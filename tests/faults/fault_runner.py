@@ -58,27 +58,45 @@ class Sabotage:
 
     def install(self) -> None:
         import torch
+        from timm.scheduler.scheduler import Scheduler
+        from timm.task import TrainingTask
+        from torch.nn.modules import module as hooks
+        from torch.optim import optimizer
 
-        from timm_multimix.training import loop
+        def before_forward(module, args):
+            if isinstance(module, TrainingTask):
+                self.event('before forward')
+                return self._spoiled(*args)
+
+        def after_forward(module, args, output):
+            if isinstance(module, TrainingTask):
+                self.event('after forward')
+        hooks.register_module_forward_pre_hook(before_forward)
+        hooks.register_module_forward_hook(after_forward)
+        optimizer.register_optimizer_step_pre_hook(lambda *_: self.event('before step'))
+        optimizer.register_optimizer_step_post_hook(lambda *_: self.event('after step'))
         for owner, names in (
-                (loop, ('_train_step', '_backward', '_update', '_after_update', '_to_device')),
-                (os, ('fsync', 'replace', 'link'))):
+                (torch.Tensor, ['backward']), (TrainingTask, ['update_ema']), (Scheduler, ['step_update']),
+                (os, ['fsync', 'replace', 'link'])):
             for name in names:
                 self.wrap(owner, name)
-        self._log_updates(loop)
+        self._log_updates(Scheduler)
         self._save_in_halves(torch)
-        if 'nan' in self.plan:
-            self._spoil_batches(loop)
         if 'worker' in self.plan:
             self._kill_worker()
 
-    def _log_updates(self, loop) -> None:
-        after_update = loop._after_update
+    def _log_updates(self, scheduler) -> None:
+        step_update = scheduler.step_update
 
-        def logged(run, num_updates, passed):
-            after_update(run, num_updates, passed)
+        def logged(self_, num_updates, *args):
+            step_update(self_, num_updates, *args)
             self.write(f'update {num_updates}')
-        loop._after_update = logged
+        scheduler.step_update = logged
+
+    def _spoiled(self, input, *others):
+        first, count = self.plan.get('nan', (0, 0))
+        self.batches += 1
+        return (input * math.nan, *others) if first <= self.batches < first + count else None
 
     def _save_in_halves(self, torch) -> None:
         save = torch.save
@@ -100,17 +118,6 @@ class Sabotage:
                 other.write(rest)
             self.event('after save')
         torch.save = halves
-
-    def _spoil_batches(self, loop) -> None:
-        first, count = self.plan['nan']
-        train_step = loop._train_step
-
-        def spoiled(run, input, *args):
-            self.batches += 1
-            if first <= self.batches < first + count:
-                input = input * math.nan
-            return train_step(run, input, *args)
-        loop._train_step = spoiled
 
     def _kill_worker(self) -> None:
         from timm.data.dataset import ImageDataset

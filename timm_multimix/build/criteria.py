@@ -1,10 +1,29 @@
-"""Map a timm or PyTorch criterion to the equivalent MultiMix loss options."""
+"""timm's criteria: their arguments from the options of a run, and the equivalent MultiMix loss options."""
+import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import (
+    BinaryCrossEntropy,
+    JsdCrossEntropy,
+    LabelSmoothingCrossEntropy,
+    SoftTargetCrossEntropy,
+    load_class_stats,
+    resolve_class_weights,
+)
 from torch import nn
+
+from ..common.errors import UsageError, usage_errors
+from .loaders import mixup_active
+
+# Options of each loss. create_classification_loss has arguments with the same names.
+_LOSS_OPTIONS = {
+    'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
+    'poly': ('poly_epsilon', 'poly_gamma', 'poly_alpha'),
+    'twoway': ('twoway_tp', 'twoway_tn'),
+    'db': ('db_neg_scale', 'db_init_bias', 'db_focal_gamma'),
+}
 
 
 def _class_weights(criterion: nn.Module) -> dict[str, torch.Tensor]:
@@ -54,3 +73,42 @@ def check_num_classes(criterion: nn.Module | Callable, num_classes: int | None) 
         raise ValueError(
             'The softmax cross-entropy of a single class is always 0, so the model is not trained: use binary '
             "cross-entropy (loss 'bce') with targets (b, 1), or two classes.")
+
+
+def _weights_option(args: argparse.Namespace, kind: str, stats: tuple[torch.Tensor, int] | None) -> Any:
+    weights = resolve_class_weights(
+        getattr(args, f'loss_{kind}'),
+        kind,
+        stats,
+        power=args.loss_weight_power,
+        beta=args.loss_weight_beta,
+        max_weight=args.loss_weight_max,
+    )
+    if isinstance(weights, torch.Tensor) and len(weights) != args.num_classes:
+        option = f'--loss-{kind.replace("_", "-")}'
+        raise UsageError(f'{option} has {len(weights)} entries but the model has {args.num_classes} classes.')
+    return weights
+
+
+def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return arguments for timm's create_classification_loss.
+
+    Raises:
+        UsageError: if class weights cannot be read, or do not match the number of classes.
+    """
+    with usage_errors('--class-stats, --loss-pos-weight or --loss-class-weight'):
+        stats = load_class_stats(args.class_stats)
+        options = dict(
+            loss_type=args.loss,
+            smoothing=args.smoothing,
+            soft_targets=mixup_active(args),
+            class_weight=_weights_option(args, 'class_weight', stats),
+            pos_weight=_weights_option(args, 'pos_weight', stats),
+            bce_target_thresh=args.bce_target_thresh,
+            bce_sum=args.bce_sum,
+            jsd_splits=args.aug_splits,
+        )
+    options.update((name, getattr(args, name)) for name in _LOSS_OPTIONS.get(args.loss, ()))
+    if args.loss == 'db' and stats is not None:
+        options.update(class_counts=stats[0], num_samples=stats[1])
+    return options

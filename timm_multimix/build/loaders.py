@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data import (
     AugMixDataset,
     Mixup,
@@ -27,7 +28,7 @@ TRAINING, VALIDATION = 'training', 'validation'
 _DEFAULT_PATCH_SIZE = (16, 16)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Loaders:
     """Data loaders of a run.
 
@@ -38,7 +39,6 @@ class Loaders:
         batch_size: Average size of a training batch per device.
         schedule: Schedule that selects the MultiMix batches.
         resumable: The part of `train` that can resume within an epoch, None if it cannot.
-        validated: Whether validation ran, in this process or before the run was resumed.
         calibration: Loader of batches for temperature fitting, the same in every process. None without --calibrate.
         unreadable: Records of unreadable images in training and validation.
     """
@@ -48,16 +48,43 @@ class Loaders:
     batch_size: float
     schedule: BatchSchedule
     resumable: ResumableLoader | None = None
-    validated: bool = False
     calibration: Any = None
     unreadable: dict[str, UnreadableImages] = field(default_factory=dict)
 
-    def forget_validation_seed(self) -> None:
-        """Prevent the validation of a resumed run from drawing the seed of its workers a second time."""
-        self.validated = True
-        loader = getattr(self.evaluation, 'loader', self.evaluation)
-        if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
-            loader.generator = torch.Generator()
+    def begin_epoch(self) -> None:
+        """Reset the counts of unreadable images for a new epoch."""
+        for record in self.unreadable.values():
+            record.begin_epoch()
+
+    def count_unreadable(self, part: str) -> int:
+        """Count the unreadable images of this epoch in TRAINING or VALIDATION. All processes must call it."""
+        record = self.unreadable.get(part)
+        if record is None:
+            return 0
+        if dist.is_available() and dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, record.in_epoch())
+            for indices in found:
+                record.update(indices)
+        return len(record.in_epoch())
+
+    def warn_of_unreadable(self, part: str, when: str = '') -> None:
+        """Log a warning with the names of the unreadable images of this epoch. All processes must call it."""
+        count = self.count_unreadable(part)
+        if count:
+            record = self.unreadable[part]
+            _logger.warning(
+                f'{when}{count} images could not be read in {part} and were replaced by the next images: '
+                f'{record.names(record.in_epoch())}')
+
+    def report_unreadable(self) -> None:
+        """Log the number of unreadable images of the whole run, if there are any."""
+        totals = []
+        for part, record in self.unreadable.items():
+            found = record.in_run()
+            totals.append(f'{len(found)} of {len(record)} in {part}{f" ({record.names(found)})" if found else ""}')
+        if any(record.in_run() for record in self.unreadable.values()):
+            _logger.warning(f'Images that could not be read: {", ".join(totals)}.')
 
 
 def mixup_active(args: argparse.Namespace) -> bool:

@@ -187,6 +187,8 @@ class ResumableLoader:
             self._workers = dict(state['workers'])
             self._start.states = dict(state['workers'])
         self._position = dict(state) if in_epoch else None
+        consumed = state['consumed']
+        self.consumed = consumed if in_epoch else 0
         earlier = state.get('unreadable')
         if in_epoch and self._unreadable is not None and isinstance(earlier, list):
             self._unreadable.update(earlier)

@@ -4,6 +4,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -54,18 +56,6 @@ def join_processes(device: torch.device, rank: int, world_size: int, timeout: fl
         store=dist.PrefixStore(f'attempt {attempt}', store), rank=rank, world_size=world_size, timeout=timeout)
 
 
-def is_lost_contact(error: BaseException) -> bool:
-    """Return whether an error means that another process does not respond. Errors of gloo are plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error))
-
-
-def lost_contact(error: BaseException, place: str, timeout: float) -> RunError:
-    """Return the RunError for an error that is_lost_contact accepts."""
-    return RunError(
-        f'Lost contact with the other processes in {place} (--dist-timeout {timeout:g} seconds). See their logs. '
-        f'{error}')
-
-
 def of_the_first(value: Any) -> Any:
     """Broadcast a value from the first process and return it."""
     values = [value]
@@ -108,3 +98,16 @@ class Watchdog:
             if stuck > patience and reported != since:
                 reported = since
                 _logger.error(f'No progress for {stuck:.0f} s in {self.place}. Another process may have stopped.')
+
+
+@contextmanager
+def lost_contact_errors(watchdog: Watchdog, timeout: float) -> Iterator[None]:
+    """Convert PyTorch's error that another process does not respond to a RunError with the place in the run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and 'gloo' not in str(error):  # gloo raises plain RuntimeErrors
+            raise
+        raise RunError(
+            f'Lost contact with the other processes in {watchdog.place} (--dist-timeout {timeout:g} seconds). See '
+            f'their logs. {error}') from error

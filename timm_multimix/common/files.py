@@ -3,34 +3,32 @@
 No function writes through a symbolic link. In a folder that other users can write to, a link with a predictable name
 could point to any file of the user.
 """
+import errno
 import glob
 import logging
 import math
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from .errors import UsageError
 
 _logger = logging.getLogger(__name__)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _TEMPORARY = '.tmp'
 _LOCK = '.lock'
 _WORK_FOLDER = '.hub-'
 _PATIENCE = 5.0  # seconds to wait for a process that is about to end
 _NO_FOLLOW = getattr(os, 'O_NOFOLLOW', 0)
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
-_locks: dict[str, int | None] = {}  # descriptors of the locks of this process by folder, None without locks
+_locks: dict[str, FileLock | None] = {}  # locks of this process by folder, None if the file system has none
 
 
 def make_folder(path: str) -> str:
@@ -50,81 +48,67 @@ def make_folder(path: str) -> str:
             number += 1
 
 
-def _open_lock(folder: str) -> int:
-    path = os.path.join(folder, _LOCK)
-    if os.path.islink(path):
-        raise UsageError(f'{path} is a symbolic link. Remove it.')
-    return os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o666)
+def _write_holder(path: str) -> None:
+    """Write the process into its lock file, for the message in _lock."""
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | _NO_FOLLOW)
 
-
-def _write_holder(descriptor: int) -> None:
-    if os.fstat(descriptor).st_nlink == 1:  # a hard link could be another file of the user
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+    with suppress(OSError), open(path, 'w', opener=opener) as file:  # a locked file is not writable on Windows
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
 
 
 def _lock(folder: str, patience: float, option: str = '--experiment') -> bool:
     """Lock a folder. Return False if the file system does not support locks."""
-    name = os.path.realpath(folder)
-    descriptor = _open_lock(folder)
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.1)
-                continue
-            holder = os.read(descriptor, 1000).decode(errors='replace') or 'another process'
-            os.close(descriptor)
-            raise UsageError(
-                f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another '
-                f'{option}.') from None
-        except OSError:
-            os.close(descriptor)
+    path = os.path.join(folder, _LOCK)
+    if os.path.islink(path) or (os.path.exists(path) and os.stat(path).st_nlink > 1):
+        raise UsageError(f'{path} is a link to another file. Remove it.')
+    # Released in any thread. In a forked process the lock is closed, so that it ends with this process.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        with open(path, errors='replace') as file:
+            holder = file.read(1000) or 'another process'
+        raise UsageError(
+            f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another '
+            f'{option}.') from None
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
             return False
-    _write_holder(descriptor)
-    _locks[name] = descriptor
+        raise
+    _locks[os.path.realpath(folder)] = lock
+    _write_holder(path)
     return True
 
 
-def lock_folder(folder: str, option: str = '--experiment') -> None:
+def lock_folder(folder: str, option: str = '--experiment', patience: float = _PATIENCE) -> None:
     """Lock a folder until unlock_folders is called or the process ends.
 
     Args:
         folder: The folder. It can be locked by this process already.
         option: Option that selects the folder, for the message.
+        patience: Seconds to wait for another process that holds the lock.
 
     Raises:
-        UsageError: if another process holds the lock for 5 seconds, or if the lock file is a symbolic link.
+        UsageError: if another process holds the lock, or if the lock file is a link.
     """
     name = os.path.realpath(folder)
-    if fcntl is None or name in _locks:
-        return
-    if not _lock(folder, _PATIENCE, option):
+    if name not in _locks and not _lock(folder, patience, option):
         _logger.warning(
             f'The file system of {folder} does not support locks. Do not start a second run in this folder.')
         _locks[name] = None
 
 
-def _close(descriptor: int | None) -> None:
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def _unlock(folder: str) -> None:
-    _close(_locks.pop(os.path.realpath(folder), None))
+def _unlock(name: str) -> None:
+    lock = _locks.pop(name, None)
+    if lock is not None:
+        lock.release()
 
 
 def unlock_folders() -> None:
     """Release all locks of this process."""
-    while _locks:
-        _close(_locks.popitem()[1])
-
-
-if hasattr(os, 'register_at_fork'):  # otherwise workers could keep a lock after the main process has ended
-    os.register_at_fork(after_in_child=unlock_folders)
+    for name in list(_locks):
+        _unlock(name)
 
 
 def sync_folder(path: str) -> None:
@@ -216,24 +200,23 @@ def work_folder(parent: str) -> Iterator[str]:
     inside = parent if os.access(parent, os.W_OK) else None
     with TemporaryDirectory(prefix=_WORK_FOLDER, dir=inside, ignore_cleanup_errors=True) as path:
         try:
-            if fcntl is not None:
-                _lock(path, 0)
+            _lock(path, 0)
             folder = os.path.join(path, 'files')
             os.mkdir(folder)
             yield folder
         finally:
-            _unlock(path)
+            _unlock(os.path.realpath(path))
 
 
 def remove_work_folders(parent: str) -> None:
     """Remove work folders of killed processes from a folder."""
-    for path in glob.glob(os.path.join(glob.escape(parent), _WORK_FOLDER + '*')) if fcntl is not None else ():
+    for path in glob.glob(os.path.join(glob.escape(parent), _WORK_FOLDER + '*')):
         if os.path.islink(path) or not os.path.isdir(path) or os.path.realpath(path) in _locks:
             continue
         with suppress(UsageError, OSError):  # in use, or owned by another user
             if _lock(path, 0):
                 shutil.rmtree(path, ignore_errors=True)
-                _unlock(path)
+                _unlock(os.path.realpath(path))
 
 
 def check_output(folder: str) -> None:

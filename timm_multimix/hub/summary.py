@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ..build.saved_weights import split_metric
 from ..common.errors import UsageError
@@ -32,7 +33,7 @@ def _read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
             f'{path} is not a CSV file in UTF-8 ({error}). Convert it, or rename it to start a new one.') from error
 
 
-def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns, restval='', extrasaction='ignore')
         if columns:
@@ -80,28 +81,17 @@ def trim_summary(path: str, start_epoch: int) -> None:
         _write_table(path, columns if valid else [], valid)
 
 
-def fit_columns(path: str, names: Sequence[str]) -> list[str]:
-    """Add missing columns to a summary. A continued run may have other columns than before.
-
-    Args:
-        path: The summary. It is rewritten only if its columns change.
-        names: Columns of the next row.
-
-    Returns:
-        All columns of the summary, old and new.
+def add_row(path: str, row: Mapping[str, Any]) -> None:
+    """Append a row to a summary. Missing columns are added, because a continued run may have other columns than before.
 
     Raises:
         UsageError: if the summary is not a CSV file in UTF-8.
     """
-    before, rows = _read_table(path)
-    if not before:
-        return list(names)
+    columns, rows = _read_table(path)
     kinds = ('epoch', 'train_', 'eval_', '')
-    every = dict.fromkeys([*before, *names])
+    every = dict.fromkeys([*columns, *row])
     columns = sorted(every, key=lambda name: next(i for i, kind in enumerate(kinds) if name.startswith(kind)))
-    if columns != before:
-        _write_table(path, columns, rows)
-    return columns
+    _write_table(path, columns, [*rows, row])
 
 
 def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:

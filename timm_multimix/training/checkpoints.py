@@ -1,11 +1,14 @@
 """Write, read, verify and select the checkpoints of a run."""
 import glob
+import itertools
 import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -13,10 +16,12 @@ import torch
 from timm.utils import CheckpointSaver
 
 from ..build.checkpoint import read_checkpoint
-from ..build.saved_weights import selecting_weights
+from ..calibration.run import CALIBRATED
 from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
 from ..common.files import create, duplicate, replace
+from ..hub.summary import SUMMARY_NAME
 from .loss_guard import normalisation_statistics
+from .setup import Setup
 
 _logger = logging.getLogger(__name__)
 
@@ -63,33 +68,26 @@ def _not_finite(weights: Mapping[str, Any]) -> list[str]:
 class RunSaver(CheckpointSaver):
     """timm's CheckpointSaver with atomic writes and the state that a run needs to continue exactly.
 
-    In addition to timm's entries a checkpoint contains 'progress' (see progress.py), 'class_to_idx' and, if it has a
-    metric, 'eval_weights' and 'metrics'. 'args' is a dict, so that the file can be loaded with weights_only=True. Tasks
-    store additional state in timm's 'task_state' (get_task_state).
+    In addition to timm's entries a checkpoint contains 'progress' (RunState.state_dict()), 'class_to_idx' and, if it
+    has a metric, 'eval_weights' and 'metrics' (all metrics of each validated weight entry). 'args' is a dict, so that
+    the file can be loaded with weights_only=True. Tasks store additional state in timm's 'task_state' (get_task_state).
 
     timm continues with the epoch after the 'epoch' of a checkpoint. A recovery checkpoint is written in the middle of
     an epoch and therefore stores the previous epoch.
 
     Attributes:
-        progress: Progress to store in the next checkpoint.
-        metrics: All metrics of each validated weight entry.
         outdated: Moves away checkpoints that the next one replaces. It is called after the next one is written.
         class_to_idx: Index of each class name, None if the class names are unknown.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.progress: dict[str, Any] | None = None
-        self.metrics: dict[str, dict[str, float]] | None = None
+        self._entries: dict[str, Any] = {}  # entries of the checkpoint that is being written
         self.outdated: Callable[[], None] | None = None
         # Buffers that are not finite by design, such as an attention mask with -inf.
         module = self.unwrap_fn(self.model)
         self._masks = {*_not_finite(dict(module.named_buffers()))} - normalisation_statistics(module).keys()
         self.class_to_idx: dict[str, int] | None = None
-
-    def _recoveries(self) -> list[str]:
-        return glob.glob(os.path.join(
-            glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}'))
 
     def _state(self, epoch: int, metric: float | None) -> dict[str, Any]:
         state = dict(
@@ -104,10 +102,7 @@ class RunSaver(CheckpointSaver):
         )
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
-        entries: dict[str, Any] = dict(progress=self.progress, class_to_idx=self.class_to_idx)
-        if metric is not None:
-            validated = dict(eval_weights=selecting_weights(self.args), metrics=self.metrics) if self.metrics else {}
-            entries.update(metric=metric, **validated)
+        entries: dict[str, Any] = dict(self._entries, class_to_idx=self.class_to_idx, metric=metric)
         state.update((name, value) for name, value in entries.items() if value is not None)
         return state
 
@@ -140,19 +135,23 @@ class RunSaver(CheckpointSaver):
 
     def save_recovery(self, epoch: int, batch_idx: int = 0, progress: dict[str, Any] | None = None) -> None:
         """Save a recovery checkpoint as timm does, then remove recovery checkpoints of earlier processes."""
-        self.progress = progress
+        self._entries = dict(progress=progress)
         super().save_recovery(epoch, batch_idx)
+        self._entries = {}
         self._remove_outdated()
-        for path in {*self._recoveries()} - {self.curr_recovery_file, self.prev_recovery_file}:
+        pattern = os.path.join(glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')
+        for path in {*glob.glob(pattern)} - {self.curr_recovery_file, self.prev_recovery_file}:
             with suppress(OSError):
                 os.remove(path)
 
-    def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None) -> Any:
-        """Save a checkpoint as timm does, at the end of an epoch. A NaN metric is treated as None."""
-        self.progress = progress
-        saved = super().save_checkpoint(epoch, _number(metric))
+    def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict | None = None, **entries: Any):
+        """Save a checkpoint as timm does. NaN metrics are treated as None. `entries` are added if there is a metric."""
+        metric = _number(metric)
+        self._entries = dict(progress=progress, **(entries if metric is not None else {}))
+        best = super().save_checkpoint(epoch, metric)
+        self._entries = {}
         self._remove_outdated()
-        return saved
+        return best
 
     def _remove_outdated(self) -> None:
         if self.outdated is not None:
@@ -169,7 +168,7 @@ class RunSaver(CheckpointSaver):
     def _duplicate(self, src: str, dst: str) -> None:
         duplicate(src, dst)
 
-    def load_state_dict_from_checkpoint(self, checkpoint_path: str, start_epoch: int | None = None) -> bool:
+    def load_state_dict_from_checkpoint(self, checkpoint_path: str, start_epoch: float = math.inf) -> bool:
         """Load the saver state of a checkpoint, and restore model_best if it is missing, damaged or of another epoch.
 
         Args:
@@ -182,10 +181,10 @@ class RunSaver(CheckpointSaver):
         state = read_checkpoint(checkpoint_path, verify=False).get('saver')
         if state is None:
             return super().load_state_dict_from_checkpoint(checkpoint_path)
-        self.load_state_dict(self._own_history(state, math.inf if start_epoch is None else start_epoch))
+        self.load_state_dict(self._own_history(state, start_epoch))
         epoch, metric = state['pending']
         own = {}
-        if _number(metric) is not None and (start_epoch is None or epoch < start_epoch):
+        if _number(metric) is not None and epoch < start_epoch:
             own[self._checkpoint_path(epoch)] = checkpoint_path  # the same content, maybe the only copy
             if self.best_metric is None or self.cmp(metric, self.best_metric):
                 self.best_metric, self.best_epoch = metric, epoch
@@ -241,16 +240,11 @@ def _epoch_of(path: str) -> int | None:
 
 
 def position(path: str) -> tuple[int, bool, int, float]:
-    """Return the position of a checkpoint in its run, as a tuple that can be compared.
-
-    The file time decides between checkpoints in the same epoch if their batches were not counted.
+    """Return the position of a checkpoint in its run, to compare checkpoints.
 
     Returns:
         Last finished epoch, whether the next epoch has begun, the batches trained in it, and the modification time of
-        the file (0 for a checkpoint at the end of an epoch).
-
-    Raises:
-        UsageError: if the checkpoint cannot be read.
+        the file, which decides if batches were not counted (0 for a checkpoint at the end of an epoch).
     """
     checkpoint = read_checkpoint(path, verify=False)
     epoch, progress = checkpoint.get('epoch'), checkpoint.get('progress') or {}
@@ -288,14 +282,65 @@ def newest_checkpoint(folder: str) -> str | None:
     for path in _by_progress(paths):
         try:
             read_checkpoint(path)
+            return path
         except UsageError as error:
             _logger.warning(f'{error} Falling back to an earlier one.')
-        else:
-            return path
     try:
         read_checkpoint(paths[0])
+        return paths[0]  # repaired in the meantime
     except UsageError as error:
         raise UsageError(
             f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
             f'another --experiment to start a new run. {error}') from error
-    return paths[0]  # repaired in the meantime
+
+
+def _replaced(setup: Setup, start_epoch: int) -> list[str]:
+    """Return the checkpoints that are later than the start of the run, the latest first."""
+    start, found = position(setup.resumed_from), []
+    if setup.args.start_epoch is not None:
+        start = start_epoch - 1, False, 0, math.inf
+    for path in [*find_checkpoints(setup.folder), os.path.join(setup.folder, CALIBRATED)]:
+        try:
+            place = position(path)
+        except (UsageError, OSError):
+            continue  # unreadable checkpoints are never selected
+        length = 3 if path.endswith(CALIBRATED) else 4  # its file time is later than that of its source
+        if place[:length] > start[:length]:
+            found.append((place, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _move(path: str, stat: os.stat_result, folder: str) -> None:
+    """Move a file into a folder, unless it was replaced by another file meanwhile."""
+    if os.path.exists(path) and os.path.samestat(stat, os.stat(path)):
+        os.makedirs(folder, exist_ok=True)
+        os.replace(path, os.path.join(folder, os.path.basename(path)))
+
+
+def set_aside(setup: Setup, start_epoch: int) -> Callable[[], None] | None:
+    """Move the checkpoints that a continued run will replace to a subfolder, so that they are not selected any more.
+
+    These are the checkpoints later than its start. They are moved to superseded-1 (superseded-2, ...) in the run
+    folder, with a copy of summary.csv.
+
+    Returns:
+        A function that moves the checkpoint that the run continues from, to call after the next checkpoint is written.
+        None if that checkpoint stays: it is moved only with an earlier --start-epoch.
+    """
+    names = (f'superseded-{number}' for number in itertools.count(1))
+    folder = next(path for path in (os.path.join(setup.folder, name) for name in names) if not os.path.exists(path))
+    paths = _replaced(setup, start_epoch)
+    resumed_from = os.path.realpath(setup.resumed_from or '')
+    source = next((path for path in paths if os.path.realpath(path) == resumed_from), None)
+    others = [path for path in paths if path != source]
+    if others:
+        os.mkdir(folder)
+        summary = os.path.join(setup.folder, SUMMARY_NAME)
+        if os.path.exists(summary):
+            shutil.copyfile(summary, os.path.join(folder, SUMMARY_NAME))
+        for path in others:
+            _move(path, os.stat(path), folder)
+        _logger.warning(
+            f'{len(others)} checkpoints in {setup.folder} are later than the start of this run. They are moved to '
+            f'{folder}.')
+    return None if source is None else partial(_move, source, os.stat(source), folder)

@@ -18,7 +18,7 @@ from ..hub.command import push_command
 from ..hub.export import export, plain_weights
 from ..hub.models import check_rebuilds
 from ..hub.repository import HubRepository, limit_waiting
-from .run import Run
+from .setup import Setup
 
 _logger = logging.getLogger(__name__)
 
@@ -71,19 +71,19 @@ class HubPush:
             repository.log_in()
         return repository
 
-    def begin(self, run: Run) -> None:
+    def begin(self, setup: Setup) -> None:
         """Open the repository and start the thread. Call it before training, after config.json was written.
 
         Raises:
             UsageError: if the model cannot be pushed to the repository.
         """
-        self.folder = run.folder
+        self.folder = setup.folder
         if not self.args.hub_model_id:
-            self.repository = self._logged_in(self.args, os.path.basename(run.folder))
+            self.repository = self._logged_in(self.args, os.path.basename(setup.folder))
         remove_work_folders(self.folder)
         with usage_errors('--push-to-hub'):
             # Not in the thread, because building a model draws random numbers.
-            check_rebuilds(self.folder, plain_weights(run.task.get_checkpoint_state()['state_dict']))
+            check_rebuilds(self.folder, plain_weights(setup.task.get_checkpoint_state()['state_dict']))
             with open(os.path.join(self.folder, CONFIG_NAME), encoding='utf-8') as file:
                 self.repository.open(json.load(file)['architecture'])
         _logger.info(f'Pushing {_STRATEGIES[self.args.hub_strategy]} to '

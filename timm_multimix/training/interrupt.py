@@ -51,11 +51,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
     def connect(self, timeout: float) -> None:
-        """Make all processes of the default group stop at the same update. All processes must call it.
-
-        Args:
-            timeout: Timeout of the communication in seconds.
-        """
+        """Make all processes stop at the same update. All must call it. `timeout` is in seconds."""
         self._group = dist.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
 
     def requested(self) -> bool:

@@ -50,12 +50,7 @@ class LossGuard:
 
     @torch.no_grad()
     def watch(self, loss: torch.Tensor, is_update: bool) -> None:
-        """Start the check of a loss, after the forward pass.
-
-        Args:
-            loss: Scalar loss.
-            is_update: Whether this is the last batch of an update. The flag is then reduced over all processes.
-        """
+        """Start the check of a loss. After the last batch of an update, the flag is reduced over all processes."""
         if not self.limit:
             return
         failed = (~loss.detach().isfinite()).float()
@@ -83,11 +78,7 @@ class LossGuard:
         return not batch_failed, not update_failed
 
     def finish_update(self, passed: bool, place: str) -> None:
-        """Count consecutive skipped updates, after the last batch of an update.
-
-        Args:
-            passed: Whether the update was made.
-            place: Epoch, update and learning rate, for messages.
+        """Count consecutive skipped updates. `place` is used in messages.
 
         Raises:
             RunError: if `limit` consecutive updates were skipped.

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.loss import load_class_stats, resolve_class_weights
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -17,62 +16,13 @@ from timm.task import (
 )
 from torch import nn
 
-from ..build.criteria import check_num_classes
-from ..build.loaders import mixup_active
+from ..build.criteria import check_num_classes, criterion_options
 from ..common.errors import UsageError, usage_errors
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
 
 _logger = logging.getLogger(__name__)
-
-# Options of each loss. create_classification_loss has arguments with the same names.
-_LOSS_OPTIONS = {
-    'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
-    'poly': ('poly_epsilon', 'poly_gamma', 'poly_alpha'),
-    'twoway': ('twoway_tp', 'twoway_tn'),
-    'db': ('db_neg_scale', 'db_init_bias', 'db_focal_gamma'),
-}
-
-
-def _class_weights(args: argparse.Namespace, kind: str, stats: tuple[torch.Tensor, int] | None) -> Any:
-    weights = resolve_class_weights(
-        getattr(args, f'loss_{kind}'),
-        kind,
-        stats,
-        power=args.loss_weight_power,
-        beta=args.loss_weight_beta,
-        max_weight=args.loss_weight_max,
-    )
-    if isinstance(weights, torch.Tensor) and len(weights) != args.num_classes:
-        option = f'--loss-{kind.replace("_", "-")}'
-        raise UsageError(f'{option} has {len(weights)} entries but the model has {args.num_classes} classes.')
-    return weights
-
-
-def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return arguments for timm's create_classification_loss.
-
-    Raises:
-        UsageError: if class weights cannot be read, or do not match the number of classes.
-    """
-    with usage_errors('--class-stats, --loss-pos-weight or --loss-class-weight'):
-        stats = load_class_stats(args.class_stats)
-        options = dict(
-            loss_type=args.loss,
-            smoothing=args.smoothing,
-            soft_targets=mixup_active(args),
-            class_weight=_class_weights(args, 'class_weight', stats),
-            pos_weight=_class_weights(args, 'pos_weight', stats),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
-            jsd_splits=args.aug_splits,
-        )
-    options.update((name, getattr(args, name)) for name in _LOSS_OPTIONS.get(args.loss, ()))
-    if args.loss == 'db' and stats is not None:
-        options.update(class_counts=stats[0], num_samples=stats[1])
-    return options
-
 
 def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared: Any) -> TrainingTask:
     shared.update(

@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from ..build.arguments import DEFAULT_OUTPUT
 from ..build.classes import check_targets, match_classes, settle_classes
 from ..build.datasets import build_datasets
 from ..build.hub_files import WEIGHTS_NAME, download, is_hub_name
-from ..build.loaders import Loaders, build_calibration_loader, build_loaders
+from ..build.loaders import build_calibration_loader, build_loaders
 from ..build.model import (
     check_input_sizes,
     create_run_model,
@@ -37,90 +37,19 @@ from ..build.model import (
 )
 from ..build.saved_weights import changes, entries
 from ..calibration.run import check_classifier, check_continues, hold_out
-from ..common.distributed import Watchdog, choose_device, join_processes, of_the_first
+from ..common.distributed import choose_device, join_processes, of_the_first
 from ..common.errors import UsageError, usage_errors
-from ..common.files import lock_folder
+from ..common.files import lock_folder, make_folder
 from ..data.demo import Part
 from ..options import batch_schedule
 from .checkpoints import newest_checkpoint
-from .interrupt import StopRequest
-from .loss_guard import LossGuard
+from .config import COMMAND_LINE_ONLY
 from .objective import build_task
-from .progress import reading_progress, step_scheduler, usable_progress
-from .resuming import load_weights, resume, setup_ema
+from .resuming import load_weights, resume, set_start, setup_ema
+from .setup import Setup
+from .state import RunState
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Precision:
-    """Number formats of a run.
-
-    Attributes:
-        dtype: Dtype of model and images, None for float32.
-        autocast: Returns the autocast context of a forward pass.
-        loss_scaler: Loss scaler for float16 autocast on CUDA, else None.
-    """
-    dtype: torch.dtype | None
-    autocast: Callable[[], Any]
-    loss_scaler: utils.NativeScaler | None
-
-
-@dataclass
-class Run:
-    """State of a training run, created by build_run.
-
-    Attributes:
-        args: Arguments, by timm's names.
-        device: Device of this process.
-        precision: Number formats.
-        task: timm training task. It owns the model and computes the loss.
-        loaders: Training, validation and calibration loaders.
-        data_config: Input size, pixel statistics, crop and interpolation.
-        class_to_idx: Index of each class name, None if the class names are unknown.
-        optimizer: The optimizer, None for a run that only validates.
-        scheduler: Learning rate scheduler, None for --sched none.
-        eval_metric: Metric that selects the best checkpoint.
-        updates_per_epoch: Optimizer updates in an epoch.
-        start_epoch: First epoch to train.
-        num_epochs: Epochs of the schedule.
-        stop_epoch: Training ends before this epoch; at most num_epochs.
-        folder: Output folder.
-        resumed_from: Checkpoint that the run continues from, or None.
-        settled: Optimizer options that were reset to the values in the checkpoint.
-        progress: Progress that belongs to the current weights, None if there is none.
-        interrupted: Metric averages of an interrupted epoch to continue, None for a new epoch.
-        guard: Skips updates whose loss is not finite.
-        stop: Stop request of the user (SIGINT or SIGTERM).
-        watchdog: Current place of this process in the run.
-    """
-    args: argparse.Namespace
-    device: torch.device
-    precision: Precision
-    task: TrainingTask
-    loaders: Loaders
-    data_config: dict[str, Any]
-    class_to_idx: dict[str, int] | None = None
-    optimizer: Optimizer | None = None
-    scheduler: Scheduler | None = None
-    eval_metric: str = 'loss'
-    updates_per_epoch: int = 0
-    start_epoch: int = 0
-    num_epochs: int = 0
-    stop_epoch: int = 0
-    folder: str = ''
-    resumed_from: str | None = None
-    settled: dict[str, Any] = field(default_factory=dict)
-    progress: dict[str, Any] | None = None
-    interrupted: dict[str, Any] | None = None
-    guard: LossGuard | None = None
-    stop: StopRequest = field(default_factory=StopRequest)
-    watchdog: Watchdog = field(default_factory=Watchdog)
-
-    @property
-    def decreasing(self) -> bool:
-        """Whether a lower metric is better."""
-        return self.eval_metric.endswith('loss')
 
 
 def _setup_device(args: argparse.Namespace) -> torch.device:
@@ -144,19 +73,21 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _setup_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+def _setup_dtype(args: argparse.Namespace) -> torch.dtype | None:
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     if dtype == torch.float16:
         _logger.warning('Training with --model-dtype float16 is often unstable. bfloat16 has a larger range.')
+    return dtype
+
+
+def _setup_amp(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], Any], utils.NativeScaler | None]:
+    """Return a function that returns the autocast context, and the loss scaler if one is needed."""
     if not args.amp:
-        return Precision(dtype, nullcontext, None)
+        return nullcontext, None
     amp_dtype = getattr(torch, args.amp_dtype)
     needs_scaler = device.type == 'cuda' and amp_dtype == torch.float16
-    return Precision(
-        dtype,
-        partial(torch.autocast, device_type=device.type, dtype=amp_dtype),
-        utils.NativeScaler(device=device.type) if needs_scaler else None,
-    )
+    autocast = partial(torch.autocast, device_type=device.type, dtype=amp_dtype)
+    return autocast, utils.NativeScaler(device=device.type) if needs_scaler else None
 
 
 def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
@@ -179,80 +110,62 @@ def _run_folder(args: argparse.Namespace, image_size: int) -> str:
     return os.path.normpath(os.path.join(args.output or DEFAULT_OUTPUT, name))
 
 
-def _build_schedule(run: Run, checkpoint: dict[str, Any]) -> None:
-    args = run.args
-    with usage_errors(f'--sched {args.sched}'):
-        run.scheduler, run.num_epochs = create_scheduler_v2(
-            run.optimizer,
-            **scheduler_kwargs(args, decreasing_metric=run.decreasing),
-            updates_per_epoch=run.updates_per_epoch,
-        )
-    if args.stop_epoch is not None and args.stop_epoch > run.num_epochs:
-        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {run.num_epochs} epochs of the run.')
-    if args.multimix != 'off' and args.multimix_start_epoch >= run.num_epochs:
-        raise UsageError(
-            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {run.num_epochs} epochs of the '
-            'run, which are counted from 0.')
-    run.stop_epoch = args.stop_epoch or run.num_epochs
-    resume_epoch = checkpoint.get('epoch') or 0
-    run.start_epoch = resume_epoch if args.start_epoch is None else args.start_epoch
-    with reading_progress(run) if checkpoint else nullcontext():
-        if checkpoint and run.start_epoch == resume_epoch and not args.no_resume_opt:
-            run.progress = usable_progress(run, checkpoint['progress'])
-        step_scheduler(run, checkpoint)
+def _build_setup(args: argparse.Namespace) -> Setup:
+    """Build device, data, model and task."""
+    options = {name: value for name, value in vars(args).items() if name not in (*COMMAND_LINE_ONLY, 'dry_run')}
+    device = _setup_device(args)
+    dtype = _setup_dtype(args)
+    model_args = model_options(args)
+    in_chans = input_channels(model_args)
+    train, evaluation = build_datasets(args, in_chans)
+    check_targets(args, train)
+    classes, origin = settle_classes(args, train, evaluation)
+    held_out = None
+    if not args.validate:
+        train, held_out = hold_out(args, train, evaluation, in_chans)
+    if classes and held_out is not None and not isinstance(held_out, Part):
+        match_classes(args, held_out, args.calibrate, classes, origin)
+
+    utils.random_seed(args.seed, args.rank)
+    model = create_run_model(args, model_args)
+    data_config = resolve_data(args, model)
+    patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else None
+    model = place_model(args, model, device, dtype)
+    if not args.naflex_loader:
+        check_input_sizes(args, model, data_config)
+    check_classifier(args, model, data_config['input_size'])
+    loaders = build_loaders(
+        args, (train, evaluation), data_config, device, dtype, patch_size, batch_schedule(args))
+    if held_out is not None:
+        calibration = build_calibration_loader(args, held_out, data_config, device, dtype)
+        loaders = replace(loaders, calibration=calibration)
+    _settle_learning_rate(args, loaders.batch_size)
+    task = build_task(args, model, device, dtype)
+    report_positions(args, model, data_config)
+    return Setup(
+        args, options, device, dtype, *_setup_amp(args, device), task, loaders, data_config, classes,
+        eval_metric=args.eval_metric if evaluation is not None else 'loss',
+        folder=_run_folder(args, data_config['input_size'][-1]))
 
 
-def _build_training(run: Run) -> None:
-    """Build the optimizer, resume, set up EMA, compile and distribute the model, and build the schedule."""
-    args, task = run.args, run.task
-    with usage_errors(f'--opt {args.opt}'):
-        run.optimizer = create_optimizer_v2(
-            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+def _checkpoint_to_resume(args: argparse.Namespace, folder: str) -> str | None:
+    """Return the path that --resume selects, the same in all processes. The folder of the run is locked."""
     path = args.resume or None
-    if path and utils.is_primary(args) and os.path.isdir(run.folder) and not args.dry_run:
-        with usage_errors(f'--output {run.folder}'):
-            lock_folder(run.folder)  # before its checkpoints are read
+    if path and utils.is_primary(args) and os.path.isdir(folder) and not args.dry_run:
+        with usage_errors(f'--output {folder}'):
+            lock_folder(folder)  # before its checkpoints are read
     if args.resume == 'auto':
-        path = newest_checkpoint(run.folder) if utils.is_primary(args) else None
-        if path is None and os.path.exists(os.path.join(run.folder, 'args.yaml')):
-            _logger.info(f'No checkpoint in {run.folder}: the run begins again.')
+        path = newest_checkpoint(folder) if utils.is_primary(args) else None
+        if path is None and os.path.exists(os.path.join(folder, 'args.yaml')):
+            _logger.info(f'No checkpoint in {folder}: the run begins again.')
     if args.distributed:
         path = of_the_first(path)
     if path and is_hub_name(path):
         with usage_errors(f'--resume {path}'):
-            path = download(path, 'last.pth.tar', WEIGHTS_NAME)
-    elif path and args.distributed and not os.path.isfile(path):
+            return download(path, 'last.pth.tar', WEIGHTS_NAME)
+    if path and args.distributed and not os.path.isfile(path):
         raise UsageError(f'--resume {path}: not found on {socket.gethostname()}. All machines must share the folder.')
-    if path and path.endswith('.safetensors'):
-        load_weights(task, path, args.resume)
-        path = None
-    if path:
-        check_continues(args, path)
-    checkpoint = resume(args, task, run.optimizer, run.precision.loss_scaler, path) if path else {}
-    run.resumed_from = path
-    run.settled = checkpoint.get('settled', {})
-    if args.distributed:
-        # Each process has its own seed, and setup_ema copies the weights before DDP synchronizes them.
-        for tensor in task.get_trainable_module().state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
-    if args.model_ema:
-        setup_ema(args, task, path)
-    _warn_of_changes(task, args, checkpoint)
-    compile_task(args, task)
-    if args.distributed:
-        options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
-        task.prepare_distributed(device_ids=[run.device] if run.device.type != 'cpu' else None, **options)
-        run.stop.connect(args.dist_timeout)
-    run.guard = LossGuard(task.get_trainable_module(), args.max_nonfinite, args.distributed)
-    run.updates_per_epoch = -(-len(run.loaders.train) // args.grad_accum_steps)
-    _build_schedule(run, checkpoint)
-
-
-def _warn_of_changes(task: TrainingTask, args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
-    """Warn if the EMA or teacher weights of the checkpoint are not continued unchanged."""
-    names = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
-    for line in changes(checkpoint.get('weights', {}), entries(names, vars(args))):
-        _logger.warning(f'--resume: {line}')
+    return path
 
 
 def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
@@ -266,49 +179,90 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
 
 
-def build_run(args: argparse.Namespace) -> Run:
-    """Build a run. Nothing is written to the output folder except the lock file of a run that is continued.
+def _prepare_task(setup: Setup, path: str | None, checkpoint: dict[str, Any]) -> None:
+    """Set up the EMA, compile and distribute the model of a task whose weights are loaded."""
+    args, task = setup.args, setup.task
+    if args.distributed:
+        # Each process has its own seed, and setup_ema copies the weights before DDP synchronizes them.
+        for tensor in task.get_trainable_module().state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+    if args.model_ema:
+        setup_ema(args, task, path)
+    names = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
+    for line in changes(checkpoint.get('weights', {}), entries(names, vars(args))):
+        _logger.warning(f'--resume: {line}')
+    compile_task(args, task)
+    if args.distributed:
+        options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=[setup.device] if setup.device.type != 'cpu' else None, **options)
+
+
+def _build_schedule(setup: Setup, optimizer: Optimizer, updates_per_epoch: int) -> tuple[Scheduler | None, int]:
+    args = setup.args
+    with usage_errors(f'--sched {args.sched}'):
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric=setup.decreasing),
+            updates_per_epoch=updates_per_epoch,
+        )
+    if args.stop_epoch is not None and args.stop_epoch > num_epochs:
+        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {num_epochs} epochs of the run.')
+    if args.multimix != 'off' and args.multimix_start_epoch >= num_epochs:
+        raise UsageError(
+            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {num_epochs} epochs of the run, '
+            'which are counted from 0.')
+    return scheduler, num_epochs
+
+
+def _build_training(setup: Setup) -> tuple[Setup, dict[str, Any]]:
+    """Build optimizer and schedule, and load a checkpoint. Returns the setup and what `resume` returns."""
+    args, task = setup.args, setup.task
+    with usage_errors(f'--opt {args.opt}'):
+        optimizer = create_optimizer_v2(
+            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    path, checkpoint = _checkpoint_to_resume(args, setup.folder), {}
+    if path and path.endswith('.safetensors'):
+        load_weights(task, path, args.resume)
+        path = None
+    if path:
+        check_continues(args, path)
+        checkpoint = resume(args, task, optimizer, setup.loss_scaler, path)
+    _prepare_task(setup, path, checkpoint)
+    updates_per_epoch = -(-len(setup.loaders.train) // args.grad_accum_steps)
+    scheduler, num_epochs = _build_schedule(setup, optimizer, updates_per_epoch)
+    return replace(
+        setup,
+        options=setup.options | checkpoint.get('settled', {}),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        updates_per_epoch=updates_per_epoch,
+        num_epochs=num_epochs,
+        stop_epoch=args.stop_epoch or num_epochs,
+        resumed_from=path,
+    ), checkpoint
+
+
+def build_run(args: argparse.Namespace) -> tuple[Setup, RunState]:
+    """Build a run. A run without --experiment gets a new folder. An existing folder is only locked, to continue in it.
 
     Args:
         args: Arguments, from parse_args.
 
     Returns:
-        The run, ready to start or continue. With --validate it has no optimizer and no schedule.
+        Setup and state of the run, ready to start or continue. With --validate there is no optimizer and no schedule.
 
     Raises:
         UsageError: if options, data, model or checkpoint are invalid.
     """
-    device = _setup_device(args)
-    precision = _setup_precision(args, device)
-    options = model_options(args)
-    train, evaluation = build_datasets(args, input_channels(options))
-    check_targets(args, train)
-    classes, origin = settle_classes(args, train, evaluation)
-    held_out = None
-    if not args.validate:
-        train, held_out = hold_out(args, train, evaluation, input_channels(options))
-    if classes and held_out is not None and not isinstance(held_out, Part):
-        match_classes(args, held_out, args.calibrate, classes, origin)
-
-    utils.random_seed(args.seed, args.rank)
-    model = create_run_model(args, options)
-    data_config = resolve_data(args, model)
-    patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else None
-    model = place_model(args, model, device, precision.dtype)
-    if not args.naflex_loader:
-        check_input_sizes(args, model, data_config)
-    check_classifier(args, model, data_config['input_size'])
-    loaders = build_loaders(
-        args, (train, evaluation), data_config, device, precision.dtype, patch_size, batch_schedule(args))
-    if held_out is not None:
-        loaders.calibration = build_calibration_loader(args, held_out, data_config, device, precision.dtype)
-    _settle_learning_rate(args, loaders.batch_size)
-
-    run = Run(args, device, precision, build_task(args, model, device, precision.dtype), loaders, data_config)
-    run.eval_metric = args.eval_metric if loaders.evaluation is not None else 'loss'
-    run.class_to_idx = classes
-    report_positions(args, model, data_config)
-    run.folder = _run_folder(args, data_config['input_size'][-1])
-    if not args.validate:
-        _build_training(run)
-    return run
+    setup = _build_setup(args)
+    if args.validate:
+        return setup, RunState(setup)
+    setup, checkpoint = _build_training(setup)
+    state = RunState(setup)
+    if args.distributed:
+        state.stop.connect(args.dist_timeout)
+    set_start(state, checkpoint)
+    if not args.experiment and utils.is_primary(args) and not args.dry_run:
+        with usage_errors(f'--output {setup.folder}'):  # another run may have started in the same second
+            state.setup = setup = replace(setup, folder=make_folder(setup.folder))
+    return setup, state

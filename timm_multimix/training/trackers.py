@@ -1,16 +1,12 @@
 """Metrics of a run in Weights & Biases, TensorBoard and Trackio (--report-to)."""
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..common.errors import UsageError
-
-if TYPE_CHECKING:
-    from .run import Run
+from .setup import Setup
 
 _TRACKIO_PROJECT = 'timm-multimix'
 
@@ -25,34 +21,35 @@ class Trackers:
     """Trackers that are selected with --report-to.
 
     Args:
-        run: The run. TensorBoard writes to its folder, and discards events of epochs that a resumed run repeats.
+        setup: Setup of the run. TensorBoard writes to its folder.
+        start_epoch: First epoch to train. TensorBoard discards its events and later ones of an earlier run.
 
     Raises:
         UsageError: if a tracker cannot be started.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, setup: Setup, start_epoch: int):
         self._writer: Any = None
         self._services: list[Any] = []
-        for name, option in selected_trackers(run.args).items():
+        for name, option in selected_trackers(setup.args).items():
             try:
-                self._start(name, run)
+                self._start(name, setup, start_epoch)
             except Exception as error:  # wandb has its own types
                 raise UsageError(f'{option}: {error or type(error).__name__}') from error
 
-    def _start(self, name: str, run: Run) -> None:
+    def _start(self, name: str, setup: Setup, start_epoch: int) -> None:
         if name == 'tensorboard':
             from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-            self._writer = SummaryWriter(run.folder, purge_step=run.start_epoch)
+            self._writer = SummaryWriter(setup.folder, purge_step=start_epoch)
             return
-        args, service = run.args, import_module(name)
+        args, service = setup.args, import_module(name)
         if name == 'wandb':
             own = dict(project=args.wandb_project, tags=args.wandb_tags, id=args.wandb_resume_id or None,
                        resume='must' if args.wandb_resume_id else None)
         else:
-            own = dict(project=_TRACKIO_PROJECT, resume='allow' if run.resumed_from else 'never')
-        service.init(name=os.path.basename(run.folder), config=vars(args), **own)
+            own = dict(project=_TRACKIO_PROJECT, resume='allow' if setup.resumed_from else 'never')
+        service.init(name=os.path.basename(setup.folder), config=vars(args), **own)
         self._services.append(service)
 
     def log(self, row: Mapping[str, Any]) -> None:

@@ -6,7 +6,8 @@ from torch import nn
 
 from ..build.saved_weights import AVERAGE, STUDENT, TEACHER, selecting_weights
 from .loop import validate
-from .run import Run
+from .setup import Setup
+from .state import RunState
 
 
 class Validated(NamedTuple):
@@ -29,37 +30,37 @@ def shown(metrics: dict[str, float]) -> str:
     return '  '.join(f'{name} {value:.4g}' for name, value in metrics.items())
 
 
-def share_batch_norm(run: Run, model: nn.Module) -> None:
+def share_batch_norm(setup: Setup, model: nn.Module) -> None:
     """Synchronize BatchNorm statistics between processes, as selected by --dist-bn."""
-    if run.args.distributed and run.args.dist_bn:
-        utils.distribute_bn(model, run.args.world_size, run.args.dist_bn == 'reduce')
+    if setup.args.distributed and setup.args.dist_bn:
+        utils.distribute_bn(model, setup.args.world_size, setup.args.dist_bn == 'reduce')
 
 
-def validate_epoch(run: Run) -> Validated | None:
+def validate_epoch(setup: Setup, state: RunState) -> Validated | None:
     """Validate the trained weights and, if present, the EMA and teacher weights.
 
     Returns:
         Result of the validation, None without a validation split.
     """
-    if run.loaders.evaluation is None:
+    if setup.loaders.evaluation is None:
         return None
-    task = run.task
+    task = setup.task
     teacher = task.get_eval_teacher() if hasattr(task, 'get_eval_teacher') else None
     average = task.get_trainable_module(ema=True)
     is_shared = teacher is not None and average is not None and teacher is average.module
-    found = {STUDENT: validate(run, task.get_eval_model())}
-    if average is not None and not is_shared and not run.args.model_ema_force_cpu:
-        share_batch_norm(run, average)
-        found[AVERAGE] = validate(run, task.get_eval_model(ema=True))
+    found = {STUDENT: validate(setup, state, task.get_eval_model())}
+    if average is not None and not is_shared and not setup.args.model_ema_force_cpu:
+        share_batch_norm(setup, average)
+        found[AVERAGE] = validate(setup, state, task.get_eval_model(ema=True))
     if teacher is not None:
-        share_batch_norm(run, teacher)
-        found[TEACHER] = validate(run, teacher)
-    selecting = selecting_weights(run.args)
+        share_batch_norm(setup, teacher)
+        found[TEACHER] = validate(setup, state, teacher)
+    selecting = selecting_weights(setup.args)
     metrics = found[TEACHER if is_shared and selecting == AVERAGE else selecting]
     places = {STUDENT: 'state_dict', AVERAGE: 'state_dict_ema',
               TEACHER: 'state_dict_ema' if is_shared else 'state_dict_teacher'}
     by_entry = {places[name]: {key: float(value) for key, value in metrics.items()} for name, metrics in found.items()}
-    return Validated(_columns(found), metrics[run.eval_metric], by_entry)
+    return Validated(_columns(found), metrics[setup.eval_metric], by_entry)
 
 
 def _columns(found: dict[str, dict[str, float]]) -> dict[str, float]:
