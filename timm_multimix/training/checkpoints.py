@@ -144,7 +144,13 @@ class RunSaver(CheckpointSaver):
             with suppress(OSError):
                 os.remove(path)
 
-    def save_checkpoint(self, epoch: int, metric: float | None = None, progress: dict | None = None, **entries: Any):
+    def save_checkpoint(
+            self,
+            epoch: int,
+            metric: float | None = None,
+            progress: dict[str, Any] | None = None,
+            **entries: Any,
+    ) -> tuple[float | None, int | None]:
         """Save a checkpoint as timm does. NaN metrics are treated as None. `entries` are added if there is a metric."""
         metric = _number(metric)
         self._entries = dict(progress=progress, **(entries if metric is not None else {}))
