@@ -39,7 +39,7 @@ def test_example(name, tmp_path, monkeypatch, capsys):
 
 def test_readme():
     blocks = re.findall(r'```python\n(.*?)```', (FOLDER.parent / 'README.md').read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace = {}
     for block in blocks:
         exec(block, namespace)

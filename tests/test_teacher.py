@@ -18,7 +18,7 @@ from timm_multimix import (
     attach,
 )
 
-README = Path(__file__).parent.parent / 'README.md'
+METHOD = Path(__file__).parent.parent / 'docs' / 'method.md'
 
 
 def resnet(**options):
@@ -287,23 +287,22 @@ def test_pretrained_teacher_of_other_classes_is_refused():
         PretrainedTeacher(timm.create_model('test_resnet', num_classes=7), resnet())
 
 
-def test_readme_snippets_run(tmp_path, monkeypatch):
-    """The README's training loop, alternation with mixup, and a teacher whose weights load into a plain model."""
-    own, alternating, teacher = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)[:3]
-    assert 'attach(' in own and 'handle.enabled' in alternating and 'EMATeacher(' in teacher
-    names = dict(loader=[(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))])
-    monkeypatch.chdir(tmp_path)
-    exec(own.replace('resnet50', 'test_resnet').replace('handle.remove()', 'pass'), names)
-    exec(alternating, names)
+def test_loops_of_the_docs_run(tmp_path, monkeypatch):
+    """Alternation with mixup, and a teacher whose weights load into a plain model."""
+    blocks = re.findall(r'```python\n(.*?)```', METHOD.read_text(), re.DOTALL)
+    alternating = next(block for block in blocks if 'handle.enabled' in block)
+    teacher = next(block for block in blocks if 'EMATeacher(' in block)
+    names = dict(loader=[(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))] * 2, epochs=1)
+    exec(alternating.replace('resnet50', 'test_resnet'), names)
     names['handle'].enabled = True
+    names['optimizer'] = torch.optim.SGD(names['model'].parameters(), 0.1)
     exec(teacher, names)
     assert names['loss'].isfinite()
-    timm.create_model('test_resnet', num_classes=10).load_state_dict(
-        torch.load('teacher.pth', weights_only=True))
+    timm.create_model('test_resnet', num_classes=10).load_state_dict(names['teacher'].module.state_dict())
 
 
 def test_loop_of_the_docs_is_resumed(tmp_path, monkeypatch):
-    text = (README.parent / 'docs' / 'training.md').read_text()
+    text = METHOD.with_name('training.md').read_text()
     saving, loading = re.search(r'```python\n(torch\.save\(dict\(.*?)\n(# In the new.*?)```', text, re.DOTALL).groups()
     monkeypatch.chdir(tmp_path)
     images, target = images_of_colour(8)
