@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_multimix.dense.hook import attach
 from timm_multimix.dense.positions import dense_logits, position_features
-from timm_multimix.losses.module import MultiMixOutput
+from timm_multimix.losses.output import MultiMixOutput
 
 
 def build(name='test_resnet', **kwargs):

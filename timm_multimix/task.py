@@ -14,7 +14,8 @@ from .data.alternation import BatchSchedule
 from .data.views import split_views
 from .dense.hook import attach, detach
 from .losses.attention import check_attention
-from .losses.module import MultiMixLoss, MultiMixOutput
+from .losses.module import MultiMixLoss
+from .losses.output import MultiMixOutput
 from .losses.targets import class_rows
 from .teacher import EMATeacher, FrozenTeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
 
@@ -34,6 +35,13 @@ def _without_overflow(output: MultiMixOutput) -> MultiMixOutput:
     if attention is None or attention.device.type != 'cpu' or attention.isfinite().all():
         return output
     return output._replace(dense_logits=output.dense_logits * torch.nan)
+
+
+def _check_mode(mode: str, teacher: str | nn.Module) -> None:
+    if mode not in TASK_MODES:
+        raise ValueError(f'mode must be one of {", ".join(TASK_MODES)}, got {mode!r}.')
+    if mode == 'off' and teacher != 'none':
+        raise ValueError("mode='off' does not use a teacher: set teacher='none'.")
 
 
 class MultiMixTask(ClassificationTask):
@@ -120,15 +128,11 @@ class MultiMixTask(ClassificationTask):
             verbose: bool = True,
             **options: Any,
     ):
-        if mode not in TASK_MODES:
-            raise ValueError(f'mode must be one of {", ".join(TASK_MODES)}, got {mode!r}.')
-        if prob is None:
-            prob = PRESET_PROB.get(preset, 1.0)
+        _check_mode(mode, teacher)
+        prob = PRESET_PROB.get(preset, 1.0) if prob is None else prob
         schedule = BatchSchedule(prob, seed, start_epoch, off_epoch)
         check_attention(attention, attention_norm)
         check_teacher(teacher, teacher_decay, teacher_path, views)
-        if mode == 'off' and teacher != 'none':
-            raise ValueError("mode='off' does not use a teacher: set teacher='none'.")
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
         self.schedule = schedule if mode != 'off' else BatchSchedule(prob=0)
@@ -144,14 +148,8 @@ class MultiMixTask(ClassificationTask):
         self.loss = self.distillation = self.teacher = None
         self.views = views
         check_num_classes(self.criterion, getattr(unwrap_model(model), 'num_classes', None))
-        # Created with mode='off' too, to validate the options.
-        loss = MultiMixLoss(
-            preset=preset,
-            attention='cam' if in_loss else None,
-            attention_norm=attention_norm,
-            **(dict(loss_type='ce', smoothing=0.0) if mode == 'off' else loss_options(self.criterion)),
-            **options,
-        )
+        loss = self._create_loss(
+            preset=preset, attention='cam' if in_loss else None, attention_norm=attention_norm, **options)
         distillation = SelfDistillationLoss(loss, distill_weight, distill_temperature, distill_ramp_epochs)
         if mode != 'off':
             self.loss = loss
@@ -163,6 +161,11 @@ class MultiMixTask(ClassificationTask):
         if verbose and mode != 'off':
             _logger.info(
                 f'{type(self).__name__}: mode={mode}, prob={prob}, attention={attention}, {self.loss.extra_repr()}')
+
+    def _create_loss(self, **options: Any) -> MultiMixLoss:
+        """Create the loss. With mode='off' it is not used, but its options are checked."""
+        kind = dict(loss_type='ce', smoothing=0.0) if self.mode == 'off' else loss_options(self.criterion)
+        return MultiMixLoss(**kind, **options)
 
     @property
     def _leaves_class_token(self) -> bool:

@@ -8,7 +8,8 @@ from torch import nn
 
 from .dense.hook import outputs_in_evaluation
 from .losses.functional import check_distillation
-from .losses.module import MultiMixLoss, MultiMixOutput
+from .losses.module import MultiMixLoss
+from .losses.output import MultiMixOutput
 
 
 def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:

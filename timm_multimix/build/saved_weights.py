@@ -39,7 +39,7 @@ def validated_weights(args: argparse.Namespace) -> list[str]:
 
 
 def selecting_weights(args: argparse.Namespace) -> str:
-    """Return the weight set whose metric selects the best checkpoint of a run."""
+    """Return the weight set that selects the best checkpoint of a run."""
     return args.eval_weights or validated_weights(args)[0]
 
 

@@ -8,7 +8,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..losses.attention import attention_map, check_attention
-from ..losses.module import MultiMixOutput
+from ..losses.output import MultiMixOutput
 from .head_norm import check_batch_norms, restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, find_head, mean_of_heads
 from .layouts import Features, as_streams

@@ -1,7 +1,7 @@
 """MultiMix as a loss module."""
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from .functional import (
 )
 from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
+from .output import MultiMixOutput, as_output
 from .targets import ClassWeights, Targets, check_class_weights, make_targets, multi_hot
 from .weights import Alpha, alpha_range, check_mask, sample_weights
 
@@ -34,30 +35,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 AUTO_SCALE_REMOVED = (
     "'auto' was removed. Pass a number, or omit logit_scale and calibrate the trained model: --calibrate on the "
     'command line, calibrate() in Python.')
-
-
-class MultiMixOutput(NamedTuple):
-    """Output of an attached model in training mode.
-
-    Attributes:
-        logits: Ordinary logits of the model (b, c). None if the loss has targets at every position only.
-        dense_logits: Logits at every position (b, r, c), positions in row-major order, or None in pooled mode.
-        attention: Attention of each example over its positions (b, r), or None for uniform attention. Positions with
-            attention 0, such as padding, have no effect on the loss.
-    """
-    logits: torch.Tensor | None
-    dense_logits: torch.Tensor | None = None
-    attention: torch.Tensor | None = None
-
-
-def _as_output(output: MultiMixOutput | torch.Tensor, name: str = 'MultiMixLoss') -> MultiMixOutput:
-    if isinstance(output, torch.Tensor):
-        return MultiMixOutput(output)
-    if not isinstance(output, MultiMixOutput):
-        raise TypeError(
-            f'{name} expects logits (b, c) or the MultiMixOutput of an attached model, got {type(output).__name__}: if '
-            'the model returns several values, pass its logits.')
-    return output
 
 
 class MultiMixLoss(nn.Module):
@@ -152,27 +129,7 @@ class MultiMixLoss(nn.Module):
         given: dict[str, Any] = dict(alpha=alpha, balance=balance, pooled_weight=pooled_weight)
         alpha, balance, share_of_pooled = (
             PRESETS[preset][name] if value is None else value for name, value in given.items())
-        if num_mixes < 1:
-            raise ValueError(f'num_mixes must be at least 1, got {num_mixes}.')
-        if tuple_length is not None and tuple_length < 1:
-            raise ValueError(f'tuple_length must be at least 1, or None for the whole batch, got {tuple_length}.')
-        if attention not in (None, 'uniform', 'cam'):
-            raise ValueError(
-                f"attention must be 'cam', 'uniform' or None (attention of the output), got {attention!r}. Pass other "
-                'queries to attach().')
-        for name, share in (('pooled_weight', share_of_pooled), ('clean_weight', clean_weight)):
-            if not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {share}.')
-        if isinstance(logit_scale, str) and logit_scale == 'auto':
-            raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
-        if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
-            raise ValueError(f'logit_scale must be a positive number, got {logit_scale!r}.')
-        if loss_type not in PARTITIONS:
-            raise ValueError(f'loss_type must be one of {", ".join(PARTITIONS)}, got {loss_type!r}.')
-        check_attention(attention or 'uniform', attention_norm)
-        check_smoothing(smoothing)
         self.num_mixes = num_mixes
-        alpha_range(alpha, 1)  # validates alpha
         self.alpha = alpha
         self.tuple_length = tuple_length
         self.shared_weights = shared_weights
@@ -191,6 +148,29 @@ class MultiMixLoss(nn.Module):
         self.gather = gather
         self.generator = generator
         self.tile_size = tile_size
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if self.num_mixes < 1:
+            raise ValueError(f'num_mixes must be at least 1, got {self.num_mixes}.')
+        if self.tuple_length is not None and self.tuple_length < 1:
+            raise ValueError(f'tuple_length must be at least 1, or None for the whole batch, got {self.tuple_length}.')
+        if self.attention not in (None, 'uniform', 'cam'):
+            raise ValueError(
+                f"attention must be 'cam', 'uniform' or None (attention of the output), got {self.attention!r}. Pass "
+                'other queries to attach().')
+        for name, share in (('pooled_weight', self.pooled_weight), ('clean_weight', self.clean_weight)):
+            if not 0 <= share <= 1:
+                raise ValueError(f'{name} must be in [0, 1], got {share}.')
+        if isinstance(self.logit_scale, str) and self.logit_scale == 'auto':
+            raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
+        if not (isinstance(self.logit_scale, (int, float)) and 0 < self.logit_scale < math.inf):
+            raise ValueError(f'logit_scale must be a positive number, got {self.logit_scale!r}.')
+        if self.loss_type not in PARTITIONS:
+            raise ValueError(f'loss_type must be one of {", ".join(PARTITIONS)}, got {self.loss_type!r}.')
+        check_attention(self.attention or 'uniform', self.attention_norm)
+        check_smoothing(self.smoothing)
+        alpha_range(self.alpha, 1)  # checks alpha
 
     def extra_repr(self) -> str:
         return (
@@ -236,8 +216,7 @@ class MultiMixLoss(nn.Module):
                 The logits of model and teacher are mixed with the same weights, attended with the attention of
                 `output`. If the teacher has no dense logits, its ordinary logits are used at all positions.
             mask: Valid positions (b, r) of the dense logits, True for valid. The attention of padding is set to 0. The
-                loss does not depend on logits, targets and attention at padding. The output of an attached model whose
-                forward_head takes the mask already has attention 0 there.
+                loss does not depend on values at padding.
             dense_target: Targets of the dense term for each position: class indices (b, r), or soft or multi-hot
                 targets (b, r, c). By default every position has the target of its example.
             distill_weight: Weight of the distillation term, in [0, 1]. With 0 the teacher is ignored.
@@ -250,19 +229,10 @@ class MultiMixLoss(nn.Module):
             ValueError: If an option is out of range, or the shapes of the inputs do not match.
         """
         distillation = check_distillation(distill_weight, distill_temperature)
-        tensors: Any = _as_output(output)  # check_output and the shares of the terms determine which are not None
+        tensors: Any = as_output(output)  # check_output and the shares of the terms determine which are not None
         logits, dense_logits, attention = tensors
-        teacher = MultiMixOutput(None) if teacher is None else _as_output(teacher, 'The teacher of MultiMixLoss')
-        check_output(logits, dense_logits, target, dense_target)
-        check_num_classes((dense_logits if target is None else logits).shape[-1], self.loss_type)
-        if target is not None:
-            target = self._cast(target, logits)
-            check_target(logits, target)
-        if mask is not None and dense_logits is not None:
-            mask = check_mask(mask, dense_logits.shape[:2])
-        if dense_target is not None:
-            dense_target = self._cast(dense_target, dense_logits)
-            dense_target, mask = check_dense_target(dense_logits, dense_target, mask, self.ignore_index)
+        teacher = MultiMixOutput(None) if teacher is None else as_output(teacher, 'The teacher of MultiMixLoss')
+        target, mask, dense_target = self._check_inputs(logits, dense_logits, target, mask, dense_target)
         mixed_target: Any = target
         if self.gather:
             like = dense_logits if logits is None else logits
@@ -284,8 +254,28 @@ class MultiMixLoss(nn.Module):
             sums = mean_over_processes(torch.stack([torch.stack(pair) for pair in terms.values()]))
             terms = dict(zip(terms, sums, strict=True))
         terms = {name: mean(*pair) for name, pair in terms.items()}
-        loss: Any = sum(shares[name] * term for name, term in terms.items())
-        return {'loss': loss, **terms}
+        return {'loss': sum(shares[name] * term for name, term in terms.items()), **terms}
+
+    def _check_inputs(
+            self,
+            logits: Any,
+            dense_logits: Any,
+            target: torch.Tensor | None,
+            mask: torch.Tensor | None,
+            dense_target: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Check the inputs, and return target, mask and dense_target. Ignored positions are added to the mask."""
+        check_output(logits, dense_logits, target, dense_target)
+        check_num_classes((dense_logits if target is None else logits).shape[-1], self.loss_type)
+        if target is not None:
+            target = self._cast(target, logits)
+            check_target(logits, target)
+        if mask is not None and dense_logits is not None:
+            mask = check_mask(mask, dense_logits.shape[:2])
+        if dense_target is not None:
+            dense_target = self._cast(dense_target, dense_logits)
+            dense_target, mask = check_dense_target(dense_logits, dense_target, mask, self.ignore_index)
+        return target, mask, dense_target
 
     def _cast(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Cast integer multi-hot targets, which have as many axes as the logits."""
