@@ -252,8 +252,8 @@ MISCELLANEOUS = (
                 'teacher_top1 is the same as top1 with --eval-weights teacher'),
     _value('--eval-weights', choices=WEIGHTS,
            help='weights that select the best checkpoint by their metric: the trained weights (student), their average '
-                '(ema), or the weights of an EMA teacher (teacher). The best checkpoint is pushed and calibrated with these '
-                'weights (default: ema with --model-ema, else teacher with an EMA teacher, else student)'),
+                '(ema), or the weights of an EMA teacher (teacher). The best checkpoint is pushed and calibrated with '
+                'these weights (default: ema with --model-ema, else teacher with an EMA teacher, else student)'),
     _value('--tta', type=int, default=0, metavar='N',
            help='number of views of a validation image to average, if the dataset returns several'),
     _flag('--use-multi-epochs-loader', help='keep data loading processes alive between epochs'),
