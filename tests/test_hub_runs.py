@@ -334,6 +334,16 @@ def test_push_command(server, trained, script, tmp_path):
     assert 'valid branch name' in script.capsys.readouterr().err and 'user/x' not in server.repos
 
 
+def test_push_to_the_repository_of_the_run(server, trained):
+    """With the branch and the visibility that the run was started with."""
+    args = yaml.safe_load((trained / 'args.yaml').read_text())
+    args.update(hub_model_id='user/secret', hub_private_repo=True, hub_revision='dev', hub_weights='student')
+    (trained / 'args.yaml').write_text(yaml.safe_dump(args))
+    assert hub_command(['push', str(trained)]) == 0
+    assert server.repos['user/secret'].private
+    assert 'dev' in server.repos['user/secret'].branches
+
+
 def test_metrics_are_those_of_the_weights_that_are_pushed(server, trained, script):
     checkpoint = script.checkpoint('model_best.pth.tar')
     assert checkpoint['metrics'].keys() == {'state_dict', 'state_dict_ema'}

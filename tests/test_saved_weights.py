@@ -9,6 +9,7 @@ from timm_multimix.build.saved_weights import (
     entries,
     metrics_of,
     saved_weights,
+    selection,
     split_metric,
     weights_entry,
 )
@@ -92,3 +93,41 @@ def test_changes_on_resuming(before, now, words):
 ])
 def test_entry_of_weights(checkpoint, weights, expected):
     assert weights_entry(checkpoint, weights) == expected
+
+
+@pytest.mark.parametrize('args, expected', [
+    (dict(), ('student', '', True)),  # of timm
+    (dict(model_ema=True, eval_metric='top1'), ('ema', 'top1', True)),
+    (dict(TEACHER, eval_metric='top1'), (None, 'top1', True)),  # the best of all sets
+    (dict(TEACHER, eval_metric='teacher_top1'), ('teacher', 'top1', True)),
+    (dict(TEACHER, eval_metric='top1', eval_weights=None), ('teacher', 'top1', True)),
+    (dict(TEACHER, eval_metric='top5', eval_weights='student'), ('student', 'top5', True)),
+    (dict(eval_metric='loss', val_split='', eval_weights=None), ('student', 'loss', False)),
+])
+def test_selection_of_the_best_checkpoint(args, expected):
+    assert selection(args) == expected
+
+
+@pytest.mark.parametrize('changed', [dict(eval_weights='student'), dict(eval_metric='loss')])
+def test_a_run_resumed_with_another_selection_selects_a_new_best(script, image_folder, changed):
+    assert script.train(image_folder, '--model-ema', epochs=1) == 0, script.text
+    first = script.checkpoint('model_best.pth.tar')
+    assert script.train(image_folder, '--model-ema', epochs=2, resume='auto', **changed) == 0, script.text
+    assert 'selected by another metric or by other weights' in script.text
+    best = script.checkpoint('model_best.pth.tar')
+    assert (first['epoch'], best['epoch']) == (0, 1)  # whatever the metric of the first epoch
+    files = dict(best['saver']['checkpoint_files'])
+    assert files == {'checkpoint-0.pth.tar': None}
+    assert script.train(image_folder, '--model-ema', epochs=3, resume='auto', **changed) == 0
+    assert 'selected by another metric' not in script.text
+
+
+def test_weights_that_are_not_validated(script, image_folder):
+    options = dict(eval_weights='student', val_split='')
+    assert script.train(image_folder, '--model-ema', **options) == 2 and '--val-split' in script.lines[-1]
+    assert script.train(image_folder) == 0
+    best = script.run_folder() / 'model_best.pth.tar'
+    assert script.train(image_folder, validate=best, eval_weights='ema') == 2
+    assert script.lines[-1].endswith('contains only the weights student.')
+    assert script.train(image_folder, validate=best) == 0
+    assert script.lines[-1].endswith('(the trained weights)')

@@ -49,8 +49,8 @@ _ENTRIES = {
     'eval_weights': (str, None),
     'metrics': ({ANY: {ANY: _NUMBER}}, None),
     'temperature': _NUMBER,
-    'metric_of': (str, None),  # version 0.1
-    'weights_of': (str, None),  # version 0.1
+    'metric_of': (str, None),  # before eval_weights
+    'weights_of': (str, None),  # before eval_weights
     'class_to_idx': ({ANY: int}, None),
 }
 _NAMES_OF_WEIGHTS = ('state_dict', 'state_dict_ema', 'state_dict_teacher', 'model', 'model_ema')

@@ -1,4 +1,4 @@
-"""Create the datasets and data loaders of a run with timm."""
+"""Create the data loaders of a run with timm."""
 import argparse
 import logging
 from dataclasses import dataclass, field

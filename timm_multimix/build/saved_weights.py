@@ -43,6 +43,24 @@ def selecting_weights(args: argparse.Namespace) -> str:
     return args.eval_weights or validated_weights(args)[0]
 
 
+def selection(args: Mapping[str, Any]) -> tuple[str | None, str, bool]:
+    """Describe how the best checkpoint of a run is selected, to compare it with that of another run.
+
+    Args:
+        args: Arguments of the run.
+
+    Returns:
+        The weight set (None for runs before `eval_weights`, which selected the best of all sets), the metric, and
+        whether it is a metric of the validation.
+    """
+    weight_set, metric = split_metric(args.get('eval_metric') or '')
+    defaults = dict(eval_weights=None, model_ema=False, model_ema_force_cpu=False, multimix='off')
+    run = argparse.Namespace(**{**defaults, 'multimix_teacher': 'none', **args})
+    if weight_set is None and ('eval_weights' in args or TEACHER not in validated_weights(run)):
+        weight_set = selecting_weights(run)
+    return weight_set, metric, bool(args.get('val_split', 'validation'))
+
+
 def entries(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
     """Return the checkpoint entry of each weight set.
 
@@ -63,7 +81,7 @@ def eval_weights_of(checkpoint: Mapping[str, Any]) -> str:
     """Return the weight set that a checkpoint's metric belongs to, without a metric the one that timm would load."""
     if checkpoint.get('eval_weights') is not None:
         return checkpoint['eval_weights']
-    # Version 0.1 stored the name of an entry, for calibrated weights that of the entry before calibration.
+    # Before eval_weights: the name of an entry, for calibrated weights that of the entry before calibration.
     entry = checkpoint.get('weights_of') or checkpoint.get('metric_of')
     sets = {entry: weight_set for weight_set, entry in _ENTRIES.items()}
     return sets.get(entry) or (AVERAGE if _ENTRIES[AVERAGE] in checkpoint else STUDENT)

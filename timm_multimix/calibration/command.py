@@ -79,8 +79,8 @@ def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: in
         raise UsageError('The run has no validation split: give --split or --data-dir.')
     if danger := code_danger(run.dataset, run.data_dir, [run.train_split, split]):
         raise UsageError(
-            f'The images of the run are {run.dataset} in {run.data_dir}, and are not opened because of what its '
-            f'checkpoint says ({danger}). If you trust it, give --dataset and --data-dir.')
+            f'{run.dataset} in {run.data_dir}, the data of the run, can run code ({danger}) and is not opened because '
+            'a checkpoint names it. If you trust it, give --dataset and --data-dir.')
     if args.split is None and run.calibrate and calibration_share(run.calibrate) is not None:
         return hold_out(run, _training_images(run, in_chans), None, in_chans)[1], run.train_split
     images = build_split(run, in_chans, split, 'Calibration')
@@ -97,12 +97,16 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise UsageError(f'{args.run} is not the folder of a finished run: it does not contain model_best.pth.tar.')
     checkpoint = read_checkpoint(best)
     run = recorded_arguments(checkpoint, best, build_training_parser())
+    if run.naflex_loader:
+        raise UsageError(f'{best} was trained with --naflex-loader, which calibration does not support.')
     if run.task != 'classification' or run.num_classes is None:
         raise UsageError(f'{best}: only models with one class for each image, and a known number of classes, can be '
                          'calibrated.')
+    with usage_errors(args.run):
+        lock_folder(args.run, 'run folder')
     device = open_device(args.device)
     vars(run).update(  # a checkpoint never decides to run code or to download
-        distributed=False, dataset_trust_remote_code=False, dataset_download=False, naflex_loader=False,
+        distributed=False, dataset_trust_remote_code=False, dataset_download=False,
         batch_size=args.batch_size or run.validation_batch_size or run.batch_size, validation_batch_size=None,
         workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
     options = model_options(run)
@@ -114,7 +118,6 @@ def _calibrate(args: argparse.Namespace) -> int:
     dtype = getattr(torch, run.model_dtype) if run.model_dtype else None
     model = place_model(run, create_run_model(run, options), device, dtype)
     loader = build_calibration_loader(run, images, resolve_data(run, model), device, dtype)
-    lock_folder(args.run)
     with usage_errors(best):
         path = write_calibrated(args.run, model, loader, nullcontext)
     if path is None:

@@ -164,8 +164,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     """Calibrate the best checkpoint of a run and write model_calibrated.pth.tar.
 
     The calibrated checkpoint contains a single state_dict that timm can load. 'eval_weights' is the weight set that
-    was calibrated. 'metrics' contains its metrics without the loss, because calibration does not change
-    the others.
+    was calibrated. 'metrics' contains its metrics except the loss, the only one that calibration changes.
 
     Args:
         folder: Folder of the run.

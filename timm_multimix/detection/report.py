@@ -93,7 +93,9 @@ class Comparison:
         models = {}
         for model in self._finished():
             about = {name: model[name] for name in ('origin', 'weights', 'digest')}
-            models[model['name']] = {**about, **_summary(model), 'seeds': model['seeds']}
+            # Short names are unique within one comparison only.
+            name = model['origin'] if model['name'] in models else model['name']
+            models[name] = {**about, **_summary(model), 'seeds': model['seeds']}
         write_results(self.folder, conditions=self.conditions, models=models)
 
     def _finished(self) -> list[dict[str, Any]]:

@@ -117,8 +117,8 @@ def _source(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Source
     splits = [split for split in (args.split or run.val_split, args.calibration_split) if split]
     if danger := code_danger(run.dataset or '', run.data_dir, splits):
         raise UsageError(
-            f'The images of the first run are {run.dataset} in {run.data_dir}, and are not opened because of what its '
-            f'checkpoint says ({danger}). If you trust it, give --dataset and --data-dir.')
+            f'{run.dataset} in {run.data_dir}, the data of the first run, can run code ({danger}) and is not opened '
+            'because a checkpoint names it. If you trust it, give --dataset and --data-dir.')
     inherited = dict(class_map=run.class_map, input_key=run.input_key, target_key=run.target_key)
     options = {**{name: value for name, value in inherited.items() if value}, **options}
     if not (args.split or run.val_split):

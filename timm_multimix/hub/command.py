@@ -53,11 +53,12 @@ def _command_parser() -> argparse.ArgumentParser:
         if command is files:
             command.add_argument('target', metavar='TARGET_FOLDER', help='new or empty folder')
         command.add_argument('repo_id', nargs='?', metavar='USER/NAME',
-                             help='repository (default: --hub-model-id of the run)')
+                             help='repository (default: --hub-model-id of the run, and its branch and weights)')
         command.add_argument('--revision', metavar='BRANCH', help='branch (default: main)')
-        command.add_argument('--weights', default='best', choices=('best', *WEIGHTS),
-                             help='weights to use: the evaluated weights of the best metric (best), the trained '
-                                  'weights (student), their average (ema) or the teacher (default: %(default)s)')
+        command.add_argument('--weights', choices=('best', *WEIGHTS),
+                             help="weights to use: the weights that the checkpoint's metric belongs to (best), the "
+                                  "trained weights (student), their average (ema) or the teacher's weights (teacher) "
+                                  '(default: best)')
     push.add_argument('--private', action='store_true', help='make a new repository private')
     push.add_argument('--force', action='store_true', help='overwrite another architecture, or weights of other users')
     files.add_argument('--format', default='timm', choices=('timm', 'onnx'),
@@ -69,12 +70,19 @@ def _command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _repo_id_of(folder: str) -> str | None:
+def _complete(args: argparse.Namespace) -> None:
+    """Without a repository, use the one of the run with its branch, its weights and --hub-private-repo."""
     try:
-        with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
-            return (yaml.safe_load(file) or {}).get('hub_model_id')
-    except (OSError, yaml.YAMLError, AttributeError):
-        return None
+        with open(os.path.join(args.folder, 'args.yaml'), encoding='utf-8') as file:
+            run = dict(yaml.safe_load(file) or {})
+    except (OSError, yaml.YAMLError, TypeError, ValueError):
+        run = {}
+    if args.repo_id is None and run.get('hub_model_id'):
+        args.repo_id = run['hub_model_id']
+        args.revision = args.revision or run.get('hub_revision')
+        args.weights = args.weights or run.get('hub_weights')
+        args.private = getattr(args, 'private', False) or bool(run.get('hub_private_repo'))
+    args.weights = args.weights or 'best'
 
 
 def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
@@ -150,7 +158,8 @@ def _run_command(argv: Sequence[str] | None) -> None:
     if not os.path.isdir(args.folder):
         raise UsageError(f'{args.folder}: no such folder.')
     remove_work_folders(args.folder)
-    repo_id = args.repo_id or _repo_id_of(args.folder)
+    _complete(args)
+    repo_id = args.repo_id
     if args.command != 'push':
         act = _show_card if args.command == 'card' else _export_folder
         name = re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(args.folder)))

@@ -225,7 +225,8 @@ def multimix_cross_entropy(
         logit_scale: Factor on the mixed logits of model and teacher.
         weight: Class weights (c,), as in F.cross_entropy. They multiply the terms of the mixed targets. The sum over
             mixes is divided by the sum of the mixed class weights of the targets if targets are class indices, and by
-            the number of mixes if they are soft. The predictions of a teacher are weighted like soft targets.
+            the number of mixes if they are soft. The terms of a teacher's predictions are multiplied by them too, and
+            have the same divisor.
         teacher_logits: Logits of a teacher for the same examples, in the shape of logits, or (b, c) for all positions.
             They receive no gradient.
         distill_weight: Weight of the distillation term, in [0, 1]. It is ignored without a teacher.

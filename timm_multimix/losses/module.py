@@ -76,8 +76,8 @@ class MultiMixLoss(nn.Module):
         loss_type: 'ce' for softmax cross-entropy, 'bce' for binary cross-entropy, mean over classes.
         weight: Class weights (c,), as in F.cross_entropy. They multiply the terms of the mixed targets. The sum over
             mixes is divided by the sum of the mixed class weights of the targets if targets are class indices, and by
-            the number of mixes if they are soft or with 'bce'. The predictions of a teacher are weighted like soft
-            targets.
+            the number of mixes if they are soft or with 'bce'. The terms of a teacher's
+            predictions are multiplied by them too, and have the same divisor.
         pos_weight: Weights of the positive terms (c,) for 'bce', as in F.binary_cross_entropy_with_logits.
         ignore_index: Class index of positions without a target in `dense_target`. They have the effect of padding.
         gather: Mix the joined batch of all processes of torch.distributed. The loss, and the gradient averaged by

@@ -16,6 +16,7 @@ import torch
 from timm.utils import CheckpointSaver
 
 from ..build.checkpoint import read_checkpoint
+from ..build.saved_weights import arguments_of, selection
 from ..calibration.run import CALIBRATED
 from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
 from ..common.files import create, duplicate, replace
@@ -184,9 +185,16 @@ class RunSaver(CheckpointSaver):
         Returns:
             Whether a history was loaded.
         """
-        state = read_checkpoint(checkpoint_path, verify=False).get('saver')
+        checkpoint = read_checkpoint(checkpoint_path, verify=False)
+        state, before = checkpoint.get('saver'), arguments_of(checkpoint)
         if state is None:
             return super().load_state_dict_from_checkpoint(checkpoint_path)
+        if before and selection(before) != selection(vars(self.args)):
+            _logger.warning(
+                'The best checkpoint was selected by another metric or by other weights. The next epochs select a new '
+                'one.')
+            files = [(file, None) for file, _ in state['checkpoint_files']]
+            state = dict(checkpoint_files=files, best_epoch=None, best_metric=None, pending=(state['pending'][0], None))
         self.load_state_dict(self._own_history(state, start_epoch))
         epoch, metric = state['pending']
         own = {}

@@ -234,6 +234,8 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
         raise UsageError(
             f'--eval-metric must be one of {", ".join(names)}, got {args.eval_metric}.'
             f'{near_names(args.eval_metric, names)}')
+    if args.eval_weights and not args.val_split:
+        raise UsageError('--eval-weights needs a --val-split: without validation no weights are compared.')
     if args.val_split and not args.validate and args.eval_weights not in (None, *weights):
         raise UsageError(
             f'--eval-weights must be one of {", ".join(weights)}, the weights that this run validates, got '

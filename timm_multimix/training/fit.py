@@ -224,14 +224,20 @@ def fit(setup: Setup, state: RunState, hub: HubPush | None = None) -> None:
         _logger.info(
             f'The run in {setup.folder} is complete: {start_epoch} of {stop_epoch} epochs. To train longer, increase '
             f'{"--stop-epoch" if stop_epoch < setup.num_epochs else "--epochs"}.')
-    _train_with_messages(setup, state, outputs)
+    try:
+        _train_with_messages(setup, state, outputs)
+    finally:
+        if outputs is not None:
+            outputs.trackers.finish()
     has_best = saver is not None and saver.best_metric is not None
     if has_best and setup.loaders.calibration is not None:
         model = utils.unwrap_model(setup.task.get_eval_model())
-        write_calibrated(setup.folder, model, setup.loaders.calibration, setup.autocast)
+        try:
+            write_calibrated(setup.folder, model, setup.loaders.calibration, setup.autocast)
+        except RunError as error:
+            _logger.error(error)
+            raise
     setup.loaders.report_unreadable()
-    if outputs is not None:
-        outputs.trackers.finish()
     if has_best:
         _log_best(setup, saver)
     if hub is not None:

@@ -11,7 +11,7 @@ from timm.models import clean_state_dict
 
 from ..build.checkpoint import read_checkpoint
 from ..build.loaders import VALIDATION
-from ..build.saved_weights import weights_entry
+from ..build.saved_weights import described, saved_weights, weights_entry
 from ..build.workers import ending_workers
 from ..common.console import is_first_on_machine, setup_logging
 from ..common.distributed import Watchdog, lost_contact_errors
@@ -40,8 +40,11 @@ def validate_checkpoint(setup: Setup, state: RunState) -> dict[str, float]:
     """
     args, task, path = setup.args, setup.task, setup.args.validate
     checkpoint = read_checkpoint(path)
-    # A checkpoint can contain a single weight set, for example of a calibrated model.
-    key = weights_entry(checkpoint, args.eval_weights or 'best') or weights_entry(checkpoint)
+    key = weights_entry(checkpoint, args.eval_weights or 'best')
+    if key is None:
+        raise UsageError(
+            f'--eval-weights {args.eval_weights}: {path} contains only the weights '
+            f'{", ".join(saved_weights(checkpoint))}.')
     with usage_errors(f'{path} does not fit --model {args.model}'):
         try:
             task.load_checkpoint_state(clean_state_dict(checkpoint[key]))
@@ -51,7 +54,7 @@ def validate_checkpoint(setup: Setup, state: RunState) -> dict[str, float]:
     compile_task(args, task)
     metrics = validate(setup, state, task.get_eval_model())
     setup.loaders.warn_of_unreadable(VALIDATION)
-    _logger.info(f'{path}: {shown(metrics)}')
+    _logger.info(f'{path}: {shown(metrics)} ({described(checkpoint, key)})')
     return metrics
 
 

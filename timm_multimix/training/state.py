@@ -1,4 +1,4 @@
-"""Changing parts of a training run, so that a resumed run equals an uninterrupted one."""
+"""State of a training run. Checkpoints store it, so that a resumed run equals an uninterrupted one."""
 from typing import Any
 
 import torch

@@ -14,9 +14,8 @@ class Validated(NamedTuple):
     """Result of a validation.
 
     Attributes:
-        metrics: Metrics for the summary. Without a teacher, the metrics of the EMA weights if there are any, as in
-            timm, otherwise of the trained weights, have no prefix. With a teacher, the metrics of the trained weights
-            have none. The other weight sets have the prefixes 'student_', 'ema_' and 'teacher_'.
+        metrics: Metrics for the summary. One weight set has no prefix: the EMA weights if there are any and no teacher,
+            as in timm, otherwise the trained weights. The others have the prefixes 'student_', 'ema_' and 'teacher_'.
         metric: Metric that selects the best checkpoint.
         by_entry: Metrics of each validated weight set, by checkpoint entry.
     """
