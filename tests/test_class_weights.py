@@ -154,3 +154,12 @@ def test_class_weights_of_a_criterion(criterion):
     logits, target = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 2, 0])
     loss = MultiMixLoss(clean_weight=1.0, **loss_options(criterion))
     torch.testing.assert_close(loss(logits, target), criterion(logits, target))
+
+
+@pytest.mark.parametrize('name', ['weight', 'pos_weight'])
+@pytest.mark.parametrize('given, error', [
+    ([1.0, 2.0], TypeError), (torch.tensor([1.0, -1.0]), ValueError), (torch.tensor([1.0, float('nan')]), ValueError),
+    (torch.tensor([1.0, float('inf')]), ValueError)])
+def test_invalid_class_weights(name, given, error):
+    with pytest.raises(error, match=f'^{name} must be'):
+        MultiMixLoss(loss_type='bce', **{name: given})

@@ -155,10 +155,10 @@ def test_files_cannot_allow_other_code_to_run(parse, key, value, option):
     (dict(train_size_schedule='constan'), 'choose from .*Did you mean constant'),
     (dict(amp='yes'), "--amp must be true or false, got 'yes'"), (dict(no_multimix_balance=1), 'true or false'),
     (dict(input_size=224), '--input-size: expected 3 arguments'), (dict(input_size=[3, 224]), 'expected 3 arguments'),
-    (dict(mean=['x']), "--mean: invalid float value: 'x'"), (dict(mean=[[1.0]]), 'list of numbers or strings'),
+    (dict(mean=['x']), "--mean: invalid float value: 'x'"), (dict(mean=[[1.0]]), 'a list of values, each a number'),
     (dict(decay_milestones=[]), '--decay-milestones: expected at least one argument'),
-    (dict(lr=True), '--lr must be a number or a string, got True'), (dict(experiment=False), 'a number or a string'),
-    (dict(model=['resnet50']), '--model must be a number or a string'), (dict(lr={}), 'a number or a string'),
+    (dict(lr=True), '--lr must be a number, got True'), (dict(experiment=False), 'must be a string'),
+    (dict(model=['resnet50']), '--model must be a string'), (dict(lr={}), 'must be a number'),
     (dict(opt_kwargs='a=b'), '--opt-kwargs must be a mapping'), (dict(opt_kwargs=['a=b']), 'a mapping'),
     (dict(torchscript=True, torchcompile='eager'), 'not allowed with argument --torchcompile'),
     ('- a\n- b', 'name: value'),
@@ -198,3 +198,17 @@ def test_defaults_that_depend_on_others(parse):
 def test_positional_folder(image_folder):
     args = parse_args([str(image_folder)])
     assert args.data_dir == str(image_folder) and args.dataset == ''
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--model-kwargs', 'foo'], '--model-kwargs, .* take arguments KEY=VALUE'),
+    (['--opt-kwargs', 'a=1', 'b'], 'take arguments KEY=VALUE'),
+    (['--seed', '-1'], '--seed must be between 0 and 4294967295, got -1'), (['--std', '0'], '--std must be above 0'),
+    (['--crop-pct', '-1'], '--crop-pct must be above 0'), (['--ratio', '0', '0'], '--ratio takes a lowest'),
+    (['--scale', '0.5'], '--scale takes a lowest'), (['--scale', '1', '0.5'], '--scale takes a lowest'),
+    (['--clip-grad', '-1'], '--clip-grad must be 0 or more'), (['--warmup-epochs', '-1'], '--warmup-epochs must be'),
+    (['--multimixx', 'dense'], r'Did you mean --multimix, --multimix-\w+'),
+])
+def test_values_out_of_range(argv, message):
+    with pytest.raises(UsageError, match=message):
+        parse_args(['--model', 'test_resnet', *argv])

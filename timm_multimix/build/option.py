@@ -102,8 +102,10 @@ def to_arguments(options: Sequence[Option], given: Any) -> list[str]:
         given = 'off'  # YAML reads a bare off as False
     is_list = nargs not in (None, '?')
     items = given if is_list and isinstance(given, (list, tuple)) else [given]
+    kind = {int: 'an integer', float: 'a number'}.get(settings['type'], 'a string')
+    kind = f'one of {", ".join(map(str, settings["choices"]))}' if settings.get('choices') else kind
     check(not any(isinstance(item, (bool, list, tuple, Mapping)) for item in items),
-          'a list of numbers or strings' if is_list else 'a number or a string')
+          f'a list of values, each {kind}' if is_list else kind)
     texts = [str(item) for item in items]
     if not name.startswith('--'):
         return ['--', *texts]
@@ -113,4 +115,5 @@ def to_arguments(options: Sequence[Option], given: Any) -> list[str]:
         return []
     # A space before a negative number, because argparse takes -1e-05 for an option.
     is_number = settings['type'] is not str
+    check(is_number or not any(text.startswith('-') for text in texts), 'a list of strings that do not start with -')
     return [name, *(f' {text}' if is_number and text.startswith('-') else text for text in texts)]

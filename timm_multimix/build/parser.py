@@ -3,6 +3,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from timm.utils import ParseKwargs
+
 from ..common.command_line import Parser, program
 from ..common.errors import UsageError
 from .arguments import GROUPS
@@ -55,7 +57,12 @@ class TrainingParser(Parser):
             UsageError: if an option or a value is invalid.
         """
         blank = argparse.Namespace(**dict.fromkeys(('config', 'timm_script', *self.options), _NOT_GIVEN))
-        values = vars(self.parse_args(argv, blank))
+        try:
+            values = vars(self.parse_args(argv, blank))
+        except ValueError as error:  # timm's ParseKwargs does not check its arguments
+            names = [options[0].name for options in self.options.values()
+                     if options[0].settings.get('action') is ParseKwargs]
+            raise UsageError(f'{", ".join(names)} take arguments KEY=VALUE: {error}.') from error
         # argparse sets a missing positional argument to None.
         return {name: value for name, value in values.items() if value is not _NOT_GIVEN and value is not None}
 

@@ -16,7 +16,7 @@ from ..build.datasets import build_datasets, build_split
 from ..build.loaders import build_calibration_loader
 from ..build.model import create_run_model, input_channels, model_options, place_model, resolve_data
 from ..build.recorded import recorded_arguments
-from ..common.command_line import Parser, open_device, program
+from ..common.command_line import Parser, number, open_device, program
 from ..common.console import setup_logging
 from ..common.errors import RunError, UsageError, usage_errors
 from ..common.files import lock_folder, unlock_folders
@@ -42,8 +42,8 @@ def _build_parser() -> Parser:
              'split; validation for other data)')
     add('--data-dir', metavar='DIR', help='folder of other images (default: the data of the run)')
     add('--dataset', metavar='NAME', help='another dataset, as for training')
-    add('-b', '--batch-size', type=int, metavar='N', help='images per batch (default: as in the run)')
-    add('-j', '--workers', type=int, metavar='N', help='data loading processes (default: as in the run)')
+    add('-b', '--batch-size', type=number(int, 1), metavar='N', help='images per batch (default: as in the run)')
+    add('-j', '--workers', type=number(int, 0), metavar='N', help='data loading processes (default: as in the run)')
     add('--device', metavar='DEVICE', help='default: cuda if available, otherwise cpu')
     return parser
 

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def _suggestion(self, message: str) -> str:
         if message.startswith(_UNKNOWN):
             name = message.removeprefix(_UNKNOWN).split()[0].split('=')[0]
-            return near_names(name, re.findall(r'(?<!\S)--?[\w-]+', self.format_help()))
+            return near_names(name, dict.fromkeys(re.findall(r'(?<!\S)--?\w[\w-]*(?<!-)', self.format_help())))
         if choice := _INVALID_CHOICE.search(message):
             return near_names(choice[1], [name.strip("' ") for name in choice[2].split(',')])
         return ''

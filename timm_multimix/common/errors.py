@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pickle import UnpicklingError
+from tarfile import TarError
 
 from safetensors import SafetensorError
 
@@ -20,7 +21,7 @@ _handlers: list = []  # handlers of PyTorch that suppress_worker_errors has repl
 # Exceptions that libraries raise for invalid arguments and files.
 _LIBRARY_ERRORS = (
     ValueError, TypeError, LookupError, RuntimeError, AssertionError, OSError, ImportError, EOFError, UnpicklingError,
-    SafetensorError)
+    SafetensorError, TarError)
 
 
 def printable(text: str) -> str:

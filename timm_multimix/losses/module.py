@@ -23,7 +23,7 @@ from .functional import (
 from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
 from .output import MultiMixOutput, as_output
-from .targets import ClassWeights, Targets, check_class_weights, make_targets, multi_hot
+from .targets import ClassWeights, Targets, check_class_weights, check_weight_values, make_targets, multi_hot
 from .weights import Alpha, alpha_range, check_mask, sample_weights
 
 PARTITIONS = {'ce': softmax_partition, 'bce': sigmoid_partition}
@@ -142,6 +142,7 @@ class MultiMixLoss(nn.Module):
         self.logit_scale = logit_scale
         self.smoothing = smoothing
         self.loss_type = loss_type
+        check_weight_values(weight=weight, pos_weight=pos_weight)
         self.register_buffer('weight', weight)
         self.register_buffer('pos_weight', pos_weight)
         self.ignore_index = ignore_index

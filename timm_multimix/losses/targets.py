@@ -90,6 +90,21 @@ def check_class_weights(class_weights: ClassWeights, num_classes: int, is_binary
     return ClassWeights(*(given if given is None else given.expand(num_classes) for given in class_weights))
 
 
+def check_weight_values(**weights: torch.Tensor | None) -> None:
+    """Check that class weights are tensors of finite values that are not negative.
+
+    Raises:
+        TypeError: If weights are not a tensor.
+        ValueError: If a value is negative, infinite or NaN. Values on a device other than the CPU are not checked.
+    """
+    for name, given in weights.items():
+        if given is not None and not isinstance(given, torch.Tensor):
+            raise TypeError(f'{name} must be a tensor (c,), got {type(given).__name__}.')
+        # Negated, to reject NaN too.
+        if given is not None and given.device.type == 'cpu' and not 0 <= given.min() <= given.max() < torch.inf:
+            raise ValueError(f'{name} must be finite and not negative, got {given.tolist()}.')
+
+
 def make_targets(
         target: torch.Tensor,
         num_classes: int,

@@ -55,7 +55,9 @@ _RANGES = (
         'batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps', 'log_interval',
         'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')),
     ((0, math.inf), '0 or more', (
-        'workers', 'max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix')),
+        'workers', 'max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix', 'clip_grad',
+        'warmup_epochs', 'cooldown_epochs')),
+    ((0, 2 ** 32 - 1), 'between 0 and 4294967295', ('seed',)),  # NumPy's seeds
     ((0, 1), 'between 0 and 1', (
         'drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob',
         'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay')),
@@ -85,6 +87,14 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
     if not 0 <= args.smoothing < 1:
         raise UsageError(f'--smoothing must be 0 or more and below 1, got {args.smoothing}.')
+    if args.std is not None and min(args.std) <= 0:
+        raise UsageError(f'--std must be above 0, got {min(args.std)}.')
+    if args.crop_pct is not None and args.crop_pct <= 0:
+        raise UsageError(f'--crop-pct must be above 0, got {args.crop_pct}.')
+    for name in ('scale', 'ratio'):
+        low, *high = getattr(args, name)
+        if len(high) != 1 or not 0 < low <= high[0]:
+            raise UsageError(f'--{name} takes a lowest and a highest value above 0, got {getattr(args, name)}.')
     if min(args.save_epochs, default=1) < 1:
         raise UsageError('--save-epochs must be at least 1: it counts finished epochs.')
 
