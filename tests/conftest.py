@@ -1,8 +1,13 @@
 """Settings and fixtures of all tests."""
 import os
+import signal
 
 # Tests run in one process per core, so more threads would be slower. Subprocesses inherit the variable.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+# Shells ignore SIGINT in background jobs, and tests interrupt runs with it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
