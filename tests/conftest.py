@@ -1,4 +1,5 @@
 """Settings and fixtures of all tests."""
+import logging
 import os
 import signal
 
@@ -23,3 +24,13 @@ hypothesis.settings.load_profile('timm_multimix')
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def restored_logging():
+    """Restore the handlers and levels of loggers, which commands set."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.getLogger('timm').setLevel(logging.NOTSET)

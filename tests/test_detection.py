@@ -1,6 +1,5 @@
 """Detectors on timm backbones, and the detection command, on tiny models and images."""
 import json
-import logging
 import math
 import os
 import signal
@@ -196,13 +195,9 @@ class Detect:
 
 
 @pytest.fixture
-def detect(tmp_path, capsys, monkeypatch):
+def detect(tmp_path, capsys, monkeypatch, restored_logging):
     monkeypatch.chdir(tmp_path)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield Detect(tmp_path, capsys)
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.getLogger('timm').setLevel(logging.NOTSET)
+    return Detect(tmp_path, capsys)
 
 
 def test_compares_backbones_and_continues(detect, tmp_path):

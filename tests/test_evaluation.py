@@ -70,14 +70,9 @@ class Evaluate:
 
 
 @pytest.fixture
-def evaluate(tmp_path, capsys, monkeypatch):
-    import logging
+def evaluate(tmp_path, capsys, monkeypatch, restored_logging):
     monkeypatch.chdir(tmp_path)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield Evaluate(tmp_path, capsys)
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-    logging.getLogger('timm').setLevel(logging.NOTSET)
+    return Evaluate(tmp_path, capsys)
 
 
 def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):

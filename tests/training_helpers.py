@@ -2,7 +2,6 @@
 import csv
 import io
 import itertools
-import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -204,11 +203,8 @@ class Script:
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
+def script(tmp_path, monkeypatch, capsys, restored_logging):
     folder = tmp_path / 'work'
     folder.mkdir()
     monkeypatch.chdir(folder)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield Script(folder, capsys)
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+    return Script(folder, capsys)

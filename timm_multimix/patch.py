@@ -36,6 +36,13 @@ _logger = logging.getLogger(__name__)
 _REQUIRED_NAMES = ('parser', '_parse_args', 'main', 'train_one_epoch', 'create_loader', 'ClassificationTask')
 _TASKS = {'ClassificationTask': MultiMixTask, 'MultiLabelClassificationTask': MultiLabelMultiMixTask}
 
+_USAGE = """usage: {program} path/to/train.py [OPTION ...]
+
+Run timm's train.py with MultiMix. The options are those of the script and of MultiMix, which
+`{program} path/to/train.py --help` lists.
+
+Example: {program} train.py --data-dir path/to/images --model resnet50 --multimix dense"""
+
 
 def _top_level_names(path: str) -> set[str]:
     """Return the names that a script defines, without running it."""
@@ -231,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0].startswith('-'):
-        print(f'usage: {program("patch")} path/to/train.py [OPTIONS of train.py and --multimix ...]',
-              file=sys.stderr)
-        return 0 if argv[:1] in (['-h'], ['--help']) else 2
+        is_help = argv[:1] in (['-h'], ['--help'])
+        print(_USAGE.format(program=program('patch')), file=sys.stdout if is_help else sys.stderr)
+        return 0 if is_help else 2
     try:
         run_script(argv[0], argv[1:])
     except UsageError as error:

@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from timm.models import clean_state_dict
+
 STUDENT, AVERAGE, TEACHER = 'student', 'ema', 'teacher'
 _ENTRIES = {STUDENT: 'state_dict', AVERAGE: 'state_dict_ema', TEACHER: 'state_dict_teacher'}
 WEIGHTS = tuple(_ENTRIES)
@@ -109,6 +112,11 @@ def weights_entry(checkpoint: Mapping[str, Any], weights: str = 'best') -> str |
     if weights != 'best':
         return saved.get(weights)
     return saved.get(eval_weights_of(checkpoint)) or next(iter(saved.values()))
+
+
+def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the plain timm model, without wrapper prefixes and the auxiliary BatchNorms of --split-bn."""
+    return {name: value for name, value in clean_state_dict(state_dict).items() if 'aux_bn' not in name}
 
 
 def described(checkpoint: Mapping[str, Any], entry: str) -> str:

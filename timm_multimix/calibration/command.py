@@ -16,8 +16,7 @@ from ..build.datasets import build_datasets, build_split
 from ..build.loaders import build_calibration_loader
 from ..build.model import create_run_model, input_channels, model_options, place_model, resolve_data
 from ..build.recorded import recorded_arguments
-from ..common.command_line import Parser, number, open_device, program
-from ..common.console import setup_logging
+from ..common.command_line import Parser, exit_status, number, open_device, program
 from ..common.errors import RunError, UsageError, usage_errors
 from ..common.files import lock_folder, unlock_folders
 from ..data.dataset_types import code_danger
@@ -91,7 +90,7 @@ def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: in
     return images, split
 
 
-def _calibrate(args: argparse.Namespace) -> int:
+def _calibrate(args: argparse.Namespace) -> None:
     best = os.path.join(args.run, 'model_best.pth.tar')
     if not os.path.isfile(best):
         raise UsageError(f'{args.run} is not the folder of a finished run: it does not contain model_best.pth.tar.')
@@ -121,9 +120,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     with usage_errors(best):
         path = write_calibrated(args.run, model, loader, nullcontext)
     if path is None:
-        return 1
+        raise RunError('No calibrated checkpoint was written.')
     _logger.info(f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}')
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,16 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 if no temperature can be fitted or the file cannot be written; 2 for a usage error; 130 after
         Ctrl-C.
     """
-    setup_logging()
     try:
-        return _calibrate(_build_parser().parse_args(argv))
-    except UsageError as error:
-        _logger.error(error)
-        return 2
-    except RunError as error:
-        _logger.error(error)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return exit_status(lambda: _calibrate(_build_parser().parse_args(argv)))
     finally:
         unlock_folders()

@@ -8,7 +8,6 @@ import torch
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.models import (
-    clean_state_dict,
     create_model,
     is_model,
     is_model_pretrained,
@@ -22,7 +21,7 @@ from ..build.checkpoint import read_checkpoint
 from ..build.classes import checkpoint_classes
 from ..build.model import create_run_model, model_options
 from ..build.recorded import recorded_arguments
-from ..build.saved_weights import weights_entry
+from ..build.saved_weights import plain_weights, weights_entry
 from ..calibration.run import CALIBRATED
 from ..common.command_line import short_names
 from ..common.errors import UsageError, near_names, usage_errors
@@ -90,13 +89,11 @@ def _from_checkpoint(path: str) -> Candidate:
     if args.task != 'classification':
         raise UsageError(f'{path} is of --task {args.task}: only models with one class for each image are evaluated.')
     key = weights_entry(checkpoint)
-    state = {  # of the plain model: --split-bn trains with more normalisation layers than it predicts with
-        name: value for name, value in clean_state_dict(checkpoint[key]).items() if 'aux_bn' not in name}
     with usage_errors(f'{path}, a checkpoint of {args.model}'):
         if args.num_classes is None:
             raise UsageError(f'{path} does not say how many classes it has.')
         model = create_run_model(args, model_options(args))
-        model.load_state_dict(state)
+        model.load_state_dict(plain_weights(checkpoint[key]))
         config = resolve_data_config(vars(args), model=model, verbose=False)
     weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
     candidate = _candidate(path, weights, model, config, args)

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
-from timm.models import clean_state_dict, get_pretrained_cfg, parse_model_name
+from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -20,7 +19,15 @@ from ..build.checkpoint import read_checkpoint
 from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError, is_hub_name
 from ..build.model import create_run_model, model_options, resolve_data
 from ..build.recorded import check_recorded
-from ..build.saved_weights import arguments_of, described, metrics_of, saved_weights, split_metric, weights_entry
+from ..build.saved_weights import (
+    arguments_of,
+    described,
+    metrics_of,
+    plain_weights,
+    saved_weights,
+    split_metric,
+    weights_entry,
+)
 from ..common.errors import UsageError, usage_errors
 from ..common.files import replacing
 from ..common.secrets import contains_token
@@ -83,11 +90,6 @@ class Model(NamedTuple):
     architecture: str
     message: str
     origin: str
-
-
-def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the plain timm model, without wrapper prefixes and the auxiliary BatchNorms of --split-bn."""
-    return {name: value for name, value in clean_state_dict(state_dict).items() if 'aux_bn' not in name}
 
 
 def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, Any], str]:

@@ -12,10 +12,11 @@ from huggingface_hub.utils import disable_progress_bars
 from timm.utils.distributed import world_info_from_env
 
 from ..build.hub_files import CONFIG_NAME, PATIENCE, HubError
+from ..build.saved_weights import plain_weights
 from ..common.errors import usage_errors
 from ..common.files import duplicate, remove_work_folders, work_folder
 from ..hub.command import push_command
-from ..hub.export import export, plain_weights
+from ..hub.export import export
 from ..hub.models import check_rebuilds
 from ..hub.repository import HubRepository, limit_waiting
 from .setup import Setup
