@@ -9,9 +9,7 @@ from timm_multimix import (
     multimix_cross_entropy,
     sample_weights,
 )
-from timm_multimix.losses import (
-    reference,
-)
+from timm_multimix.losses import reference
 
 LOSSES = {
     'ce': (multimix_cross_entropy, reference.cross_entropy),

@@ -75,10 +75,11 @@ def polluted(output, mask, value):
     *((options, torch.nan) for options in OPTIONS.values()), ({}, torch.inf), (OPTIONS['cam softmax'], -torch.inf)])
 @pytest.mark.parametrize('teacher', [False, True])
 def test_result_does_not_depend_on_padding(output, target, mask, options, value, teacher):
-    given = [output, *([polluted(output, ~mask, 0.5)] if teacher else [])]
-    expected = step(*(polluted(each, mask, 0.0) for each in given[:1]), target, *given[1:], mask=mask, **options)
-    actual = step(polluted(output, mask, value), target, *(
-        polluted(each, mask, value) for each in given[1:]), mask=mask, **options)
+    teachers = [polluted(output, ~mask, 0.5)] if teacher else []
+    expected = step(polluted(output, mask, 0.0), target, *teachers, mask=mask, **options)
+    actual = step(
+        polluted(output, mask, value), target, *(polluted(each, mask, value) for each in teachers), mask=mask,
+        **options)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     for grad in actual[1:]:
         if grad is not None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from ..dense.blueprint import watching
 from ..dense.heads import mean_of_heads
 
 _logger = logging.getLogger(__name__)
@@ -126,21 +127,14 @@ def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
     """
     names = {}
 
-    def record(module: nn.Module, _: Any, output: Any, name: str) -> None:
+    def record(name: str, module: nn.Module, output: Any) -> None:
         if _is_affine(module, output) and output.grad_fn is not None:
             names[output.grad_fn] = name
 
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         return []
-    handles = [
-        module.register_forward_hook(lambda *call, name=name: record(*call, name=name))
-        for name, module in model.named_modules() if name]
-    try:
-        with _evaluation(model):
-            logits = _logits(model, images.detach().clone().requires_grad_())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, record), _evaluation(model):
+        logits = _logits(model, images.detach().clone().requires_grad_())
     found, seen, waiting = set(), set(), [logits.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -273,6 +267,7 @@ def fold_temperature(model: nn.Module, temperature: float, images: torch.Tensor)
         raise ValueError(f'The temperature must be a positive number, got {temperature}.')
     names = scalable_classifier(model, images)
     _multiply([model.get_submodule(name) for name in names], 1 / temperature)
+    _logger.debug(f'Temperature {temperature:.6g} folded into {", ".join(names)}.')
 
 
 @torch.no_grad()
@@ -331,7 +326,5 @@ def calibrate(model: nn.Module, loader: Iterable) -> float:
     model = unwrap_model(model)
     logits, target, images = collect_logits(model, loader, 'Calibrating')
     temperature = fit_temperature(logits, target)
-    names = scalable_classifier(model, images)
-    _multiply([model.get_submodule(name) for name in names], 1 / temperature)
-    _logger.debug(f'Temperature {temperature:.6g} folded into {", ".join(names)}.')
+    fold_temperature(model, temperature, images)
     return temperature

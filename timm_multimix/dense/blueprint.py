@@ -11,6 +11,8 @@ from .layouts import Features
 
 # 2 x 2 positions at stride 64
 SMALL_IMAGE = 128
+# Errors that modules raise for inputs of an unsupported shape.
+SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -104,7 +106,7 @@ def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
             image = torch.zeros(1, channels, *size, device=device, dtype=parameter.dtype)
             try:
                 return twin, image, twin.forward_features(image)
-            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as caught:
+            except SHAPE_ERRORS as caught:
                 error = caught
     raise ValueError(
         f'{type(model).__name__}.forward_features failed for all image sizes '

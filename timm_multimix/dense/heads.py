@@ -8,12 +8,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .blueprint import blueprint, run_example, watching
+from .blueprint import SHAPE_ERRORS, blueprint, run_example, watching
 from .layouts import Features, Layout, as_streams
 
 TOLERANCE = 1e-4
-# Errors that modules raise for inputs of an unsupported shape.
-SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ from typing import Any
 
 import torch
 
+from .targets import loss_dtype
 from .weights import check_mask
 
 ATTENTION_QUERIES = ('uniform', 'gap', 'token', 'cam')
@@ -90,17 +91,13 @@ def attention_map(
         mask = check_mask(mask, source.shape[:2])
         source = source.masked_fill(~mask.unsqueeze(2), 0)
     if query == 'uniform':
-        ones: torch.Tensor = source.new_ones(source.shape[:2], dtype=_wide_dtype(source))
+        ones: torch.Tensor = source.new_ones(source.shape[:2], dtype=loss_dtype(source))
         return ones * _uniform(ones, mask)
     if query == 'cam':
         scores = _cam_scores(source, classes)
-        return _normalize(scores.to(_wide_dtype(scores)), norm, mask)
-    key = source.to(_wide_dtype(source))
+        return _normalize(scores.to(loss_dtype(scores)), norm, mask)
+    key = source.to(loss_dtype(source))
     if query == 'gap':
         key_query = key.mean(dim=1) if mask is None else key.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     with torch.autocast(device_type=source.device.type, enabled=False):
         return _normalize(torch.einsum('brd,bd->br', key, key_query.to(key.dtype)), norm, mask)
-
-
-def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

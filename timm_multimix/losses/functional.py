@@ -4,7 +4,7 @@ from typing import Any
 import torch
 
 from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
-from .targets import ClassWeights, check_class_weights, make_targets, multi_hot
+from .targets import ClassWeights, check_class_weights, loss_dtype, make_targets, multi_hot
 
 CHECKED_ELEMENTS = 2 ** 18  # number of weights that are validated at a time
 
@@ -19,10 +19,6 @@ def check_num_classes(num_classes: int, loss_type: str) -> None:
 def mean(total: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
     """Return total / divisor, and 0 for no mixes, with a divisor of 0."""
     return total / divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
-
-
-def loss_dtype(logits: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _can_check_values(tensor: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .targets import ClassWeights, Targets
+from .targets import ClassWeights, Targets, loss_dtype
 from .weights import attended_rows
 
 # Limit on the elements of the weights (p, n, b) of the positions in memory, and of a tile of mixed logits. On a CPU a
@@ -334,7 +334,7 @@ class FusedLossFunction(torch.autograd.Function):
             loss: FusedLoss,
             *targets: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = loss_dtype(logits)
         with torch.autocast(device_type=logits.device.type, enabled=False):
             value, divisor, *grads = FusedLossFunction._evaluate(
                 logits, weights, attention, Targets(*targets).to(dtype), loss, *ctx.needs_input_grad[1:3])

@@ -16,14 +16,21 @@ from .functional import (
     check_output,
     check_smoothing,
     check_target,
-    loss_dtype,
     mean,
     teacher_rows,
 )
 from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
 from .output import MultiMixOutput, as_output
-from .targets import ClassWeights, Targets, check_class_weights, check_weight_values, make_targets, multi_hot
+from .targets import (
+    ClassWeights,
+    Targets,
+    check_class_weights,
+    check_weight_values,
+    loss_dtype,
+    make_targets,
+    multi_hot,
+)
 from .weights import Alpha, alpha_range, check_mask, sample_weights
 
 PARTITIONS = {'ce': softmax_partition, 'bce': sigmoid_partition}
@@ -76,8 +83,8 @@ class MultiMixLoss(nn.Module):
         loss_type: 'ce' for softmax cross-entropy, 'bce' for binary cross-entropy, mean over classes.
         weight: Class weights (c,), as in F.cross_entropy. They multiply the terms of the mixed targets. The sum over
             mixes is divided by the sum of the mixed class weights of the targets if targets are class indices, and by
-            the number of mixes if they are soft or with 'bce'. The terms of a teacher's
-            predictions are multiplied by them too, and have the same divisor.
+            the number of mixes if they are soft or with 'bce'. The terms of a teacher's predictions are multiplied by
+            them too, and have the same divisor.
         pos_weight: Weights of the positive terms (c,) for 'bce', as in F.binary_cross_entropy_with_logits.
         ignore_index: Class index of positions without a target in `dense_target`. They have the effect of padding.
         gather: Mix the joined batch of all processes of torch.distributed. The loss, and the gradient averaged by

@@ -127,7 +127,7 @@ def self_distillation(
     """
     m = attention_weights(w, a)
     z_mixed = torch.einsum('rnb,brd->rnd', m, z)
-    y_mixed = torch.einsum('rnb,bc->rnc', m, y)
+    y_mixed = mix_targets(m, y)
     z_teacher_mixed = torch.einsum('rnb,brd->rnd', m, z_teacher.detach())
     teacher = predict(classifier_teacher(z_teacher_mixed) / temperature)
     student = classifier(z_mixed)

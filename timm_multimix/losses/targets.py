@@ -61,6 +61,11 @@ class Targets(NamedTuple):
         return Targets(*entries)
 
 
+def loss_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of computations with a tensor: float64 for float64, otherwise float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def multi_hot(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Cast integer or boolean multi-hot targets (b, c) to the dtype of the loss."""
     return target if target.is_floating_point() or target.ndim < 2 else target.to(dtype)
