@@ -104,7 +104,9 @@ def ranking(studies, tables, methods: list[str], metric: str) -> str:
             if not set(methods) <= set(rows):
                 continue
             settings.append(f'{study.name}: {dataset}, {model}')
-            means = {name: sign * statistics.mean(r[metric] for r in rows[name]['runs'].values()) for name in methods}
+            # Rounded, because equal numbers of correct images can differ in the last digits.
+            means = {name: round(sign * statistics.mean(run[metric] for run in rows[name]['runs'].values()), 4)
+                     for name in methods}
             for name in methods:
                 ranks[name].append(1 + sum(other > means[name] for other in means.values()))
                 for other in methods:

@@ -1,7 +1,9 @@
 """Dense MultiMix for segmentation: the class of every pixel of handwritten digits.
 
-The target of a pixel is the digit if the pixel is dark, and background if it is bright. Pixels in between have no
-target.
+The target of a pixel is the digit if the pixel has much ink, and background if it has almost none. Pixels in between
+have no target.
+
+    python examples/segmentation.py
 """
 import torch
 from sklearn.datasets import load_digits

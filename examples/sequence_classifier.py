@@ -1,6 +1,8 @@
 """Dense MultiMix on sequences with padding: a small transformer reads handwritten digits row by row.
 
 The sequence of an image is its first 6 to 8 rows. Shorter sequences are padded, and a mask marks the valid rows.
+
+    python examples/sequence_classifier.py
 """
 import torch
 from sklearn.datasets import load_digits

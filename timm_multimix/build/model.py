@@ -20,6 +20,7 @@ from ..common.errors import UsageError, near_names, usage_errors
 from ..dense.hook import attach, outputs_in_evaluation
 from .checkpoint import check_weights_file
 from .hub_files import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, download, is_hub_name
+from .option import option_name
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
         with usage_errors(f'--initial-checkpoint {checkpoint_path}'):
             checkpoint_path = download(checkpoint_path, WEIGHTS_NAME, PICKLED_WEIGHTS_NAME)
     files = ('initial_checkpoint', 'pretrained_path')
-    started = ''.join(f', --{name.replace("_", "-")} {path}' for name in files if (path := getattr(args, name)))
+    started = ''.join(f', {option_name(name)} {path}' for name in files if (path := getattr(args, name)))
     with usage_errors(f'--model {args.model}{started}'):
         try:
             model = create_model(

@@ -58,7 +58,7 @@ def recorded_arguments(
             values = yaml.safe_load(file)
     if not isinstance(values, dict) or not values.get('model'):
         raise UsageError(
-            f'{path} does not say what model it holds, and there is no args.yaml beside it. Give the run folder, or '
-            'the name of a model of timm or the Hub.')
+            f'{path} does not say what model it contains: neither the file nor an args.yaml in its folder gives '
+            'arguments with a model. Give the run folder, or the name of a model of timm or the Hub.')
     check_recorded(values, parser, path)
     return argparse.Namespace(**{**vars(parser.parse_args([])), **values, **_INITIAL_WEIGHTS})

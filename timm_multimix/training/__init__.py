@@ -1,4 +1,4 @@
-"""`timm-multimix train` and train_timm.py. It depends on MultiMix only through task.py and options.py."""
+"""`timm-multimix train` and train_timm.py: options, setup, training loop and output folder of a run."""
 from .main import main
 
 __all__ = ['main']

@@ -77,7 +77,7 @@ class RunSaver(CheckpointSaver):
     an epoch and therefore stores the previous epoch.
 
     Attributes:
-        outdated: Moves away checkpoints that the next one replaces. It is called after the next one is written.
+        outdated: Function to call once after the next checkpoint is written (see set_aside), or None.
         class_to_idx: Index of each class name, None if the class names are unknown.
     """
 

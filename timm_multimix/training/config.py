@@ -48,15 +48,15 @@ def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
     """
     try:
         with open(path, encoding='utf-8') as file:
-            config = yaml.safe_load(file)
+            config = yaml.safe_load(file) or {}
     except OSError as error:
         raise UsageError(f'--config {path}: {error.strerror or error}.') from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f'--config {path} is not valid YAML: {error}') from error
-    if not isinstance(config or {}, dict):
+    if not isinstance(config, dict):
         raise UsageError(f'--config {path} must contain options as "name: value" lines.')
     values, card = {}, {}
-    for key, value in (config or {}).items():
+    for key, value in config.items():
         name = str(key).replace('-', '_')
         if name == 'card':
             with usage_errors(f'--config {path}'):

@@ -4,6 +4,7 @@ import os
 import shlex
 
 from ..build.checkpoint import read_checkpoint
+from ..build.option import option_name
 from ..build.saved_weights import described, saved_weights, weights_entry
 from ..common.command_line import program
 from .config import DATA_OPTIONS, dataset_danger
@@ -16,7 +17,7 @@ def train_command(args: argparse.Namespace, folder: str, *options: str) -> str:
     code += ['--device-modules', *args.device_modules] if args.device_modules else []
     if dataset_danger(args):
         code += [part for name in DATA_OPTIONS if (value := getattr(args, name))
-                 for part in (f'--{name.replace("_", "-")}', value) if name != 'data']
+                 for part in (option_name(name), value) if name != 'data']
     words = ['--config', os.path.join(folder, 'args.yaml'), *options, *code]
     return f'{program("train", processes)} {shlex.join(words)}'
 

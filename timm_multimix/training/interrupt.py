@@ -1,4 +1,4 @@
-"""Stop a run between two updates on SIGINT or SIGTERM, and kill data loading workers."""
+"""Stop a run between two updates on SIGINT or SIGTERM."""
 import logging
 import signal
 import threading

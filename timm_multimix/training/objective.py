@@ -24,6 +24,7 @@ from ..teacher import PretrainedTeacher
 
 _logger = logging.getLogger(__name__)
 
+
 def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared: Any) -> TrainingTask:
     shared.update(
         student_model=model,

@@ -13,6 +13,7 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from torch.optim import Optimizer
 
 from ..build.checkpoint import read_checkpoint
+from ..build.option import option_name
 from ..build.saved_weights import arguments_of, saved_weights
 from ..common.errors import UsageError, usage_errors
 from ..options import multimix_option_names
@@ -57,8 +58,7 @@ def _settle_changes(args: argparse.Namespace, checkpoint: dict[str, Any]) -> dic
         return [name for name in names if name in before and before[name] != getattr(args, name)]
 
     def listed(names: Iterable[str]) -> str:
-        return ', '.join(
-            f'--{name.replace("_", "-")} was {before[name]} and is {getattr(args, name)}' for name in names)
+        return ', '.join(f'{option_name(name)} was {before[name]} and is {getattr(args, name)}' for name in names)
 
     if objective := changed(multimix_option_names()):
         _logger.warning(f'This run continues with another objective: {listed(objective)}.')
@@ -186,7 +186,7 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: Optimizer, l
     if keep:
         _load_optimizer(optimizer, checkpoint, path)
     _remember_objective(args, checkpoint, epoch)
-    _logger.info(f'Continuing from {path}' + ('' if epoch is None else f' with epoch {epoch}.'))
+    _logger.info(f'Continuing from {path}{"" if epoch is None else f" with epoch {epoch}"}.')
     return dict(epoch=epoch, progress=checkpoint.get('progress'), metric=checkpoint.get('metric'),
                 weights=saved_weights(checkpoint), settled=settled)
 
