@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from timm.models import clean_state_dict
 
+CALIBRATED = 'model_calibrated.pth.tar'
+# Checkpoints of a run folder in the order of preference.
+RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')
+
 STUDENT, AVERAGE, TEACHER = 'student', 'ema', 'teacher'
 _ENTRIES = {STUDENT: 'state_dict', AVERAGE: 'state_dict_ema', TEACHER: 'state_dict_teacher'}
 WEIGHTS = tuple(_ENTRIES)

@@ -17,7 +17,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..build.checkpoint import read_checkpoint
 from ..build.datasets import build_split
-from ..build.saved_weights import arguments_of, described, eval_weights_of, metrics_of, split_metric, weights_entry
+from ..build.saved_weights import (
+    CALIBRATED,
+    arguments_of,
+    described,
+    eval_weights_of,
+    metrics_of,
+    split_metric,
+    weights_entry,
+)
 from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_errors
 from ..common.files import replacing
 from ..data.demo import Part
@@ -27,7 +35,6 @@ from .temperature import calibrate, scalable_classifier
 
 _logger = logging.getLogger(__name__)
 
-CALIBRATED = 'model_calibrated.pth.tar'
 _FEW = 100
 _FILE_READERS = (ReaderImageFolder, ReaderImageInTar, ReaderImageTar)
 

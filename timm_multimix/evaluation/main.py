@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..calibration.run import CALIBRATED, share_split
+from ..build.saved_weights import CALIBRATED
+from ..calibration.run import share_split
 from ..common.command_line import Parser, check_packages, exit_status, number, open_device, program
 from ..common.errors import UsageError
 from ..common.files import check_output

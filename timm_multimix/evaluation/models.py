@@ -21,17 +21,13 @@ from ..build.checkpoint import read_checkpoint
 from ..build.classes import checkpoint_classes
 from ..build.model import create_run_model, model_options
 from ..build.recorded import recorded_arguments
-from ..build.saved_weights import plain_weights, weights_entry
-from ..calibration.run import CALIBRATED
+from ..build.saved_weights import RUN_CHECKPOINTS, plain_weights, weights_entry
 from ..common.command_line import short_names
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.class_names import valid_classes
 from ..data.demo import default_img_mode
 from ..dense.heads import mean_of_heads
 from ..options import build_training_parser
-
-# Checkpoints of a run folder in the order of preference.
-RUN_CHECKPOINTS = (CALIBRATED, 'model_best.pth.tar', 'last.pth.tar')
 
 
 class PixelModel(nn.Module):

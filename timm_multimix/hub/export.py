@@ -20,6 +20,7 @@ from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError, is_hub_name
 from ..build.model import create_run_model, model_options, resolve_data
 from ..build.recorded import check_recorded
 from ..build.saved_weights import (
+    RUN_CHECKPOINTS,
     arguments_of,
     described,
     metrics_of,
@@ -42,7 +43,6 @@ from .summary import draw_curve, read_summary
 
 _logger = logging.getLogger(__name__)
 
-_BEST = ('model_calibrated.pth.tar', 'model_best.pth.tar', 'last.pth.tar')
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
 
 
@@ -244,10 +244,11 @@ def export(
         UsageError: if the folder contains no run with these weights, or if a card field is invalid.
         HubError: if timm cannot write the configuration of the model, or if the files would contain an access token.
     """
-    paths = [checkpoint_path] if checkpoint_path else [os.path.join(folder, name) for name in _BEST]
+    paths = [checkpoint_path] if checkpoint_path else [os.path.join(folder, name) for name in RUN_CHECKPOINTS]
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
-        raise UsageError(f'{folder} contains no checkpoint of a run. It has none of the files {", ".join(_BEST)}.')
+        raise UsageError(
+            f'{folder} contains no checkpoint of a run. It has none of the files {", ".join(RUN_CHECKPOINTS)}.')
     path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
     config = _write_config(folder, args, os.path.join(target, CONFIG_NAME))

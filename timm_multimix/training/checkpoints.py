@@ -16,8 +16,7 @@ import torch
 from timm.utils import CheckpointSaver
 
 from ..build.checkpoint import read_checkpoint
-from ..build.saved_weights import arguments_of, selection
-from ..calibration.run import CALIBRATED
+from ..build.saved_weights import CALIBRATED, arguments_of, selection
 from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
 from ..common.files import create, duplicate, replace
 from ..hub.summary import SUMMARY_NAME
