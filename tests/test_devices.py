@@ -164,11 +164,12 @@ def _measure(logits, target):
         ood=ood.detection_metrics(*(score(logits) for score in ood.SCORES.values())),
         pairs=pairs.tolist(),
         between=between.confidence_and_entropy(logits),
-        intrusions=between.count_intrusions(logits[:2], torch.stack([target[:2]] * 2, dim=1), logits, target),
+        nearest=between.nearest_classes(logits[:2], logits, target).tolist(),
+        third=between.count_third_class(target[:2], torch.stack([target[:2]] * 2, dim=1)),
         geometry=(geometry.alignment(logits, target), geometry.uniformity(logits)),
         compactness=geometry.compactness(logits, target),
         projection=geometry.project(logits).tolist(),
-        noise=next(ood.noise_batches('gaussian', 2, (3, 4, 4), 2)).tolist(),
+        noise=next(ood.noise_batches('gaussian', 2, (3, 4, 4), 2))[0].tolist(),
         chosen=choose(range(100), 10, 0))
 
 

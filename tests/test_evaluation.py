@@ -20,14 +20,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from timm_multimix.calibration.temperature import fit_temperature
-from timm_multimix.common.errors import UsageError
+from timm_multimix.common.errors import UsageError, printable
 from timm_multimix.evaluation import main as cli
-from timm_multimix.evaluation import suite
 from timm_multimix.evaluation.batches import Embedder, InParts, predict
+from timm_multimix.evaluation.comparison import short_names
 from timm_multimix.evaluation.images import Images, Source, parse_source
 from timm_multimix.evaluation.metrics import classification_metrics, reliability
 from timm_multimix.evaluation.models import load_candidate, load_candidates
-from timm_multimix.evaluation.names import short_names, shorten
 from timm_multimix.evaluation.report import render_html, render_table
 from timm_multimix.evaluation.suite import Result, Settings
 
@@ -107,7 +106,8 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
         assert values['ood']['demo/letters (validation)']['num_images'] == 40
         assert values['ood'][f'{image_folder}/train (train)']['num_images'] == 24
         mixes = values['between']
-        assert mixes['num_mixes'] == 9 * mixes['num_pairs'] == 108
+        assert mixes['num_mixes'] == 9 * mixes['num_pairs'] == 108 and len(mixes['confidence']) == 11
+        assert mixes['misses_percent'] == pytest.approx(100 * mixes['misses'] / mixes['num_mixes'])
         for quantity in ('confidence', 'entropy'):  # the images at the ends are no mixes
             assert mixes[f'mean_{quantity}'] == pytest.approx(statistics.mean(mixes[quantity][1:-1]))
     assert 'model_best' in results['models']['plain']['weights']
@@ -199,23 +199,22 @@ def test_agrees_with_the_validation_of_the_run(evaluate, runs):
         assert values['metrics']['top1'] == pytest.approx(float(best['eval_top1']))
 
 
-def test_mixes_exclude_the_images_themselves(evaluate, runs):
-    assert evaluate(runs / 'plain', '--parts', 'between') == 0
-    values = evaluate.results()['models']['plain']['between']
-    assert values['num_mixes'] == 9 * values['num_pairs'] and len(values['confidence']) == 11
-    assert values['misses_percent'] == pytest.approx(100 * values['misses'] / values['num_mixes'])
-
-
 def test_results_do_not_depend_on_the_batch_size(evaluate, runs):
     results = []
     for batch_size in (5, 100):
-        evaluate(runs / 'plain', '--parts', 'ood', 'embeddings', 'between', '-b', batch_size)
+        assert evaluate(
+            runs / 'plain', '--parts', 'ood', 'corruptions', 'embeddings', 'between', '-b', batch_size) == 0
         results.append(evaluate.results()['models']['plain'])
     for section in ('metrics', 'tempered'):
         assert results[0][section]['nll'] == pytest.approx(results[1][section]['nll'], rel=1e-4)
     for section, name in (('embeddings', 'alignment'), ('between', 'mean_entropy')):
         assert results[0][section][name] == pytest.approx(results[1][section][name], rel=1e-3)
     assert results[0]['ood']['uniform']['energy'] == pytest.approx(results[1]['ood']['uniform']['energy'], abs=1)
+    values = results[0]['corruptions']
+    assert values == results[1]['corruptions'] and values['severities'] == [1, 2, 3, 4, 5]
+    assert values['clean_top1'] == pytest.approx(results[0]['metrics']['top1'])
+    curves = [accuracy for curve in values['top1'].values() for accuracy in curve]
+    assert len(values['top1']) == 6 and values['mean_top1'] == pytest.approx(statistics.mean(curves))
 
 
 def test_temperature_from_a_named_split(evaluate, runs, image_folder):
@@ -237,15 +236,19 @@ def test_temperature_from_a_named_split(evaluate, runs, image_folder):
 
 def test_the_best_of_each_row_is_starred():
     first, second = (
-        Result(name, dict(num_images=7, metrics=dict(top1=top1, top5=99.0, nll=nll, ece=3.0, brier=nll)))
+        Result(name, dict(weights='w', num_images=7, tempered={}, metrics=dict(
+            top1=top1, top5=99.0, nll=nll, ece=3.0, brier=nll)))
         for name, top1, nll in (('a', 90.0, 0.4), ('b', 95.0, 0.5)))
     lines = render_table([first, second]).splitlines()
     assert [line.split() for line in lines[:-1] if line] == [
-        ['a', 'b'], ['MODEL'], ['images', '7', '7'], ['ACCURACY'], ['top-1', '%', '↑', '90.00', '95.00*'],
-        ['top-5', '%', '↑', '99.00', '99.00'], ['CALIBRATION'], ['NLL', '↓', '0.4000*', '0.5000'],
-        ['Brier', '↓', '0.4000*', '0.5000'], ['ECE', '%', '↓', '3.00', '3.00']]
+        ['a', 'b'], ['MODEL'], ['weights', 'w', 'w'], ['images', '7', '7'],
+        ['ACCURACY'], ['top-1', '%', '↑', '90.00', '95.00*'], ['top-5', '%', '↑', '99.00', '99.00'],
+        ['CALIBRATION'], ['NLL', '↓', '0.4000*', '0.5000'], ['Brier', '↓', '0.4000*', '0.5000'],
+        ['ECE', '%', '↓', '3.00', '3.00']]
     assert lines[-1].startswith('* best value of the row')
     assert '*' not in render_table([first])
+    del second.values['metrics']['nll']
+    assert ['NLL', '↓', '0.4000*', '-'] in [line.split() for line in render_table([first, second]).splitlines()]
 
 
 def test_images_are_resized_as_the_model_was_trained_with(runs, image_folder):
@@ -278,18 +281,6 @@ def test_options_of_attacks(evaluate, runs, given, expected):
     values = evaluate.results()['models']['plain']['attacks']
     assert values['pgd_steps'] == 2 and values['pgd_step_size_of_255'] == [pytest.approx(expected[0])]
     assert values['loss'] == expected[1] and f'gradient of the {expected[1]} loss' in evaluate.html()
-
-
-def test_corruptions_do_not_depend_on_the_batch_size(evaluate, runs):
-    results = []
-    for batch_size in (5, 100):
-        assert evaluate(runs / 'plain', '--parts', 'corruptions', '-b', batch_size) == 0
-        results.append(evaluate.results()['models']['plain'])
-    values = results[0]['corruptions']
-    assert values == results[1]['corruptions'] and values['severities'] == [1, 2, 3, 4, 5]
-    assert values['clean_top1'] == pytest.approx(results[0]['metrics']['top1'])
-    curves = [accuracy for curve in values['top1'].values() for accuracy in curve]
-    assert len(values['top1']) == 6 and values['mean_top1'] == pytest.approx(statistics.mean(curves))
 
 
 def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
@@ -340,13 +331,13 @@ def test_names_are_short_and_differ(runs, tmp_path):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['nothing'], 'nothing: no such folder or file, nor a model of timm'),
+    (['nothing'], 'Model nothing: timm has no such model'),
     (['resnet5O'], 'Did you mean resnet50'),
     (['{tmp}'], 'is not a run folder'),
     (['{tmp}/broken.pth.tar'], 'is not a training checkpoint'),
     (['{runs}/plain', '--dataset', 'demo/digits'], 'has 3 classes and demo/digits'),
     (['{runs}/plain', '--data-dir', '{tmp}/missing'], 'missing'),
-    (['{runs}/plain', '--eps', '0.03'], 'write it as a fraction'),
+    (['{runs}/plain', '--eps', '0.03'], 'Write it as a fraction'),
     (['{runs}/plain', '--parts', 'everything'], 'invalid choice'),
     (['{runs}/plain', '--calibration-split', 'validation'], 'the images that are evaluated'),
     (['{runs}/plain', '--batch-size', '0'], 'must be a whole number, 1 or more'),
@@ -359,7 +350,7 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--device', 'abacus'], '--device abacus'),
     (['{runs}/plain', '--ood', '{tmp}/missing', '--parts', 'ood'], 'missing'),
     (['{runs}/plain', '--ood', 'nope'], 'Data nope (validation): no such folder or dataset'),
-    (['{runs}/plain', '--ood', 'demo/nope'], 'Datasets are demo/digits'),
+    (['{runs}/plain', '--ood', 'demo/nope'], 'Choose from demo/digits'),
     (['{runs}/plain', '--ood', 'unifrom'], 'Did you mean uniform'),
     (['{runs}/plain', '--dataset', 'torhc/cifar10'], 'Did you mean torch?'),
     (['{runs}/plain', '--dataset', 'torch/cifr10', '--data-dir', '{tmp}'], 'Did you mean cifar10'),
@@ -430,16 +421,6 @@ def test_a_model_that_collapsed_has_all_embeddings_in_one_point(evaluate, runs, 
     assert evaluate.results()['models']['collapsed']['embeddings']['alignment'] == 0
 
 
-def test_picture_shows_images_of_all_classes(evaluate, runs, monkeypatch):
-    """Images come in the order of their classes."""
-    monkeypatch.setattr(suite, '_NUM_PICTURED', 6)
-    monkeypatch.setattr(suite.geometry, 'project', lambda points, seed: drawn.append(len(points)))
-    seen, drawn = [], []
-    monkeypatch.setattr(cli, 'render_html', lambda results, settings: seen.extend(results) or '')
-    assert evaluate(runs / 'plain', '--parts', 'embeddings') == 0
-    assert drawn == [6] and len(seen[0].pictures['classes'].unique()) == 3
-
-
 def test_one_image(evaluate, runs):
     assert evaluate(runs / 'plain', '--parts', 'embeddings', 'between', '--max-images', '1') == 0
     values = evaluate.results()['models']['plain']
@@ -462,7 +443,7 @@ def test_other_channels_than_three(evaluate, image_folder, tmp_path, options):
     assert evaluate.results()['models']['run']['metrics']['nll'] == pytest.approx(float(row['eval_loss']), rel=1e-4)
 
 
-class Unlabelled(Dataset):
+class Unlabeled(Dataset):
     transform = None
 
     def __len__(self):
@@ -473,15 +454,15 @@ class Unlabelled(Dataset):
 
 
 def test_images_of_other_kinds_need_no_classes(runs, monkeypatch):
-    monkeypatch.setattr(Source, 'open', lambda self, img_mode: Unlabelled())
+    monkeypatch.setattr(Source, 'open', lambda self, img_mode: Unlabeled())
     source, candidate = Source('', 'folder', 'test'), load_candidate(str(runs / 'plain'))
-    logits, target = predict(candidate, Images(source, candidate, 2, labelled=False), InParts(), 'others')
+    logits, target = predict(candidate, Images(source, candidate, 2, labeled=False), InParts(), 'others')
     assert logits.shape == (5, 3) and target.tolist() == [0] * 5
     with pytest.raises(UsageError, match='one class for each image is needed'):
         predict(candidate, Images(source, candidate, 2), InParts(), 'images')
-    monkeypatch.setattr(Unlabelled, '__len__', lambda self: 0)
+    monkeypatch.setattr(Unlabeled, '__len__', lambda self: 0)
     with pytest.raises(UsageError, match='others: there are no images'):
-        predict(candidate, Images(source, candidate, 2, labelled=False), InParts(), 'others')
+        predict(candidate, Images(source, candidate, 2, labeled=False), InParts(), 'others')
 
 
 def test_halves_batches_that_memory_does_not_hold():
@@ -582,7 +563,7 @@ def test_names_of_runs_and_folders_are_only_text(evaluate, runs, image_folder, t
         warnings.simplefilter('error', UserWarning)
         assert evaluate(
             *(tmp_path / name for name in models), '--ood', *(tmp_path / 'ood' / name for name in folders),
-            '--eps', '4', '--pgd-steps', '1') == 0, evaluate.err
+            '--parts', 'ood', 'embeddings', 'attention') == 0, evaluate.err
     shown = [NAMES['mathematics'][1], NAMES['control characters'][1]]
     assert list(evaluate.results()['models']) == shown
     for values in evaluate.results()['models'].values():
@@ -591,27 +572,26 @@ def test_names_of_runs_and_folders_are_only_text(evaluate, runs, image_folder, t
 
 
 def test_names_in_figures_table_and_page():
-    """Drawn without a warning, and written as they are or escaped."""
-    names = [name for name, _ in NAMES.values()]
+    """Names of models and sources are drawn without a warning, and escaped in the page."""
     scores = dict(energy=torch.rand(9), max_softmax=torch.rand(9))
-    results = [Result(name, dict(
-        origin=f'folder/{name}', num_images=9, metrics=dict(top1=50.0, nll=k),
+    results = [Result(printable(name), dict(
+        origin=f'folder/{name}', weights='w', num_images=9, metrics=dict(top1=50.0, nll=k),
         reliability=asdict(reliability(torch.randn(9, 3), torch.arange(9) % 3)), tempered={},
         attacks=dict(num_images=9, loss='log-odds', epsilon_of_255=[0, 1], pgd_steps=1, fgsm=[1, 2], pgd=[1, 2]),
     ), dict(
         points=torch.rand(9, 2), classes=torch.arange(9) % 3, images=torch.rand(1, 3, 8, 8), maps=torch.rand(1, 2, 2),
-        scores=dict(inside=scores, outside={names[0]: scores}),
-    )) for k, name in enumerate(names)]
+        scores=dict(inside=scores, outside={NAMES['mathematics'][0]: scores}),
+    )) for k, (name, _) in enumerate(NAMES.values())]
     source = Source('', NAMES['control characters'][0], 'validation')
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        page = render_html(results, Settings(source, epsilons=(1 / 255,), outside=(source,)))
+        page = render_html(results, Settings(source))
     page.encode()
     assert _Page(page).pictures == 6 and '<b>' not in page and not set('\x1b\t\u202e') & set(page)
     header = render_table(results).splitlines()[0]
     for _, shown in NAMES.values():
-        assert escape(shorten(shown, 200)) in page and escape(f'folder/{shown}') in page
-        assert f' {shorten(shown, 32)}' in header
+        assert escape(shown) in page and escape(f'folder/{shown}') in page
+        assert f' {short_names([shown], 32)[0]}' in header
     assert f'Images: {escape(str(source))}.' in page
 
 

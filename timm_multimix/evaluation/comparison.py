@@ -1,110 +1,85 @@
 """Rows of the comparison of models, grouped by topic."""
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from . import ood
-from .corruptions import CORRUPTIONS
-from .names import short_names
+from ..common.errors import printable
+from .ood import SCORES
 from .robustness import PIXEL_LEVELS
 from .suite import Result
 
 _SOURCE_LENGTH = 40
-_DETECTION = (
-    ('auroc', 'AUROC', 1), ('aupr_in', 'AUPR in', 1), ('aupr_out', 'AUPR out', 1), ('fpr95', 'FPR at 95 % TPR', -1),
-    ('accuracy', 'detection accuracy', 1))
+# Topic, label, value, format and direction of a measure: 1 if higher is better, -1 if lower is better, 0 if neither.
+_Row = tuple[str, str, Any, str, int]
 
 
-class Row(NamedTuple):
-    """One measure.
+def short_names(names: Sequence[str], length: int) -> list[str]:
+    """Replace the middle of long names by an ellipsis. Names that would become equal are numbered."""
+    def shorten(name: str, length: int) -> str:
+        end = (length - 1) // 2
+        return name if len(name) <= length else f'{name[:length - 1 - end]}\N{HORIZONTAL ELLIPSIS}{name[-end:]}'
 
-    Attributes:
-        label: Name of the measure.
-        path: Keys and indices that lead to it in the values of a result.
-        spec: Format specification.
-        better: 1 if higher is better, -1 if lower is better, 0 if neither.
-        reduce: Applied to the value.
-    """
-    label: str
-    path: tuple[str | int, ...]
-    spec: str = '.4f'
-    better: int = 0
-    reduce: Callable[[Any], Any] = lambda value: value
-
-    def read(self, result: Result) -> Any:
-        """The value, None if it was not measured."""
-        value = result.values
-        try:
-            for key in self.path:
-                value = value[key]
-        except KeyError:
-            return None
-        return self.reduce(value)
+    names = [printable(name) for name in names]
+    short = [shorten(name, length) for name in names]
+    if len(set(short)) < len(short):
+        short = [f'{number}: {shorten(name, length - 4)}' for number, name in enumerate(names, 1)]
+    return short
 
 
-def _section(section: str, *rows: tuple[str, str, str, int]) -> list[Row]:
-    """Rows from label, key, format and direction of measures of a section."""
-    return [Row(label, (section, key), spec, better) for label, key, spec, better in rows]
+def _rows(values: dict[str, Any]) -> Iterator[_Row]:
+    """Yield the measures of a model."""
+    def section(topic: str, name: str, *measures: tuple[str, str, str, int]) -> list[_Row]:
+        measured = values.get(name, {})
+        return [(topic, label, measured[key], spec, better) for label, key, spec, better in measures if key in measured]
 
-
-def _calibration_rows() -> list[Row]:
-    """Metrics of the logits, and the same at temperature if that is measured."""
-    rows = [
-        Row(f'{label}{suffix}', (section, key), spec, -1)
-        for label, key, spec in (
+    yield 'Model', 'weights', values['weights'], 's', 0
+    yield 'Model', 'images', values['num_images'], 'd', 0
+    yield from section('Accuracy', 'metrics', ('top-1 %', 'top1', '.2f', 1), ('top-5 %', 'top5', '.2f', 1))
+    for label, key, spec in (
             ('NLL', 'nll', '.4f'), ('Brier', 'brier', '.4f'), ('ECE %', 'ece', '.2f'),
-            ('adaptive ECE %', 'adaptive_ece', '.2f'), ('class-wise ECE %', 'classwise_ece', '.2f'))
-        for section, suffix in (('metrics', ''), ('tempered', ' at temperature'))]
-    return [*rows, Row('temperature', ('tempered', 'temperatures'), 's', 0,
-                       lambda temperatures: ', '.join(f'{temperature:.3g}' for temperature in temperatures))]
-
-
-def _attack_rows(results: Sequence[Result]) -> list[Row]:
-    sizes = next((result.values['attacks']['epsilon_of_255'] for result in results if 'attacks' in result.values), ())
-    return [
-        Row(f'{name.upper()} {epsilon:g}/{PIXEL_LEVELS}, top-1 %', ('attacks', name, index), '.2f', 1)
-        for name in ('fgsm', 'pgd') for index, epsilon in enumerate(sizes) if epsilon]
-
-
-def _detection_rows(results: Sequence[Result]) -> list[Row]:
-    sources = list(dict.fromkeys(source for result in results for source in result.values.get('ood', ())))
-    return [
-        Row(f'{shown}, {score.replace("_", " ")}: {label} %', ('ood', source, score, key), '.2f', better)
-        for source, shown in zip(sources, short_names(sources, _SOURCE_LENGTH), strict=True)
-        for score in ood.SCORES
-        for key, label, better in _DETECTION]
-
-
-def _topics(results: Sequence[Result]) -> dict[str, list[Row]]:
-    return {
-        'Model': [Row('weights', ('weights',), 's'), Row('images', ('num_images',), 'd')],
-        'Accuracy': _section('metrics', ('top-1 %', 'top1', '.2f', 1), ('top-5 %', 'top5', '.2f', 1)),
-        'Calibration': _calibration_rows(),
-        'Selective classification': _section(
-            'metrics', ('AURC %', 'aurc', '.3f', -1), ('coverage at 5 % risk, %', 'coverage_at_5_risk', '.2f', 1)),
-        'Robustness to attacks': _attack_rows(results),
-        'Robustness to corruptions': [
-            Row('mean over corruptions, top-1 %', ('corruptions', 'mean_top1'), '.2f', 1),
-            *(Row(f'{kind}, top-1 %', ('corruptions', 'top1', kind), '.2f', 1, mean) for kind in CORRUPTIONS)],
-        'Out-of-distribution detection': _detection_rows(results),
-        'Embeddings': _section(
-            'embeddings', ('alignment', 'alignment', '.4f', -1), ('uniformity', 'uniformity', '.4f', -1),
-            ('class compactness', 'compactness', '.4f', -1)),
-        'Mixed images': _section(
-            'between', ('mean confidence', 'mean_confidence', '.4f', 0), ('mean entropy', 'mean_entropy', '.4f', 0),
-            ('third class predicted %', 'misses_percent', '.2f', -1),
-            ('manifold intrusions, mixed images %', 'intrusions_of_images_percent', '.2f', -1),
-            ('manifold intrusions, mixed embeddings %', 'intrusions_of_embeddings_percent', '.2f', -1)),
-    }
+            ('adaptive ECE %', 'adaptive_ece', '.2f'), ('class-wise ECE %', 'classwise_ece', '.2f')):
+        yield from section('Calibration', 'metrics', (label, key, spec, -1))
+        yield from section('Calibration', 'tempered', (f'{label} at temperature', key, spec, -1))
+    if temperatures := values['tempered'].get('temperatures'):
+        yield 'Calibration', 'temperature', ', '.join(f'{temperature:.3g}' for temperature in temperatures), 's', 0
+    yield from section(
+        'Selective classification', 'metrics', ('AURC %', 'aurc', '.3f', -1),
+        ('coverage at 5 % risk, %', 'coverage_at_5_risk', '.2f', 1))
+    if attacks := values.get('attacks'):
+        for name in ('fgsm', 'pgd'):
+            for epsilon, accuracy in zip(attacks['epsilon_of_255'], attacks[name], strict=True):
+                if epsilon:
+                    label = f'{name.upper()} {epsilon:g}/{PIXEL_LEVELS}, top-1 %'
+                    yield 'Robustness to attacks', label, accuracy, '.2f', 1
+    topic = 'Robustness to corruptions'
+    yield from section(topic, 'corruptions', ('mean over corruptions, top-1 %', 'mean_top1', '.2f', 1))
+    for kind, accuracies in values.get('corruptions', {}).get('top1', {}).items():
+        yield topic, f'{kind}, top-1 %', mean(accuracies), '.2f', 1
+    sources = values.get('ood', {})
+    for source, shown in zip(sources, short_names(list(sources), _SOURCE_LENGTH), strict=True):
+        for score in SCORES:
+            for key, label, better in (
+                    ('auroc', 'AUROC', 1), ('aupr_in', 'AUPR in', 1), ('aupr_out', 'AUPR out', 1),
+                    ('fpr95', 'FPR at 95 % TPR', -1), ('accuracy', 'detection accuracy', 1)):
+                label = f'{shown}, {score.replace("_", " ")}: {label} %'
+                yield 'Out-of-distribution detection', label, sources[source][score][key], '.2f', better
+    yield from section(
+        'Embeddings', 'embeddings', ('alignment', 'alignment', '.4f', -1), ('uniformity', 'uniformity', '.4f', -1),
+        ('class compactness', 'compactness', '.4f', -1))
+    yield from section(
+        'Mixed images', 'between', ('mean confidence', 'mean_confidence', '.4f', 0),
+        ('mean entropy', 'mean_entropy', '.4f', 0), ('third class predicted %', 'misses_percent', '.2f', -1),
+        ('manifold intrusions, mixed images %', 'intrusions_of_images_percent', '.2f', -1),
+        ('manifold intrusions, mixed embeddings %', 'intrusions_of_embeddings_percent', '.2f', -1))
 
 
 class Line(NamedTuple):
-    """A row with its values.
+    """A row of the comparison.
 
     Attributes:
         label: Name of the measure, with an arrow towards better values.
-        cells: Formatted value of each model.
+        cells: Formatted value of each model, '-' if it was not measured.
         best: Whether each value is the best of the row.
     """
     label: str
@@ -112,27 +87,20 @@ class Line(NamedTuple):
     best: list[bool]
 
 
-def _line(row: Row, results: Sequence[Result]) -> Line | None:
-    """The values of a row, None if no model has one."""
-    values = [row.read(result) for result in results]
-    if all(value is None for value in values):
-        return None
-    cells = ['-' if value is None else format(value, row.spec) for value in values]
+def _line(label: str, spec: str, better: int, values: Sequence[Any]) -> Line:
+    cells = ['-' if value is None else format(value, spec) for value in values]
     best = [False] * len(cells)
-    if row.better and len(set(cells)) > 1:  # no best value where all are equal
-        known = [row.better * value for value in values if value is not None and not math.isnan(value)]
-        best = [bool(known) and cell == format(row.better * max(known), row.spec) for cell in cells]
-    arrow = {1: ' \N{UPWARDS ARROW}', -1: ' \N{DOWNWARDS ARROW}', 0: ''}[row.better]
-    return Line(row.label + arrow, cells, best)
+    if better and len(set(cells)) > 1:  # no best value if all are equal
+        known = [better * value for value in values if value is not None and not math.isnan(value)]
+        best = [bool(known) and cell == format(better * max(known), spec) for cell in cells]
+    return Line(label + {1: ' \N{UPWARDS ARROW}', -1: ' \N{DOWNWARDS ARROW}', 0: ''}[better], cells, best)
 
 
 def compare(results: Sequence[Result]) -> dict[str, list[Line]]:
-    """Compare models.
-
-    Returns:
-        For each topic that was measured, its lines.
-    """
-    topics = {
-        topic: [line for row in rows if (line := _line(row, results)) is not None]
-        for topic, rows in _topics(results).items()}
-    return {topic: lines for topic, lines in topics.items() if lines}
+    """Return the lines of the comparison of models, by topic."""
+    topics: dict[str, dict[tuple[str, str, int], list[Any]]] = {}
+    for index, result in enumerate(results):
+        for topic, label, value, spec, better in _rows(result.values):
+            values = topics.setdefault(topic, {}).setdefault((label, spec, better), [None] * len(results))
+            values[index] = value
+    return {topic: [_line(*row, values) for row, values in rows.items()] for topic, rows in topics.items()}

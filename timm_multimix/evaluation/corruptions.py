@@ -1,7 +1,7 @@
 """Common corruptions of images in [0, 1], at five severities.
 
-Kinds and parameters follow Hendrycks & Dietterich (2019), applied to the model's input instead of the original image,
-so that accuracies are not comparable to those on ImageNet-C.
+Kinds and parameters follow Hendrycks & Dietterich (2019). They are applied to the model's input instead of the original
+image, so accuracies are not comparable to accuracies on ImageNet-C.
 """
 import io
 import math
@@ -13,11 +13,11 @@ from PIL import Image
 from torchvision.transforms.v2.functional import gaussian_blur
 
 SEVERITIES = (1, 2, 3, 4, 5)
-_REFERENCE_SIZE = 224  # side of the images that the widths of the blur are for
+_REFERENCE_SIZE = 224  # image size in pixels that the widths of the blur refer to
 
 
 def _add_noise(images: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
-    # image by image: a generator gives other numbers for another shape
+    # One image at a time: the numbers of a generator depend on the shape.
     noise = torch.stack([torch.randn(images.shape[1:], generator=generator, device='cpu') for _ in images])
     return images + std * noise.to(images)
 
@@ -50,13 +50,13 @@ def _jpeg(levels: np.ndarray, quality: int) -> np.ndarray:
 
 def _compress(images: torch.Tensor, quality: int, generator: torch.Generator) -> torch.Tensor:
     levels = (images * 255).round().to('cpu', torch.uint8)
-    in_colour = images.shape[1] == 3  # JPEG has one channel or three
-    levels = levels.movedim(1, -1) if in_colour else levels.flatten(0, 1)
+    in_color = images.shape[1] == 3  # JPEG supports one or three channels
+    levels = levels.movedim(1, -1) if in_color else levels.flatten(0, 1)
     compressed = torch.from_numpy(np.stack([_jpeg(image, quality) for image in levels.numpy()])).to(images) / 255
-    return compressed.movedim(-1, 1) if in_colour else compressed.view(images.shape)
+    return compressed.movedim(-1, 1) if in_color else compressed.view(images.shape)
 
 
-# Function, and its parameter at each severity.
+# Function of each kind, and its parameter at each severity.
 CORRUPTIONS = {
     'gaussian noise': (_add_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
     'gaussian blur': (_blur, (1.0, 2.0, 3.0, 4.0, 6.0)),

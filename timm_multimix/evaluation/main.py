@@ -19,7 +19,7 @@ from .images import Source, parse_source
 from .models import Candidate, load_candidates
 from .ood import NOISES
 from .report import render_html, render_table
-from .robustness import ATTACK_LOSSES, PIXEL_LEVELS, parse_epsilon
+from .robustness import ATTACK_LOSSES, PIXEL_LEVELS
 from .suite import PARTS, Settings, evaluate_models
 
 _logger = logging.getLogger(__name__)
@@ -36,14 +36,23 @@ examples:
 
 
 def _epsilon(text: str) -> float:
+    """Parse the size of an attack: '8' for 8 of the 255 levels of a pixel, '8/255' for a fraction of the range."""
+    numerator, slash, denominator = text.partition('/')
     try:
-        return parse_epsilon(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        value = float(numerator) / (float(denominator) if slash else PIXEL_LEVELS)
+    except (ValueError, ZeroDivisionError):
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(
+            f'must be a number of levels from 0 to {PIXEL_LEVELS} or a fraction, such as 8/255, got {text!r}')
+    if not slash and 0 < float(numerator) < 0.1:  # probably meant as a fraction
+        raise argparse.ArgumentTypeError(
+            f'{text} of {PIXEL_LEVELS} levels changes nothing. Write it as a fraction, such as 8/255')
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of `timm-multimix evaluate`. Its errors are UsageErrors."""
+    """Build the parser of `timm-multimix evaluate`."""
     parser = Parser(
         prog=program('evaluate'), epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Evaluate image classifiers: accuracy, calibration, selective classification, robustness to '
@@ -55,28 +64,28 @@ def build_parser() -> argparse.ArgumentParser:
              "'hf-hub:user/name', or name of a timm model")
     _add_data_options(parser)
     _add_part_options(parser)
-    how = parser.add_argument_group('execution').add_argument
-    how('-b', '--batch-size', type=number(int, 1), metavar='N',
+    add = parser.add_argument_group('execution').add_argument
+    add('-b', '--batch-size', type=number(int, 1), metavar='N',
         help='images per batch (default: 256 on a GPU, 32 on the CPU); halved if memory does not suffice')
-    how('-j', '--workers', type=number(int, 0), metavar='N',
-        help='processes that load images (default: as in the first run, or 4)')
-    how('--device', metavar='DEVICE', help='default: cuda if available, otherwise cpu')
-    how('--seed', type=number(int, 0), default=0, metavar='N',
+    add('-j', '--workers', type=number(int, 0), metavar='N',
+        help='number of processes that load images (default: as in the first run, or 4)')
+    add('--device', metavar='DEVICE', help='device (default: cuda if available, otherwise cpu)')
+    add('--seed', type=number(int, 0), default=0, metavar='N',
         help='seed of samples, random starts and noise (default: 0)')
-    how('--output', metavar='DIR', help='folder for results.json and report.html (default: output/evaluate/TIME)')
+    add('--output', metavar='DIR', help='folder for results.json and report.html (default: output/evaluate/TIME)')
     return parser
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('images').add_argument
-    add('--data-dir', metavar='DIR', help='folder of images, or of the dataset (default: that of the first run)')
-    add('--dataset', metavar='NAME', help='dataset, as for training (default: that of the first run)')
+    add('--data-dir', metavar='DIR', help='folder of images or of the dataset (default: --data-dir of the first run)')
+    add('--dataset', metavar='NAME', default='', help='dataset, as for training (default: --dataset of the first run)')
     add('--split', metavar='NAME',
         help='split to evaluate on (default: the validation split of the first run, or validation)')
-    add('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
-    add('--input-key', metavar='KEY', help='field of a sample that holds the image')
-    add('--target-key', metavar='KEY', help='field of a sample that holds the target')
-    add('--dataset-download', action='store_true', help='download the dataset if it is missing and its reader can')
+    add('--class-map', metavar='FILE', help='file that maps class names to indices')
+    add('--input-key', metavar='KEY', help='field of a sample that contains the image')
+    add('--target-key', metavar='KEY', help='field of a sample that contains the target')
+    add('--dataset-download', action='store_true', help='download the dataset if it is missing')
     add('--max-images', type=number(int, 1), metavar='N', help='evaluate on at most N images, drawn at random')
     add('--sample', type=number(int, 1), default=2000, metavar='N',
         help='number of images for measurements that take many passes: attacks, corruptions, embeddings, mixed images '
@@ -87,68 +96,60 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_part_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('what to measure').add_argument
+    add = parser.add_argument_group('measurements').add_argument
     add('--parts', nargs='*', default=list(PARTS), choices=PARTS, metavar='PART',
         help=f'measurements beyond accuracy and calibration: {", ".join(PARTS)} (default: all)')
-    add('--eps', nargs='+', type=_epsilon, default=[parse_epsilon(f'{n}/{PIXEL_LEVELS}') for n in (1, 2, 4, 8)],
-        metavar='EPS',
+    add('--eps', nargs='+', type=_epsilon, default=[levels / PIXEL_LEVELS for levels in (1, 2, 4, 8)], metavar='EPS',
         help='sizes of the attacks: levels of a pixel, of 255, or fractions such as 8/255 (default: 1 2 4 8)')
     add('--pgd-steps', type=number(int, 1), default=10, metavar='N', help='steps of PGD (default: 10)')
     add('--pgd-step', type=_epsilon, metavar='SIZE',
         help='size of a step of PGD, in the same units (default: 2.5 EPS / N)')
     add('--attack-loss', choices=ATTACK_LOSSES, default='log-odds',
-        help='loss whose gradient the attacks follow: log-odds against the true class, which does not vanish for '
+        help='loss that the attacks maximize: log-odds against the true class, whose gradient does not vanish for '
              'confident predictions, or cross-entropy, as in published results (default: log-odds)')
     add('--ood', nargs='*', default=list(NOISES), metavar='DATA',
-        help="out-of-distribution images: folders, datasets (NAME=FOLDER if they lie in a folder), 'uniform' and "
+        help="out-of-distribution images: folders, datasets (NAME=FOLDER for a dataset in a folder), 'uniform' and "
              "'gaussian' noise; DATA@SPLIT for another split than validation (default: both noises)")
 
 
-def _source(args: argparse.Namespace, candidates: Sequence[Candidate]) -> Source:
-    """The images to evaluate on: those that the options name, otherwise the validation images of the first run."""
-    run = next((candidate.args for candidate in candidates if candidate.args is not None), None)
-    options = {
-        name: value for name, value in dict(
-            class_map=args.class_map, input_key=args.input_key, target_key=args.target_key,
-            download=args.dataset_download).items() if value}
+def _source(args: argparse.Namespace, run: argparse.Namespace | None) -> Source:
+    """Return the images of the options, by default the validation images of the first run."""
+    keys = ('class_map', 'input_key', 'target_key')
+    options = {name: value for name in keys if (value := getattr(args, name))}
+    if args.dataset_download:
+        options['download'] = True
     if args.data_dir or args.dataset:
-        return Source(args.dataset or '', args.data_dir, args.split or 'validation', options)
+        return Source(args.dataset, args.data_dir, args.split or 'validation', options)
     if run is None or not (run.data_dir or run.dataset):
-        raise UsageError('No images to evaluate on: give --data-dir FOLDER, or --dataset NAME such as demo/digits.')
-    splits = [split for split in (args.split or run.val_split, args.calibration_split) if split]
-    if danger := code_danger(run.dataset or '', run.data_dir, splits):
+        raise UsageError('No images to evaluate on. Add --data-dir FOLDER, or --dataset NAME such as demo/digits.')
+    split = args.split or run.val_split
+    if not split:
+        raise UsageError('The first run has no validation split. Add --split.')
+    if danger := code_danger(run.dataset or '', run.data_dir, [split, args.calibration_split or '']):
         raise UsageError(
             f'{run.dataset} in {run.data_dir}, the data of the first run, can run code ({danger}) and is not opened '
-            'because a checkpoint names it. If you trust it, give --dataset and --data-dir.')
-    inherited = dict(class_map=run.class_map, input_key=run.input_key, target_key=run.target_key)
-    options = {**{name: value for name, value in inherited.items() if value}, **options}
-    if not (args.split or run.val_split):
-        raise UsageError('The first run has no validation split: give --split.')
-    source = Source(run.dataset, run.data_dir, args.split or run.val_split, options)
+            'because a checkpoint names it. If you trust it, add --dataset and --data-dir.')
+    inherited = {name: value for name in keys if (value := getattr(run, name))}
+    source = Source(run.dataset, run.data_dir, split, {**inherited, **options})
     _logger.info(f'Evaluating on {source}, the validation images of the first run.')
     return source
 
 
 def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device: torch.device) -> Settings:
-    source = _source(args, candidates)
-    calibration = None
+    runs = {candidate.name: candidate.args for candidate in candidates if candidate.args is not None}
+    run = next(iter(runs.values()), None)
+    source, calibration = _source(args, run), None
     if args.calibration_split:
         calibration = Source(source.dataset, source.root, args.calibration_split, source.options)
-        trained = [c.name for c in candidates if c.args is not None and share_split(
-            c.args.train_split, args.calibration_split)]
-        if trained:
+        if trained := [name for name in runs if share_split(runs[name].train_split, args.calibration_split)]:
             _logger.warning(
                 f'--calibration-split {args.calibration_split}: {", ".join(trained)} may have been trained on these '
-                'images and be more confident on them than on others. Name another split, or leave out the option.')
-    outside = tuple(
-        name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood)
-    for data in (source, *outside):
-        if isinstance(data, Source):
-            data.check()
+                'images and be more confident on them than on other images. Choose another split, or leave out the '
+                'option.')
     workers = args.workers
     if workers is None:
-        of_run = next((candidate.args.workers for candidate in candidates if candidate.args is not None), 4)
-        workers = 0 if source.dataset.lower().startswith(DEMO_PREFIX) else min(of_run, os.cpu_count() or 1)
+        workers = 0 if source.dataset.lower().startswith(DEMO_PREFIX) else min(
+            run.workers if run else 4, os.cpu_count() or 1)
     return Settings(
         source=source,
         calibration=calibration,
@@ -157,7 +158,8 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
         pgd_steps=args.pgd_steps,
         pgd_step_size=args.pgd_step,
         attack_loss=args.attack_loss,
-        outside=outside,
+        outside=tuple(
+            name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood),
         batch_size=args.batch_size or (256 if device.type == 'cuda' else 32),
         workers=workers,
         max_images=args.max_images,
@@ -181,7 +183,7 @@ def _run(argv: Sequence[str] | None) -> None:
     results = []
     for result in evaluate_models(candidates, settings, device):
         results.append(result)
-        write_results(  # the next model may fail
+        write_results(  # after each model, because the next one may fail
             folder, source=str(settings.source), max_images=settings.max_images, sample=settings.sample,
             seed=settings.seed, models={result.name: result.values for result in results})
     print_text(render_table(results))
@@ -192,10 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `timm-multimix evaluate`.
 
     Args:
-        argv: Command line, by default that of the process.
+        argv: Command line arguments, by default sys.argv[1:].
 
     Returns:
-        Exit status: 0, or 2 for an error that the user can correct.
+        Exit status: 0 for success, 2 for a usage error, 130 after Ctrl-C.
     """
     return exit_status(lambda: _run(argv))
 

@@ -1,4 +1,4 @@
-"""Accuracy, calibration and selective classification of a classifier, in float64 on the CPU: MPS has no float64."""
+"""Accuracy, calibration and selective classification, in float64 on the CPU because MPS has no float64."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ TOLERATED_RISK = 0.05
 
 
 def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Metrics of a set of images.
+    """Compute the metrics of a set of images.
 
     Args:
         logits: Logits (n, c).
@@ -44,11 +44,11 @@ def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[s
 
 
 def calibration_errors(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Expected calibration errors in percent, of logits (n, c) and class indices (n,).
+    """Compute expected calibration errors in percent, from logits (n, c) and class indices (n,).
 
     Returns:
         - 'ece': mean gap between confidence and accuracy over bins of equal width (Guo et al., 2017).
-        - 'adaptive_ece': the same over bins that hold equally many images (Nguyen & O'Connor, 2015).
+        - 'adaptive_ece': the same over bins with equally many images (Nguyen & O'Connor, 2015).
         - 'classwise_ece': for each class, the mean gap between its probability and its frequency over bins of equal
           width; the mean over classes (Kull et al., 2019).
     """
@@ -67,7 +67,7 @@ def calibration_errors(logits: torch.Tensor, target: torch.Tensor) -> dict[str, 
         gaps = torch.bincount(bins, weights=of_class - (target == index).double(), minlength=NUM_BINS)
         classwise += gaps.abs().sum().item() / len(target)
     return dict(
-        # torchmetrics works in float32 and would put a confidence that rounds to 1 into a bin of its own
+        # torchmetrics uses float32 and would count a confidence that rounds to 1 in a bin of its own
         ece=100 * multiclass_calibration_error(
             probs.clamp(max=1 - 2 ** -24), target, num_classes, n_bins=NUM_BINS, norm='l1').item(),
         adaptive_ece=100 * adaptive.item(),
@@ -76,13 +76,13 @@ def calibration_errors(logits: torch.Tensor, target: torch.Tensor) -> dict[str, 
 
 
 def selective_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Metrics of a classifier that rejects the images it is least confident of (Geifman & El-Yaniv, 2017).
+    """Compute metrics of a classifier that rejects the least confident images (Geifman & El-Yaniv, 2017).
 
     Coverage is the share of accepted images, risk the share of errors among them.
 
     Returns:
         In percent: 'aurc', the area under the risk-coverage curve, with ties of confidence in random order;
-        'coverage_at_5_risk', the largest coverage of a threshold on confidence whose risk is tolerated.
+        'coverage_at_5_risk', the largest coverage of a threshold on confidence with a risk of at most 5 %.
     """
     logits, target = logits.cpu(), target.cpu()
     wrong = (logits.argmax(1) != target).double()
@@ -102,7 +102,7 @@ def selective_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, f
 
 @dataclass(frozen=True)
 class Reliability:
-    """Points of a reliability diagram, one for each bin of confidence; nan in bins without images.
+    """Points of a reliability diagram, one for each bin of confidence; NaN in bins without images.
 
     Attributes:
         count: Number of images.
@@ -115,7 +115,7 @@ class Reliability:
 
 
 def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_BINS) -> Reliability:
-    """Accuracy in bins of equal width of the highest probability.
+    """Compute the accuracy in bins of equal width of the highest probability.
 
     Args:
         logits: Logits (n, c).
@@ -157,7 +157,7 @@ def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Temp
         ValueError: if there are fewer than two images, or if no temperature fits a half.
     """
     if len(logits) < 2:
-        raise ValueError('Fitting a temperature on other images needs two images or more.')
+        raise ValueError('Cross-fitting a temperature needs two images or more.')
     generator = torch.Generator('cpu').manual_seed(seed)
     halves = torch.randperm(len(logits), generator=generator, device='cpu').chunk(2)
     logits, target = logits.cpu().double(), target.cpu()

@@ -7,23 +7,16 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import (
-    create_model,
-    is_model,
-    is_model_pretrained,
-    list_models,
-    parse_model_name,
-    split_model_name_tag,
-)
+from timm.models import create_model, is_model_pretrained, parse_model_name
 from torch import nn
 
 from ..build.checkpoint import read_checkpoint
 from ..build.classes import checkpoint_classes
-from ..build.model import create_run_model, model_options
+from ..build.model import check_model_name, create_run_model, model_options
 from ..build.recorded import recorded_arguments
 from ..build.saved_weights import RUN_CHECKPOINTS, plain_weights, weights_entry
 from ..common.command_line import short_names
-from ..common.errors import UsageError, near_names, usage_errors
+from ..common.errors import UsageError, usage_errors
 from ..data.class_names import valid_classes
 from ..data.demo import default_img_mode
 from ..dense.heads import mean_of_heads
@@ -31,7 +24,7 @@ from ..options import build_training_parser
 
 
 class PixelModel(nn.Module):
-    """Classifier of images in [0, 1]: normalises them with the model's mean and std and returns logits (b, c)."""
+    """Classifier of images in [0, 1], which it normalizes with the model's mean and std. Returns logits (b, c)."""
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -40,12 +33,12 @@ class PixelModel(nn.Module):
         self.register_buffer('mean', torch.tensor(mean, device=device).view(-1, 1, 1))
         self.register_buffer('std', torch.tensor(std, device=device).view(-1, 1, 1))
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise images for the model."""
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalize images for the model."""
         return (images - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return mean_of_heads(self.model(self.normalise(images)))
+        return mean_of_heads(self.model(self.normalize(images)))
 
 
 @dataclass
@@ -87,65 +80,62 @@ def _from_checkpoint(path: str) -> Candidate:
     key = weights_entry(checkpoint)
     with usage_errors(f'{path}, a checkpoint of {args.model}'):
         if args.num_classes is None:
-            raise UsageError(f'{path} does not say how many classes it has.')
+            raise UsageError(f'{path} does not contain the number of classes.')
         model = create_run_model(args, model_options(args))
         model.load_state_dict(plain_weights(checkpoint[key]))
         config = resolve_data_config(vars(args), model=model, verbose=False)
     weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
-    candidate = _candidate(path, weights, model, config, args)
-    candidate.class_to_idx = checkpoint_classes(checkpoint, path)
-    return candidate
+    return _candidate(path, weights, model, config, checkpoint_classes(checkpoint, path), args)
 
 
-def check_model_name(name: str, pretrained: bool) -> bool:
-    """Check the name of a model of timm or the Hub. Return whether the model has pretrained weights to load.
+def is_pretrained(name: str, wanted: bool) -> bool:
+    """Check the name of a model of timm or the Hub, and return whether it has pretrained weights to load.
 
     Args:
         name: The name.
-        pretrained: Whether pretrained weights are wanted. Models of the Hub always have them.
+        wanted: Whether pretrained weights of a model of timm are wanted. Models of the Hub always have them.
 
     Raises:
-        UsageError: if there is no such model, or timm has no pretrained weights of it.
+        UsageError: if there is no such model, or if timm has no pretrained weights for it.
     """
     if ':' not in name and ('/' in name or os.sep in name):
-        raise UsageError(f"{name}: no such folder or file. Models of the Hub start with 'hf-hub:'.")
-    with usage_errors(name):
-        source, base = parse_model_name(name)
-    if source is None and not is_model(base):
-        hint = near_names(split_model_name_tag(base)[0], list_models())
-        raise UsageError(
-            f"{name}: no such folder or file, nor a model of timm.{hint} Models of the Hub start with 'hf-hub:'.")
-    if source is None and pretrained and not is_model_pretrained(base):
+        raise UsageError(f"{name}: no such folder or file. Names of models on the Hub start with 'hf-hub:'.")
+    check_model_name(name, 'Model')
+    if parse_model_name(name)[0] is not None:
+        return True
+    if wanted and not is_model_pretrained(name):
         raise UsageError(f'{name}: timm has no pretrained weights of this model.')
-    return pretrained or source is not None
+    return wanted
 
 
 def _from_name(name: str) -> Candidate:
     with usage_errors(name):
-        model = create_model(name, pretrained=check_model_name(name, True))
+        model = create_model(name, pretrained=is_pretrained(name, True))
         config = resolve_data_config({}, model=model, verbose=False)
-    candidate = _candidate(name, 'pretrained', model, config, None)
-    candidate.class_to_idx = valid_classes((getattr(model, 'pretrained_cfg', None) or {}).get('label_names'))
-    return candidate
+    classes = valid_classes((getattr(model, 'pretrained_cfg', None) or {}).get('label_names'))
+    return _candidate(name, 'pretrained', model, config, classes)
 
 
-def _candidate(origin: str, weights: str, model: nn.Module, config: dict, args: argparse.Namespace | None) -> Candidate:
+def _candidate(
+        origin: str, weights: str, model: nn.Module, config: dict[str, Any], classes: dict[str, int] | None,
+        args: argparse.Namespace | None = None,
+) -> Candidate:
     num_classes = getattr(model, 'num_classes', 0)
     if num_classes < 2:
         raise UsageError(f'{origin}: the model has {num_classes} classes, but evaluation needs two or more.')
-    model.requires_grad_(False)  # attacks need gradients of the images only
+    model.requires_grad_(False)  # attacks only need gradients of the images
     in_chans = config['input_size'][0]
-    statistics = (adapt_to_chs(config[name], in_chans) for name in ('mean', 'std'))  # as timm's loader does
-    pixel_model = PixelModel(model, *statistics).eval()
+    mean, std = (adapt_to_chs(config[name], in_chans) for name in ('mean', 'std'))  # as in timm's loader
     img_mode = getattr(args, 'input_img_mode', None) or default_img_mode(in_chans)
-    return Candidate(origin, origin, weights, pixel_model, config, num_classes, img_mode, args)
+    return Candidate(
+        origin, origin, weights, PixelModel(model, mean, std).eval(), config, num_classes, img_mode, args, classes)
 
 
 def load_candidate(spec: str) -> Candidate:
-    """Load a run folder, a checkpoint, a model of the Hub ('hf-hub:user/name') or of timm, on the CPU.
+    """Load a run folder, a checkpoint, a model of the Hub ('hf-hub:user/name') or a model of timm, on the CPU.
 
     Raises:
-        UsageError: if there is no such model, or if the checkpoint is damaged or does not name its architecture.
+        UsageError: if there is no such model, or if the checkpoint is damaged or has no architecture.
     """
     if os.path.isdir(spec):
         paths = [os.path.join(spec, name) for name in RUN_CHECKPOINTS]
@@ -153,16 +143,14 @@ def load_candidate(spec: str) -> Candidate:
         if path is None:
             raise UsageError(f'{spec} is not a run folder: it has none of {", ".join(RUN_CHECKPOINTS)}.')
         return _from_checkpoint(path)
-    if os.path.isfile(spec):
-        return _from_checkpoint(spec)
-    return _from_name(spec)
+    return _from_checkpoint(spec) if os.path.isfile(spec) else _from_name(spec)
 
 
 def load_candidates(specs: list[str]) -> list[Candidate]:
     """Load models and give them short, unique names.
 
     Raises:
-        UsageError: as load_candidate, or if a model is given twice.
+        UsageError: as for load_candidate, or if a model is given twice.
     """
     names = short_names(specs)
     candidates = [load_candidate(spec) for spec in specs]

@@ -1,7 +1,4 @@
-"""Out-of-distribution (OOD) detection: scores computed from logits, detection metrics, and noise images.
-
-Scores are float64 on the CPU, because MPS has no float64.
-"""
+"""Out-of-distribution (OOD) detection: scores, metrics and noise images. Scores are float64 on the CPU for MPS."""
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,9 +8,9 @@ NOISES = ('uniform', 'gaussian')
 
 
 def max_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Maximum softmax probability as a score (n,), higher in distribution (Hendrycks & Gimpel, 2017).
+    """Return the maximum softmax probability as a score (n,), higher in distribution (Hendrycks & Gimpel, 2017).
 
-    Returned as log-odds, log(p / (1 - p)). They order images as the probability p does, also where p rounds to 1.
+    The score is the log-odds, log(p / (1 - p)), which order images like the probability p, even if p rounds to 1.
     """
     logits = logits.cpu().double()
     top = logits.max(1, keepdim=True)
@@ -22,7 +19,7 @@ def max_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def energy(logits: torch.Tensor) -> torch.Tensor:
-    """Negative free energy, logsumexp of the logits, as a score (n,), higher in distribution (Liu et al., 2020)."""
+    """Return the negative free energy, logsumexp of the logits, as a score (n,) (Liu et al., 2020)."""
     return logits.cpu().double().logsumexp(1)
 
 
@@ -30,7 +27,7 @@ SCORES = {'max_softmax': max_softmax, 'energy': energy}
 
 
 def detection_metrics(scores_in: torch.Tensor, scores_out: torch.Tensor) -> dict[str, float]:
-    """Metrics of OOD detection by a threshold on a score.
+    """Compute metrics of OOD detection by a threshold on a score.
 
     Args:
         scores_in: Scores (n,) of in-distribution images, which should be higher.
@@ -38,8 +35,8 @@ def detection_metrics(scores_in: torch.Tensor, scores_out: torch.Tensor) -> dict
 
     Returns:
         In percent: 'auroc'; 'aupr_in' and 'aupr_out', average precision with in-distribution or OOD images as the
-        positive class; 'fpr95', the false positive rate at a true positive rate of 95 %, in-distribution images being
-        positive; 'accuracy', that of the best threshold with both kinds weighted equally.
+        positive class; 'fpr95', the false positive rate at a true positive rate of 95 %, with in-distribution images as
+        positives; 'accuracy', the accuracy of the best threshold with both kinds weighted equally.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # slow to import
 
@@ -58,8 +55,8 @@ def detection_metrics(scores_in: torch.Tensor, scores_out: torch.Tensor) -> dict
 
 def noise_batches(
         kind: str, num_images: int, input_size: tuple[int, int, int], batch_size: int, seed: int = 0,
-) -> Iterator[torch.Tensor]:
-    """Batches of noise images with independent pixels. The batch size does not change the images.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of noise images with independent pixels, and the label 0. The batch size does not change the noise.
 
     Args:
         kind: 'uniform' in [0, 1], or 'gaussian' with mean 0.5 and standard deviation 1, clipped to [0, 1].
@@ -69,9 +66,10 @@ def noise_batches(
         seed: Seed of the noise.
     """
     generator = torch.Generator('cpu').manual_seed(seed)
+    draw = torch.rand if kind == 'uniform' else torch.randn
     for start in range(0, num_images, batch_size):
         count = min(batch_size, num_images - start)
-        # image by image: a generator gives other numbers for another shape
-        draw = torch.rand if kind == 'uniform' else torch.randn
+        # One image at a time: the numbers of a generator depend on the shape.
         images = torch.stack([draw(input_size, generator=generator, device='cpu') for _ in range(count)])
-        yield images if kind == 'uniform' else (images + 0.5).clamp(0, 1)
+        images = images if kind == 'uniform' else (images + 0.5).clamp(0, 1)
+        yield images, torch.zeros(count, dtype=torch.long, device='cpu')

@@ -1,11 +1,11 @@
 """Results as a table for the terminal, and as one HTML page without scripts and external files."""
 import base64
-import html
 from collections.abc import Iterator, Sequence
+from html import escape
 
+from ..common.errors import printable
 from . import figures
-from .comparison import Line, compare
-from .names import short_names
+from .comparison import compare, short_names
 from .suite import Result, Settings
 
 _NAME_LENGTH = 32
@@ -22,8 +22,8 @@ def render_table(results: Sequence[Result]) -> str:
     first = max(len(label) for label, _ in rows)
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in rows if cells), strict=True)]
     table = ['  '.join([label.ljust(first), *map(str.rjust, cells, widths)]).rstrip() for label, cells in rows]
-    is_marked = any(cell.endswith('*') for _, cells in rows[1:] for cell in cells)
-    return '\n'.join([*table, '', f'* best value of the row; {_ARROWS}' if is_marked else _ARROWS])
+    best = '* best value of the row; ' if len(results) > 1 else ''
+    return '\n'.join([*table, '', best + _ARROWS])
 
 
 _STYLE = """
@@ -44,15 +44,8 @@ figure { margin: 0 0 1.5rem; } img { max-width: 100%; height: auto; } figcaption
 """
 
 
-def _figure(title: str, caption: str, png: bytes) -> str:
-    source = 'data:image/png;base64,' + base64.b64encode(png).decode('ascii')
-    return (
-        f'<section><h2>{html.escape(title)}</h2><figure><img alt="{html.escape(title)}" src="{source}">'
-        f'<figcaption>{html.escape(caption)}</figcaption></figure></section>')
-
-
-def _sections(results: Sequence[Result], settings: Settings) -> Iterator[tuple[str, str, bytes]]:
-    """Title, caption and PNG of each figure."""
+def _sections(results: Sequence[Result]) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the title, caption and PNG of each figure."""
     def having(name: str) -> list[Result]:
         return [result for result in results if name in result.values or name in result.pictures]
 
@@ -60,7 +53,7 @@ def _sections(results: Sequence[Result], settings: Settings) -> Iterator[tuple[s
     yield ('Reliability',
            'Accuracy against confidence in 15 bins of equal width. A calibrated model lies on the dashed line. '
            f'Temperature fitted on: {next(filter(None, fitted_on), "nothing")}.', figures.reliability_figure(results))
-    if (some := having('attacks')) and settings.epsilons:
+    if some := having('attacks'):
         attacks = some[0].values['attacks']
         yield ('Robustness to attacks',
                f'Top-1 accuracy on {attacks["num_images"]} images. PGD takes {attacks["pgd_steps"]} steps from a '
@@ -69,7 +62,7 @@ def _sections(results: Sequence[Result], settings: Settings) -> Iterator[tuple[s
         count = some[0].values['corruptions']['num_images']
         yield ('Robustness to corruptions', f'Top-1 accuracy on {count} images; severity 0 is the uncorrupted image.',
                figures.corruptions_figure(some))
-    if (some := having('scores')) and settings.outside:
+    if some := having('scores'):
         for score, caption in (
                 ('max_softmax', 'Log-odds log(p / (1 - p)) of the maximum softmax probability p.'),
                 ('energy', 'Negative free energy: logsumexp of the logits.')):
@@ -77,7 +70,7 @@ def _sections(results: Sequence[Result], settings: Settings) -> Iterator[tuple[s
                    figures.ood_figure(some, score))
     for title, name, draw, caption in (
             ('Embeddings', 'points', figures.embeddings_figure,
-             't-SNE of the input of the last affine layer, coloured by class. Distances between clusters mean little.'),
+             't-SNE of the input of the last affine layer, colored by class. Distances between clusters mean little.'),
             ('Mixed images', 'between', figures.between_figure,
              'Mean over random pairs of images of different classes, interpolated pixel by pixel.'),
             ('Attention', 'maps', figures.attention_figure,
@@ -86,27 +79,19 @@ def _sections(results: Sequence[Result], settings: Settings) -> Iterator[tuple[s
             yield title, caption, draw(some)
 
 
-def _table_row(line: Line) -> str:
-    cells = (
-        f'<td class="best">{html.escape(cell)}</td>' if best else f'<td>{html.escape(cell)}</td>'
-        for cell, best in zip(line.cells, line.best, strict=True))
-    return f'<tr><th scope="row">{html.escape(line.label)}</th>{"".join(cells)}</tr>'
-
-
 def _table(results: Sequence[Result]) -> str:
     names = ''.join(
-        f'<th scope="col" title="{html.escape(short_names([result.values["origin"]], 1000)[0])}">'
-        f'{html.escape(name)}</th>'
-        for name, result in zip(_names(results), results, strict=True))
-    bodies = ''.join(
-        f'<tbody><tr><th class="topic" scope="rowgroup" colspan="{len(results) + 1}">{html.escape(topic)}</th></tr>'
-        f'{"".join(map(_table_row, lines))}</tbody>'
-        for topic, lines in compare(results).items())
-    return f'<table><thead><tr><td></td>{names}</tr></thead>{bodies}</table>'
-
-
-def _names(results: Sequence[Result]) -> list[str]:
-    return short_names([result.name for result in results], 200)
+        f'<th scope="col" title="{escape(printable(result.values["origin"]))}">{escape(result.name)}</th>'
+        for result in results)
+    bodies = []
+    for topic, lines in compare(results).items():
+        rows = [f'<tr><th class="topic" scope="rowgroup" colspan="{len(results) + 1}">{topic}</th></tr>']
+        for line in lines:
+            cells = (f'<td{" class=best" if best else ""}>{escape(cell)}</td>'
+                     for cell, best in zip(line.cells, line.best, strict=True))
+            rows.append(f'<tr><th scope="row">{escape(line.label)}</th>{"".join(cells)}</tr>')
+        bodies.append(f'<tbody>{"".join(rows)}</tbody>')
+    return f'<table><thead><tr><td></td>{names}</tr></thead>{"".join(bodies)}</table>'
 
 
 def render_html(results: Sequence[Result], settings: Settings) -> str:
@@ -114,16 +99,18 @@ def render_html(results: Sequence[Result], settings: Settings) -> str:
 
     Args:
         results: Results of the models.
-        settings: Settings they were measured with.
+        settings: Settings of the evaluation.
     """
-    title = html.escape(f'Evaluation of {", ".join(_names(results))}')
+    title = escape(f'Evaluation of {", ".join(result.name for result in results)}')
     best = 'Bold: best value of the row. ' if len(results) > 1 else ''
+    sections = ''.join(
+        f'<section><h2>{heading}</h2><figure><img alt="{heading}" src="data:image/png;base64,'
+        f'{base64.b64encode(png).decode("ascii")}"><figcaption>{escape(caption)}</figcaption></figure></section>'
+        for heading, caption, png in _sections(results))
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>'
-        f'<p class="note">Images: {html.escape(str(settings.source))}. Seed: {settings.seed}. {best}{_ARROWS}.</p>'
+        f'<p class="note">Images: {escape(str(settings.source))}. Seed: {settings.seed}. {best}{_ARROWS}.</p>'
         f'<div class="report"><div class="comparison" style="flex-basis: {18 + 6 * len(results)}rem">'
-        f'{_table(results)}</div>'
-        f'<div class="figures">{"".join(_figure(*section) for section in _sections(results, settings))}</div>'
-        '</div></body></html>\n')
+        f'{_table(results)}</div><div class="figures">{sections}</div></div></body></html>\n')
