@@ -99,9 +99,9 @@ def test_large_images_get_coarser_levels():
 
 
 @pytest.mark.parametrize('name, message', [
-    ('mixer_s32_224', 'does not take images of 128 x 128 pixels'),  # it takes images of one size
-    pytest.param('inception_v3', 'boxes have no exact place', marks=pytest.mark.slow),  # its maps are cut at the border
-    ('test_resnetttt', 'nor a model of timm. Did you mean'),
+    ('mixer_s32_224', 'does not accept images of 128 x 128 pixels'),  # it takes images of one size
+    pytest.param('inception_v3', 'cannot be located exactly', marks=pytest.mark.slow),  # its maps are cut at the border
+    ('test_resnetttt', 'timm has no such model. Did you mean'),
     ('folder/missing', 'no such folder or file'),
 ])
 def test_unusable_models_are_refused(name, message):
@@ -211,7 +211,7 @@ def test_compares_backbones_and_continues(detect, tmp_path):
     # More backbones and seeds: what is there is kept.
     assert detect(tmp_path / 'run', 'test_resnet', seeds=2, **SMALL) == 0, detect.err
     second = detect.results()
-    assert '1 of 4 rows' in detect.err and set(second['models']) == {'run', 'test_resnet'}
+    assert 'already contains 1 of 4 rows' in detect.err and set(second['models']) == {'run', 'test_resnet'}
     assert second['models']['run']['seeds']['0'] == first['models']['run']['seeds']['0']
     assert list(second['models']['test_resnet']['seeds']) == ['0', '1'] and '±' in detect.out
     assert (tmp_path / 'out' / 'predictions-test_resnet.png').read_bytes().startswith(b'\x89PNG')
@@ -235,11 +235,11 @@ def test_trains_on_coco_files(detect, tmp_path):
 
 
 @pytest.mark.parametrize('models, options, message', [
-    (['test_resnet'], dict(data='demo/scene'), 'give demo/scenes, coco:'),
+    (['test_resnet'], dict(data='demo/scene'), 'choose from demo/scenes, coco:'),
     (['test_resnet'], dict(data='coco:images'), 'no test split'),
     (['test_resnet'], dict(data='coco:images:file.json', test_data='demo/scenes'), 'images is not a folder'),
-    (['test_resnet'], dict(data='voc:missing'), 'missing is not a folder'),
-    (['test_resnet'], dict(test_data='voc:missing'), 'missing is not a folder'),
+    (['test_resnet'], dict(data='voc:missing'), 'missing does not contain VOCdevkit/VOC2012'),
+    (['test_resnet'], dict(test_data='voc:missing'), 'missing does not contain'),
     (['test_resnet'], dict(fpn_channels=40), 'multiple of 32'),
     (['test_resnet'], dict(epochs=0), 'whole number, 1 or more'),
     (['test_resnet'], dict(lr='nan'), 'above 0'),
@@ -249,7 +249,7 @@ def test_trains_on_coco_files(detect, tmp_path):
     (['test_resnet'], dict(device='nonesuch'), '--device nonesuch'),
     (['test_resnet'], dict(max_size=50), 'less than the shorter side'),
     (['test_resnet', 'test_resnet'], {}, 'given twice'),
-    (['nonesuch'], {}, 'nor a model of timm'),
+    (['nonesuch'], {}, 'Model nonesuch: timm has no such model'),
     (['resnet10t.nonesuch'], dict(pretrained=True), 'resnet10t'),
     (['test_resnet.nonesuch'], {}, 'test_resnet'),
     (['mixer_s32_224'], {}, 'cannot be the backbone of a detector'),
@@ -262,7 +262,7 @@ def test_mistakes_are_refused_in_one_line(detect, models, options, message):
 
 def test_output_that_is_no_folder_of_ours(detect, tmp_path):
     (tmp_path / 'out').mkdir()
-    for text, message in (('{}', 'is not of a comparison of detectors'), ('{', 'results.json')):
+    for text, message in (('{}', 'is not a comparison of detectors'), ('{', 'results.json')):
         (tmp_path / 'out' / 'results.json').write_text(text)
         assert detect('test_resnet', **SMALL) == 2 and message in detect.err
         assert (tmp_path / 'out' / 'results.json').read_text() == text

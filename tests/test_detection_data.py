@@ -122,21 +122,21 @@ def test_classes_of_test_data_are_those_of_the_training_data(tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(annotations=[dict(image_id=11, category_id=3, bbox=[0, 0, 9, 9])]), 'image 11, which is not in the file'),
-    (dict(annotations=[dict(image_id=10, category_id=4, bbox=[0, 0, 9, 9])]), 'category 4, which is not in the file'),
+    (dict(annotations=[dict(image_id=11, category_id=3, bbox=[0, 0, 9, 9])]), r'annotations\[0\]: the image is not in the file'),
+    (dict(annotations=[dict(image_id=10, category_id=4, bbox=[0, 0, 9, 9])]), 'the category is not in the file'),
     (dict(annotations=[dict(image_id=10, category_id=3, bbox=[60, 0, 9, 9])]), r'\(69, 9\) is outside the image of 64'),
     (dict(annotations=[dict(image_id=10, category_id=3, bbox=[0, 0, -9, 9])]), 'is not a box'),
     (dict(annotations=[dict(image_id=10, category_id=3, bbox=[0, 0, float('nan'), 9])]), 'is not a box'),
-    (dict(annotations=[dict(image_id=10, category_id=3, bbox=[0, 0, 9])]), 'bbox'),
+    (dict(annotations=[dict(image_id=10, category_id=3, bbox=[0, 0, 9])]), 'not enough values'),
     (dict(annotations=[dict(image_id=[10], category_id=3, bbox=[0, 0, 9, 9])]), 'unhashable'),
     (dict(images=[dict(id=10, file_name='a.png', width=0, height=48)], annotations=[]), 'must be 1 or more'),
-    (dict(annotations=[dict(image_id=10, category_id=3)]), 'entry 0 of annotations has no bbox'),
-    (dict(annotations=None), 'annotations is missing'),
+    (dict(annotations=[dict(image_id=10, category_id=3)]), r"annotations\[0\]: 'bbox'"),
+    (dict(annotations=None), 'is not a COCO file'),
     (dict(annotations=[]), 'no boxes to train on'),
     (dict(annotations=[dict(image_id=10, category_id=3, bbox=[0, 0, 9, 9], iscrowd=1)]), 'no boxes to train on'),
     (dict(images=[dict(id=10, file_name='missing.png', width=9, height=9)], annotations=[]), 'missing.png'),
-    (dict(categories=[dict(id=3, name='cat'), dict(id=4, name='cat')], annotations=[]), 'same name'),
-    (dict(categories=[dict(id=3, name='cat'), dict(id=3, name='dog')], annotations=[]), 'twice'),
+    (dict(categories=[dict(id=3, name='cat'), dict(id=4, name='cat')], annotations=[]), 'must be unique'),
+    (dict(categories=[dict(id=3, name='cat'), dict(id=3, name='dog')], annotations=[]), 'must be unique'),
 ])
 def test_refuses_wrong_coco_files(tmp_path, changes, message):
     data = write_coco(tmp_path, IMAGES, ANNOTATIONS, **changes)
@@ -159,8 +159,8 @@ def test_reads_voc_folders(tmp_path):
 
 
 @pytest.mark.parametrize('year, body, message', [
-    ('2010', '', 'VOC2010 is not there'),
-    ('1999', '', 'years are 2007'),
+    ('2010', '', 'does not contain VOCdevkit/VOC2010'),
+    ('1999', '', 'does not contain VOCdevkit/VOC1999'),
     ('2007', '<object><name>dog</name></object>', 'bndbox'),
     ('2007', '<object><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>99</xmax><ymax>9</ymax></bndbox>'
              '</object>', 'outside the image'),

@@ -1,4 +1,4 @@
-"""Backbones for a detector: the timm models of runs, checkpoints and names, as extractors of feature maps."""
+"""Backbones of detectors: feature extractors of timm from run folders, checkpoints, the Hub or timm."""
 import hashlib
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ..build.model import model_options
 from ..common.command_line import short_names
 from ..common.errors import usage_errors
 from ..data.demo import default_img_mode
-from ..evaluation.models import check_model_name, load_candidate
+from ..evaluation.models import is_pretrained, load_candidate
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Source:
         name: Short and unique name for tables.
         origin: Path of its checkpoint, or its name in timm or on the Hub.
         weights: Description of the weights.
-        options: Arguments of timm's create_model, with the model's name and without the number of classes.
-        input_size: Channels, height and width of the images that it was made for.
+        options: Arguments of timm's create_model, including the model's name, without the number of classes.
+        input_size: Channels, height and width of the images that the model was trained on.
         mean, std: Pixel statistics of each channel.
         img_mode: PIL mode of its images.
         state: Weights to load, None if create_model loads them or they are random.
@@ -44,7 +44,7 @@ class Source:
 
     @property
     def digest(self) -> str | None:
-        """Checksum of the weights to load, None for those that a name stands for."""
+        """Checksum of `state`, None without it."""
         if self.state is None:
             return None
         checksum = hashlib.sha256()
@@ -54,15 +54,19 @@ class Source:
         return checksum.hexdigest()[:16]
 
     def features(self, **options: Any) -> nn.Module:
-        """The model as timm's extractor of feature maps, all of them (b, c, h, w).
+        """Return timm's feature extractor of the model. Its feature maps are (b, c, h, w).
 
-        The options are further arguments of create_model. A UsageError if timm cannot extract feature maps.
+        Args:
+            **options: Further arguments of create_model.
+
+        Raises:
+            UsageError: if timm cannot extract feature maps.
         """
         with usage_errors(f'{self.origin}: timm cannot extract feature maps from this model'):
             # The getter returns (b, c, h, w) for every family; the default returns (b, h, w, c) for some.
             features = create_model(**self.options, **options, features_only=True, feature_cls='getter')
         if self.state is not None:
-            wanted = features.model.state_dict()  # without the classifier, which a detector does not need
+            wanted = features.model.state_dict()  # without the classifier
             with usage_errors(f'{self.origin}, {self.weights}'):
                 features.model.load_state_dict({name: self.state[name] for name in wanted if name in self.state})
         return features
@@ -76,7 +80,7 @@ def _load(spec: str, name: str, pretrained: bool) -> Source:
                         state=candidate.model.state_dict())
         config, img_mode = candidate.data_config, candidate.img_mode
     else:
-        pretrained = check_model_name(spec, pretrained)
+        pretrained = is_pretrained(spec, pretrained)
         source = Source(name, spec, 'pretrained' if pretrained else 'random',
                         dict(model_name=spec, pretrained=pretrained))
         config, img_mode = resolve_data_config({}, model=source.features(), verbose=False), None
@@ -88,13 +92,13 @@ def _load(spec: str, name: str, pretrained: bool) -> Source:
 
 
 def load_sources(specs: Sequence[str], pretrained: bool) -> list[Source]:
-    """Load models for their backbones, and give them short, unique names.
+    """Load models and give them short, unique names.
 
     Args:
         specs: Run folders, checkpoints, names on the Hub ('hf-hub:user/name') or names in timm.
-        pretrained: Whether names in timm get pretrained weights. Otherwise they get random ones.
+        pretrained: Whether names in timm get pretrained instead of random weights.
 
     Raises:
-        UsageError: if there is no such model, it has no feature maps, or it is given twice.
+        UsageError: if a model does not exist, has no feature maps, or is given twice.
     """
     return [_load(spec, name, pretrained) for spec, name in zip(specs, short_names(specs), strict=True)]

@@ -1,4 +1,4 @@
-"""Images with boxes: the dataset that detectors are trained on, and checks of annotation files."""
+"""Datasets of images with boxes, for training and testing detectors."""
 import copy
 import os
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,13 @@ class Object(NamedTuple):
     Attributes:
         box: x1, y1, x2, y2 in pixels.
         name: Name of its class.
-        area: Area in square pixels, of the segmentation where there is one.
-        iscrowd: Whether the box contains a crowd, which is not trained on.
-        difficult: Whether the object is difficult in the sense of Pascal VOC. It is not trained on.
+        area: Area of its segmentation in square pixels; 0 for the area of the box.
+        iscrowd: Whether the box contains a crowd. Detectors are not trained on it.
+        difficult: Whether the object is difficult in the sense of Pascal VOC. Detectors are not trained on it.
     """
     box: Sequence[float]
     name: str
-    area: float
+    area: float = 0.0
     iscrowd: bool = False
     difficult: bool = False
 
@@ -34,14 +34,16 @@ class Object(NamedTuple):
 class DetectionDataset(torch.utils.data.Dataset):
     """Images with boxes. An item is a pair of an image (c, h, w) in [0, 1] and a dictionary of tensors.
 
+    Boxes are clipped to the image. Boxes without area are dropped.
+
     Args:
         name: Name for messages and results.
-        images: Path or pixels (h, w), size and objects of each image. Boxes without area are dropped.
+        images: Path or pixels (h, w), size and objects of each image.
         classes: Names of the classes in these images.
-        known: Class names of the training images; the label of the first is 1. None for `classes`.
+        known: Class names of the training images; the first one has the label 1. None for `classes`.
 
     Raises:
-        UsageError: if files are missing or a class is not known.
+        UsageError: if files are missing, a class is not known, or a box is not in its image.
     """
 
     def __init__(
@@ -62,19 +64,20 @@ class DetectionDataset(torch.utils.data.Dataset):
         missing = [image for image, *_ in images if isinstance(image, str) and not os.path.isfile(image)]
         if missing:
             raise UsageError(f'{name}: {len(missing)} of {len(images)} images are missing. The first is {missing[0]}.')
-        labels = {name: index for index, name in enumerate(self.classes, 1)}
-        self.items = [(image, size, _target(objects, labels)) for image, size, objects in images]
+        labels = {class_name: index for index, class_name in enumerate(self.classes, 1)}
+        self.items = [
+            (image, size, _target(objects, labels, size, f'{name}: {image}')) for image, size, objects in images]
 
     def view(self, img_mode: str, training: bool = False, hflip: float = 0.0) -> 'DetectionDataset':
-        """The same images in a PIL mode. For training, only objects to train on, mirrored with a probability."""
+        """Return the same images in a PIL mode.
+
+        Args:
+            img_mode: PIL mode of the images.
+            training: Whether to remove crowds and difficult objects.
+            hflip: Probability of a horizontal flip.
+        """
         view = copy.copy(self)
         view.img_mode, view.training, view.hflip = img_mode, training, hflip
-        return view
-
-    def first(self, count: int | None) -> 'DetectionDataset':
-        """The first images only; all if count is None."""
-        view = copy.copy(self)
-        view.items = self.items[:count]
         return view
 
     @property
@@ -82,9 +85,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         """Width and height of each image."""
         return [size for _, size, _ in self.items]
 
-    def has_boxes(self, training: bool) -> bool:
-        """Whether there is an object: to train on, or to test on."""
-        return any(len(_for_training(target)['boxes'] if training else target['boxes']) for *_, target in self.items)
+    @property
+    def has_objects(self) -> bool:
+        """Whether there is an object that is neither a crowd nor difficult."""
+        return any(len(_for_training(target)['boxes']) for *_, target in self.items)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -100,14 +104,30 @@ class DetectionDataset(torch.utils.data.Dataset):
         return pixels, target
 
 
-def _target(objects: list[Object], labels: dict[str, int]) -> dict[str, torch.Tensor]:
-    kept = [one for one in objects if one.box[2] > one.box[0] and one.box[3] > one.box[1]]
-    return dict(
-        boxes=torch.tensor([one.box for one in kept], dtype=torch.float32).view(-1, 4),
-        labels=torch.tensor([labels[one.name] for one in kept], dtype=torch.int64),
-        area=torch.tensor([one.area for one in kept], dtype=torch.float32),
-        iscrowd=torch.tensor([one.iscrowd for one in kept], dtype=torch.int64),
-        difficult=torch.tensor([one.difficult for one in kept], dtype=torch.bool))
+def _clipped(box: Sequence[float], size: Size, where: str) -> tuple[float, ...]:
+    """Clip a box to its image. One pixel of rounding is allowed."""
+    (x1, y1, x2, y2), (width, height) = box, size
+    if not (x1 <= x2 and y1 <= y2):  # also false for NaN
+        raise UsageError(f'{where}: ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is not a box.')
+    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+        raise UsageError(f'{where}: the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is outside the image of '
+                         f'{width} x {height} pixels.')
+    return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+
+
+def _target(objects: list[Object], labels: dict[str, int], size: Size, where: str) -> dict[str, torch.Tensor]:
+    if min(size) < 1:
+        raise UsageError(f'{where}: width and height must be 1 or more, got {size}.')
+    boxes = torch.tensor([_clipped(one.box, size, where) for one in objects], dtype=torch.float32).view(-1, 4)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    target = dict(
+        boxes=boxes,
+        labels=torch.tensor([labels[one.name] for one in objects], dtype=torch.int64),
+        area=torch.tensor([one.area for one in objects], dtype=torch.float32),
+        iscrowd=torch.tensor([one.iscrowd for one in objects], dtype=torch.int64),
+        difficult=torch.tensor([one.difficult for one in objects], dtype=torch.bool))
+    target['area'] = torch.where(target['area'] > 0, target['area'], areas)
+    return {name: value[areas > 0] for name, value in target.items()}
 
 
 def _for_training(target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -126,29 +146,5 @@ def _open(image: str | np.ndarray, size: Size, img_mode: str) -> Image.Image:
         raise OSError(f'{image} cannot be read: {" ".join(str(error).split())}') from error
     if opened.size != size:
         raise OSError(f'{image} has {opened.size[0]} x {opened.size[1]} pixels, '
-                      f'but its annotation says {size[0]} x {size[1]}.')
+                      f'but its annotation contains {size[0]} x {size[1]}.')
     return opened
-
-
-def checked_size(width: int | str, height: int | str) -> Size:
-    """The size of an image, which is positive."""
-    size = int(width), int(height)
-    if min(size) < 1:
-        raise ValueError(f'width and height must be 1 or more, got {size}.')
-    return size
-
-
-def checked_box(box: Sequence[float], size: Size, where: str) -> tuple[float, ...]:
-    """A box clipped to its image. One pixel of rounding is allowed.
-
-    Raises:
-        UsageError: if it is not a box in the image.
-    """
-    x1, y1, x2, y2 = box
-    width, height = size
-    if not (x1 <= x2 and y1 <= y2):  # also false for NaN
-        raise UsageError(f'{where}: ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is not a box.')
-    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
-        raise UsageError(f'{where}: the box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) is outside the image of '
-                         f'{width} x {height} pixels.')
-    return max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))

@@ -14,24 +14,24 @@ from .backbones import Source
 from .datasets import Size
 from .pyramid import Level, PyramidBackbone, check_size, measure_levels
 
-# Each detector with the finest stride of its pyramid, as in the papers.
+# Detectors, and the finest stride of their feature pyramid, as in their papers.
 DETECTORS = dict(fcos=8, fasterrcnn=4)
-_SCORE_THRESHOLD = 1e-3  # torchvision's 0.2 and 0.05 cut off the end of the precision-recall curve
+_SCORE_THRESHOLD = 1e-3  # torchvision's defaults, 0.2 and 0.05, truncate the precision-recall curve
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
 _BOX_PER_STRIDE = 14  # FPN (Lin et al., 2017), equation 1: boxes of 224 pixels belong to stride 16
-# timm's switches for models that otherwise take images of one size only. Most models need none of them.
-_SIZE_SWITCHES: tuple[dict[str, bool], ...] = ({}, dict(dynamic_img_size=True), dict(strict_img_size=False))
+# Options of timm for models that accept images of one size only by default. Most models need none of them.
+_SIZE_OPTIONS: tuple[dict[str, bool], ...] = ({}, dict(dynamic_img_size=True), dict(strict_img_size=False))
 
 
 @dataclass
 class Settings:
-    """Options that a result depends on: those of the command with the same names.
+    """Options of the command that a result depends on.
 
     Attributes:
-        frozen: Whether the backbone stays as it is.
-        batch_size: Images in a batch of one process.
+        frozen: Whether the backbone is not trained.
+        batch_size: Batch size of each process.
         min_size: Shorter side of the images, in pixels.
-        max_size: Limit of their longer side.
+        max_size: Maximum of their longer side.
     """
     detector: str = 'fcos'
     frozen: bool = True
@@ -49,7 +49,7 @@ class Settings:
 
 
 class _LevelOfBox:
-    """FPN's rule for the level that a box is pooled from, for levels of any strides."""
+    """Assign each box to a level by its size, as in FPN, for levels of any stride."""
 
     def __init__(self, strides: list[int]):
         self.strides = torch.tensor(strides)
@@ -73,9 +73,15 @@ def _backbone(features: nn.Module, levels: list[Level], settings: Settings) -> P
 
 
 def create_detector(source: Source, levels: list[Level], num_classes: int, settings: Settings) -> nn.Module:
-    """A detector with a new head on the backbone of a model, for a number of classes without the background.
+    """Create a detector with a new feature pyramid and head on the backbone of a model.
 
-    Like torchvision's, it returns losses in training mode and predictions in evaluation mode.
+    Like torchvision's detectors, it returns losses in training mode and predictions in evaluation mode.
+
+    Args:
+        source: The model.
+        levels: Its levels, from find_levels.
+        num_classes: Number of classes without the background.
+        settings: Settings.
     """
     backbone = _backbone(source.features(), levels, settings)
     strides = backbone.strides
@@ -93,7 +99,7 @@ def create_detector(source: Source, levels: list[Level], num_classes: int, setti
 
 
 def _input_shapes(sizes: list[Size], settings: Settings, multiple: int) -> list[tuple[int, int]]:
-    """Smallest and largest height and width of the batches that a detector makes of images."""
+    """Return the smallest and the largest height and width of the batches that a detector builds from images."""
     scaled = []
     for width, height in set(sizes):
         scale = min(settings.min_size / min(width, height), settings.max_size / max(width, height))
@@ -103,10 +109,10 @@ def _input_shapes(sizes: list[Size], settings: Settings, multiple: int) -> list[
 
 
 def find_levels(source: Source, settings: Settings, sizes: list[Size]) -> list[Level]:
-    """Measure a model's levels, and check that it takes the images.
+    """Measure a model's levels, and check that the model accepts the images.
 
     Args:
-        source: The model. If it needs one of timm's switches for other image sizes, its options get it.
+        source: The model. If it needs an option of timm to accept other image sizes, the option is added to it.
         settings: Settings.
         sizes: Width and height of the images.
 
@@ -114,9 +120,9 @@ def find_levels(source: Source, settings: Settings, sizes: list[Size]) -> list[L
         UsageError: if the model cannot be the backbone of a detector of these images.
     """
     errors = []
-    for switch in _SIZE_SWITCHES:
+    for option in _SIZE_OPTIONS:
         try:
-            features = source.features(**switch)
+            features = source.features(**option)
             levels = measure_levels(features, source.input_size)
             strides = _backbone(features, levels, settings).strides
             for shape in _input_shapes(sizes, settings, math.lcm(*strides)):
@@ -124,6 +130,6 @@ def find_levels(source: Source, settings: Settings, sizes: list[Size]) -> list[L
         except UsageError as error:
             errors.append(error)
         else:
-            source.options |= switch
+            source.options |= option
             return levels
     raise UsageError(f'{source.origin} cannot be the backbone of a detector. {errors[0]}') from errors[0]

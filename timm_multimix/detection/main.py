@@ -4,37 +4,39 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from urllib.parse import quote
 
-import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
-from timm.utils.distributed import init_distributed_device, is_distributed_env, world_info_from_env
 from torch import nn
 
 from ..common.command_line import Parser, check_packages, exit_status, number, open_device, program
+from ..common.distributed import choose_device, join_processes, of_the_first
 from ..common.errors import UsageError, usage_errors
 from ..common.files import check_output, unlock_folders
-from ..common.results import default_folder, print_text
+from ..common.results import default_folder, print_text, write_file
 from .backbones import load_sources
 from .datasets import DetectionDataset
 from .detectors import DETECTORS, Settings, find_levels
 from .metric import mean_average_precision
-from .report import Comparison, draw_predictions
+from .report import Comparison, predictions_figure
 from .splits import SCENES, image_bounds, load_splits
-from .training import rank, transfer
+from .training import transfer
 
 _logger = logging.getLogger(__name__)
 
+_TIMEOUT = 1800  # seconds that processes wait for each other
+
 _EPILOG = f"""\
 data:
-  {SCENES}                       embedded: digits, figures and letters on cluttered scenes of 96 pixels
-  coco:IMAGES:ANNOTATIONS.json      a folder of images and a COCO file; one for --data, one for --test-data
-  voc:ROOT[:YEAR]                   a folder that contains VOCdevkit; trainval and test of 2007, else train and val;
+  {SCENES}                       embedded scenes of 96 pixels with digits, figures and letters
+  coco:IMAGES:ANNOTATIONS.json      folder of images and COCO file; one for --data, one for --test-data
+  voc:ROOT[:YEAR]                   folder that contains VOCdevkit; trainval and test of 2007, otherwise train and val;
                                     2007+2012 trains on both years and tests on 2007
 
 examples:
   %(prog)s output/train/digits resnet18
-      a trained backbone and random weights, frozen, on the embedded scenes
+      compare a trained backbone with random weights, both frozen, on the embedded scenes
   %(prog)s output/train/ce output/train/dense --seeds 5
   %(prog)s hf-hub:timm/resnet50.a1_in1k --detector fasterrcnn \\
       --data coco:train2017:instances_train2017.json --test-data coco:val2017:instances_val2017.json
@@ -47,7 +49,7 @@ _FOR_OTHERS = dict(frozen=False, epochs=12, batch_size=8, lr=1e-4, fpn_channels=
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `timm-multimix detect`."""
+    """Build the parser of `timm-multimix detect`."""
     def default(name: str) -> str:
         return f'(default: {_FOR_SCENES[name]:g} on {SCENES}, {_FOR_OTHERS[name]:g} on other data)'
 
@@ -63,43 +65,43 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group('data').add_argument
     data('--data', default=SCENES, metavar='DATA', help='training data, see below (default: %(default)s)')
     data('--test-data', metavar='DATA', help='test data (default: the test split of --data)')
-    data('--num-train', type=number(int, 1), metavar='N', help='number of scenes (default: 800), or limit of images')
+    data('--num-train', type=number(int, 1), metavar='N', help='number of scenes (default: 800), or maximum of images')
     data('--num-test', type=number(int, 1), metavar='N', help='the same for the test data (default: 300 scenes)')
     data('--min-size', type=number(int, 16), metavar='N',
          help='shorter side that images are resized to (default: the median of the training images)')
     data('--max-size', type=number(int, 16), metavar='N',
-         help='limit of the longer side (default: 1333/800 of the shorter one)')
+         help='maximum of the longer side (default: 1333/800 of the shorter side)')
     how = parser.add_argument_group('training').add_argument
     how('--detector', default='fcos', choices=list(DETECTORS), help='detector of torchvision (default: %(default)s)')
     backbone = parser.add_mutually_exclusive_group()
     backbone.add_argument('--frozen', action='store_true', default=None,
-                          help=f'keep the backbone as it is (default on {SCENES})')
+                          help=f'do not train the backbone (default on {SCENES})')
     backbone.add_argument('--finetune', dest='frozen', action='store_false',
-                          help='train the backbone too (default on other data)')
-    how('--epochs', type=number(int, 1), metavar='N', help=default('epochs'))
-    how('-b', '--batch-size', type=number(int, 1), metavar='N', help='of one process ' + default('batch_size'))
-    how('--lr', type=number(float, 0, above=True), help='highest learning rate ' + default('lr'))
+                          help='train the backbone (default on other data)')
+    how('--epochs', type=number(int, 1), metavar='N', help='number of epochs ' + default('epochs'))
+    how('-b', '--batch-size', type=number(int, 1), metavar='N', help='images per process ' + default('batch_size'))
+    how('--lr', type=number(float, 0, above=True), help='maximum learning rate ' + default('lr'))
     how('--opt', default='adamw', metavar='NAME', help='optimizer of timm (default: %(default)s)')
-    how('--weight-decay', type=number(float, 0), default=0.05, metavar='W', help='(default: %(default)s)')
+    how('--weight-decay', type=number(float, 0), default=0.05, metavar='W', help='weight decay (default: %(default)s)')
     how('--fpn-channels', type=number(int, 32), metavar='N',
         help='channels of the feature pyramid, a multiple of 32 ' + default('fpn_channels'))
     how('--head-convs', type=number(int, 0), metavar='N',
         help='convolutions in the head of FCOS before the last one ' + default('head_convs'))
     how('--hflip', type=number(float, 0, high=1), metavar='P',
-        help='probability that an image is mirrored ' + default('hflip'))
-    how('--amp', action='store_true', help='train in bfloat16')
-    how('--device', metavar='DEVICE', help='default: cuda if there is one, else cpu')
+        help='probability of a horizontal flip ' + default('hflip'))
+    how('--amp', action='store_true', help='train with bfloat16 autocast')
+    how('--device', metavar='DEVICE', help='device (default: cuda if available, otherwise cpu)')
     how('-j', '--workers', type=number(int, 0), metavar='N', help='processes that read images ' + default('workers'))
     how('--seed', type=number(int, 0), default=0, metavar='N', help='first seed (default: %(default)s)')
     how('--seeds', type=number(int, 1), default=1, metavar='N', help='number of seeds (default: %(default)s)')
     add('--output', metavar='DIR',
-        help='folder for results.json and figures (default: output/detection/TIME). Rows that it has are not repeated: '
-             'give it again to continue, or to add backbones and seeds')
+        help='folder for results.json and figures (default: output/detection/TIME). Finished rows in it are kept, so '
+             'that the same command continues, and further backbones and seeds can be added')
     return parser
 
 
 def _settings(args: argparse.Namespace, train: DetectionDataset) -> Settings:
-    """The settings, with defaults that suit the data. Fills in args.workers too."""
+    """Return the settings, with defaults for the data. Set args.workers as well."""
     for name, value in (_FOR_SCENES if args.data == SCENES else _FOR_OTHERS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -117,33 +119,31 @@ def _settings(args: argparse.Namespace, train: DetectionDataset) -> Settings:
 def _run(args: argparse.Namespace) -> None:
     check_packages('Detection', ['torchmetrics', 'faster-coco-eval'], extra='detect')
     args.device = str(open_device(args.device))
+    device = choose_device(args)
     check_output(args.output)
     train, test = datasets = load_splits(args.data, args.test_data, args.num_train, args.num_test)
     settings = _settings(args, train)
     data = dict(train=train.name, test=test.name, num_train=len(train), num_test=len(test))
-    _, env_rank, processes = world_info_from_env()
-    comparison = Comparison(args.output, dict(data=data, settings=dict(asdict(settings), processes=processes)))
+    conditions = dict(data=data, settings=dict(asdict(settings), processes=args.world_size))
     sources = load_sources(args.models, args.pretrained)
     levels = [find_levels(source, settings, train.sizes + test.sizes) for source in sources]
-    wanted = [(seed, index) for seed in range(args.seed, args.seed + args.seeds) for index in range(len(sources))]
-    missing = [wanted]
-    if env_rank == 0:
-        for origin in comparison.open(sources):
-            _logger.warning(f'{origin} has other weights than in {args.output}. It runs again.')
-        missing = [[(seed, index) for seed, index in wanted if not comparison.has(sources[index], seed)]]
-        if len(missing[0]) < len(wanted):
-            _logger.info(f'{len(wanted) - len(missing[0])} of {len(wanted)} rows are in {args.output} already.')
+    rows = [(seed, index) for seed in range(args.seed, args.seed + args.seeds) for index in range(len(sources))]
+    if args.rank == 0:
+        comparison = Comparison(args.output, conditions, sources)
+        missing = [(seed, index) for seed, index in rows if not comparison.has(sources[index], seed)]
+        if len(missing) < len(rows):
+            _logger.info(f'{args.output} already contains {len(rows) - len(missing)} of {len(rows)} rows.')
+        rows = missing
     _logger.info(f'Training on {train.name}, {len(train)} images; testing on {test.name}, {len(test)} images. '
                  f'Results in {args.output}.')
-    if is_distributed_env():
-        init_distributed_device(args)
-        dist.broadcast_object_list(missing, device=torch.device(args.device))  # all processes run the same rows
-    for seed, index in missing[0]:
+    if args.distributed:
+        join_processes(device, args.rank, args.world_size, _TIMEOUT)
+        rows = of_the_first(rows)
+    for seed, index in rows:
         started = time.perf_counter()
         [(predictions, targets)] = transfer(
-            sources[index], levels[index], datasets, settings, torch.device(args.device), seed=seed,
-            workers=args.workers)
-        if rank() == 0:
+            sources[index], levels[index], datasets, settings, device, seed=seed, workers=args.workers)
+        if args.rank == 0:
             row = mean_average_precision(predictions, targets)
             row['seconds'] = round(time.perf_counter() - started, 1)
             comparison.add(sources[index], seed, row)
@@ -151,8 +151,9 @@ def _run(args: argparse.Namespace) -> None:
             _logger.info(f'{name}, seed {seed}: mAP {row["mAP"]:.3f}, mAP50 {row["mAP50"]:.3f} '
                          f'({row["seconds"]:.0f} s)')
             if seed == args.seed:
-                draw_predictions(args.output, name, test, predictions, targets)
-    if rank() == 0:
+                write_file(args.output, f'predictions-{quote(name, safe="")}.png',
+                           predictions_figure(name, test, predictions, targets))
+    if args.rank == 0:
         print_text(comparison.table())
 
 
@@ -174,9 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `timm-multimix detect`.
 
     Args:
-        argv: Command line, by default that of the process.
+        argv: Command line arguments, by default sys.argv[1:].
 
     Returns:
-        Exit status: 0; 2 for an error in the options, data or models; 1 for one during training; 130 if interrupted.
+        Exit status: 0 for success, 1 for a run that failed, 2 for a usage error, 130 after Ctrl-C.
     """
     return exit_status(lambda: _command(argv))

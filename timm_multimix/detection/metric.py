@@ -1,4 +1,4 @@
-"""Mean average precision, with COCO's crowds and Pascal VOC's difficult objects."""
+"""Mean average precision, with crowds of COCO and difficult objects of Pascal VOC."""
 import logging
 import math
 import statistics
@@ -11,11 +11,11 @@ from torchvision.ops import box_iou
 
 Boxes = dict[str, torch.Tensor]
 
-# torchmetrics' names of the measures, and ours.
+# Measures by torchmetrics' names, and their names in our results.
 MEASURES = dict(map='mAP', map_50='mAP50', map_75='mAP75', map_small='mAP_small', map_medium='mAP_medium',
                 map_large='mAP_large')
 MAX_DETECTIONS = [1, 10, 100]
-# As pycocotools computes them. torchmetrics' defaults are rounded to float32, which moves recalls such as 0.6.
+# The same values as in pycocotools. torchmetrics' defaults are rounded to float32, which changes recalls such as 0.6.
 _THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 _RECALLS = np.linspace(0, 1, 101).tolist()
 
@@ -23,12 +23,12 @@ _RECALLS = np.linspace(0, 1, 101).tolist()
 def _measure(predictions: Sequence[Boxes], targets: Sequence[Boxes], thresholds: list[float]) -> dict[str, float]:
     from torchmetrics.detection import MeanAveragePrecision
 
-    logging.getLogger('faster_coco_eval').setLevel(logging.WARNING)  # it logs a table for every call
+    logging.getLogger('faster_coco_eval').setLevel(logging.WARNING)  # it logs a table in each call
     metric = MeanAveragePrecision(
         iou_thresholds=thresholds, rec_thresholds=_RECALLS, max_detection_thresholds=MAX_DETECTIONS,
         backend='faster_coco_eval', sync_on_compute=False)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of images with more than 100 detections, which are cut to 100
+        warnings.simplefilter('ignore')  # about images with more than 100 detections
         metric.update(
             [{key: one[key] for key in ('boxes', 'scores', 'labels')} for one in predictions],
             [{key: one[key] for key in ('boxes', 'labels', 'area', 'iscrowd') if key in one} for one in targets])
@@ -36,7 +36,7 @@ def _measure(predictions: Sequence[Boxes], targets: Sequence[Boxes], thresholds:
 
 
 def _without_difficult(prediction: Boxes, target: Boxes, threshold: float) -> tuple[Boxes, Boxes]:
-    """Remove difficult objects, and detections whose best-overlapping object is difficult, as VOC's rule does."""
+    """Remove difficult objects, and detections with a difficult object as best match, as in Pascal VOC."""
     difficult = target['difficult']
     ignored = torch.zeros(len(prediction['boxes']), dtype=torch.bool)
     if difficult.any() and len(ignored):
@@ -49,18 +49,17 @@ def _without_difficult(prediction: Boxes, target: Boxes, threshold: float) -> tu
 
 
 def mean_average_precision(predictions: Sequence[Boxes], targets: Sequence[Boxes]) -> dict[str, float]:
-    """COCO's mean average precision of boxes, for at most 100 detections in an image.
+    """Compute COCO's mean average precision of boxes, with at most 100 detections per image.
 
-    Crowds are treated as COCO does. Difficult objects are treated as Pascal VOC does, at each IoU threshold: a
-    detection whose best-overlapping object of its class is difficult is neither right nor wrong, and such an object
-    need not be found.
+    Crowds are handled as in COCO. Difficult objects are handled as in Pascal VOC, at each IoU threshold: a detection
+    that overlaps most with a difficult object of its class is ignored, and difficult objects need not be detected.
 
     Args:
         predictions: For each image 'boxes' (n, 4), 'scores' (n,) and 'labels' (n,).
         targets: For each image 'boxes' (m, 4) and 'labels' (m,), and optionally 'area', 'iscrowd' and 'difficult'.
 
     Returns:
-        'mAP', 'mAP50', 'mAP75', 'mAP_small', 'mAP_medium' and 'mAP_large', in [0, 1]; NaN where there are no objects.
+        'mAP', 'mAP50', 'mAP75', 'mAP_small', 'mAP_medium' and 'mAP_large', in [0, 1]; NaN if there are no objects.
     """
     if any(target['difficult'].any() for target in targets if 'difficult' in target):
         parts = []

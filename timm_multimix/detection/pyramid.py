@@ -12,22 +12,22 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from ..common.errors import UsageError, usage_errors
 
-_GROUPS = 32  # of torchvision's and our group normalisation: channels are a multiple of this
-_USUAL_STRIDE = 32  # images of a multiple of this are divided evenly by most models
-_LARGEST_MEASURED = 1024
+_GROUPS = 32  # groups of the group normalization in the pyramid and in torchvision's heads
+_USUAL_STRIDE = 32  # largest stride of most models
+_LARGEST_MEASURED = 1024  # largest side of the image that strides are measured with, in pixels
 
 
 class Level(NamedTuple):
-    """Feature maps of one resolution: pixels per position, indices of the maps, and the sum of their channels."""
+    """Feature maps of one resolution: stride in pixels, indices of the maps, and the sum of their channels."""
     stride: int
     maps: tuple[int, ...]
     channels: int
 
 
 def _maps(features: nn.Module, size: tuple[int, int], in_chans: int) -> list[torch.Tensor]:
-    """Feature maps (1, c, h, w) of an empty image. A UsageError if the model does not take it or has other maps."""
+    """Return the feature maps (1, c, h, w) of a zero image, or raise UsageError."""
     channels = features.feature_info.channels()
-    with usage_errors(f'The model does not take images of {size[0]} x {size[1]} pixels'), torch.no_grad():
+    with usage_errors(f'The model does not accept images of {size[0]} x {size[1]} pixels'), torch.no_grad():
         maps = features.eval()(torch.zeros(1, in_chans, *size))
     if [one.shape[1] for one in maps if one.ndim == 4] != channels:
         shapes = ', '.join(str(tuple(one.shape)) for one in maps)
@@ -36,14 +36,14 @@ def _maps(features: nn.Module, size: tuple[int, int], in_chans: int) -> list[tor
 
 
 def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> list[Level]:
-    """Group a model's maps by their stride, which is read from the maps: some models report others.
+    """Group a model's feature maps by stride. Strides are measured, because some models report wrong ones.
 
     Args:
         features: timm's feature extractor.
-        input_size: Channels, height and width of the images that the model was made for.
+        input_size: Channels, height and width of the images that the model was trained on.
 
     Raises:
-        UsageError: if the model does not take such images, or a map does not cover them evenly.
+        UsageError: if the model does not accept such images.
     """
     in_chans, *native = input_size
     even = [math.lcm(side, _USUAL_STRIDE) for side in native]
@@ -53,28 +53,32 @@ def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> lis
     for index, one in enumerate(maps):
         stride = round(size[0] / one.shape[2])
         found.setdefault(stride, []).append(index)
-    if len(found) == 1:  # a plain ViT: the last map has seen all layers
+    if len(found) == 1:  # a plain ViT, whose last map is the output of all layers
         found = {stride: indices[-1:] for stride, indices in found.items()}
     return [Level(stride, tuple(indices), sum(maps[index].shape[1] for index in indices))
             for stride, indices in sorted(found.items())]
 
 
 def check_size(features: nn.Module, levels: list[Level], size: tuple[int, int], in_chans: int) -> None:
-    """Raise UsageError unless the maps of images of a size cover them with the strides of their levels."""
+    """Check that the feature maps of images of a size have the strides of their levels.
+
+    Raises:
+        UsageError: if not.
+    """
     maps = _maps(features, size, in_chans)
     for stride, index in ((level.stride, index) for level in levels for index in level.maps):
         shape, expected = tuple(maps[index].shape[2:]), tuple(side // stride for side in size)
         if shape != expected:
             raise UsageError(
                 f'Images of {size[0]} x {size[1]} pixels give a feature map of {shape[0]} x {shape[1]} positions, not '
-                f'{expected[0]} x {expected[1]} as a stride of {stride} does, so boxes have no exact place.')
+                f'{expected[0]} x {expected[1]} as for a stride of {stride}. Boxes cannot be located exactly.')
 
 
 class SimplePyramid(nn.Module):
-    """The simple feature pyramid of ViTDet (Li et al., 2022): several resolutions from one map.
+    """Simple feature pyramid of ViTDet (Li et al., 2022), which computes several resolutions from one feature map.
 
-    Levels have 1/4, 1/2, 1 and 2 times the stride of the map, where this is a whole number of at least `min_stride`.
-    The last one is always there.
+    Levels have 1/4, 1/2, 1 and 2 times the stride of the map. Strides that are not integers, and strides below
+    `min_stride` except for the last one, are left out.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, min_stride: int):
@@ -102,21 +106,21 @@ class SimplePyramid(nn.Module):
 
 
 class PyramidBackbone(nn.Module):
-    """A timm backbone with a feature pyramid, as torchvision's detectors take it.
+    """Backbone of timm with a feature pyramid, for torchvision's detectors.
 
-    BatchNorm always uses its running statistics. Of a frozen backbone nothing changes.
+    BatchNorm always uses its running statistics. A frozen backbone does not change.
 
     Args:
         features: timm's feature extractor.
-        levels: Its maps, as measure_levels groups them. Maps of one level are concatenated.
+        levels: Result of measure_levels. Maps of one level are concatenated.
         out_channels: Channels of each level of the pyramid, a multiple of 32.
-        min_size: Shorter side of the images. Levels are added until the deepest suits objects of this size.
-        frozen: Whether the backbone stays as it is.
-        min_stride: Finest stride of the pyramid: finer maps cost most of the time.
+        min_size: Shorter side of the images. Coarser levels are added up to the size of the images.
+        frozen: Whether the backbone is not trained.
+        min_stride: Finest stride of the pyramid.
 
     Attributes:
         strides: Stride of each level.
-        num_own_levels: Number of levels that are not added.
+        num_own_levels: Number of levels without the added ones.
     """
 
     def __init__(
@@ -158,5 +162,5 @@ class PyramidBackbone(nn.Module):
             outputs = list(self.pyramid(OrderedDict(enumerate(merged))).values())
         while len(outputs) < len(self.strides):
             outputs.append(F.max_pool2d(outputs[-1], 1, 2))
-        # Anchors take their dtype from the maps, and bfloat16 cannot tell positions of large images apart.
+        # Anchors have the dtype of the maps, and bfloat16 cannot represent all positions in a large image.
         return OrderedDict((str(index), one.float()) for index, one in enumerate(outputs))

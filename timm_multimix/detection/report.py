@@ -1,10 +1,10 @@
-"""Results of a comparison: rows that survive an interruption, a table, JSON and figures."""
+"""Results of a comparison: rows in results.json, a table and figures."""
 import json
+import logging
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from matplotlib.figure import Figure
@@ -13,10 +13,12 @@ from matplotlib.patches import Rectangle
 from ..common.errors import UsageError, usage_errors
 from ..common.figures import as_png, panels
 from ..common.files import json_values, lock_folder
-from ..common.results import RESULTS, write_file, write_results
+from ..common.results import RESULTS, write_results
 from .backbones import Source
 from .datasets import DetectionDataset
 from .metric import MEASURES
+
+_logger = logging.getLogger(__name__)
 
 _FIGURE_IMAGES = 6
 
@@ -24,87 +26,73 @@ _FIGURE_IMAGES = 6
 class Comparison:
     """Rows of a comparison, one for each backbone and seed, in the file results.json of a folder.
 
+    The folder is locked until the process ends. A comparison in it is continued, except for rows of a backbone that now
+    has other weights.
+
     Args:
-        folder: The folder. A comparison in it is continued.
-        conditions: What all rows have in common: the data and the settings.
+        folder: The folder.
+        conditions: Data and settings of all rows.
+        sources: Backbones to compare.
 
     Attributes:
         models: For each origin of a backbone its name, description and rows by seed.
 
     Raises:
-        UsageError: if the folder holds the results of other conditions, or a file that is no comparison.
+        UsageError: if another process uses the folder, or if it contains results of other conditions.
     """
 
-    def __init__(self, folder: str, conditions: Mapping[str, Any]):
+    def __init__(self, folder: str, conditions: Mapping[str, Any], sources: Sequence[Source]):
         self.folder = folder
         self.conditions = json.loads(json.dumps(conditions))
-        self.models: dict[str, dict[str, Any]] = {}
-        self._read()
+        with usage_errors(f'--output {folder}'):
+            os.makedirs(folder, exist_ok=True)
+            lock_folder(folder, '--output')
+        self.models = self._read()
+        for source in sources:
+            about = dict(name=source.name, origin=source.origin, weights=source.weights, digest=source.digest)
+            before = self.models.get(source.origin, dict(about, seeds={}))
+            if any(before[name] != about[name] for name in ('weights', 'digest')):
+                _logger.warning(f'{source.origin} has other weights than in {folder}. It runs again.')
+                before['seeds'] = {}
+            self.models[source.origin] = dict(about, seeds=before['seeds'])
 
-    def _read(self) -> None:
+    def _read(self) -> dict[str, dict[str, Any]]:
         path = os.path.join(self.folder, RESULTS)
         if not os.path.exists(path):
-            return
+            return {}
         with usage_errors(f'--output {self.folder}: {RESULTS}'), open(path, encoding='utf-8') as file:
             content = json.load(file)
         if not isinstance(content, dict) or not {'conditions', 'models'} <= content.keys():
-            raise UsageError(f'--output {self.folder}: its {RESULTS} is not of a comparison of detectors. Choose '
-                             'another folder.')
+            raise UsageError(
+                f'--output {self.folder}: its {RESULTS} is not a comparison of detectors. Choose another folder.')
         for part, values in self.conditions.items():
             before = content['conditions'].get(part, {})
             changed = [f'{name} was {before.get(name)}, is {value}' for name, value in values.items()
                        if before.get(name) != value]
             if changed:
-                raise UsageError(f'--output {self.folder} holds results of other options: {"; ".join(changed)}. '
+                raise UsageError(f'--output {self.folder} contains results of other options: {"; ".join(changed)}. '
                                  'Choose another folder, or the same options.')
-        self.models = {model['origin']: {**model, 'name': name} for name, model in content['models'].items()}
-
-    def open(self, sources: Sequence[Source]) -> list[str]:
-        """Lock the folder until the process ends, and add backbones.
-
-        Returns:
-            The origins of backbones with rows of other weights. These rows are dropped.
-
-        Raises:
-            UsageError: if another process uses the folder.
-        """
-        with usage_errors(f'--output {self.folder}'):
-            os.makedirs(self.folder, exist_ok=True)
-            lock_folder(self.folder, '--output')
-        self._read()  # another process may have added rows before it released the lock
-        changed = []
-        for source in sources:
-            about = dict(name=source.name, origin=source.origin, weights=source.weights, digest=source.digest)
-            known = self.models.get(source.origin, {})
-            rows = known.get('seeds', {})
-            if rows and any(known[name] != about[name] for name in ('weights', 'digest')):
-                changed.append(source.origin)
-                rows = {}
-            self.models[source.origin] = dict(about, seeds=rows)
-        return changed
+        return {model['origin']: {**model, 'name': name} for name, model in content['models'].items()}
 
     def has(self, source: Source, seed: int) -> bool:
-        """Whether the row of a backbone and a seed is there."""
+        """Return whether the row of a backbone and a seed exists."""
         return str(seed) in self.models[source.origin]['seeds']
 
     def add(self, source: Source, seed: int, row: Mapping[str, float]) -> None:
         """Add a row and write the file."""
         self.models[source.origin]['seeds'][str(seed)] = json_values(dict(row))
         models = {}
-        for model in self._finished():
-            about = {name: model[name] for name in ('origin', 'weights', 'digest')}
-            # Short names are unique within one comparison only.
+        for model in filter(lambda model: model['seeds'], self.models.values()):
+            # Short names are only unique within one command.
             name = model['origin'] if model['name'] in models else model['name']
+            about = {key: model[key] for key in ('origin', 'weights', 'digest')}
             models[name] = {**about, **_summary(model), 'seeds': model['seeds']}
         write_results(self.folder, conditions=self.conditions, models=models)
 
-    def _finished(self) -> list[dict[str, Any]]:
-        return [model for model in self.models.values() if model['seeds']]
-
     def table(self) -> str:
-        """The comparison as text: mean and standard deviation over the seeds."""
+        """Return the comparison as text, with mean and standard deviation over the seeds."""
         rows = [['backbone', 'weights', 'seeds', *(name.replace('_', ' ') for name in MEASURES.values())]]
-        for model in self._finished():
+        for model in self.models.values():
             summary = _summary(model)
             cells = []
             for name in MEASURES.values():
@@ -117,7 +105,7 @@ class Comparison:
 
 
 def _summary(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean of each measure over the seeds, and its standard deviation."""
+    """Return the mean of each measure over the seeds, and its standard deviation."""
     means, deviations = {}, {}
     for name in MEASURES.values():
         values = [row[name] for row in model['seeds'].values() if row[name] is not None]
@@ -127,29 +115,19 @@ def _summary(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @as_png
-def _figure(
+def predictions_figure(
         name: str, dataset: DetectionDataset, predictions: Sequence[Mapping[str, torch.Tensor]],
         targets: Sequence[Mapping[str, torch.Tensor]],
 ) -> Figure:
+    """Draw true boxes and the same number of best predictions of a backbone on the first images of a dataset."""
     figure, axes = panels(min(_FIGURE_IMAGES, len(dataset)), 3.2, 3.3)
     for index, axis in enumerate(axes):
         axis.axis('off')
         axis.imshow(dataset.view('RGB')[index][0].permute(1, 2, 0).numpy())
         num_true = len(targets[index]['boxes'])
-        for objects, colour, style in ((targets[index], 'lime', '-'), (predictions[index], 'red', '--')):
+        for objects, color, style in ((targets[index], 'lime', '-'), (predictions[index], 'red', '--')):
             for (x1, y1, x2, y2), label in zip(objects['boxes'][:num_true].tolist(), objects['labels'], strict=False):
-                axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=colour, ls=style))
-                axis.text(x1, y1 if style == '-' else y2, dataset.classes[label - 1], color=colour, fontsize=8)
+                axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, color=color, ls=style))
+                axis.text(x1, y1 if style == '-' else y2, dataset.classes[label - 1], color=color, fontsize=8)
     figure.suptitle(f'{name}: true boxes (green), best predictions (red, dashed)', fontsize=9)
     return figure
-
-
-def draw_predictions(folder: str, name: str, *content: Any) -> None:
-    """Draw true boxes and as many of the best predictions on the first images of a dataset.
-
-    Args:
-        folder: Folder of the figure.
-        name: Name of the backbone.
-        *content: The dataset, and predictions and true objects of its images.
-    """
-    write_file(folder, f'predictions-{quote(name, safe="")}.png', _figure(name, *content))

@@ -1,13 +1,18 @@
 """Training and test images by name: the embedded scenes, COCO files and Pascal VOC folders."""
+import json
+import os
 import statistics
 from collections.abc import Sequence
+from typing import Any
+from xml.etree import ElementTree
 
-from ..common.errors import UsageError
+from torchvision.datasets import VOCDetection
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+from ..common.errors import UsageError, usage_errors
 from ..data.demo import DEMO_PREFIX
 from ..data.scenes import CLASSES, SCENE_SIZE, render_scenes
-from .coco import read_coco
-from .datasets import DetectionDataset, Object
-from .voc import read_voc
+from .datasets import DetectionDataset, Object, Size
 
 SCENES = f'{DEMO_PREFIX}scenes'
 _NUM_SCENES = dict(train=800, validation=300, test=300)
@@ -15,20 +20,106 @@ _NUM_SCENES = dict(train=800, validation=300, test=300)
 
 def scenes(
         split: str, count: int | None = None, seed: int = 0, known: Sequence[str] | None = None) -> DetectionDataset:
-    """The embedded scenes of a split."""
+    """Return the embedded scenes of a split."""
     images = []
     for scene in render_scenes(split, count or _NUM_SCENES[split], seed):
-        objects = [
-            Object((x1, y1, x2, y2), CLASSES[label], (x2 - x1) * (y2 - y1))
-            for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True)]
+        objects = [Object(box, CLASSES[label]) for box, label in zip(scene.boxes, scene.labels, strict=True)]
         images.append((scene.image, (SCENE_SIZE, SCENE_SIZE), objects))
     return DetectionDataset(f'{SCENES} ({split})', images, CLASSES, known)
 
 
 def image_bounds(dataset: DetectionDataset, min_size: int | None = None) -> tuple[int, int]:
-    """torchvision's min_size and max_size for training images. The default of min_size is their median shorter side."""
+    """Return torchvision's min_size and max_size for images. By default min_size is their median shorter side."""
     shorter = min_size or statistics.median_low([min(size) for size in dataset.sizes])
     return shorter, round(shorter * 1333 / 800)
+
+
+def _read_coco(where: str, spec: str, known: Sequence[str] | None) -> DetectionDataset:
+    """Read 'IMAGES:ANNOTATIONS.json', a folder of images and a COCO file. Classes are sorted by id."""
+    folder, _, path = spec.rpartition(':')
+    if not os.path.isdir(folder):
+        raise UsageError(f'{where}: {folder or spec} is not a folder. The format is coco:IMAGES:ANNOTATIONS.json.')
+    images: dict[Any, tuple[str, Size, list[Object]]] = {}
+    with usage_errors(where), open(path, encoding='utf-8') as file:
+        content = json.load(file)
+    with usage_errors(f'{where} is not a COCO file'):
+        names = {entry['id']: str(entry['name']) for entry in sorted(content['categories'], key=lambda one: one['id'])}
+        for entry in content['images']:
+            size = int(entry['width']), int(entry['height'])
+            images[entry['id']] = os.path.join(folder, entry['file_name']), size, []
+        if len(images) < len(content['images']) or len(set(names.values())) < len(content['categories']):
+            raise ValueError('the ids of images, and the ids and names of categories, must be unique.')
+        annotations = list(content['annotations'])
+    for index, annotation in enumerate(annotations):
+        with usage_errors(f'{where}: annotations[{index}]'):
+            for kind, entries in (('image', images), ('category', names)):
+                if annotation[f'{kind}_id'] not in entries:
+                    raise ValueError(f'the {kind} is not in the file.')
+            x, y, width, height = map(float, annotation['bbox'])
+            images[annotation['image_id']][2].append(Object(
+                (x, y, x + width, y + height), names[annotation['category_id']], float(annotation.get('area') or 0),
+                bool(annotation.get('iscrowd', 0))))
+    return DetectionDataset(where, images.values(), list(names.values()), known)
+
+
+def _voc_folder(root: str, year: str) -> str:
+    return os.path.join(root, DATASET_YEAR_DICT[year]['base_dir'])
+
+
+def _voc_years(where: str, spec: str) -> tuple[str, list[str]]:
+    """Parse 'ROOT[:YEAR[+YEAR]]'. Without a year, the year is 2007 if it is there, else 2012."""
+    root, _, given = spec.rpartition(':')
+    if not root or not given[:4].isdigit():
+        root, given = spec, ''
+    years = given.split('+')
+    if not given:
+        years = ['2007' if os.path.isdir(_voc_folder(root, '2007')) else '2012']
+    for year in years:
+        if year not in DATASET_YEAR_DICT or not os.path.isdir(_voc_folder(root, year)):
+            raise UsageError(f'{where}: {root} does not contain VOCdevkit/VOC{year}.')
+    return root, years
+
+
+def _voc_image_sets(root: str, years: list[str], is_training: bool) -> list[tuple[str, str]]:
+    """Return years and image sets of a split: trainval and test for 2007 with its test split, else train and val.
+
+    With several years, the training split is trainval of all if one has a test split, as is usual with 2007+2012.
+    """
+    tested = [year for year in years if year == '2007' and os.path.isfile(
+        os.path.join(_voc_folder(root, year), 'ImageSets', 'Main', 'test.txt'))]
+    if tested:
+        return [(year, 'trainval') for year in years] if is_training else [(year, 'test') for year in tested]
+    return [(year, 'train' if is_training else 'val') for year in years]
+
+
+def _read_voc_annotation(path: str) -> tuple[Size, list[Object]]:
+    """Read the size and the objects of an image. VOC counts pixels from 1, both ends included."""
+    objects = []
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise UsageError(f'{path} is not XML: {error}.') from error
+    with usage_errors(f'{path} is not an annotation of Pascal VOC'):
+        annotation = VOCDetection.parse_voc_xml(root)['annotation']
+        size = int(annotation['size']['width']), int(annotation['size']['height'])
+        for one in annotation.get('object', []):
+            x1, y1, x2, y2 = (float(one['bndbox'][side]) for side in ('xmin', 'ymin', 'xmax', 'ymax'))
+            is_difficult = str(one.get('difficult', '0')).strip() == '1'
+            objects.append(Object((x1 - 1, y1 - 1, x2, y2), str(one['name']), difficult=is_difficult))
+    return size, objects
+
+
+def _read_voc(where: str, spec: str, is_training: bool, known: Sequence[str] | None) -> DetectionDataset:
+    """Read 'ROOT[:YEAR]', a folder that contains VOCdevkit."""
+    root, years = _voc_years(where, spec)
+    images = []
+    for year, image_set in _voc_image_sets(root, years, is_training):
+        with usage_errors(f'{where}, {image_set} of {year}'):
+            voc = VOCDetection(root, year=year, image_set=image_set)
+        images += [
+            (image, *_read_voc_annotation(path)) for image, path in zip(voc.images, voc.annotations, strict=True)]
+    classes = sorted({one.name for _, _, objects in images for one in objects})
+    return DetectionDataset(where, images, classes, known)
 
 
 def _load(
@@ -37,34 +128,31 @@ def _load(
     kind, _, rest = data.partition(':')
     if data == SCENES:
         return scenes('train' if is_training else 'test', count, known=known)
-    if kind == 'coco' and rest:
-        return read_coco(where, rest, known).first(count)
-    if kind == 'voc' and rest:
-        return read_voc(where, rest, is_training, known).first(count)
-    raise UsageError(f'{where}: give {SCENES}, coco:IMAGES:ANNOTATIONS.json or voc:ROOT[:YEAR].')
+    if kind not in ('coco', 'voc') or not rest:
+        raise UsageError(f'{where}: choose from {SCENES}, coco:IMAGES:ANNOTATIONS.json and voc:ROOT[:YEAR].')
+    dataset = _read_coco(where, rest, known) if kind == 'coco' else _read_voc(where, rest, is_training, known)
+    dataset.items = dataset.items[:count]
+    if not dataset.has_objects:
+        raise UsageError(f'{where} has no boxes to {"train" if is_training else "test"} on.')
+    return dataset
 
 
 def load_splits(
         data: str, test_data: str | None, num_train: int | None = None, num_test: int | None = None,
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """Training and test images, checked.
+    """Load and check training and test images.
 
     Args:
         data: 'demo/scenes', 'coco:IMAGES:ANNOTATIONS.json' or 'voc:ROOT[:YEAR]'.
-        test_data: The same for the test images. None stands for the test split of `data`, which COCO files lack.
-        num_train: Number of scenes, or limit of the number of images; None for the default, or all.
+        test_data: The same for the test images. None for the test split of `data`, which COCO files do not have.
+        num_train: Number of scenes, or maximum number of images; None for the default number of scenes, or all images.
         num_test: The same for the test images.
 
     Raises:
-        UsageError: if the data are not there or wrong, or there is nothing to train on.
+        UsageError: if the data do not exist or are invalid, or if there is nothing to train or test on.
     """
     if data.startswith('coco:') and test_data is None:
         raise UsageError(f'--data {data} has no test split. Add --test-data coco:IMAGES:ANNOTATIONS.json.')
     train = _load('--data', data, True, num_train, None)
-    if not train.has_boxes(training=True):
-        raise UsageError(f'--data {data} has no boxes to train on.')
     option = '--data' if test_data is None else '--test-data'
-    test = _load(option, test_data or data, False, num_test, train.classes)
-    if not test.has_boxes(training=False):
-        raise UsageError(f'{test.name} has no boxes to test on.')
-    return train, test
+    return train, _load(option, test_data or data, False, num_test, train.classes)

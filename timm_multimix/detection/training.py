@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
+from timm.utils.distributed import world_info_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, Subset
@@ -17,17 +18,7 @@ from .detectors import Settings, create_detector
 from .pyramid import Level
 
 _MAX_GRADIENT_NORM = 10.0
-_WARMUP = 0.1  # of the updates
-
-
-def num_processes() -> int:
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+_WARMUP = 0.1  # fraction of the updates
 
 
 def _loader(dataset: Dataset, batch_size: int, workers: int, sampler: Sampler | None = None) -> DataLoader:
@@ -37,32 +28,42 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, sampler: Sampler | 
 
 
 def _batches(loader: DataLoader, device: torch.device) -> Iterator[tuple[list[torch.Tensor], list[dict]]]:
-    """Images on the device and targets. A file that cannot be read ends the run with a line that names it."""
+    """Yield images on the device and targets. Raise RunError for a file that cannot be read."""
     try:
         for batch in batches_of(loader):
             yield [image.to(device, non_blocking=True) for image, _ in batch], [target for _, target in batch]
-    except OSError as error:  # a worker's has a traceback in its message
+    except OSError as error:  # a worker's message contains a traceback
         raise RunError(str(error).strip().splitlines()[-1].removeprefix('OSError: ')) from error
 
 
 def _bar(total: int, description: str, unit: str) -> tqdm:
+    is_primary = world_info_from_env()[1] == 0
     return tqdm(total=total, desc=description, unit=unit, leave=False, dynamic_ncols=True,
-                disable=None if rank() == 0 else True)  # None: off unless on a terminal
+                disable=None if is_primary else True)  # None disables it unless it is on a terminal
 
 
 def train_detector(
         detector: nn.Module, dataset: Dataset, settings: Settings, device: torch.device, *, seed: int = 0,
         workers: int = 0, description: str = 'train') -> None:
-    """Train a detector with one learning-rate cycle. The seed is that of the order of the images.
+    """Train a detector with a one-cycle learning rate schedule.
+
+    Args:
+        detector: The detector.
+        dataset: Training images.
+        settings: Settings.
+        device: Device to train on.
+        seed: Seed of the order of the images.
+        workers: Number of processes that read images.
+        description: Description for the progress bar.
 
     Raises:
         RunError: if an image cannot be read, or the loss is not finite.
     """
     model = detector.to(device).train()
     sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-    if num_processes() > 1:
+    if dist.is_initialized():
         sampler = DistributedSampler(dataset, seed=seed)
-        # parts of a backbone behind its last feature map get no gradient
+        # layers of the backbone after its last feature map get no gradient
         model = DistributedDataParallel(
             detector, device_ids=None if device.type == 'cpu' else [device],
             find_unused_parameters=not settings.frozen)
@@ -85,50 +86,47 @@ def train_detector(
 def _update(
         model: nn.Module, images: list[torch.Tensor], targets: list[dict], optimizer: torch.optim.Optimizer, amp: bool,
 ) -> float:
-    """One update. Returns the loss."""
+    """Update the model once and return the loss."""
     device = images[0].device
     targets = [{name: target[name].to(device, non_blocking=True) for name in ('boxes', 'labels')} for target in targets]
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         loss = sum(model(images, targets).values())
     value = loss.detach().clone()
-    if num_processes() > 1:
+    if dist.is_initialized():
         dist.all_reduce(value)  # all processes have to stop together
+        value /= dist.get_world_size()
     if not torch.isfinite(value):
         raise RunError(f'The loss is {float(value)}. Try a lower --lr.', is_shared=True)
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
     optimizer.step()
-    return float(value) / num_processes()
+    return float(value)
 
 
 @torch.no_grad()
 def predict(
         detector: nn.Module, dataset: Dataset, batch_size: int, device: torch.device, *, workers: int = 0,
         description: str = 'test') -> tuple[list[dict], list[dict]]:
-    """Predictions and true objects of all images, on the CPU and in the order of the dataset, in every process.
+    """Return predictions and true objects of all images, on the CPU in the order of the dataset, in every process.
 
     Raises:
         RunError: if an image cannot be read.
     """
     detector.to(device).eval()
-    own = Subset(dataset, range(rank(), len(dataset), num_processes()))  # no image is counted twice
-    predictions, targets = [], []
+    _, rank, num_processes = world_info_from_env() if dist.is_initialized() else (0, 0, 1)
+    own = Subset(dataset, range(rank, len(dataset), num_processes))
+    results: list[tuple[dict, dict]] = []
     with _bar(len(own), description, 'image') as bar:
-        for images, batch_targets in _batches(_loader(own, batch_size, workers), device):
-            predictions += [{name: value.cpu() for name, value in one.items()} for one in detector(images)]
-            targets += batch_targets
+        for images, targets in _batches(_loader(own, batch_size, workers), device):
+            predictions = [{name: value.cpu() for name, value in one.items()} for one in detector(images)]
+            results += zip(predictions, targets, strict=True)
             bar.update(len(images))
-    return _gather(predictions), _gather(targets)
-
-
-def _gather(values: list) -> list:
-    """The values of all processes, which took turns."""
-    if num_processes() == 1:
-        return values
-    parts: list[list] = [[] for _ in range(num_processes())]
-    dist.all_gather_object(parts, values)
-    return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
+    if num_processes > 1:
+        parts: list[list] = [[] for _ in range(num_processes)]
+        dist.all_gather_object(parts, results)
+        results = [parts[index % num_processes][index // num_processes] for index in range(len(dataset))]
+    return [prediction for prediction, _ in results], [target for _, target in results]
 
 
 def transfer(
@@ -143,7 +141,7 @@ def transfer(
         settings: Settings.
         device: Device to train on.
         seed: Seed of the head, of random weights and of the order of the images.
-        workers: Processes that read images.
+        workers: Number of processes that read images.
 
     Yields:
         Predictions and true objects of each set of other images.
