@@ -1,6 +1,7 @@
 """Fixtures for tests of the Hub: a server on loopback, models and runs."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from hub_server import HubServer, User, serve
 
 from timm_multimix.hub import repository
+from timm_multimix.training import main
 
 TOKEN = 'hf_writewritewritewrite'
 READ_TOKEN = 'hf_readreadreadreadread'
@@ -77,8 +79,19 @@ def load_elsewhere(server: HubServer, name: str, tmp_path: Path, size: int = 64,
     return torch.load(tmp_path / 'logits.pt'), *json.loads(done.stdout)
 
 
+@pytest.fixture(scope='session')
+def trained_run(tmp_path_factory, image_folder):
+    folder = tmp_path_factory.mktemp('trained')
+    assert main([
+        '--data-dir', str(image_folder), '--model', 'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '2',
+        '--warmup-epochs', '0', '--lr', '0.01', '--opt', 'sgd', '--workers', '0', '--multimix-n', '20', '--multimix',
+        'dense', '--model-ema', '--mean', '0.4', '--crop-pct', '0.9', '--output', str(folder), '--experiment', 'run',
+    ]) == 0
+    return folder / 'run'
+
+
 @pytest.fixture
-def trained(script, image_folder):
+def trained(script, trained_run):
     """Folder of a run of two epochs that was not pushed."""
-    assert script.train(image_folder, '--model-ema', multimix='dense', epochs=2, mean='0.4', crop_pct=0.9) == 0
+    shutil.copytree(trained_run, script.run_folder())
     return script.run_folder()

@@ -122,7 +122,7 @@ def test_classes_of_test_data_are_those_of_the_training_data(tmp_path):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(annotations=[dict(image_id=11, category_id=3, bbox=[0, 0, 9, 9])]), r'annotations\[0\]: the image is not in the file'),
+    (dict(annotations=[dict(image_id=11, category_id=3, bbox=[0, 0, 9, 9])]), 'the image is not in the file'),
     (dict(annotations=[dict(image_id=10, category_id=4, bbox=[0, 0, 9, 9])]), 'the category is not in the file'),
     (dict(annotations=[dict(image_id=10, category_id=3, bbox=[60, 0, 9, 9])]), r'\(69, 9\) is outside the image of 64'),
     (dict(annotations=[dict(image_id=10, category_id=3, bbox=[0, 0, -9, 9])]), 'is not a box'),

@@ -249,20 +249,6 @@ def test_names_that_are_none(server, name):
     assert not server.requests
 
 
-@pytest.mark.parametrize('name', [
-    'bad branch~', 'a b', 'a..b', 'a//b', '/a', 'a/', 'a.lock', '.a', 'a/.b', '-a', 'a^', 'a:b', 'a?', 'a*', 'a[b',
-    'a\\b', 'a@{b', '@', '', 'a.', 'a\nb', 'a\x7f'])
-def test_names_that_are_no_branch(server, script, image_folder, name):
-    with pytest.raises(HubError, match='valid branch name'):
-        push_to_hub(small_model(), 'user/model', revision=name)
-    assert not server.requests
-
-
-def test_names_of_branches():
-    for name in ('main', 'v1.0', 'a/b-c_d', '0' * 40, 'try/1', 'a@b'):
-        assert HubRepository('user/model', revision=name).revision == name
-
-
 def test_private_repository_without_a_token(server, monkeypatch):
     push_to_hub(small_model(), 'user/secret', private=True)
     monkeypatch.delenv('HF_TOKEN')

@@ -1,6 +1,6 @@
 """Model card for the Hugging Face Hub: README.md with metadata."""
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -8,8 +8,8 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..common.errors import printable
 from ..version import __version__
-from .markdown import code, code_block, escape, one_line, table
 from .recipe import Recipe
 
 CARD_NAME = 'README.md'
@@ -30,6 +30,10 @@ _METRICS = {
     'map': ('mean_average_precision', 'Mean average precision', 100),
     'loss': ('loss', 'Loss', 1),
 }
+
+_SPECIAL = re.compile(r'[\\`*\[\]~$|]|(?<!\w)_|_(?!\w)')
+_ADDRESS = re.compile(r'\b(?:https?|ftp)(?=:)|\bwww(?=\.)', re.IGNORECASE)  # Markdown turns these into links
+_ENTITIES = str.maketrans({'&': '&amp;', '<': '&lt;', '>': '&gt;'})
 
 _CITATION = """\
 ```bibtex
@@ -86,7 +90,7 @@ def check_fields(fields: Any) -> None:
         if not isinstance(value, expected) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f'card: {name} must be {"a list of strings" if expected is list else "a string"}, '
                              f'got {value!r}.')
-        if name != 'description' and any(text != one_line(text) for text in texts):
+        if name != 'description' and any(text != printable(text).strip() for text in texts):
             raise ValueError(f'card: {name} must be one line of printable characters, got {value!r}.')
 
 
@@ -95,14 +99,20 @@ def is_ours(card: str) -> bool:
     return _MARK in card or not re.sub(r'\A---\n.*?\n---', '', card.strip(), flags=re.DOTALL).strip()
 
 
-def _results(evaluation: Evaluation) -> Iterator[EvalResult]:
-    for name, value in evaluation.metrics.items():
-        metric_type, displayed, divisor = _METRICS.get(name, (name, name, 1))
-        yield EvalResult(
-            task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
-            dataset_name=one_line(evaluation.dataset_name) or evaluation.dataset_type,
-            dataset_split=one_line(evaluation.split), metric_type=one_line(metric_type),
-            metric_name=one_line(displayed), metric_value=round(value / divisor, 6))
+def _escape(value: str) -> str:
+    """Escape external text, such as a class name, so that Markdown and HTML display it literally."""
+    text = _SPECIAL.sub(r'\\\g<0>', printable(value)).translate(_ENTITIES)
+    return _ADDRESS.sub(r'\g<0>&#8203;', text)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _metric(name: str) -> tuple[str, str, int]:
+    """Return the type, the displayed name and the divisor of a metric."""
+    return _METRICS.get(name, (printable(name), printable(name), 1))
 
 
 def _metadata(
@@ -111,7 +121,14 @@ def _metadata(
         tags: Sequence[str],
         fields: Mapping[str, Any],
 ) -> ModelCardData:
-    results = list(_results(evaluation)) if evaluation else []
+    results = []
+    for metric, value in evaluation.metrics.items() if evaluation else ():
+        metric_type, displayed, divisor = _metric(metric)
+        results.append(EvalResult(
+            task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
+            dataset_name=printable(evaluation.dataset_name).strip() or evaluation.dataset_type,
+            dataset_split=evaluation.split, metric_type=metric_type, metric_name=displayed,
+            metric_value=round(value / divisor, 6)))
     return ModelCardData(
         library_name='timm',
         pipeline_tag=_TASK,
@@ -153,36 +170,36 @@ probabilities = model(**processor(image, return_tensors='pt')).logits.softmax(-1
 def _evaluation(evaluation: Evaluation) -> str:
     rows = []
     for name, value in evaluation.metrics.items():
-        _, displayed, divisor = _METRICS.get(name, (name, name, 1))
-        rows.append((escape(displayed), f'{value:.2f} %' if divisor == 100 else f'{value:.4g}'))
-    title = f'## Results\n\nEvaluated on {escape(evaluation.dataset_name)}, split {code(evaluation.split)}:'
-    return f'{title}\n\n{table(("metric", "value"), rows)}'
+        _, displayed, divisor = _metric(name)
+        rows.append((_escape(displayed), f'{value:.2f} %' if divisor == 100 else f'{value:.4g}'))
+    title = f'## Results\n\nEvaluated on {_escape(evaluation.dataset_name)}, split `{evaluation.split}`:'
+    return f'{title}\n\n{_table(("metric", "value"), rows)}'
 
 
 def _model_table(config: Mapping[str, Any]) -> str:
     data = config['pretrained_cfg']
     rows = {
-        'architecture': code(config['architecture']),
+        'architecture': f'`{config["architecture"]}`',
         'classes': str(config['num_classes']),
         'input': ' x '.join(map(str, data['input_size'])),
-        'resizing': f'{escape(data["interpolation"])}, centre crop of {data["crop_pct"]:g}',
+        'resizing': f'{data["interpolation"]}, center crop of {data["crop_pct"]:g}',
         'pixel mean': ', '.join(f'{value:.4g}' for value in data['mean']),
         'pixel standard deviation': ', '.join(f'{value:.4g}' for value in data['std']),
     }
     names = config.get('label_names')
     if names and len(names) <= 30:
-        rows['class names'] = ', '.join(map(escape, names))
-    return '## Model\n\n' + table(('', ''), rows.items())
+        rows['class names'] = ', '.join(map(_escape, names))
+    return '## Model\n\n' + _table(('', ''), rows.items())
 
 
 def _multimix(settings: Mapping[str, Any]) -> str:
-    rows = ((code(name), code(value)) for name, value in settings.items())
-    return '## MultiMix\n\n' + table(('setting', 'value'), rows)
+    rows = ((f'`{name}`', f'`{value}`') for name, value in settings.items())
+    return '## MultiMix\n\n' + _table(('setting', 'value'), rows)
 
 
 def _yaml(options: Mapping[str, Any]) -> str:
-    return code_block(
-        yaml.safe_dump(dict(options), default_flow_style=None, sort_keys=True, width=100).strip(), 'yaml')
+    text = yaml.safe_dump(dict(options), default_flow_style=None, sort_keys=True, width=100).strip()
+    return f'```yaml\n{text}\n```'
 
 
 def _recipe(recipe: Recipe) -> str:
@@ -215,7 +232,7 @@ def model_card(
         summary: Description of the model and its training.
         evaluation: Evaluation results.
         recipe: Options of the training run.
-        has_curve: Whether training_curve.png is stored next to the card.
+        has_curve: Whether training_curve.png exists next to the card.
         fields: Card fields such as license, datasets and base_model; see CARD_FIELDS.
 
     Raises:
@@ -228,7 +245,7 @@ def model_card(
     tags = [*(['multimix'] if has_multimix else []), *fields.pop('tags', [])]
     parts = [
         f'{_MARK} Remove this line to prevent later pushes from replacing the card. -->',
-        f'# {escape(name)}',
+        f'# {_escape(name)}',
         description,
         summary,
         _usage(repo_id, revision),

@@ -6,8 +6,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -17,29 +17,27 @@ from safetensors.torch import load_file
 
 from ..build.hub_files import WEIGHTS_NAME
 from ..build.saved_weights import WEIGHTS
-from ..common.command_line import Parser, program
-from ..common.console import setup_logging
+from ..common.command_line import Parser, check_packages, exit_status, program
 from ..common.errors import UsageError, usage_errors
 from ..common.files import create, remove_work_folders, work_folder
 from .card import CARD_NAME, CURVE_NAME
 from .export import export
 from .models import check_rebuilds
-from .onnx import check_onnx_packages, write_onnx
+from .onnx import write_onnx
 from .repository import HubRepository, limit_waiting
 
 _logger = logging.getLogger(__name__)
 
-_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-
 
 def push_command(folder: str, repository: HubRepository, weights: str) -> str:
+    """Return the command that pushes a run folder to a repository."""
     options = ['--revision', repository.revision] if repository.revision else []
     options += ['--private'] if repository.private else []
     options += ['--weights', weights] if weights != 'best' else []
     return f'{program("hub")} push {shlex.join([folder, repository.repo_id, *options])}'
 
 
-def _command_parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=program('hub'),
         description='Push the model of a run to the Hugging Face Hub, export it to a folder in the same format, or '
@@ -65,18 +63,16 @@ def _command_parser() -> argparse.ArgumentParser:
                        help='onnx adds model.onnx, with a dynamic batch size, to the files for timm (default: '
                             '%(default)s)')
     files.add_argument('--verify', action='store_true',
-                       help='compare the outputs of model.onnx in onnxruntime with those of the model')
+                       help='compare the outputs of model.onnx in onnxruntime with the outputs of the model')
     card.add_argument('--output', metavar='DIR', help='write the card and its image to this folder')
     return parser
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Without a repository, use the one of the run with its branch, its weights and --hub-private-repo."""
-    try:
-        with open(os.path.join(args.folder, 'args.yaml'), encoding='utf-8') as file:
-            run = dict(yaml.safe_load(file) or {})
-    except (OSError, yaml.YAMLError, TypeError, ValueError):
-        run = {}
+    """Without a repository, use the repository, branch, weights and visibility of the run."""
+    run: dict[str, Any] = {}
+    with suppress(OSError, yaml.YAMLError, TypeError, ValueError):
+        run = dict(yaml.safe_load(Path(args.folder, 'args.yaml').read_text(encoding='utf-8')))
     if args.repo_id is None and run.get('hub_model_id'):
         args.repo_id = run['hub_model_id']
         args.revision = args.revision or run.get('hub_revision')
@@ -85,10 +81,14 @@ def _complete(args: argparse.Namespace) -> None:
     args.weights = args.weights or 'best'
 
 
-def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
-    with usage_errors(repo_id):
+def _push_folder(args: argparse.Namespace) -> None:
+    if not args.repo_id:
+        raise UsageError(f'No repository is given. Add its name: {program("hub")} push {shlex.quote(args.folder)} '
+                         'user/name')
+    limit_waiting()
+    with usage_errors(args.repo_id):
         repository = HubRepository(
-            repo_id, revision=args.revision, private=args.private or None, force=args.force)
+            args.repo_id, revision=args.revision, private=args.private or None, force=args.force)
         repository.log_in()
         with work_folder(args.folder) as target:
             model = export(args.folder, target, repository.repo_id, revision=args.revision, weights=args.weights)
@@ -99,7 +99,13 @@ def _push_folder(args: argparse.Namespace, repo_id: str) -> None:
     _logger.info(f"Load it with timm.create_model('hf-hub:{repository.shown}', pretrained=True)")
 
 
-def _show_card(args: argparse.Namespace, repo_id: str) -> None:
+def _default_repository(folder: str) -> str:
+    """Return a name for the card of a model that is not pushed."""
+    return 'user/' + re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(folder)))
+
+
+def _show_card(args: argparse.Namespace) -> None:
+    repo_id = args.repo_id or _default_repository(args.folder)
     with TemporaryDirectory() as target:
         with usage_errors(args.folder):
             model = export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
@@ -115,17 +121,18 @@ def _show_card(args: argparse.Namespace, repo_id: str) -> None:
                         file.write(Path(target, name).read_bytes())
 
 
-def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
+def _export_folder(args: argparse.Namespace) -> None:
     """Export the model to a folder. After an error there is no incomplete folder."""
     target = os.path.abspath(args.target)
     parent = os.path.dirname(target)
     is_empty = os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target)
     if os.path.lexists(target) and not is_empty:
-        raise UsageError(f'{args.target} already exists. Give a new or empty folder.')
+        raise UsageError(f'{args.target} already exists. Choose a new or empty folder.')
     if args.format == 'onnx':
-        check_onnx_packages(args.verify)
+        check_packages('--format onnx', ['onnx', 'onnxscript', *(['onnxruntime'] if args.verify else [])], extra='onnx')
     elif args.verify:
         raise UsageError('--verify needs --format onnx.')
+    repo_id = args.repo_id or _default_repository(args.folder)
     with usage_errors(args.target):
         os.makedirs(parent, exist_ok=True)
         remove_work_folders(parent)
@@ -139,53 +146,29 @@ def _export_folder(args: argparse.Namespace, repo_id: str) -> None:
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
 
 
-@contextmanager
-def _terminated_by_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, so that temporary files are removed."""
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    previous = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+def _exit(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
-def _run_command(argv: Sequence[str] | None) -> None:
-    args = _command_parser().parse_args(argv)
+def _run(argv: Sequence[str] | None) -> None:
+    args = _build_parser().parse_args(argv)
     if not os.path.isdir(args.folder):
         raise UsageError(f'{args.folder}: no such folder.')
+    for name in ('SIGTERM', 'SIGHUP'):  # an exception removes temporary copies of the weights
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _exit)
     remove_work_folders(args.folder)
     _complete(args)
-    repo_id = args.repo_id
-    if args.command != 'push':
-        act = _show_card if args.command == 'card' else _export_folder
-        name = re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(args.folder)))
-        act(args, repo_id or f'user/{name}')
-    elif repo_id:
-        limit_waiting()
-        _push_folder(args, repo_id)
-    else:
-        raise UsageError(
-            f'No repository is given. Give its name: {program("hub")} push {shlex.quote(args.folder)} user/name')
+    dict(push=_push_folder, export=_export_folder, card=_show_card)[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `timm-multimix hub`.
 
+    Args:
+        argv: Command line arguments, by default sys.argv[1:].
+
     Returns:
-        Exit status: 0, 2 after an error that the user can fix, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0 for success, 2 for a usage error, 130 after Ctrl-C.
     """
-    setup_logging()
-    try:
-        with _terminated_by_signals():
-            _run_command(argv)
-    except UsageError as error:
-        _logger.error(error)
-        return 2
-    except KeyboardInterrupt as error:
-        _logger.error('Interrupted. The run folder is unchanged; run the same command again.')
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
-    return 0
+    return exit_status(lambda: _run(argv))

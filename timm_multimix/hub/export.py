@@ -2,7 +2,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -36,7 +35,6 @@ from ..data.class_names import ordered_names
 from ..data.demo import DEMOS
 from ..options import build_training_parser
 from .card import CARD_NAME, CURVE_NAME, Evaluation, model_card
-from .markdown import code
 from .models import save_config, save_weights
 from .recipe import Recipe, public_text, recipe_of
 from .summary import draw_curve, read_summary
@@ -53,7 +51,7 @@ def write_config(
         data_config: Mapping[str, Any],
         class_to_idx: Mapping[str, int] | None,
 ) -> None:
-    """Write timm's config.json of the model of a run to its folder.
+    """Write timm's config.json of a run's model to the run folder.
 
     Raises:
         UsageError: if timm cannot write the configuration and --push-to-hub is set.
@@ -106,20 +104,20 @@ def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, An
 
 
 def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a run, from its checkpoint or else from args.yaml."""
+    """Return the arguments of a run, from its checkpoint or from args.yaml."""
     args, parser = arguments_of(checkpoint), build_training_parser()
     if not args:
         try:
             with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
                 args = yaml.safe_load(file)
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f'{folder} is not a run folder: it contains no readable args.yaml.') from error
+            raise UsageError(f'{folder} is not a run folder: args.yaml is missing or unreadable.') from error
     check_recorded(args, parser, f'The run in {folder}')
     return {**vars(parser.parse_args([])), **args, 'card': args.get('card') or {}}
 
 
 def _write_config(folder: str, args: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Copy the config.json of a run and return its content. For a run of timm's own script, rebuild it."""
+    """Copy the config.json of a run and return its content. It is created for a run of timm's own script."""
     source = os.path.join(folder, CONFIG_NAME)
     if os.path.isfile(source) and not os.path.islink(source):  # a link could point to any file of the user
         shutil.copyfile(source, path)
@@ -133,7 +131,7 @@ def _write_config(folder: str, args: Mapping[str, Any], path: str) -> dict[str, 
 
 
 def _base_model(args: Mapping[str, Any]) -> str | None:
-    """Repository on the Hub of the pretrained weights that a run started from; None if there is none."""
+    """Return the repository of the pretrained weights that a run started from, None if there is none."""
     start = args['initial_checkpoint'] or ''
     if not is_hub_name(start) and (start or not args['pretrained'] or args['pretrained_path']):
         return None
@@ -143,24 +141,6 @@ def _base_model(args: Mapping[str, Any]) -> str | None:
         name = (cfg and cfg.hf_hub_id) or ''
     base = name.partition('@')[0]
     return base if source != 'local-dir' and _REPOSITORY.fullmatch(base) else None
-
-
-def _metrics(
-        args: Mapping[str, Any],
-        checkpoint: Mapping[str, Any],
-        entry: str,
-        rows: Sequence[Mapping[str, float]],
-) -> dict[str, float]:
-    """Metrics of the weights in an entry. timm's checkpoints contain a single one, and its summary the others."""
-    if not args['val_split']:
-        return {}
-    metrics = metrics_of(checkpoint, entry, public_text(args, 'eval_metric', 'metric'))
-    row = next((row for row in rows if row['epoch'] == checkpoint.get('epoch')), {})
-    row = {name.removeprefix('eval_'): value for name, value in row.items() if name.startswith('eval_')}
-    is_row = all(math.isclose(row.get(name, math.inf), value, rel_tol=1e-6) for name, value in metrics.items())
-    if metrics and is_row and not {'metrics', 'temperature'} & checkpoint.keys():
-        return {name: value for name, value in row.items() if split_metric(name)[0] is None}
-    return metrics
 
 
 def _dataset_type(name: str) -> str:
@@ -181,7 +161,7 @@ def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluatio
 
 
 def _fields(args: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    """Card fields of a run. The fields that the user gave take precedence."""
+    """Return the card fields of a run. Fields of the recipe take precedence."""
     dataset = public_text(args, 'dataset', '')
     fields = {'datasets': [_dataset_type(dataset)]} if dataset.lower().startswith(('hfds/', 'hfids/')) else {}
     return {**fields, **({'base_model': base} if base else {}), **args['card']}
@@ -205,11 +185,10 @@ def _summary(
                if 'multimix' in options}
     verb = f'fine-tuned from [{base}](https://huggingface.co/{base})' if base else 'trained'
     sentences = [
-        f'This image classifier has {config["num_classes"]} classes and the architecture '
-        f'{code(config["architecture"])}.',
+        f'This image classifier has {config["num_classes"]} classes and the architecture `{config["architecture"]}`.',
         f'It was {verb}{_method(recipe.multimix) or (" without MultiMix" if methods else "")}.',
         *(f'{when}, it was trained{method} instead.' for when, method in methods.items()),
-        f'{code(WEIGHTS_NAME)} contains {described(checkpoint, entry)}'
+        f'`{WEIGHTS_NAME}` contains {described(checkpoint, entry)}'
         f'{"" if epoch is None else f" after epoch {epoch} (counted from 0)"}.',
     ]
     if temperature is not None:
@@ -252,15 +231,16 @@ def export(
     path, checkpoint, key = _find_weights(paths, weights)
     args = _arguments(folder, checkpoint)
     config = _write_config(folder, args, os.path.join(target, CONFIG_NAME))
-    architecture, epoch, rows = config['architecture'], checkpoint.get('epoch'), read_summary(folder)
+    architecture, epoch = config['architecture'], checkpoint.get('epoch')
     if not card_only:
         save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))
-    base, recipe, metrics = _base_model(args), recipe_of(args, architecture), _metrics(args, checkpoint, key, rows)
+    base, recipe = _base_model(args), recipe_of(args, architecture)
+    metrics = metrics_of(checkpoint, key, public_text(args, 'eval_metric', 'metric')) if args['val_split'] else {}
     with usage_errors('The model card'):
         card = str(model_card(
             repo_id, config, revision=revision, summary=_summary(config, checkpoint, key, base, recipe),
             evaluation=_evaluation(args, metrics), recipe=recipe, fields=_fields(args, base),
-            has_curve=draw_curve(rows, os.path.join(target, CURVE_NAME))))
+            has_curve=draw_curve(read_summary(folder), os.path.join(target, CURVE_NAME))))
     if contains_token(card + json.dumps(config, ensure_ascii=False)):
         raise HubError(f'{CARD_NAME} or {CONFIG_NAME} would contain an access token.')
     Path(target, CARD_NAME).write_text(card, encoding='utf-8')

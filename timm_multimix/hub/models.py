@@ -56,7 +56,7 @@ def save_config(
     except (ValueError, TypeError, AttributeError) as error:
         raise HubError(f'timm cannot write the configuration of this model: {error}') from error
     config = json.loads(Path(path).read_text())
-    # Given at the top level too. transformers passes that value, and would reject a second one.
+    # Also stored at the top level. transformers passes that value and rejects a second one.
     config.get('model_args', {}).pop('num_classes', None)
     if from_scratch:
         config['pretrained_cfg'] = {
@@ -107,7 +107,7 @@ def push_to_hub(
         revision: Branch to push to. It is created if it does not exist. None for main.
         private: Whether a new repository is private; None for the default of the namespace.
         force: Overwrite another architecture.
-        label_names: Class names in order.
+        label_names: Class names, in the order of the classes.
         data_config: Input size, pixel statistics, interpolation and crop, in the format of timm's resolve_data_config.
             The default is the configuration of the model.
         model_args: Arguments of create_model that timm has not recorded.

@@ -8,21 +8,10 @@ from timm.models import create_model
 from torch import nn
 
 from ..build.hub_files import HubError
-from ..common.command_line import check_packages
 
 ONNX_NAME = 'model.onnx'
-_EXPORT_PACKAGES = ('onnx', 'onnxscript')
 _BATCH_SIZES = (1, 8)
 _TOLERANCE = 1e-3  # largest difference of two logits, relative to the largest logit if that is greater than 1
-
-
-def check_onnx_packages(verify: bool) -> None:
-    """Check that the packages for the export are installed.
-
-    Raises:
-        UsageError: if one is missing.
-    """
-    check_packages('--format onnx', [*_EXPORT_PACKAGES, *(['onnxruntime'] if verify else [])], extra='onnx')
 
 
 def write_onnx(folder: str | os.PathLike, verify: bool = False) -> None:
@@ -30,7 +19,7 @@ def write_onnx(folder: str | os.PathLike, verify: bool = False) -> None:
 
     Args:
         folder: Folder with config.json and model.safetensors.
-        verify: Compare the outputs of onnxruntime with those of the model.
+        verify: Compare the outputs of onnxruntime with the outputs of the model.
 
     Raises:
         HubError: if PyTorch cannot export the model, or if the outputs differ.
@@ -63,5 +52,5 @@ def _verify(model: nn.Module, path: str, input_size: tuple[int, ...]) -> None:
         difference = (logits - expected).abs().max().item() if logits.shape == expected.shape else float('nan')
         if not difference <= _TOLERANCE * max(1.0, expected.abs().max().item()):
             raise HubError(
-                f'The outputs of {ONNX_NAME} for a batch of {batch_size} differ from those of the model by '
+                f'The outputs of {ONNX_NAME} for a batch of {batch_size} differ from the outputs of the model by '
                 f'{difference:.2g}.')

@@ -7,7 +7,7 @@ from timm.models import is_model
 
 from ..options import build_training_parser, multimix_option_names
 
-# Options that depend on the machine, or control output and uploads. A recipe does not contain them.
+# Options for the machine, the output and uploads, which a recipe does not contain.
 _LOCAL_OPTIONS = frozenset((
     'data', 'data_dir', 'class_map', 'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'stop_epoch',
     'validate', 'local_rank', 'device', 'device_modules', 'report_to', 'log_wandb', 'wandb_project', 'wandb_tags',
@@ -20,9 +20,9 @@ _NUMBERS = r'\d*\.?\d+(?:,\d*\.?\d+)*'
 _ON_HUB = r'hf-hub:[\w-][\w.-]*/[\w-][\w.-]*(?:@[\w.-]+)?'
 _MODEL = rf'\w+(?:\.\w+)?|{_ON_HUB}'
 _SPLIT = r'\w+(?:\[[\d:%]*\])?'
-# The options with text values that a card can contain, and the pattern of public values: names in timm's registries, on
-# the Hub and of datasets. Except for TYPE/NAME of a dataset and of a model on the Hub, no pattern matches a path or a
-# host name with a domain. All other text is private, also of options that are added later.
+# Options with text values that a card can contain, and a pattern of their public values: names in timm's registries, on
+# the Hub and of datasets. The patterns match no path and no host name with a domain, except for TYPE/NAME of a dataset
+# and of a model on the Hub. All other text is private, including the text of options that are added later.
 _PUBLIC_TEXT = {
     **dict.fromkeys((
         'amp_dtype', 'asl_reduction', 'clip_mode', 'dist_bn', 'eval_metric', 'eval_weights', 'fuser', 'gp',
@@ -48,10 +48,10 @@ class Recipe(NamedTuple):
 
     Attributes:
         options: Options that differ from their defaults.
-        left_out: Names of options that are omitted, because their values can be private.
+        left_out: Names of options with values that can be private, which are omitted.
         multimix: All MultiMix settings; empty if the last part of the run did not use MultiMix.
-        earlier: For a run that was resumed with other options: for each earlier part, the options that differ from
-            `options`. A key is text such as 'Before epoch 3'.
+        earlier: For a run that was resumed with other options, the options of each earlier part that differ from
+            `options`. The keys are texts such as 'Before epoch 3'.
     """
     options: Mapping[str, Any]
     left_out: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
 
 def is_public(name: str, value: Any) -> bool:
-    """Return whether a card can contain a value of an option: numbers, flags, and text that is known to be public."""
+    """Return whether a card can contain a value of an option: a number, a flag, or text that is known to be public."""
     if isinstance(value, Mapping):
         return all(str(key).isidentifier() and is_public('', item) for key, item in value.items())
     if isinstance(value, (list, tuple)):

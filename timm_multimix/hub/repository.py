@@ -2,7 +2,6 @@
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,12 @@ _logger = logging.getLogger(__name__)
 REQUEST_TIMEOUT = 90  # seconds; longer than the 60 seconds of the Hub's gateway
 RETRY_WAITS = (5, 20, 60, 180)  # seconds. huggingface_hub itself retries uploads, but not the commit.
 
-# Matches names that git does not accept for a branch.
-_INVALID_BRANCH = re.compile(r'[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|(^|/)[.-]|\.(/|$)|\.lock(/|$)|^/|/$|^@?$')
-
 
 def limit_waiting(seconds: float | None = REQUEST_TIMEOUT) -> None:
-    """Limit the time without data sent or received for huggingface_hub in this process. By default it has no limit.
+    """Set a timeout for the requests of huggingface_hub in this process. By default there is none.
 
-    Its warnings are disabled: a HubError reports the last error, and the URLs in them contain short-lived credentials.
+    Warnings of huggingface_hub are disabled. They contain URLs with short-lived credentials, and a HubError reports the
+    last error.
     """
     default = get_session()
     hooks, follow_redirects = default.event_hooks, default.follow_redirects
@@ -40,8 +37,8 @@ def limit_waiting(seconds: float | None = REQUEST_TIMEOUT) -> None:
 class HubRepository:
     """Model repository that a run pushes to.
 
-    The parent of each commit is the commit that was checked before it. Another architecture, and weights that were
-    pushed by others in the meantime, are not overwritten unless `force` is set.
+    Each commit has the commit that was checked before it as its parent. Another architecture, and weights that others
+    have pushed in the meantime, are not overwritten unless `force` is set.
 
     Args:
         repo_id: 'user/name', or 'name' for the namespace of the token's owner.
@@ -50,7 +47,7 @@ class HubRepository:
         force: Overwrite existing content by a commit.
 
     Raises:
-        HubError: if the name of the repository or of the branch is invalid or contains an access token.
+        HubError: if the name of the repository is invalid, or a name contains an access token.
     """
 
     def __init__(self, repo_id: str, *, revision: str | None = None, private: bool | None = None, force: bool = False):
@@ -60,9 +57,6 @@ class HubRepository:
             raise HubError(f'{repo_id!r} is not a valid repository name. Use user/name. {error}') from None
         if contains_token(repo_id) or contains_token(revision or ''):
             raise HubError('The name of the repository or of the branch contains an access token.')
-        if revision is not None and _INVALID_BRANCH.search(revision):
-            raise HubError(
-                f'{revision!r} is not a valid branch name. Use letters and digits, separated by - _ . or /.')
         self.repo_id = repo_id
         self.revision = revision
         self.private = private
@@ -113,7 +107,7 @@ class HubRepository:
         return self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True)
 
     def _read(self, head: ModelInfo, name: str) -> str:
-        """Return the content of a file, '' if there is none."""
+        """Return the content of a file, '' if it does not exist."""
         if name not in _file_names(head):
             return ''
         return Path(self.api.hf_hub_download(self.repo_id, name, revision=head.sha)).read_text(encoding='utf-8')
@@ -134,7 +128,7 @@ class HubRepository:
     def push(self, folder: str | os.PathLike, message: str, sleep: Callable[[float], Any] | None = None) -> str:
         """Push the files of a folder in one commit. Retry after temporary errors.
 
-        Files that have not changed, and a card in the repository that was edited by hand, are not replaced.
+        Unchanged files are not committed. A card that was edited by hand is not replaced.
 
         Args:
             folder: Folder with config.json, model.safetensors and optionally the card and its image.
