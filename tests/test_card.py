@@ -18,7 +18,7 @@ from timm_multimix.common.errors import UsageError
 from timm_multimix.data.class_names import dataset_classes, ordered_names
 from timm_multimix.hub import HubError
 from timm_multimix.hub import export as run_export
-from timm_multimix.hub.card import CARD_FIELDS, Evaluation, check_fields, is_ours, model_card
+from timm_multimix.hub.card import CARD_FIELDS, check_fields, eval_results, is_ours, model_card
 from timm_multimix.hub.models import save_config
 from timm_multimix.hub.recipe import Recipe
 from timm_multimix.hub.summary import draw_curve, read_summary
@@ -40,7 +40,7 @@ def test_card_says_how_to_use_the_model():
     card = model_card(
         'user/model', CONFIG, revision='v1', summary='What it is.', has_curve=True,
         recipe=Recipe(dict(lr=0.1, multimix='off'), ('opt_kwargs',), dict(multimix='dense')),
-        evaluation=Evaluation('cifar10', 'CIFAR-10', 'test', dict(top1=91.25, top5=99.0, loss=0.5, map=50.0)),
+        results=eval_results(dict(top1=91.25, top5=99.0, loss=0.5, map=50.0), 'cifar10', 'CIFAR-10', 'test'),
         fields=dict(license='mit', datasets=['uoft-cs/cifar10'], base_model='timm/resnet18.a1_in1k', language=['en'],
                     tags=['more'], description='A description.'))
     text = str(card)
@@ -73,7 +73,7 @@ def test_names_from_elsewhere_are_shown_as_they_are(name):
     """Names of classes, datasets and metrics stay in their cell or line."""
     text, plain = (str(model_card(
         'user/model', {**CONFIG, 'label_names': [value, 'last']}, summary='What it is.',
-        evaluation=Evaluation('imagefolder', value, 'validation', {'top1': 50.0, value: 1.0})))
+        results=eval_results({'top1': 50.0, value: 1.0}, 'imagefolder', value, 'validation')))
         for value in (name, 'x'))
     text.encode()  # no lone surrogates
     assert not any(unicodedata.category(character) in ('Cc', 'Cs') for character in text.replace('\n', ''))

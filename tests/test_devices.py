@@ -159,8 +159,8 @@ def _measure(logits, target):
     pairs = between.sample_pairs(target, 9)
     return dict(
         classification=metrics.classification_metrics(logits, target),
-        reliability=metrics.reliability(logits, target).count,
-        tempered=metrics.cross_fit(logits, target).logits.tolist(),
+        reliability=metrics.reliability(logits, target)['count'],
+        tempered=metrics.cross_fit(logits, target)[0].tolist(),
         ood=ood.detection_metrics(*(score(logits) for score in ood.SCORES.values())),
         pairs=pairs.tolist(),
         between=between.confidence_and_entropy(logits),

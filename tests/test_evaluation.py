@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from html import escape
 from html.parser import HTMLParser
@@ -576,7 +576,7 @@ def test_names_in_figures_table_and_page():
     scores = dict(energy=torch.rand(9), max_softmax=torch.rand(9))
     results = [Result(printable(name), dict(
         origin=f'folder/{name}', weights='w', num_images=9, metrics=dict(top1=50.0, nll=k),
-        reliability=asdict(reliability(torch.randn(9, 3), torch.arange(9) % 3)), tempered={},
+        reliability=reliability(torch.randn(9, 3), torch.arange(9) % 3), tempered={},
         attacks=dict(num_images=9, loss='log-odds', epsilon_of_255=[0, 1], pgd_steps=1, fgsm=[1, 2], pgd=[1, 2]),
     ), dict(
         points=torch.rand(9, 2), classes=torch.arange(9) % 3, images=torch.rand(1, 3, 8, 8), maps=torch.rand(1, 2, 2),

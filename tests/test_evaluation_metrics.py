@@ -134,22 +134,22 @@ def test_selection_without_a_tolerated_threshold():
 
 def test_reliability_adds_up_to_the_calibration_error(problem):
     logits, target = problem
-    bins = reliability(logits, target)
-    assert len(bins.count) == 15 and sum(bins.count) == len(target)
-    gaps = [count * abs(accuracy - confidence)
-            for count, accuracy, confidence in zip(bins.count, bins.accuracy, bins.confidence, strict=True) if count]
+    count, confidence, accuracy = reliability(logits, target).values()
+    assert len(count) == 15 and sum(count) == len(target)
+    gaps = [n * abs(a - c) for n, a, c in zip(count, accuracy, confidence, strict=True) if n]
     assert 100 * sum(gaps) / len(target) == pytest.approx(classification_metrics(logits, target)['ece'], rel=1e-5)
-    for k, (count, confidence) in enumerate(zip(bins.count, bins.confidence, strict=True)):
-        assert k / 15 - 1e-9 <= confidence <= (k + 1) / 15 + 1e-9 if count else math.isnan(confidence)
+    for k, (n, c) in enumerate(zip(count, confidence, strict=True)):
+        assert k / 15 - 1e-9 <= c <= (k + 1) / 15 + 1e-9 if n else math.isnan(c)
 
 
 def test_reliability_of_a_hand_made_case():
     """Confidence 0.6 four times, right three times; confidence 1 once, wrong."""
     logits = torch.log(torch.tensor([[0.6, 0.4]] * 4 + [[1.0, 1e-30]], dtype=torch.float64))
     bins = reliability(logits, torch.tensor([0, 0, 0, 1, 1]), num_bins=4)
-    assert bins.count == [0, 0, 4, 1]
-    assert reliability(torch.zeros(3, 2), torch.tensor([0, 1, 1]), num_bins=4).count == [0, 0, 3, 0]  # 0.5 is an edge
-    assert bins.confidence[2:] == pytest.approx([0.6, 1]) and bins.accuracy[2:] == pytest.approx([0.75, 0])
+    assert bins['count'] == [0, 0, 4, 1]
+    assert bins['confidence'][2:] == pytest.approx([0.6, 1]) and bins['accuracy'][2:] == pytest.approx([0.75, 0])
+    on_edge = reliability(torch.zeros(3, 2), torch.tensor([0, 1, 1]), num_bins=4)  # 0.5 is an edge
+    assert on_edge['count'] == [0, 0, 3, 0]
 
 
 def test_confidence_that_rounds_to_one_is_in_the_last_bin():
@@ -157,20 +157,20 @@ def test_confidence_that_rounds_to_one_is_in_the_last_bin():
     logits = torch.log(torch.tensor([[0.95, 0.05]] * 100 + [[1.0, 1e-30]] * 100, dtype=torch.float64))
     target = torch.tensor([0] * 190 + [1] * 10)
     assert classification_metrics(logits, target)['ece'] == pytest.approx(2.5, abs=1e-4)
-    assert reliability(logits, target).count[-1] == 200
+    assert reliability(logits, target)['count'][-1] == 200
 
 
 def test_cross_fit_gives_each_half_the_temperature_of_the_other():
     target = torch.randint(4, (40,))
     logits = torch.randn(40, 4) + 2 * F.one_hot(target, 4)
-    tempered = cross_fit(logits, target, seed=3)
-    ratio = (logits.double() / tempered.logits)[:, 0]
-    halves = [ratio.isclose(torch.tensor(t, dtype=torch.float64)) for t in tempered.temperatures]
+    divided, temperatures = cross_fit(logits, target, seed=3)
+    ratio = (logits.double() / divided)[:, 0]
+    halves = [ratio.isclose(torch.tensor(t, dtype=torch.float64)) for t in temperatures]
     assert halves[0].sum() == halves[1].sum() == 20 and torch.equal(halves[0], ~halves[1])
-    for own, other, temperature in zip(halves, halves[::-1], tempered.temperatures, strict=True):
+    for own, other, temperature in zip(halves, halves[::-1], temperatures, strict=True):
         assert temperature == pytest.approx(fit_temperature(logits[other], target[other]))
         assert temperature != pytest.approx(fit_temperature(logits[own], target[own]))
-    assert torch.equal(tempered.logits, cross_fit(logits, target, seed=3).logits)
+    assert torch.equal(divided, cross_fit(logits, target, seed=3)[0])
 
 
 # attacks

@@ -1,7 +1,4 @@
 """Accuracy, calibration and selective classification, in float64 on the CPU because MPS has no float64."""
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
@@ -13,11 +10,7 @@ TOLERATED_RISK = 0.05
 
 
 def classification_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Compute the metrics of a set of images.
-
-    Args:
-        logits: Logits (n, c).
-        target: Class indices (n,).
+    """Compute the metrics of logits (n, c) for class indices (n,).
 
     Returns:
         - 'top1' and 'top5', accuracy in percent; 'top5' only for six classes or more.
@@ -57,8 +50,7 @@ def calibration_errors(logits: torch.Tensor, target: torch.Tensor) -> dict[str, 
     probs, target = logits.cpu().double().softmax(1), target.cpu()
     num_classes = probs.shape[1]
     confidence, prediction = probs.max(1)
-    order = confidence.argsort(stable=True)
-    gap = (confidence - (prediction == target).double())[order]
+    gap = (confidence - (prediction == target).double())[confidence.argsort(stable=True)]
     adaptive = sum(part.sum().abs() for part in gap.tensor_split(NUM_BINS)) / len(target)
     classwise = 0.0
     for index in range(num_classes):  # one class at a time: n numbers in memory, not n * c
@@ -92,66 +84,34 @@ def selective_metrics(logits: torch.Tensor, target: torch.Tensor) -> dict[str, f
     errors = torch.bincount(rank, weights=wrong)
     num_accepted = torch.arange(1, len(target) + 1, dtype=torch.float64, device='cpu')
     risk = (errors / count).repeat_interleave(count).cumsum(0) / num_accepted
-    at_threshold = errors.cumsum(0) / count.cumsum(0)
-    tolerated = count.cumsum(0)[at_threshold <= TOLERATED_RISK]
+    tolerated = count.cumsum(0)[errors.cumsum(0) / count.cumsum(0) <= TOLERATED_RISK]
     return dict(
         aurc=100 * risk.mean().item(),
         coverage_at_5_risk=100 * tolerated.max().item() / len(target) if len(tolerated) else 0.0,
     )
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """Points of a reliability diagram, one for each bin of confidence; NaN in bins without images.
+def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_BINS) -> dict[str, list]:
+    """Compute the points of a reliability diagram from logits (n, c) and class indices (n,).
 
-    Attributes:
-        count: Number of images.
-        confidence: Mean confidence.
-        accuracy: Share of correct predictions.
-    """
-    count: list[int]
-    confidence: list[float]
-    accuracy: list[float]
-
-
-def reliability(logits: torch.Tensor, target: torch.Tensor, num_bins: int = NUM_BINS) -> Reliability:
-    """Compute the accuracy in bins of equal width of the highest probability.
-
-    Args:
-        logits: Logits (n, c).
-        target: Class indices (n,).
-        num_bins: Number of bins.
+    Returns:
+        For each of the bins of equal width of confidence: 'count', the number of images, 'confidence', the mean
+        confidence, and 'accuracy'. The means are NaN in bins without images.
     """
     confidence, prediction = logits.cpu().double().softmax(1).max(1)
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device='cpu')
     bins = torch.bucketize(confidence, edges[1:-1], right=True)
     count = torch.bincount(bins, minlength=num_bins)
-    sums = [torch.bincount(bins, weights=values.double(), minlength=num_bins)
-            for values in (confidence, prediction == target.cpu())]
-    return Reliability(count.tolist(), *((total / count).tolist() for total in sums))
+    means = [torch.bincount(bins, weights=values.double(), minlength=num_bins) / count
+             for values in (confidence, prediction == target.cpu())]
+    return dict(count=count.tolist(), confidence=means[0].tolist(), accuracy=means[1].tolist())
 
 
-@dataclass(frozen=True)
-class Tempered:
-    """Logits divided by a temperature that was fitted on other images.
+def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, list[float]]:
+    """Divide the logits (n, c) of each half of the images by the temperature fitted on the other half.
 
-    Attributes:
-        logits: Divided logits (n, c), in float64 on the CPU.
-        temperatures: The temperature, or the two temperatures of cross-fitting.
-        fitted_on: Description of the images that the temperature was fitted on.
-    """
-    logits: torch.Tensor
-    temperatures: Sequence[float]
-    fitted_on: str
-
-
-def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Tempered:
-    """Divide the logits of each half of the images by the temperature fitted on the other half.
-
-    Args:
-        logits: Logits (n, c) of two images or more.
-        target: Class indices (n,).
-        seed: Seed of the random halves.
+    Returns:
+        Divided logits (n, c), in float64 on the CPU, and the two temperatures.
 
     Raises:
         ValueError: if there are fewer than two images, or if no temperature fits a half.
@@ -165,4 +125,4 @@ def cross_fit(logits: torch.Tensor, target: torch.Tensor, seed: int = 0) -> Temp
     for own, other in (halves, halves[::-1]):
         temperatures.append(fit_temperature(logits[other], target[other]))
         divided[own] = logits[own] / temperatures[-1]
-    return Tempered(divided, temperatures, 'the other half of the evaluated images, for each half')
+    return divided, temperatures

@@ -1,7 +1,7 @@
 """All measurements of a model."""
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +18,7 @@ from . import between, geometry, ood
 from .batches import Embedder, InParts, predict, progress
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .images import Images, Source
-from .metrics import Tempered, classification_metrics, cross_fit, reliability
+from .metrics import classification_metrics, cross_fit, reliability
 from .models import Candidate
 from .robustness import PIXEL_LEVELS, fgsm, pgd
 
@@ -109,7 +109,7 @@ class _Evaluation:
         result = Result(candidate.name, dict(
             origin=candidate.origin, weights=candidate.weights, input_size=list(candidate.data_config['input_size']),
             num_images=len(target), metrics=classification_metrics(logits, target),
-            reliability=asdict(reliability(logits, target)), tempered=self._tempered(logits, target)))
+            reliability=reliability(logits, target), tempered=self._tempered(logits, target)))
         if self.outside:
             self._ood(result, logits)
         if {'attacks', 'corruptions', 'embeddings', 'between'} & set(parts):
@@ -125,20 +125,22 @@ class _Evaluation:
         return result
 
     def _tempered(self, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
+        fitted_on = 'the other half of the evaluated images, for each half'
         try:
             if self.calibration is None:
-                tempered = cross_fit(logits, target, self.settings.seed)
+                logits, temperatures = cross_fit(logits, target, self.settings.seed)
             else:
+                fitted_on = str(self.calibration.source)
                 temperature = fit_temperature(*predict(self.candidate, self.calibration, self.in_parts, 'calibration'))
-                tempered = Tempered(logits.double() / temperature, [temperature], str(self.calibration.source))
+                logits, temperatures = logits.double() / temperature, [temperature]
         except ValueError as error:
             _logger.warning(f'{self.candidate.name}: {error}')
             return dict(reason=str(error))
-        metrics = classification_metrics(tempered.logits, target)
+        metrics = classification_metrics(logits, target)
         return dict(
-            temperatures=list(tempered.temperatures), fitted_on=tempered.fitted_on,
+            temperatures=temperatures, fitted_on=fitted_on,
             **{name: metrics[name] for name in ('nll', 'brier', 'ece', 'adaptive_ece', 'classwise_ece')},
-            reliability=asdict(reliability(tempered.logits, target)))
+            reliability=reliability(logits, target))
 
     def _batches(self, what: str, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """Iterate over batches of tensors, with a progress bar."""

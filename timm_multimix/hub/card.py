@@ -1,7 +1,7 @@
 """Model card for the Hugging Face Hub: README.md with metadata."""
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -58,19 +58,24 @@ MultiMix is by Shashanka Venkataramanan, Ewa Kijak, Laurent Amsaleg and Yannis A
 with timm-multimix, an independent implementation of MultiMix for timm."""
 
 
-class Evaluation(NamedTuple):
-    """Evaluation results of a model.
+def eval_results(
+        metrics: Mapping[str, float], dataset_type: str, dataset_name: str, split: str) -> list[EvalResult]:
+    """Return the results of a model for the metadata of its card.
 
-    Attributes:
+    Args:
+        metrics: Values by timm's metric names, such as 'top1', 'top5', 'map' and 'loss'.
         dataset_type: Identifier of the dataset on the Hub.
         dataset_name: Displayed name of the dataset.
         split: Split of the dataset.
-        metrics: Values by timm's metric names, such as 'top1', 'top5', 'map' and 'loss'. At least one.
     """
-    dataset_type: str
-    dataset_name: str
-    split: str
-    metrics: dict[str, float]
+    results = []
+    for name, value in metrics.items():
+        metric_type, displayed, divisor = _METRICS.get(name, (printable(name), printable(name), 1))
+        results.append(EvalResult(
+            task_type=_TASK, task_name='Image Classification', dataset_type=dataset_type, dataset_split=split,
+            dataset_name=printable(dataset_name).strip() or dataset_type, metric_type=metric_type,
+            metric_name=displayed, metric_value=round(value / divisor, 6)))
+    return results
 
 
 def check_fields(fields: Any) -> None:
@@ -110,25 +115,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def _metric(name: str) -> tuple[str, str, int]:
-    """Return the type, the displayed name and the divisor of a metric."""
-    return _METRICS.get(name, (printable(name), printable(name), 1))
-
-
-def _metadata(
-        name: str,
-        evaluation: Evaluation | None,
-        tags: Sequence[str],
-        fields: Mapping[str, Any],
-) -> ModelCardData:
-    results = []
-    for metric, value in evaluation.metrics.items() if evaluation else ():
-        metric_type, displayed, divisor = _metric(metric)
-        results.append(EvalResult(
-            task_type=_TASK, task_name='Image Classification', dataset_type=evaluation.dataset_type,
-            dataset_name=printable(evaluation.dataset_name).strip() or evaluation.dataset_type,
-            dataset_split=evaluation.split, metric_type=metric_type, metric_name=displayed,
-            metric_value=round(value / divisor, 6)))
+def _metadata(name: str, results: list[EvalResult], tags: Sequence[str], fields: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         library_name='timm',
         pipeline_tag=_TASK,
@@ -167,12 +154,13 @@ probabilities = model(**processor(image, return_tensors='pt')).logits.softmax(-1
 ```"""
 
 
-def _evaluation(evaluation: Evaluation) -> str:
+def _evaluation(results: Sequence[EvalResult]) -> str:
     rows = []
-    for name, value in evaluation.metrics.items():
-        _, displayed, divisor = _metric(name)
-        rows.append((_escape(displayed), f'{value:.2f} %' if divisor == 100 else f'{value:.4g}'))
-    title = f'## Results\n\nEvaluated on {_escape(evaluation.dataset_name)}, split `{evaluation.split}`:'
+    for result in results:
+        value = result.metric_value
+        is_share = result.metric_type in ('accuracy', 'mean_average_precision')
+        rows.append((_escape(result.metric_name), f'{100 * value:.2f} %' if is_share else f'{value:.4g}'))
+    title = f'## Results\n\nEvaluated on {_escape(results[0].dataset_name)}, split `{results[0].dataset_split}`:'
     return f'{title}\n\n{_table(("metric", "value"), rows)}'
 
 
@@ -218,7 +206,7 @@ def model_card(
         *,
         revision: str | None = None,
         summary: str = '',
-        evaluation: Evaluation | None = None,
+        results: Sequence[EvalResult] = (),
         recipe: Recipe | None = None,
         has_curve: bool = False,
         fields: Mapping[str, Any] | None = None,
@@ -230,7 +218,7 @@ def model_card(
         config: Content of the model's config.json.
         revision: Branch of the model; None for main.
         summary: Description of the model and its training.
-        evaluation: Evaluation results.
+        results: Result of eval_results.
         recipe: Options of the training run.
         has_curve: Whether training_curve.png exists next to the card.
         fields: Card fields such as license, datasets and base_model; see CARD_FIELDS.
@@ -249,7 +237,7 @@ def model_card(
         description,
         summary,
         _usage(repo_id, revision),
-        _evaluation(evaluation) if evaluation else '',
+        _evaluation(results) if results else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _model_table(config),
         _multimix(recipe.multimix) if recipe and recipe.multimix else '',
@@ -258,4 +246,4 @@ def model_card(
         f'## Citation\n\n{_CITATION}' if has_multimix else '',
     ]
     text = '\n\n'.join(part.strip() for part in parts if part.strip())
-    return ModelCard(f'---\n{_metadata(name, evaluation, tags, fields).to_yaml()}\n---\n\n{text}\n')
+    return ModelCard(f'---\n{_metadata(name, list(results), tags, fields).to_yaml()}\n---\n\n{text}\n')

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from huggingface_hub import EvalResult
 from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 from torch import nn
@@ -34,7 +35,7 @@ from ..common.secrets import contains_token
 from ..data.class_names import ordered_names
 from ..data.demo import DEMOS
 from ..options import build_training_parser
-from .card import CARD_NAME, CURVE_NAME, Evaluation, model_card
+from .card import CARD_NAME, CURVE_NAME, eval_results, model_card
 from .models import save_config, save_weights
 from .recipe import Recipe, public_text, recipe_of
 from .summary import draw_curve, read_summary
@@ -149,15 +150,13 @@ def _dataset_type(name: str) -> str:
     return 'webdataset' if prefix.lower() == 'wds' else rest.partition(':')[0] or 'imagefolder'
 
 
-def _evaluation(args: Mapping[str, Any], metrics: dict[str, float]) -> Evaluation | None:
-    if not metrics:
-        return None
+def _results(args: Mapping[str, Any], metrics: dict[str, float]) -> list[EvalResult]:
     dataset, fields = public_text(args, 'dataset', ''), args['card']
     demo, kind = DEMOS.get(dataset.lower()), _dataset_type(dataset)
     name = demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
-    return Evaluation(
-        (fields.get('datasets') or [kind])[0], fields.get('dataset_name') or name,
-        public_text(args, 'val_split', 'validation'), metrics)
+    return eval_results(
+        metrics, (fields.get('datasets') or [kind])[0], fields.get('dataset_name') or name,
+        public_text(args, 'val_split', 'validation'))
 
 
 def _fields(args: Mapping[str, Any], base: str | None) -> dict[str, Any]:
@@ -239,7 +238,7 @@ def export(
     with usage_errors('The model card'):
         card = str(model_card(
             repo_id, config, revision=revision, summary=_summary(config, checkpoint, key, base, recipe),
-            evaluation=_evaluation(args, metrics), recipe=recipe, fields=_fields(args, base),
+            results=_results(args, metrics), recipe=recipe, fields=_fields(args, base),
             has_curve=draw_curve(read_summary(folder), os.path.join(target, CURVE_NAME))))
     if contains_token(card + json.dumps(config, ensure_ascii=False)):
         raise HubError(f'{CARD_NAME} or {CONFIG_NAME} would contain an access token.')
