@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -151,33 +150,6 @@ def _check_page(html):
         'Model', 'Accuracy', 'Calibration', 'Selective classification', 'Robustness to attacks',
         'Robustness to corruptions', 'Out-of-distribution detection', 'Embeddings', 'Mixed images']
     assert 'max-width: 70rem' not in html and 'other kinds' not in html
-
-
-@pytest.fixture
-def report(evaluate, runs):
-    assert evaluate(runs / 'plain', runs / 'dense', '--eps', '4', '--pgd-steps', '2', '-b', '8') == 0, evaluate.err
-    return evaluate.folder / 'out' / 'report.html'
-
-
-@pytest.mark.slow
-def test_report_opens_in_a_browser(report, tmp_path):
-    browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if browser is None:
-        pytest.skip('no Chromium is installed (apt-get install chromium)')
-    # a probe of our own in a copy: the report has no script
-    probe = report.with_name('probe.html')
-    script = (
-        '<script>onload = () => document.title = JSON.stringify('
-        '[...document.images].map(i => [i.complete, i.naturalWidth]).concat([['
-        'document.querySelectorAll("tbody tr").length, document.documentElement.scrollHeight]]))</script>')
-    probe.write_text(report.read_text().replace('</body>', script + '</body>'))
-    dom = subprocess.run(
-        [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path / "profile"}',
-         '--virtual-time-budget=10000', '--dump-dom', probe.as_uri()],
-        capture_output=True, text=True, timeout=300, check=True).stdout
-    *pictures, (num_rows, height) = json.loads(re.search(r'<title>(.*?)</title>', dom).group(1).replace('&quot;', '"'))
-    assert len(pictures) == 8 and all(complete and width > 100 for complete, width in pictures)
-    assert num_rows > 20 and height > 1500
 
 
 def test_one_model_and_no_extra_parts(evaluate, runs):

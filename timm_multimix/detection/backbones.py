@@ -54,10 +54,7 @@ class Source:
         return checksum.hexdigest()[:16]
 
     def features(self, **options: Any) -> nn.Module:
-        """Return timm's feature extractor of the model. Its feature maps are (b, c, h, w).
-
-        Args:
-            **options: Further arguments of create_model.
+        """Return timm's feature extractor of the model, created with further options. Its maps are (b, c, h, w).
 
         Raises:
             UsageError: if timm cannot extract feature maps.
@@ -92,11 +89,7 @@ def _load(spec: str, name: str, pretrained: bool) -> Source:
 
 
 def load_sources(specs: Sequence[str], pretrained: bool) -> list[Source]:
-    """Load models and give them short, unique names.
-
-    Args:
-        specs: Run folders, checkpoints, names on the Hub ('hf-hub:user/name') or names in timm.
-        pretrained: Whether names in timm get pretrained instead of random weights.
+    """Load models and give them short, unique names. Names in timm get pretrained or random weights.
 
     Raises:
         UsageError: if a model does not exist, has no feature maps, or is given twice.

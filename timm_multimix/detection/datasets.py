@@ -69,13 +69,7 @@ class DetectionDataset(torch.utils.data.Dataset):
             (image, size, _target(objects, labels, size, f'{name}: {image}')) for image, size, objects in images]
 
     def view(self, img_mode: str, training: bool = False, hflip: float = 0.0) -> 'DetectionDataset':
-        """Return the same images in a PIL mode.
-
-        Args:
-            img_mode: PIL mode of the images.
-            training: Whether to remove crowds and difficult objects.
-            hflip: Probability of a horizontal flip.
-        """
+        """Return the same images in a PIL mode, without crowds and difficult objects for training."""
         view = copy.copy(self)
         view.img_mode, view.training, view.hflip = img_mode, training, hflip
         return view

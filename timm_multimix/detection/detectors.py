@@ -48,22 +48,16 @@ class Settings:
     amp: bool = False
 
 
-class _LevelOfBox:
-    """Assign each box to a level by its size, as in FPN, for levels of any stride."""
-
-    def __init__(self, strides: list[int]):
-        self.strides = torch.tensor(strides)
-
-    def __call__(self, boxes: list[torch.Tensor]) -> torch.Tensor:
+def _roi_align(strides: list[int]) -> MultiScaleRoIAlign:
+    def map_levels(boxes: list[torch.Tensor]) -> torch.Tensor:
+        """Assign each box to a level by its size, as in FPN, for levels of any stride."""
         sizes = torch.cat([box_area(one) for one in boxes]).sqrt()
-        fits = sizes[:, None] >= _BOX_PER_STRIDE * self.strides.to(sizes.device)
+        fits = sizes[:, None] >= _BOX_PER_STRIDE * torch.tensor(strides, device=sizes.device)
         return (fits.sum(dim=1) - 1).clamp(min=0)
 
-
-def _roi_align(strides: list[int]) -> MultiScaleRoIAlign:
     align = MultiScaleRoIAlign([str(index) for index in range(len(strides))], output_size=7, sampling_ratio=2)
     align.scales = [1 / stride for stride in strides]  # torchvision would round them to powers of 2
-    align.map_levels = _LevelOfBox(strides)
+    align.map_levels = map_levels
     return align
 
 
@@ -73,15 +67,9 @@ def _backbone(features: nn.Module, levels: list[Level], settings: Settings) -> P
 
 
 def create_detector(source: Source, levels: list[Level], num_classes: int, settings: Settings) -> nn.Module:
-    """Create a detector with a new feature pyramid and head on the backbone of a model.
+    """Create a detector with a new feature pyramid and head, for a number of classes without the background.
 
     Like torchvision's detectors, it returns losses in training mode and predictions in evaluation mode.
-
-    Args:
-        source: The model.
-        levels: Its levels, from find_levels.
-        num_classes: Number of classes without the background.
-        settings: Settings.
     """
     backbone = _backbone(source.features(), levels, settings)
     strides = backbone.strides
@@ -109,12 +97,9 @@ def _input_shapes(sizes: list[Size], settings: Settings, multiple: int) -> list[
 
 
 def find_levels(source: Source, settings: Settings, sizes: list[Size]) -> list[Level]:
-    """Measure a model's levels, and check that the model accepts the images.
+    """Measure a model's levels, and check that the model accepts images of these sizes.
 
-    Args:
-        source: The model. If it needs an option of timm to accept other image sizes, the option is added to it.
-        settings: Settings.
-        sizes: Width and height of the images.
+    If the model needs an option of timm to accept other sizes than its own, the option is added to the source.
 
     Raises:
         UsageError: if the model cannot be the backbone of a detector of these images.

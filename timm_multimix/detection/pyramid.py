@@ -41,9 +41,6 @@ def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> lis
     Args:
         features: timm's feature extractor.
         input_size: Channels, height and width of the images that the model was trained on.
-
-    Raises:
-        UsageError: if the model does not accept such images.
     """
     in_chans, *native = input_size
     even = [math.lcm(side, _USUAL_STRIDE) for side in native]
@@ -60,11 +57,7 @@ def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> lis
 
 
 def check_size(features: nn.Module, levels: list[Level], size: tuple[int, int], in_chans: int) -> None:
-    """Check that the feature maps of images of a size have the strides of their levels.
-
-    Raises:
-        UsageError: if not.
-    """
+    """Raise UsageError unless the feature maps of images of a size have the strides of their levels."""
     maps = _maps(features, size, in_chans)
     for stride, index in ((level.stride, index) for level in levels for index in level.maps):
         shape, expected = tuple(maps[index].shape[2:]), tuple(side // stride for side in size)
@@ -108,11 +101,11 @@ class SimplePyramid(nn.Module):
 class PyramidBackbone(nn.Module):
     """Backbone of timm with a feature pyramid, for torchvision's detectors.
 
-    BatchNorm always uses its running statistics. A frozen backbone does not change.
+    Maps of one level are concatenated. BatchNorm always uses its running statistics. A frozen backbone does not change.
 
     Args:
         features: timm's feature extractor.
-        levels: Result of measure_levels. Maps of one level are concatenated.
+        levels: Result of measure_levels.
         out_channels: Channels of each level of the pyramid, a multiple of 32.
         min_size: Shorter side of the images. Coarser levels are added up to the size of the images.
         frozen: Whether the backbone is not trained.

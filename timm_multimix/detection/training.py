@@ -45,16 +45,7 @@ def _bar(total: int, description: str, unit: str) -> tqdm:
 def train_detector(
         detector: nn.Module, dataset: Dataset, settings: Settings, device: torch.device, *, seed: int = 0,
         workers: int = 0, description: str = 'train') -> None:
-    """Train a detector with a one-cycle learning rate schedule.
-
-    Args:
-        detector: The detector.
-        dataset: Training images.
-        settings: Settings.
-        device: Device to train on.
-        seed: Seed of the order of the images.
-        workers: Number of processes that read images.
-        description: Description for the progress bar.
+    """Train a detector with a one-cycle learning rate schedule. The seed determines the order of the images.
 
     Raises:
         RunError: if an image cannot be read, or the loss is not finite.
@@ -108,11 +99,7 @@ def _update(
 def predict(
         detector: nn.Module, dataset: Dataset, batch_size: int, device: torch.device, *, workers: int = 0,
         description: str = 'test') -> tuple[list[dict], list[dict]]:
-    """Return predictions and true objects of all images, on the CPU in the order of the dataset, in every process.
-
-    Raises:
-        RunError: if an image cannot be read.
-    """
+    """Return predictions and true objects of all images, on the CPU in the order of the dataset, in every process."""
     detector.to(device).eval()
     _, rank, num_processes = world_info_from_env() if dist.is_initialized() else (0, 0, 1)
     own = Subset(dataset, range(rank, len(dataset), num_processes))

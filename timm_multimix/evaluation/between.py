@@ -29,15 +29,10 @@ def count_third_class(classes: torch.Tensor, targets: torch.Tensor) -> int:
 
 
 def nearest_classes(mixed: torch.Tensor, embeddings: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the class (p,) of the nearest real embedding of each mix, by cosine similarity.
+    """Return the class (p,) of the nearest of the real embeddings (n, d) for each embedding (p, d) of a mix.
 
-    A third class is a manifold intrusion: the mix coincides with real examples of another label. The term is from Guo,
-    Mao & Zhang, MixUp as Locally Linear Out-Of-Manifold Regularization, 2019.
-
-    Args:
-        mixed: Embeddings (p, d) of mixes.
-        embeddings: Embeddings (n, d) of the real images, including the images of the mixes.
-        target: Class indices (n,) of the real images.
+    The similarity is the cosine. A third class is a manifold intrusion (Guo, Mao & Zhang, MixUp as Locally Linear
+    Out-Of-Manifold Regularization, 2019). `target` (n,) contains the classes of the real images.
     """
     real, points = F.normalize(embeddings.cpu().double()), F.normalize(mixed.cpu().double())
     return target.cpu()[torch.cat([(rows @ real.T).argmax(1) for rows in points.split(_TILE)])]

@@ -48,11 +48,7 @@ def _curves(
 ) -> Figure:
     """Return a figure with a panel for each quantity, with the curves of all models.
 
-    Args:
-        results: The models.
-        curve: Returns x and y of a quantity.
-        quantities: Properties of the axes of each quantity.
-        height: Height of a panel in inches.
+    `quantities` contains the properties of the axes, and `curve` returns x and y of a quantity.
     """
     figure, axes = panels(len(quantities), _WIDTH, height)
     for axis, (quantity, options) in zip(axes, quantities.items(), strict=True):

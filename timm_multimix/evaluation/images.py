@@ -91,12 +91,7 @@ class Images:
     """Batches of images from a source, for one model.
 
     Attributes:
-        source: Source of the images.
-        candidate: The model.
-        batch_size: Images per batch.
-        workers: Number of processes that load images.
         limit: Maximum number of images, drawn at random. A stream is truncated.
-        seed: Seed of the draw.
         labeled: Whether labels are needed.
 
     Raises:

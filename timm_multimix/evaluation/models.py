@@ -89,11 +89,9 @@ def _from_checkpoint(path: str) -> Candidate:
 
 
 def is_pretrained(name: str, wanted: bool) -> bool:
-    """Check the name of a model of timm or the Hub, and return whether it has pretrained weights to load.
+    """Return whether a model of timm or the Hub has pretrained weights to load.
 
-    Args:
-        name: The name.
-        wanted: Whether pretrained weights of a model of timm are wanted. Models of the Hub always have them.
+    `wanted` applies to models of timm. Models of the Hub always have pretrained weights.
 
     Raises:
         UsageError: if there is no such model, or if timm has no pretrained weights for it.

@@ -1,6 +1,7 @@
 """Adversarial attacks with captum, on images in [0, 1] before normalization."""
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,9 @@ def _log_odds(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return logits.scatter(1, target, -torch.inf).logsumexp(1) - logits.gather(1, target)[:, 0]
 
 
-def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, target, reduction='none')
-
-
 # Cross-entropy increases with the log-odds, so both gradients have the same sign. In floating point the gradient of
 # cross-entropy underflows to zero for confident predictions, and the attack does not change the image.
-ATTACK_LOSSES = {'log-odds': _log_odds, 'cross-entropy': _cross_entropy}
+ATTACK_LOSSES = {'log-odds': _log_odds, 'cross-entropy': partial(F.cross_entropy, reduction='none')}
 
 
 def _perturb(perturb: Callable[..., torch.Tensor], images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -152,12 +152,8 @@ class _Evaluation:
             change: Callable[[torch.Tensor], torch.Tensor] | None = None, attack: Callable | None = None) -> float:
         """Return the top-1 accuracy in percent.
 
-        Args:
-            what: Description for the progress bar.
-            images: Images (b, c, h, w).
-            target: Class indices (b,).
-            change: Function of the images of a batch, on the CPU.
-            attack: Function of images and class indices, on the device. It may be called again with a smaller batch.
+        `change` is applied once to the images of a batch, on the CPU. `attack` is applied to images and classes on the
+        device, and is repeated with a smaller batch if memory does not suffice.
         """
         def is_correct(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             images = attack(images, target) if attack else images

@@ -60,14 +60,7 @@ with timm-multimix, an independent implementation of MultiMix for timm."""
 
 def eval_results(
         metrics: Mapping[str, float], dataset_type: str, dataset_name: str, split: str) -> list[EvalResult]:
-    """Return the results of a model for the metadata of its card.
-
-    Args:
-        metrics: Values by timm's metric names, such as 'top1', 'top5', 'map' and 'loss'.
-        dataset_type: Identifier of the dataset on the Hub.
-        dataset_name: Displayed name of the dataset.
-        split: Split of the dataset.
-    """
+    """Return the results of a model for the metadata of its card, from values by timm's metric names such as 'top1'."""
     results = []
     for name, value in metrics.items():
         metric_type, displayed, divisor = _METRICS.get(name, (printable(name), printable(name), 1))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub import EvalResult
 from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
@@ -18,7 +17,7 @@ from torch import nn
 from ..build.checkpoint import read_checkpoint
 from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError, is_hub_name
 from ..build.model import create_run_model, model_options, resolve_data
-from ..build.recorded import check_recorded
+from ..build.recorded import recorded_arguments
 from ..build.saved_weights import (
     RUN_CHECKPOINTS,
     arguments_of,
@@ -59,7 +58,9 @@ def write_config(
     """
     try:
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
-            _save_config(args, unwrap_model(model), path, data_config, ordered_names(class_to_idx, args.num_classes))
+            _save_config(
+                unwrap_model(model), path, data_config, not (args.pretrained or args.initial_checkpoint),
+                ordered_names(class_to_idx, args.num_classes))
     except HubError as error:
         if args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
@@ -67,15 +68,10 @@ def write_config(
 
 
 def _save_config(
-        args: argparse.Namespace,
-        model: nn.Module,
-        path: str,
-        data_config: Mapping[str, Any],
-        label_names: Sequence[str] | None = None,
-) -> None:
-    save_config(
-        model, path, data_config=dict(data_config, crop_mode='center'),  # as in timm's validation
-        label_names=label_names, from_scratch=not (args.pretrained or args.initial_checkpoint))
+        model: nn.Module, path: str, data_config: Mapping[str, Any], from_scratch: bool,
+        label_names: Sequence[str] | None = None) -> None:
+    data_config = dict(data_config, crop_mode='center')  # as in timm's validation
+    save_config(model, path, data_config=data_config, label_names=label_names, from_scratch=from_scratch)
 
 
 class Model(NamedTuple):
@@ -104,31 +100,15 @@ def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, An
         f'{paths[-1]} does not contain the {weights} weights. Choose from {", ".join(["best", *sorted(available)])}.')
 
 
-def _arguments(folder: str, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a run, from its checkpoint or from args.yaml."""
-    args, parser = arguments_of(checkpoint), build_training_parser()
-    if not args:
-        try:
-            with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as file:
-                args = yaml.safe_load(file)
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f'{folder} is not a run folder: args.yaml is missing or unreadable.') from error
-    check_recorded(args, parser, f'The run in {folder}')
-    return {**vars(parser.parse_args([])), **args, 'card': args.get('card') or {}}
-
-
-def _write_config(folder: str, args: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _write_config(folder: str, args: argparse.Namespace, path: str, from_scratch: bool) -> dict[str, Any]:
     """Copy the config.json of a run and return its content. It is created for a run of timm's own script."""
     source = os.path.join(folder, CONFIG_NAME)
     if os.path.isfile(source) and not os.path.islink(source):  # a link could point to any file of the user
         shutil.copyfile(source, path)
     else:
-        untrained = dict(pretrained=False, initial_checkpoint='', pretrained_path=None)
-        settings = argparse.Namespace(**{**args, **untrained})
-        model = create_run_model(settings, model_options(settings))
-        _save_config(argparse.Namespace(**args), model, path, resolve_data(settings, model))
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+        model = create_run_model(args, model_options(args))
+        _save_config(model, path, resolve_data(args, model), from_scratch)
+    return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
 def _base_model(args: Mapping[str, Any]) -> str | None:
@@ -228,8 +208,11 @@ def export(
         raise UsageError(
             f'{folder} contains no checkpoint of a run. It has none of the files {", ".join(RUN_CHECKPOINTS)}.')
     path, checkpoint, key = _find_weights(paths, weights)
-    args = _arguments(folder, checkpoint)
-    config = _write_config(folder, args, os.path.join(target, CONFIG_NAME))
+    recorded = recorded_arguments(checkpoint, path, build_training_parser())
+    args = {**vars(recorded), **arguments_of(checkpoint)}
+    args['card'] = args.get('card') or {}
+    from_scratch = not (args['pretrained'] or args['initial_checkpoint'])
+    config = _write_config(folder, recorded, os.path.join(target, CONFIG_NAME), from_scratch)
     architecture, epoch = config['architecture'], checkpoint.get('epoch')
     if not card_only:
         save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))

@@ -1,7 +1,6 @@
 """Save and push timm models in the format of the Hub: model.safetensors and timm's config.json."""
 import json
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import create_model
 from timm.utils import unwrap_model
 from torch import nn
@@ -24,13 +23,11 @@ _PRETRAINED_FIELDS = ('tag', 'license', 'description', 'origin_url', 'paper_name
 
 
 def save_weights(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Save weights as safetensors, with the permissions of a new file. They may share memory, in any memory format."""
+    """Save weights as safetensors. The tensors may share memory and have any memory format."""
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in state_dict.items()}
-    Path(path).touch()
-    mode = os.stat(path).st_mode
-    save_file(tensors, path, metadata={'format': 'pt'})
-    os.chmod(path, stat.S_IMODE(mode))  # safetensors creates files that only the owner can read
+    # save_file would create a file that only the owner can read
+    Path(path).write_bytes(save(tensors, metadata={'format': 'pt'}))
 
 
 def save_config(

@@ -17,9 +17,7 @@ _TOLERANCE = 1e-3  # largest difference of two logits, relative to the largest l
 def write_onnx(folder: str | os.PathLike, verify: bool = False) -> None:
     """Write model.onnx for the model in a folder, with the input 'images' and the output 'logits'.
 
-    Args:
-        folder: Folder with config.json and model.safetensors.
-        verify: Compare the outputs of onnxruntime with the outputs of the model.
+    With `verify`, compare the outputs of onnxruntime with the outputs of the model.
 
     Raises:
         HubError: if PyTorch cannot export the model, or if the outputs differ.

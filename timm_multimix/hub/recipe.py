@@ -94,12 +94,7 @@ def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def recipe_of(args: Mapping[str, Any], architecture: str) -> Recipe:
-    """Select the options of a run that its card contains.
-
-    Args:
-        args: Arguments of the run.
-        architecture: timm's name of the model, which replaces a private value of --model such as a folder.
-    """
+    """Select the options of a run that its card contains. The architecture replaces a private value of --model."""
     defaults = vars(build_training_parser().parse_args([]))
     given = {name: value for name, value in args.items()
              if name in defaults and value != defaults[name] and name not in _LOCAL_OPTIONS}

@@ -14,11 +14,7 @@ _PANELS = {'loss': 'loss', 'top-1 accuracy (%)': 'top1', 'mean average precision
 
 
 def _read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns and rows of a summary, empty if there is no file.
-
-    Raises:
-        UsageError: if it is not a CSV file in UTF-8.
-    """
+    """Return the columns and rows of a summary, empty if there is no file."""
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
             reader = csv.DictReader(file)
@@ -42,10 +38,7 @@ def _write_table(path: str, columns: Sequence[str], rows: Sequence[Mapping[str, 
 
 
 def read_summary(folder: str) -> list[dict[str, float]]:
-    """Read summary.csv in the folder of a run.
-
-    Returns:
-        The finite values of each validated epoch, in order of the file; empty if there is no summary.
+    """Return the finite values of each row of summary.csv in a run folder, empty if there is no summary.
 
     Raises:
         UsageError: if summary.csv is not a CSV file in UTF-8.
@@ -62,15 +55,7 @@ def read_summary(folder: str) -> list[dict[str, float]]:
 
 
 def trim_summary(path: str, start_epoch: int) -> None:
-    """Remove the rows of a summary from an epoch on, and incomplete rows.
-
-    Args:
-        path: The summary. It is rewritten only if rows are removed.
-        start_epoch: First epoch to remove.
-
-    Raises:
-        UsageError: if the summary is not a CSV file in UTF-8.
-    """
+    """Remove the rows of a summary from an epoch on, and incomplete rows. Nothing is written if there are none."""
     columns, rows = _read_table(path)
     valid = []
     for row in rows:
@@ -82,11 +67,7 @@ def trim_summary(path: str, start_epoch: int) -> None:
 
 
 def add_row(path: str, row: Mapping[str, Any]) -> None:
-    """Append a row to a summary. Missing columns are added, because a continued run may have other columns than before.
-
-    Raises:
-        UsageError: if the summary is not a CSV file in UTF-8.
-    """
+    """Append a row to a summary, and add its missing columns: a continued run may have other columns than before."""
     columns, rows = _read_table(path)
     kinds = ('epoch', 'train_', 'eval_', '')
     every = dict.fromkeys([*columns, *row])
@@ -95,11 +76,7 @@ def add_row(path: str, row: Mapping[str, Any]) -> None:
 
 
 def draw_curve(rows: Sequence[Mapping[str, float]], path: str) -> bool:
-    """Plot loss, top-1 accuracy and mean average precision over the epochs.
-
-    Args:
-        rows: Rows returned by read_summary.
-        path: Image file to write.
+    """Plot loss, top-1 accuracy and mean average precision over the epochs of rows from read_summary to an image file.
 
     Returns:
         Whether a plot was written. It needs at least two rows.
