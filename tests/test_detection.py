@@ -38,10 +38,8 @@ def batch(size=(64, 96)):
 # Families, options that make them small, and the strides that their pyramids can have.
 FAMILIES = [
     ('test_resnet', {}, [4, 8, 16, 32]),
-    ('test_convnext', {}, [4, 8, 16, 32]),
     ('swin_tiny_patch4_window7_224', dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)), [4, 8, 16, 32]),
     ('test_efficientnet', {}, [4, 8, 16, 32]),
-    ('mobilenetv3_small_050', {}, [4, 8, 16, 32]),
     ('test_vit', {}, [4, 8, 16, 32]),
     ('eva02_tiny_patch14_224', dict(depth=3), [7, 14, 28]),
     ('test_resnet', dict(output_stride=8), [4, 8]),
@@ -49,7 +47,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize('name, options, strides, kind', [
-    *((*family, 'fcos') for family in FAMILIES), *((*FAMILIES[index], 'fasterrcnn') for index in (0, 2, 6, 7))])
+    *((*family, 'fcos') for family in FAMILIES), *((*FAMILIES[index], 'fasterrcnn') for index in (0, 4))])
 def test_families_train_and_predict(name, options, strides, kind):
     model = source(name, **options)
     sizes = [(96, 64), (64, 64)]
@@ -270,6 +268,7 @@ def test_output_that_is_no_folder_of_ours(detect, tmp_path):
     assert 'not a writable folder' in detect.err
 
 
+@pytest.mark.slow  # waits for the lock
 def test_two_processes_do_not_share_an_output_folder(detect, tmp_path):
     (tmp_path / 'out').mkdir()
     holder = ('import sys; from timm_multimix.common.files import lock_folder; lock_folder(sys.argv[1]); print(); '

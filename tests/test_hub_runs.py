@@ -46,9 +46,10 @@ def test_run_is_pushed_at_its_end(server, script, image_folder, tmp_path):
 
 @pytest.mark.parametrize('strategy', ['every_save', 'best'])
 def test_strategies(server, script, image_folder, strategy):
-    script.train(image_folder, '--push-to-hub', '--hub-always-push', hub_model_id='user/model', hub_strategy=strategy,
-                 epochs=3)
-    rows = [float(row['eval_top1']) for row in script.summary()]
+    """The repository is named like the run by default."""
+    script.train(
+        image_folder, '--push-to-hub', '--hub-always-push', experiment='model', hub_strategy=strategy, epochs=3)
+    rows = [float(row['eval_top1']) for row in script.summary('model')]
     bests = [epoch for epoch in range(3) if all(rows[epoch] > earlier for earlier in rows[:epoch])]
     epochs = [int(title.split('epoch ')[1].split(',')[0]) for title in server.repos['user/model'].titles[1:]]
     during = [0, 1, 2] if strategy == 'every_save' else bests
@@ -76,7 +77,7 @@ def test_a_push_under_way_is_not_waited_for(server, script, image_folder, monkey
     assert f'epoch {script.checkpoint("model_best.pth.tar")["epoch"]},' in server.repos['user/model'].head().title
 
 
-@pytest.mark.parametrize('status', [401, 403, 409, 429, 500, 'cut'])
+@pytest.mark.parametrize('status', [403, 'cut'])
 def test_failed_uploads_do_not_stop_training_and_are_finished_later(server, script, image_folder, status):
     path = ('PUT', '/') if status == 'cut' else ('POST', '/commit/')
     server.fail(*path, *[status] * 500)
@@ -125,8 +126,7 @@ def test_interrupt_while_the_last_upload_is_under_way(server, script, image_fold
     assert len(server.repos['user/model'].titles) == 2
 
 
-@pytest.mark.parametrize('method, path', [
-    ('POST', '/commit/'), ('PUT', '/'), ('POST', '/preupload/'), ('GET', '/revision|/api/models/user/model$')])
+@pytest.mark.parametrize('method, path', [('POST', '/commit/'), ('PUT', '/')])
 def test_end_of_a_run_does_not_wait_without_limit(server, script, image_folder, monkeypatch, method, path):
     """The Hub carries out a request without a response. The run ends and logs the command that pushes it."""
     monkeypatch.setattr(training_hub.HubPush, 'patience', 0.5)
@@ -269,27 +269,11 @@ def test_killed_push_command(server, script, trained):
     assert [path.name for path in trained.glob('.hub-*')] == ['.hub-link'] and trained.exists()
 
 
-def test_name_of_the_repository_defaults_to_that_of_the_run(server, script, image_folder):
-    assert script.train(image_folder, '--push-to-hub', experiment='nice-model', hub_strategy='end') == 0
-    assert 'user/nice-model' in server.repos
-
-
 def test_token_on_the_command_line_is_refused_and_not_repeated(script, server, image_folder):
     assert script.train(image_folder, '--push-to-hub', hub_token=TOKEN) == 2
     assert 'HF_TOKEN' in script.text and TOKEN not in script.text
     assert hub_command(['push', str(image_folder), 'user/model', '--token', TOKEN]) == 2
     assert TOKEN not in script.capsys.readouterr().err
-
-
-def test_no_token_is_written(server, script, image_folder):
-    script.train(image_folder, '--push-to-hub', hub_model_id='user/model', epochs=2)
-    for name in script.written():
-        path = script.folder / name
-        if path.is_file():
-            assert TOKEN.encode() not in path.read_bytes(), name
-    for file in server.repos['user/model'].head().files.values():
-        assert TOKEN.encode() not in file.content
-    assert TOKEN not in script.text and 'signature' not in script.text
 
 
 def test_training_is_the_same_with_uploads(server, script, image_folder):
