@@ -145,7 +145,7 @@ def test_calibration_split_is_mapped_and_compared(script, folder, image_folder, 
 def test_evaluation_by_names(folder, image_folder, tmp_path, capsys):
     status, results = evaluated(folder, tmp_path / 'a', folder / 'run', '--data-dir', folder / 'subset')
     assert status == 0 and results['models']['run']['metrics']['top1'] == 100
-    assert 'mapped by the names' in capsys.readouterr().err
+    assert 'mapped by class name' in capsys.readouterr().err
     status, results = evaluated(folder, tmp_path / 'b', folder / 'run', '--data-dir', folder / 'other')
     assert status == 2 and results == {} and ': d.' in capsys.readouterr().err
 
@@ -165,7 +165,7 @@ def test_calibration_split_of_an_evaluation(folder, image_folder, tmp_path, caps
 
 def test_evaluation_without_names(folder, image_folder, tmp_path, capsys):
     assert evaluated(folder, tmp_path / 'a', folder / 'nameless', '--data-dir', image_folder)[0] == 0
-    assert 'holds no class names' in capsys.readouterr().err
+    assert 'contains no class names' in capsys.readouterr().err
     assert evaluated(folder, tmp_path / 'b', folder / 'nameless', '--data-dir', folder / 'subset')[0] == 2
     assert 'has 3 classes and' in capsys.readouterr().err
 

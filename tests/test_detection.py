@@ -147,7 +147,7 @@ def test_bfloat16_and_losses_that_are_not_finite():
 
 
 def save_run(folder, entry='state_dict'):
-    """The folder of a run of a grey model with three classes, whose metric is of one set of weights."""
+    """Write the folder of a run of a grayscale model with three classes. The metric belongs to `entry`."""
     options = dict(num_classes=3, in_chans=1)
     models = {name: timm.create_model('test_resnet', **options) for name in ('state_dict', 'state_dict_ema')}
     folder.mkdir()

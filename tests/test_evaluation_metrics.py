@@ -456,8 +456,8 @@ def test_geometry_sees_directions_only():
 @pytest.mark.parametrize('shape', [(4, 1), (20, 3), (100, 8)])
 def test_picture_keeps_neighbours(shape):
     generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(max(shape[1], 2))[:2, :shape[1]]
-    embeddings = centres[torch.arange(shape[0]) % 2] + 0.05 * torch.randn(shape, generator=generator)
+    centers = torch.eye(max(shape[1], 2))[:2, :shape[1]]
+    embeddings = centers[torch.arange(shape[0]) % 2] + 0.05 * torch.randn(shape, generator=generator)
     points = geometry.project(embeddings)
     assert points.shape == (shape[0], 2) and points.isfinite().all()
     if shape[0] == 100:

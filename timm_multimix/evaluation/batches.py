@@ -1,15 +1,13 @@
 """Run a model on many images, with progress bars and batches that fit into memory."""
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from ..calibration.temperature import last_layers
 from ..common.errors import UsageError
 from ..data.image_files import unreadable_images
+from ..dense.heads import mean_of_heads
 from .models import Candidate
 
 _logger = logging.getLogger(__name__)
@@ -48,52 +46,12 @@ class InParts:
                 torch.cuda.empty_cache()
 
 
-class Embedder:
-    """Compute logits and embeddings. An embedding is the input of the last affine layers, averaged over positions.
-
-    Args:
-        candidate: The model.
-        images: A few images in [0, 1], used to find the layers.
-
-    Raises:
-        UsageError: if no layer is found.
-    """
-
-    def __init__(self, candidate: Candidate, images: torch.Tensor):
-        self.candidate = candidate
-        names = last_layers(candidate.model, candidate.pixel_model.normalize(images))
-        self.layers = [candidate.model.get_submodule(name) for name in names]
-        if not self.layers:
-            raise UsageError(f'{candidate.name}: found no affine layer that computes the logits.')
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Return logits and embeddings, concatenated along the last axis: (b, c + d)."""
-        inputs: dict[nn.Module, list[torch.Tensor]] = {}
-
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            # a layer may be applied several times
-            inputs.setdefault(module, []).append(_average(module, args[0]))
-
-        handles = [layer.register_forward_pre_hook(record) for layer in self.layers]
-        try:
-            logits = self.candidate.pixel_model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.cat([logits, *(features for layer in self.layers for features in inputs[layer])], dim=1).float()
-
-    def split(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits (..., c) and embeddings (..., d)."""
-        num_classes = self.candidate.num_classes
-        return joined[..., :num_classes], joined[..., num_classes:]
-
-
-def _average(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Return the mean (b, d) of features over their positions."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        features = features.movedim(1, -1)
-    return features.flatten(1, -2).mean(1) if features.ndim > 2 else features
+@torch.no_grad()
+def embed(candidate: Candidate, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits (b, c) and the embeddings (b, d) of images. An embedding is the input of the classifier."""
+    features = candidate.model.forward_features(candidate.pixel_model.normalize(images))
+    embeddings = candidate.model.forward_head(features, pre_logits=True)
+    return mean_of_heads(candidate.model.forward_head(features)).float(), embeddings.flatten(1).float()
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def _sections(results: Sequence[Result]) -> Iterator[tuple[str, str, bytes]]:
                    figures.ood_figure(some, score))
     for title, name, draw, caption in (
             ('Embeddings', 'points', figures.embeddings_figure,
-             't-SNE of the input of the last affine layer, colored by class. Distances between clusters mean little.'),
+             't-SNE of the input of the classifier, colored by class. Distances between clusters mean little.'),
             ('Mixed images', 'between', figures.between_figure,
              'Mean over random pairs of images of different classes, interpolated pixel by pixel.'),
             ('Attention', 'maps', figures.attention_figure,

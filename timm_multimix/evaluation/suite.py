@@ -1,6 +1,6 @@
 """All measurements of a model."""
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -15,7 +15,7 @@ from ..dense.layouts import grid_size
 from ..dense.positions import position_features
 from ..losses.attention import attention_map
 from . import between, geometry, ood
-from .batches import Embedder, InParts, predict, progress
+from .batches import InParts, embed, predict, progress
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .images import Images, Source
 from .metrics import classification_metrics, cross_fit, reliability
@@ -142,10 +142,13 @@ class _Evaluation:
             **{name: metrics[name] for name in ('nll', 'brier', 'ece', 'adaptive_ece', 'classwise_ece')},
             reliability=reliability(logits, target))
 
-    def _batches(self, what: str, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Iterate over batches of tensors, with a progress bar."""
-        parts = zip(*(tensor.split(self.settings.batch_size) for tensor in tensors), strict=True)
-        return progress(list(parts), f'{self.candidate.name}: {what}')
+    def _embed(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (n, c) and the embeddings (n, d) of batches of images, on the CPU."""
+        def joined(images: torch.Tensor) -> torch.Tensor:
+            return torch.cat(embed(self.candidate, images), dim=1)
+
+        rows = torch.cat([self.in_parts(joined, batch.to(self.device)).cpu() for batch in batches])
+        return rows[:, :self.candidate.num_classes], rows[:, self.candidate.num_classes:]
 
     def _accuracy(
             self, what: str, images: torch.Tensor, target: torch.Tensor,
@@ -161,7 +164,9 @@ class _Evaluation:
                 return self.candidate.pixel_model(images).argmax(1) == target
 
         hits = []
-        for batch, labels in self._batches(what, images, target):
+        size = self.settings.batch_size
+        batches = list(zip(images.split(size), target.split(size), strict=True))
+        for batch, labels in progress(batches, f'{self.candidate.name}: {what}'):
             batch = change(batch) if change else batch
             hits.append(self.in_parts(is_correct, batch.to(self.device), labels.to(self.device)).cpu())
         return 100 * torch.cat(hits).double().mean().item()
@@ -215,9 +220,8 @@ class _Evaluation:
         result.pictures['scores'] = dict(inside=inside, outside=scores)
 
     def _embeddings_and_pairs(self, result: Result, images: torch.Tensor, target: torch.Tensor) -> None:
-        embed = Embedder(self.candidate, images[:2].to(self.device))
-        _, embeddings = embed.split(torch.cat([
-            self.in_parts(embed, batch.to(self.device)).cpu() for batch, in self._batches('embeddings', images)]))
+        parts = images.split(self.settings.batch_size)
+        _, embeddings = self._embed(progress(parts, f'{self.candidate.name}: embeddings'))
         if 'embeddings' in self.settings.parts:
             ratio, by_class = geometry.compactness(embeddings, target)
             result.values['embeddings'] = dict(
@@ -232,19 +236,19 @@ class _Evaluation:
                     points=geometry.project(embeddings[::step], self.settings.seed), classes=target[::step])
         pairs = between.sample_pairs(target, len(target), self.settings.seed)
         if 'between' in self.settings.parts and len(pairs):
-            result.values['between'] = self._between(embed, images, target, embeddings, pairs)
+            result.values['between'] = self._between(images, target, embeddings, pairs)
 
     def _between(
-            self, embed: Embedder, images: torch.Tensor, target: torch.Tensor, embeddings: torch.Tensor,
-            pairs: torch.Tensor) -> dict[str, Any]:
+            self, images: torch.Tensor, target: torch.Tensor, embeddings: torch.Tensor, pairs: torch.Tensor,
+    ) -> dict[str, Any]:
         targets = target[pairs]
         confidence: list[float] = []
         entropy: list[float] = []
         counts = dict(misses=0, intrusions_of_images=0, intrusions_of_embeddings=0)
-        for share in between.SHARES:
-            logits, mixed = embed.split(torch.cat([
-                self.in_parts(embed, torch.lerp(images[batch[:, 1]], images[batch[:, 0]], share).to(self.device)).cpu()
-                for batch, in self._batches(f'mixed images, {share:g}', pairs)]))
+        for share in progress(between.SHARES, f'{self.candidate.name}: mixed images'):
+            logits, mixed = self._embed(
+                torch.lerp(images[part[:, 1]], images[part[:, 0]], share)
+                for part in pairs.split(self.settings.batch_size))
             for values, value in zip((confidence, entropy), between.confidence_and_entropy(logits), strict=True):
                 values.append(value)
             if 0 < share < 1:  # otherwise the mixes are the images themselves
