@@ -10,10 +10,8 @@ import torch
 from ..calibration.run import share_images
 from ..calibration.temperature import fit_temperature
 from ..common.errors import UsageError
-from ..dense.heads import find_head
+from ..dense.hook import attach, outputs_in_evaluation
 from ..dense.layouts import grid_size
-from ..dense.positions import position_features
-from ..losses.attention import attention_map
 from . import between, geometry, ood
 from .batches import InParts, embed, predict, progress
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
@@ -266,17 +264,15 @@ class _Evaluation:
 
     @torch.no_grad()
     def _attention(self, result: Result) -> None:
-        model = self.candidate.model
         images, _ = next(iter(self.images.part(_NUM_ATTENTION_IMAGES)))
-        normalized = self.candidate.pixel_model.normalize(images.to(self.device))
+        model, normalized = self.candidate.model, self.candidate.pixel_model.normalize(images.to(self.device))
         try:
-            head = find_head(model)
-            streams = position_features(head, model.forward_features(normalized), normalized.shape[-2:])
-            features = torch.cat([s for s, lay in zip(streams, head.layouts, strict=True) if lay.has_positions], dim=-1)
+            with attach(model), outputs_in_evaluation(model):
+                attention = model(normalized).attention
         except (TypeError, ValueError, AttributeError) as error:
             _logger.info(f'{self.candidate.name}: no attention maps. {error}')
             return
-        maps = attention_map(features).unflatten(1, grid_size(features.shape[1], normalized.shape[-2:]))
+        maps = attention.unflatten(1, grid_size(attention.shape[1], images.shape[-2:]))
         result.pictures.update(images=images, maps=maps.cpu())
 
 
