@@ -22,7 +22,7 @@ READ_TOKEN = 'hf_readreadreadreadread'
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Hub on loopback that this process uses, with tokens of `user`."""
+    """Start a Hub on loopback for this process, with tokens of `user`."""
     constants = huggingface_hub.constants
     with serve() as running:
         running.tokens = {TOKEN: User('user', orgs=('team',)), READ_TOKEN: User('user', 'read')}

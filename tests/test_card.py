@@ -70,7 +70,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize('name', HOSTILE, ids=range(len(HOSTILE)))
 def test_names_from_elsewhere_are_shown_as_they_are(name):
-    """Names of classes, datasets and metrics stay in their cell or line."""
+    """Names of classes, datasets and metrics cannot leave their cell or line."""
     text, plain = (str(model_card(
         'user/model', {**CONFIG, 'label_names': [value, 'last']}, summary='What it is.',
         results=eval_results({'top1': 50.0, value: 1.0}, 'imagefolder', value, 'validation')))
@@ -276,7 +276,7 @@ def test_dataset_types_are_what_the_hub_takes(tmp_path, no_picture, dataset, kin
 
 
 def texts_of(secret: str) -> dict:
-    """Values for all options that accept a text: the secret itself, and inside of lists and mappings."""
+    """Return values with the secret for all options that accept text, also in lists and mappings."""
     parser, values = build_training_parser(), {}
     for name in vars(parser.parse_args([])):
         for value in (secret, [secret], {'key': secret}):

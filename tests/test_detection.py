@@ -1,4 +1,4 @@
-"""Detectors on timm backbones, and the detection command, on tiny models and images."""
+"""Test detectors on timm backbones and `timm-multimix detect`, with tiny models and images."""
 import json
 import math
 import os
@@ -28,7 +28,7 @@ def source(model_name, **options) -> Source:
 
 
 def batch(size=(64, 96)):
-    """Two images with boxes, and one without."""
+    """Return two images with boxes and one without."""
     boxes = [[[4.0, 4, 40, 30], [50, 20, 80, 60]], [[0.0, 0, 20, 64]], []]
     targets = [dict(boxes=torch.tensor(one).view(-1, 4), labels=torch.ones(len(one), dtype=torch.int64))
                for one in boxes]
@@ -97,8 +97,8 @@ def test_large_images_get_coarser_levels():
 
 
 @pytest.mark.parametrize('name, message', [
-    ('mixer_s32_224', 'does not accept images of 128 x 128 pixels'),  # it takes images of one size
-    pytest.param('inception_v3', 'cannot be located exactly', marks=pytest.mark.slow),  # its maps are cut at the border
+    ('mixer_s32_224', 'does not accept images of 128 x 128 pixels'),  # it accepts images of one size only
+    pytest.param('inception_v3', 'cannot be located exactly', marks=pytest.mark.slow),  # its feature maps do not cover the border
     ('test_resnetttt', 'timm has no such model. Did you mean'),
     ('folder/missing', 'no such folder or file'),
 ])
@@ -108,7 +108,7 @@ def test_unusable_models_are_refused(name, message):
 
 
 class Noise(torch.utils.data.Dataset):
-    """Images with one box each."""
+    """Random images with one box each."""
 
     def __len__(self):
         return 4
@@ -173,7 +173,7 @@ def test_runs_give_their_weights_without_the_classifier(tmp_path, entry):
 
 
 class Detect:
-    """Runs the command."""
+    """Run the command."""
 
     def __init__(self, folder, capsys):
         self.folder, self.capsys = folder, capsys
@@ -206,14 +206,14 @@ def test_compares_backbones_and_continues(detect, tmp_path):
     assert {'mAP', 'mAP50', 'mAP75', 'mAP_small', 'std', 'seeds'} <= set(first['models']['run'])
     assert 0 <= first['models']['run']['mAP'] <= 1 and first['models']['run']['mAP_large'] is None
     assert first['conditions']['settings']['frozen'] and first['conditions']['settings']['min_size'] == 96
-    # More backbones and seeds: what is there is kept.
+    # Further backbones and seeds do not repeat the finished rows.
     assert detect(tmp_path / 'run', 'test_resnet', seeds=2, **SMALL) == 0, detect.err
     second = detect.results()
     assert 'already contains 1 of 4 rows' in detect.err and set(second['models']) == {'run', 'test_resnet'}
     assert second['models']['run']['seeds']['0'] == first['models']['run']['seeds']['0']
     assert list(second['models']['test_resnet']['seeds']) == ['0', '1'] and '±' in detect.out
     assert (tmp_path / 'out' / 'predictions-test_resnet.png').read_bytes().startswith(b'\x89PNG')
-    # Other options give results that cannot be compared.
+    # Results of other options are not mixed.
     assert detect('test_resnet', **{**SMALL, 'epochs': 2}) == 2
     assert 'epochs was 1, is 2' in detect.err and detect.results() == second
 
@@ -229,7 +229,7 @@ def test_trains_on_coco_files(detect, tmp_path):
     assert (settings['min_size'], settings['max_size']) == (48, 80)
     (tmp_path / 'data' / 'images' / '2.png').write_bytes(b'no image')
     assert detect('test_vit', output=tmp_path / 'other', **options) == 1
-    assert '2.png cannot be read' in detect.err and len(detect.err.strip().splitlines()) == 2  # one is about the data
+    assert '2.png cannot be read' in detect.err and len(detect.err.strip().splitlines()) == 2  # the other line describes the data
 
 
 @pytest.mark.parametrize('models, options, message', [

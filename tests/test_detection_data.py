@@ -1,4 +1,4 @@
-"""Scenes, COCO files and Pascal VOC folders as the detection command reads them."""
+"""Test the readers of scenes, COCO files and Pascal VOC folders."""
 import json
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from timm_multimix.detection.splits import image_bounds, load_splits
 
 
 def write_coco(root: Path, images: dict[str, tuple[int, int]], boxes: list[dict], /, **changes) -> str:
-    """Write images of these sizes and a COCO file. Returns the name of the data."""
+    """Write images of the given sizes and a COCO file. Return the value of --data."""
     (root / 'images').mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for name, (width, height) in images.items():
@@ -108,7 +108,7 @@ def test_reads_coco_files(tmp_path):
     mirrored_image, mirrored = train.view('RGB', training=True, hflip=1.0)[0]
     assert mirrored['boxes'].tolist() == [[33, 2, 63, 22]]
     assert mirrored_image.flip(-1).equal(train.view('RGB', training=True)[0][0])
-    assert train.view('RGB', training=True)[0][1]['boxes'].tolist() == [[1, 2, 31, 22]]  # not changed by that
+    assert train.view('RGB', training=True)[0][1]['boxes'].tolist() == [[1, 2, 31, 22]]  # unchanged by the flip
 
 
 def test_classes_of_test_data_are_those_of_the_training_data(tmp_path):

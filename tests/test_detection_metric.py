@@ -1,4 +1,4 @@
-"""Mean average precision against pycocotools and Pascal VOC's rule."""
+"""Test the mean average precision against pycocotools and the rule of Pascal VOC."""
 import contextlib
 import io
 import math
@@ -12,7 +12,7 @@ from timm_multimix.detection.metric import mean_average_precision
 
 
 def random_case(num_images=12, crowds=False):
-    """True objects, and predictions that are near some of them."""
+    """Return predictions and true objects, with predictions near some of the objects."""
     generator = torch.Generator().manual_seed(0)
     predictions, targets = [], []
     for index in range(num_images):
@@ -78,7 +78,7 @@ def test_agrees_with_pycocotools(crowds):
 
 
 def voc_average_precision(predictions, targets, threshold):
-    """One class by VOC's rule, with the precision read at COCO's 101 recalls."""
+    """Compute the average precision of one class by the rule of Pascal VOC, with the 101 recalls of COCO."""
     ranked = sorted(((score, image, box) for image, one in enumerate(predictions)
                      for score, box in zip(one['scores'].tolist(), one['boxes'], strict=True)), key=lambda r: -r[0])
     found, hits = set(), []

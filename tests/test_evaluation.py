@@ -1,4 +1,4 @@
-"""python -m timm_multimix.evaluate, run in this process on tiny models and images."""
+"""Test `timm-multimix evaluate` in this process, with tiny models and images."""
 import argparse
 import json
 import os
@@ -33,7 +33,7 @@ pytest_plugins = ['training_helpers']
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory, image_folder):
-    """Two trained runs: an ordinary one, and a dense one with averaged weights."""
+    """Train two runs: one with cross-entropy, one with dense MultiMix and EMA weights."""
     from timm_multimix.training import main
     folder = tmp_path_factory.mktemp('runs')
     common = [
@@ -47,7 +47,7 @@ def runs(tmp_path_factory, image_folder):
 
 
 class Evaluate:
-    """Runs the command."""
+    """Run the command."""
 
     def __init__(self, folder, capsys):
         self.folder, self.capsys = folder, capsys
@@ -106,7 +106,7 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
         mixes = values['between']
         assert mixes['num_mixes'] == 9 * mixes['num_pairs'] == 108 and len(mixes['confidence']) == 11
         assert mixes['misses_percent'] == pytest.approx(100 * mixes['misses'] / mixes['num_mixes'])
-        for quantity in ('confidence', 'entropy'):  # the images at the ends are no mixes
+        for quantity in ('confidence', 'entropy'):  # without the images themselves
             assert mixes[f'mean_{quantity}'] == pytest.approx(statistics.mean(mixes[quantity][1:-1]))
     assert 'model_best' in results['models']['plain']['weights']
     assert results['models']['dense']['weights'] == 'model_best.pth.tar, state_dict_ema'
@@ -117,7 +117,7 @@ def test_compares_two_runs_in_all_parts(evaluate, runs, image_folder):
 
 
 class _Page(HTMLParser):
-    """Headings and pictures of a page, and anything that it would load from elsewhere."""
+    """Parse the headings and pictures of a page, and the addresses of files that it would load."""
 
     def __init__(self, text):
         super().__init__()
@@ -138,7 +138,7 @@ class _Page(HTMLParser):
 
 
 def _check_page(html):
-    """One page with its figures and without anything from elsewhere."""
+    """Check that a page has all figures and loads no other files."""
     page = _Page(html)
     assert page.headings == [
         'Reliability', 'Robustness to attacks', 'Robustness to corruptions',
@@ -267,7 +267,7 @@ def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
     assert torch.equal(weights['student'], checkpoint['state_dict']['head.weight'])
     assert torch.equal(weights['ema'], checkpoint['state_dict_ema']['head.weight'])
     assert torch.equal(weights[None], weights['ema'])
-    began = dict(pretrained=True, initial_checkpoint='gone.pth')  # what the weights of the run have left behind
+    began = dict(pretrained=True, initial_checkpoint='gone.pth')  # replaced by the weights of the checkpoint
     calibrated = {**checkpoint['state_dict'], 'head.weight': checkpoint['state_dict']['head.weight'] * 3}
     torch.save(
         dict(arch='test_vit', args={**checkpoint['args'], **began}, state_dict=calibrated),
@@ -280,7 +280,7 @@ def test_weights_that_a_checkpoint_names_and_calibrated_ones(runs, tmp_path):
 
 def test_a_checkpoint_of_plain_timm_with_args_beside_it(runs, tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
-    state = {**model.state_dict(), 'bn1.aux_bn.0.weight': torch.ones(1)}  # as --split-bn leaves it
+    state = {**model.state_dict(), 'bn1.aux_bn.0.weight': torch.ones(1)}  # an entry of --split-bn
     torch.save(dict(state_dict=state), tmp_path / 'model.pth.tar')
     with pytest.raises(UsageError, match='does not say what model'):
         load_candidate(str(tmp_path / 'model.pth.tar'))
@@ -401,7 +401,7 @@ def test_one_image(evaluate, runs):
 
 @pytest.mark.parametrize('options', [['--in-chans', '1'], ['--in-chans', '4', '--input-img-mode', 'RGBA']])
 def test_other_channels_than_three(evaluate, image_folder, tmp_path, options):
-    """With the statistics that timm's loader makes of those of three channels, and the run's kind of images."""
+    """The pixel statistics are adapted to the channels as in timm's loader, and the image mode is that of the run."""
     import csv
 
     from timm_multimix.training import main
@@ -515,7 +515,7 @@ NAMES = {
 
 
 def test_names_of_runs_and_folders_are_only_text(evaluate, runs, image_folder, tmp_path):
-    """In figures, table, JSON and page, for models and for out-of-distribution images."""
+    """Names of models and of out-of-distribution images are escaped in figures, table, JSON and page."""
     models = [NAMES[kind][0] for kind in ('special characters', 'control characters')]
     folder = tmp_path / 'ood' / models[0]
     for name in models:

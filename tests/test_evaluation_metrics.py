@@ -1,4 +1,4 @@
-"""Each measure of the evaluation against an independent computation, or a case that one can work out."""
+"""Test each measure of the evaluation against an independent computation or a known value."""
 import copy
 import math
 
@@ -90,7 +90,7 @@ def test_calibration_errors_by_loops(problem):
 
 
 def literal_selection(confidence, wrong):
-    """AURC, mean over orders of ties, and the coverage at 5 % risk, by trying every threshold."""
+    """Compute AURC, averaged over the orders of ties, and the coverage at 5 % risk from every threshold."""
     risks = []
     for size in range(1, len(wrong) + 1):
         border = sorted(confidence, reverse=True)[size - 1]
@@ -143,7 +143,7 @@ def test_reliability_adds_up_to_the_calibration_error(problem):
 
 
 def test_reliability_of_a_hand_made_case():
-    """Confidence 0.6 four times, right three times; confidence 1 once, wrong."""
+    """Four images have confidence 0.6, three of them are correct. One has confidence 1 and is wrong."""
     logits = torch.log(torch.tensor([[0.6, 0.4]] * 4 + [[1.0, 1e-30]], dtype=torch.float64))
     bins = reliability(logits, torch.tensor([0, 0, 0, 1, 1]), num_bins=4)
     assert bins['count'] == [0, 0, 4, 1]
@@ -153,7 +153,7 @@ def test_reliability_of_a_hand_made_case():
 
 
 def test_confidence_that_rounds_to_one_is_in_the_last_bin():
-    """Confidence 0.95 a hundred times, always right; 1 a hundred times, ten of them wrong: together 2.5 % apart."""
+    """Of 100 images with confidence 0.95 all are correct, of 100 with confidence 1 only 90: the mean gap is 2.5 %."""
     logits = torch.log(torch.tensor([[0.95, 0.05]] * 100 + [[1.0, 1e-30]] * 100, dtype=torch.float64))
     target = torch.tensor([0] * 190 + [1] * 10)
     assert classification_metrics(logits, target)['ece'] == pytest.approx(2.5, abs=1e-4)
@@ -176,7 +176,7 @@ def test_cross_fit_gives_each_half_the_temperature_of_the_other():
 # attacks
 
 class Small(nn.Module):
-    """Trained on two kinds of image patches: a classifier that is right and can be fooled."""
+    """Small classifier for the attacks."""
 
     def __init__(self):
         super().__init__()
@@ -251,7 +251,7 @@ def test_pgd_projects_and_steps(attacked):
 
 @pytest.mark.parametrize('attack', ['fgsm', 'pgd'])
 def test_attacks_along_the_gradient_of_cross_entropy(attacked, attack):
-    """As published: the same steps, except where the gradient underflows and the image stays as it is."""
+    """Both losses give the same steps, unless the gradient of cross-entropy underflows."""
     model, images, target = copy.deepcopy(attacked[0]).double(), attacked[1].double(), attacked[2]
 
     def run(model, images, loss):
@@ -281,7 +281,7 @@ def test_random_start_is_random_and_seeded(attacked):
 @pytest.mark.parametrize('scale', [20.0, 1e-9])
 @pytest.mark.parametrize('attack', ['fgsm', 'pgd'])
 def test_a_factor_on_the_logits_is_no_protection(attacked, attack, scale):
-    """It changes no prediction, and makes gradients of the loss very small."""
+    """A factor changes no prediction, but can make the gradients of cross-entropy very small."""
     model, images, target = attacked
     if scale > 1:
         assert F.cross_entropy(scale * model(images), target) < 1e-6
@@ -350,7 +350,7 @@ def pairwise_auroc(inside, outside):
 
 
 def literal_detection(inside, outside):
-    """From every threshold, by counting."""
+    """Compute the metrics of OOD detection by counting at every threshold."""
     thresholds = [math.inf, *sorted({*inside, *outside}, reverse=True)]
     rates = [(np.mean(np.array(inside) >= t), np.mean(np.array(outside) >= t)) for t in thresholds]
 
@@ -488,7 +488,7 @@ def test_counts_of_a_third_class():
 
 
 def test_intrusions_of_a_hand_made_plane():
-    """Class 2 lies between 0 and 1, so their middle intrudes on it; nothing lies between 0 and 2."""
+    """Class 2 lies between classes 0 and 1, so their middle is an intrusion. No class lies between 0 and 2."""
     real = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     pairs = torch.tensor([[0, 1], [0, 2]] * 3)
     mixed = torch.stack([

@@ -1,4 +1,4 @@
-"""Models of runs written into folders: channels, file modes, and the commands that do it."""
+"""Test the export of runs to folders: channels, file modes, and the commands."""
 import json
 import os
 import runpy
@@ -18,7 +18,7 @@ pytest_plugins = ['training_helpers', 'hub_helpers']
 
 @pytest.fixture(scope='module')
 def images_of_modes(tmp_path_factory):
-    """Image folders by PIL mode, with a few images each."""
+    """Write image folders by PIL mode, with a few images each."""
     folders = {}
     for mode in ('L', 'RGB', 'RGBA'):
         root = folders[mode] = tmp_path_factory.mktemp(mode)
@@ -60,7 +60,7 @@ def test_channels(server, script, images_of_modes, tmp_path, channels, mode, opt
 
 @pytest.mark.parametrize('umask', [0o022, 0o077])
 def test_modes_of_files(server, script, images_of_modes, tmp_path, umask):
-    """All files have the mode of any new file."""
+    """All files have the default mode of a new file."""
     previous = os.umask(umask)
     try:
         assert script.train(images_of_modes['RGB'], '--save-images', epochs=2, batch_size=3, save_epochs=1,
@@ -92,7 +92,7 @@ def test_import_of_the_command_does_nothing():
     'timm_multimix.training.main', 'timm_multimix.hub', 'timm_multimix.evaluate',
     'timm_multimix.evaluation.main'])
 def test_modules_run_as_programs(script, monkeypatch, module):
-    """As `python -m MODULE`."""
+    """Run `python -m MODULE`."""
     monkeypatch.setattr(sys, 'argv', [module, '--nonsense'])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(module, run_name='__main__')

@@ -1,4 +1,4 @@
-"""push_to_hub with the real huggingface_hub client and a Hub on loopback, and its errors."""
+"""Test push_to_hub with the real huggingface_hub client and a Hub on loopback."""
 import json
 import logging
 import traceback

@@ -46,7 +46,7 @@ def test_run_is_pushed_at_its_end(server, script, image_folder, tmp_path):
 
 @pytest.mark.parametrize('strategy', ['every_save', 'best'])
 def test_strategies(server, script, image_folder, strategy):
-    """The repository is named like the run by default."""
+    """Without --hub-model-id, the repository has the name of the run."""
     script.train(
         image_folder, '--push-to-hub', '--hub-always-push', experiment='model', hub_strategy=strategy, epochs=3)
     rows = [float(row['eval_top1']) for row in script.summary('model')]
@@ -321,7 +321,7 @@ def test_push_command(server, trained, script, tmp_path):
 
 
 def test_push_to_the_repository_of_the_run(server, trained):
-    """With the branch and the visibility that the run was started with."""
+    """The branch, the weights and the visibility are those of the run."""
     args = yaml.safe_load((trained / 'args.yaml').read_text())
     args.update(hub_model_id='user/secret', hub_private_repo=True, hub_revision='dev', hub_weights='student')
     (trained / 'args.yaml').write_text(yaml.safe_dump(args))
@@ -451,7 +451,7 @@ def test_initial_checkpoint_from_the_hub(server, script, image_folder):
 
 
 def test_resume_from_the_hub(server, script, image_folder, tmp_path):
-    """Without a checkpoint in the repository only the weights are loaded, with a log line. A checkpoint is resumed."""
+    """A checkpoint in the repository is resumed. Without one, only the weights are loaded, and a line is logged."""
     model = small_model()
     push_to_hub(model, 'user/model')
     assert script.train(image_folder, '--model-ema', lr=1e-12, weight_decay=0, resume='hf-hub:user/model') == 0, \

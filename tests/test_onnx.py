@@ -18,7 +18,7 @@ RUN = Path(__file__).parent / 'data' / 'checkpoints_0.1' / 'calibrated'
 
 @pytest.fixture
 def export(tmp_path, capsys):
-    """Export a calibrated run to ONNX. Returns exit status, target folder and error output."""
+    """Export a calibrated run to ONNX. Return exit status, target folder and error output."""
     shutil.copytree(RUN, tmp_path / 'run')
 
     def run(*options):
