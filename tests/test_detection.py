@@ -98,7 +98,7 @@ def test_large_images_get_coarser_levels():
 
 @pytest.mark.parametrize('name, message', [
     ('mixer_s32_224', 'does not accept images of 128 x 128 pixels'),  # it accepts images of one size only
-    pytest.param('inception_v3', 'cannot be located exactly', marks=pytest.mark.slow),  # its feature maps do not cover the border
+    pytest.param('inception_v3', 'cannot be located exactly', marks=pytest.mark.slow),
     ('test_resnetttt', 'timm has no such model. Did you mean'),
     ('folder/missing', 'no such folder or file'),
 ])
@@ -229,7 +229,7 @@ def test_trains_on_coco_files(detect, tmp_path):
     assert (settings['min_size'], settings['max_size']) == (48, 80)
     (tmp_path / 'data' / 'images' / '2.png').write_bytes(b'no image')
     assert detect('test_vit', output=tmp_path / 'other', **options) == 1
-    assert '2.png cannot be read' in detect.err and len(detect.err.strip().splitlines()) == 2  # the other line describes the data
+    assert '2.png cannot be read' in detect.err and len(detect.err.strip().splitlines()) == 2
 
 
 @pytest.mark.parametrize('models, options, message', [
