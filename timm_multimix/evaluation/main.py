@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 
@@ -146,26 +147,14 @@ def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device:
                 f'--calibration-split {args.calibration_split}: {", ".join(trained)} may have been trained on these '
                 'images and be more confident on them than on other images. Choose another split, or leave out the '
                 'option.')
-    workers = args.workers
-    if workers is None:
-        workers = 0 if source.dataset.lower().startswith(DEMO_PREFIX) else min(
-            run.workers if run else 4, os.cpu_count() or 1)
-    return Settings(
-        source=source,
-        calibration=calibration,
-        parts=tuple(args.parts),
-        epsilons=tuple(sorted(set(args.eps))),
-        pgd_steps=args.pgd_steps,
-        pgd_step_size=args.pgd_step,
-        attack_loss=args.attack_loss,
-        outside=tuple(
-            name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood),
-        batch_size=args.batch_size or (256 if device.type == 'cuda' else 32),
-        workers=workers,
-        max_images=args.max_images,
-        sample=args.sample,
-        seed=args.seed,
-    )
+    if args.workers is None:
+        is_demo = source.dataset.lower().startswith(DEMO_PREFIX)
+        args.workers = 0 if is_demo else min(run.workers if run else 4, os.cpu_count() or 1)
+    args.batch_size = args.batch_size or (256 if device.type == 'cuda' else 32)
+    args.eps = sorted(set(args.eps))
+    outside = (name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood)
+    options = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    return Settings(source, calibration, tuple(outside), **options)
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -34,19 +34,19 @@ class Settings:
     Attributes:
         source: Images to evaluate on.
         calibration: Images to fit a temperature on; None for cross-fitting on halves of the evaluated images.
-        epsilons: Sizes of attacks, as fractions of the range of a pixel.
-        pgd_step_size: Size of a step, as a fraction of the range of a pixel; None for 2.5 epsilon / steps, with which
-            PGD can reach every point of the ball.
         outside: Sources of out-of-distribution images, and names of noises.
+        eps: Sizes of attacks, as fractions of the range of a pixel.
+        pgd_step: Size of a step, in the same units; None for 2.5 eps / pgd_steps, with which PGD can reach every point
+            of the ball.
     """
     source: Source
     calibration: Source | None = None
-    parts: tuple[str, ...] = PARTS
-    epsilons: tuple[float, ...] = ()
-    pgd_steps: int = 10
-    pgd_step_size: float | None = None
-    attack_loss: str = 'log-odds'
     outside: tuple[Source | str, ...] = ()
+    parts: Sequence[str] = PARTS
+    eps: Sequence[float] = ()
+    pgd_steps: int = 10
+    pgd_step: float | None = None
+    attack_loss: str = 'log-odds'
     batch_size: int = 32
     workers: int = 0
     max_images: int | None = None
@@ -173,8 +173,8 @@ class _Evaluation:
         settings, model, loss = self.settings, self.candidate.pixel_model, self.settings.attack_loss
         clean = self._accuracy('sample', images, target)
         curves = dict(fgsm=[clean], pgd=[clean])
-        step_sizes = [settings.pgd_step_size or 2.5 * epsilon / settings.pgd_steps for epsilon in settings.epsilons]
-        for epsilon, step_size in zip(settings.epsilons, step_sizes, strict=True):
+        step_sizes = [settings.pgd_step or 2.5 * epsilon / settings.pgd_steps for epsilon in settings.eps]
+        for epsilon, step_size in zip(settings.eps, step_sizes, strict=True):
             shown = f'{epsilon * PIXEL_LEVELS:g}/{PIXEL_LEVELS}'
             torch.manual_seed(settings.seed)  # for the random start
             curves['fgsm'].append(self._accuracy(
@@ -185,7 +185,7 @@ class _Evaluation:
         return dict(
             num_images=len(target),
             loss=loss,
-            epsilon_of_255=[0.0, *(epsilon * PIXEL_LEVELS for epsilon in settings.epsilons)],
+            epsilon_of_255=[0.0, *(epsilon * PIXEL_LEVELS for epsilon in settings.eps)],
             pgd_steps=settings.pgd_steps,
             pgd_step_size_of_255=[size * PIXEL_LEVELS for size in step_sizes],
             **curves)
