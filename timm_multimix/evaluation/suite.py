@@ -2,6 +2,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -177,11 +178,11 @@ class _Evaluation:
         for epsilon, step_size in zip(settings.eps, step_sizes, strict=True):
             shown = f'{epsilon * PIXEL_LEVELS:g}/{PIXEL_LEVELS}'
             torch.manual_seed(settings.seed)  # for the random start
-            curves['fgsm'].append(self._accuracy(
-                f'FGSM {shown}', images, target, attack=lambda x, y, e=epsilon: fgsm(model, x, y, e, loss)))
-            curves['pgd'].append(self._accuracy(
-                f'PGD {shown}', images, target,
-                attack=lambda x, y, e=epsilon, s=step_size: pgd(model, x, y, e, s, settings.pgd_steps, loss=loss)))
+            for name, attack in dict(
+                    fgsm=partial(fgsm, model, epsilon=epsilon, loss=loss),
+                    pgd=partial(pgd, model, epsilon=epsilon, step_size=step_size, num_steps=settings.pgd_steps,
+                                loss=loss)).items():
+                curves[name].append(self._accuracy(f'{name.upper()} {shown}', images, target, attack=attack))
         return dict(
             num_images=len(target),
             loss=loss,
@@ -197,7 +198,7 @@ class _Evaluation:
                 generator = torch.Generator('cpu').manual_seed(self.settings.seed)
                 top1.setdefault(kind, []).append(self._accuracy(
                     f'{kind} {severity}', images, target,
-                    change=lambda batch, k=kind, s=severity, g=generator: corrupt(batch, k, s, g)))
+                    change=partial(corrupt, kind=kind, severity=severity, generator=generator)))
         accuracies = [accuracy for curve in top1.values() for accuracy in curve]
         return dict(
             num_images=len(target), severities=list(SEVERITIES), clean_top1=self._accuracy('sample', images, target),
