@@ -108,9 +108,10 @@ def between_figure(results: Sequence[Result]) -> Figure:
     def curve(result: Result, quantity: str) -> Any:
         return result.values['between']['shares'], result.values['between'][quantity]
 
-    return _curves(results, curve, {
-        quantity: dict(xlabel='weight of the first image', ylabel=label)
-        for quantity, label in (('confidence', 'confidence'), ('entropy', 'entropy, nats'))})
+    label = 'weight of the first image'
+    return _curves(results, curve, dict(
+        confidence=dict(xlabel=label, ylabel='confidence', ylim=_SHARE),
+        entropy=dict(xlabel=label, ylabel='entropy, nats')))
 
 
 @as_png
