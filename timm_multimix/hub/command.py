@@ -69,7 +69,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Without a repository, use the repository, branch, weights and visibility of the run."""
+    """Without a repository, use that of the run with its branch, weights and visibility, or the name of the folder."""
     run: dict[str, Any] = {}
     with suppress(OSError, yaml.YAMLError, TypeError, ValueError):
         run = dict(yaml.safe_load(Path(args.folder, 'args.yaml').read_text(encoding='utf-8')))
@@ -78,6 +78,8 @@ def _complete(args: argparse.Namespace) -> None:
         args.revision = args.revision or run.get('hub_revision')
         args.weights = args.weights or run.get('hub_weights')
         args.private = getattr(args, 'private', False) or bool(run.get('hub_private_repo'))
+    elif args.repo_id is None and args.command != 'push':
+        args.repo_id = 'user/' + re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(args.folder)))
     args.weights = args.weights or 'best'
 
 
@@ -99,16 +101,11 @@ def _push_folder(args: argparse.Namespace) -> None:
     _logger.info(f"Load it with timm.create_model('hf-hub:{repository.shown}', pretrained=True)")
 
 
-def _default_repository(folder: str) -> str:
-    """Return a name for the card of a model that is not pushed."""
-    return 'user/' + re.sub(r'[^A-Za-z0-9_.-]+', '-', os.path.basename(os.path.abspath(folder)))
-
-
 def _show_card(args: argparse.Namespace) -> None:
-    repo_id = args.repo_id or _default_repository(args.folder)
     with TemporaryDirectory() as target:
         with usage_errors(args.folder):
-            model = export(args.folder, target, repo_id, revision=args.revision, weights=args.weights, card_only=True)
+            model = export(
+                args.folder, target, args.repo_id, revision=args.revision, weights=args.weights, card_only=True)
         _logger.info(f'Model card for {model.origin}:')
         if args.output is None:
             sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
@@ -132,12 +129,11 @@ def _export_folder(args: argparse.Namespace) -> None:
         check_packages('--format onnx', ['onnx', 'onnxscript', *(['onnxruntime'] if args.verify else [])], extra='onnx')
     elif args.verify:
         raise UsageError('--verify needs --format onnx.')
-    repo_id = args.repo_id or _default_repository(args.folder)
     with usage_errors(args.target):
         os.makedirs(parent, exist_ok=True)
         remove_work_folders(parent)
         with work_folder(parent) as temporary:
-            model = export(args.folder, temporary, repo_id, revision=args.revision, weights=args.weights)
+            model = export(args.folder, temporary, args.repo_id, revision=args.revision, weights=args.weights)
             check_rebuilds(temporary, load_file(os.path.join(temporary, WEIGHTS_NAME)))
             if args.format == 'onnx':
                 write_onnx(temporary, args.verify)
