@@ -73,6 +73,15 @@ def test_families_train_and_predict(name, options, strides, kind):
         ((images[0][:, 0, 0] - torch.tensor(MEAN)) / torch.tensor(STD)).numpy(), abs=1e-5)  # neither resized
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_distances_to_the_sides_of_boxes_have_a_gradient_from_the_start(seed):
+    torch.manual_seed(seed)
+    model, settings = source('test_resnet'), Settings(fpn_channels=32, min_size=64)
+    detector = create_detector(model, find_levels(model, settings, [(64, 64)]), 1, settings)
+    distances = detector.head.regression_head(list(detector.backbone(torch.rand(2, 3, 64, 64)).values()))[0]
+    assert (distances > 0).float().mean() > 0.9
+
+
 def test_maps_of_one_stride_are_merged():
     model = source('test_resnet', output_stride=8)
     levels = find_levels(model, Settings(), [(96, 96)])

@@ -79,6 +79,8 @@ def create_detector(source: Source, levels: list[Level], num_classes: int, setti
     if settings.detector == 'fcos':
         anchors = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
         head = FCOSHead(backbone.out_channels, 1, num_classes + 1, settings.head_convs)
+        # A ReLU follows. With torchvision's bias of 0 it can be 0 everywhere and have no gradient from the start.
+        nn.init.ones_(head.regression_head.bbox_reg.bias)
         return FCOS(backbone, anchor_generator=anchors, head=head, score_thresh=_SCORE_THRESHOLD, **options)
     sizes = tuple((4 * stride, round(4 * math.sqrt(2) * stride)) for stride in strides)
     return FasterRCNN(
