@@ -57,8 +57,8 @@ def test_half_precision_is_computed_in_float32(dtype):
 @pytest.mark.parametrize('arguments, message', [
     (dict(query='mean'), "must be one of uniform, gap, token, cam, got 'mean'"),
     (dict(norm='l2'), "must be one of relu, softmax, got 'l2'"),
-    (dict(query='token'), "'token' requires token"),
-    (dict(query='cam'), "'cam' requires"),
+    (dict(query='token'), r"'token' requires features \(b, r, d\) and token"),
+    (dict(query='cam'), r"'cam' requires logits \(b, r, c\) and target"),
 ])
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from timm_multimix import MultiMixLoss, attach
 from timm_multimix.calibration.temperature import fold_temperature, scalable_classifier
-from timm_multimix.dense.heads import find_head
 from timm_multimix.dense.positions import dense_logits, position_logits
 
 BACKBONES = {
@@ -159,15 +158,17 @@ def one_thread():
 
 @pytest.fixture(scope='module', params=BACKBONES)
 def backbone(request):
-    """The model of one module with random parameters in its head, images, and their features in evaluation mode."""
+    """The attached model of a module with random parameters in its head, images, and features in evaluation mode."""
     name, size = BACKBONES[request.param]
     model = build(name, size).eval()
+    handle = attach(model)
     torch.manual_seed(1)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         features = model.forward_features(images)
     randomise_head(model, features)
-    return types.SimpleNamespace(module=request.param, model=model, images=images, features=features)
+    return types.SimpleNamespace(
+        module=request.param, model=model, handle=handle, images=images, features=features)
 
 
 def streams_of(features):
@@ -214,7 +215,7 @@ def test_constant_map(backbone):
     if backbone.module == 'pit':  # its features are class tokens; attach reaches the positions behind them
         with pytest.raises(ValueError, match='class tokens only'):
             dense_logits(model, features)
-        dense = position_logits(model, find_head(model), features, [features.expand(-1, 5, -1)])
+        dense = position_logits(model, model._multimix.head, features, [features.expand(-1, 5, -1)])
     else:
         dense = dense_logits(model, features)
     assert len(dense) == len(expected)
@@ -233,8 +234,8 @@ def test_average_pooling_with_affine_head_averages_to_the_prediction(backbone):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_attach_and_remove_leave_the_model_as_it_was(backbone):
-    model = backbone.model
+def test_attach_and_remove_do_not_change_the_model(backbone):
+    model = build(*BACKBONES[backbone.module]).eval()
     expected, keys = model(backbone.images), list(model.state_dict())
     before = [(module, type(module), set(module.__dict__)) for module in model.modules()]
     handle = attach(model)
@@ -256,23 +257,23 @@ def test_attached_model_pickles_and_copies(backbone):
         assert output.dense_logits.shape == (*output.attention.shape, 7)
 
 
-def test_dense_step_reaches_what_a_plain_step_reaches(backbone):
-    model, target = backbone.model.train(), torch.tensor([3, 5])
+def test_dense_step_trains_the_parameters_of_a_plain_step(backbone):
+    model, handle, target = backbone.model.train(), backbone.handle, torch.tensor([3, 5])
     torch.manual_seed(0)
+    handle.enabled = False
     F.cross_entropy(model(backbone.images), target).backward()
-    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
-    handle = attach(model)
+    handle.enabled = True
     output = model(backbone.images)
     loss = MultiMixLoss(num_mixes=8)(output, target)
     if not handle.reads_positions:
         loss = loss + F.cross_entropy(output.logits, target)
     loss.backward()
-    handle.remove()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.eval()
-    assert gradients.keys() >= reached
+    assert gradients.keys() >= expected
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 

@@ -157,9 +157,7 @@ def test_class_weights_of_a_criterion(criterion):
 
 
 @pytest.mark.parametrize('name', ['weight', 'pos_weight'])
-@pytest.mark.parametrize('given, error', [
-    ([1.0, 2.0], TypeError), (torch.tensor([1.0, -1.0]), ValueError), (torch.tensor([1.0, float('nan')]), ValueError),
-    (torch.tensor([1.0, float('inf')]), ValueError)])
-def test_invalid_class_weights(name, given, error):
-    with pytest.raises(error, match=f'^{name} must be'):
-        MultiMixLoss(loss_type='bce', **{name: given})
+@pytest.mark.parametrize('value', [-1.0, float('nan'), float('inf')])
+def test_invalid_class_weights(name, value):
+    with pytest.raises(ValueError, match=f'^{name} must be finite and not negative'):
+        MultiMixLoss(loss_type='bce', **{name: torch.tensor([1.0, value])})

@@ -233,7 +233,7 @@ def test_attention_token(images):
 def test_attention_uniform(images):
     model = build()
     attach(model, attention='uniform')
-    assert torch.equal(model(images).attention, torch.full((3, 9), 1 / 9))
+    assert model(images).attention is None
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'size'), [

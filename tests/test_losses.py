@@ -261,7 +261,7 @@ GOOD = dict(logits=torch.zeros(4, 3), target=torch.zeros(4).long(), weights=torc
     (dict(target=torch.tensor([-1, 1, 2, 0])), 'got values from -1'),
     (dict(target=torch.zeros(4).int()), 'must be int64'),
     (dict(target=torch.zeros(5).long()), r'shape \(b,\) = \(4,\)'),
-    (dict(target=torch.zeros(4, 2)), r'\(b, c\) = \(4, 3\), got \(4, 2\)'),
+    (dict(target=torch.zeros(4, 2)), r'floating point with shape \(4, 3\), got torch.float32 with shape \(4, 2\)'),
     (dict(target=-torch.ones(4, 3)), 'must not be negative'),
     (dict(target=torch.full((4, 3), torch.nan)), 'must not be negative'),
     (dict(logits=torch.zeros(0, 3), target=torch.zeros(0).long(), weights=torch.zeros(5, 0)), 'logits'),

@@ -26,17 +26,6 @@ TASK_MODES = ('off', 'pooled', 'dense')
 PRESET_PROB = {'default': 1.0, 'paper': 0.5}
 
 
-def _without_overflow(output: MultiMixOutput) -> MultiMixOutput:
-    """Replace the dense logits by NaN if the attention overflowed, so that the loss is not finite.
-
-    On the CPU the loss would otherwise raise an error about its arguments, although the training has diverged.
-    """
-    attention = output.attention
-    if attention is None or attention.device.type != 'cpu' or attention.isfinite().all():
-        return output
-    return output._replace(dense_logits=output.dense_logits * torch.nan)
-
-
 def _check_mode(mode: str, teacher: str | nn.Module) -> None:
     if mode not in TASK_MODES:
         raise ValueError(f'mode must be one of {", ".join(TASK_MODES)}, got {mode!r}.')
@@ -257,10 +246,9 @@ class MultiMixTask(ClassificationTask):
             loss = self.criterion(output, target)
             parts = {'plain': loss.detach()} if self.schedule.alternates else {}
             return {'loss': loss, 'output': output, **parts}
-        output = _without_overflow(output)
         loss = self.distillation or self.loss
-        # The loss ignores the attention of the output if it computes its own. The output's is then 0 at padding only.
-        mask = output.attention > 0 if self.loss.attention == 'cam' else None
+        # The loss ignores the attention of the output if it computes its own. The output has it then for padding only.
+        mask = output.attention > 0 if self.loss.attention == 'cam' and output.attention is not None else None
         terms = loss.terms(output, self._mixable(target, output.logits), teacher_output, mask=mask)
         if getattr(self.criterion, 'sum_classes', False):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}

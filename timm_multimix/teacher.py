@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 
 from .dense.hook import outputs_in_evaluation
-from .losses.functional import check_distillation
+from .losses.fused import check_distillation
 from .losses.module import MultiMixLoss
 from .losses.output import MultiMixOutput
 
@@ -32,7 +32,35 @@ def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, view
         raise ValueError(f'teacher_path {path} requires the name of a timm model as teacher, got {teacher!r}.')
 
 
-class EMATeacher(nn.Module):
+class FrozenTeacher(nn.Module):
+    """Teacher with frozen parameters, in evaluation mode and without gradient.
+
+    Args:
+        module: Module that maps images to logits or to a MultiMixOutput. Its parameters are frozen.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'FrozenTeacher':
+        """Keep evaluation mode; the argument is ignored."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
+        """Return the output of the module: a MultiMixOutput if it is an attached model, else logits (b, c)."""
+        if any(module.training for module in self.module.modules()):
+            self.module.eval()
+        with outputs_in_evaluation(self.module):
+            return self.module(images)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the module. The arguments are passed to torch.compile."""
+        self.module.compile(*args, **kwargs)
+
+
+class EMATeacher(FrozenTeacher):
     """Teacher that is the exponential moving average of the student, based on timm's ModelEmaV3.
 
     It predicts in evaluation mode and without gradient. The running statistics of BatchNorm are averaged like the
@@ -63,11 +91,11 @@ class EMATeacher(nn.Module):
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, use_warmup: bool = True, **options: Any):
-        super().__init__()
         check_teacher('ema', decay, None, 1)
         self._set_average(ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options))
 
     def _set_average(self, average: ModelEmaV3) -> None:
+        nn.Module.__init__(self)
         self.average = average
         self.num_updates = 0
         average.module.requires_grad_(False)
@@ -76,30 +104,13 @@ class EMATeacher(nn.Module):
     def of_average(cls, average: ModelEmaV3) -> 'EMATeacher':
         """Create a teacher from an existing average. The owner of the average updates and saves it."""
         teacher = cls.__new__(cls)
-        nn.Module.__init__(teacher)
         teacher._set_average(average)
         return teacher
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> nn.Module:  # type: ignore[override]
         """The averaged model."""
         return self.average.module
-
-    def train(self, mode: bool = True) -> 'EMATeacher':
-        """Keep evaluation mode; the argument is ignored."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
-        """Return the output of the averaged model: a MultiMixOutput if the model is attached, else logits (b, c)."""
-        if self.module.training:
-            self.module.eval()
-        with outputs_in_evaluation(self.module):
-            return self.module(images)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the averaged model. The arguments are passed to torch.compile."""
-        self.module.compile(*args, **kwargs)
 
     def set(self, model: nn.Module) -> None:
         """Set the average to the weights of the student."""
@@ -120,34 +131,6 @@ class EMATeacher(nn.Module):
         self.average._sr_generator.set_state(state['rounding'].cpu())
 
 
-class FrozenTeacher(nn.Module):
-    """Teacher with frozen parameters, in evaluation mode and without gradient.
-
-    Args:
-        module: Module that maps images to logits or to a MultiMixOutput. Its parameters are frozen.
-    """
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> 'FrozenTeacher':
-        """A teacher stays in evaluation mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
-        """Return the output of the module. An attached model returns a MultiMixOutput."""
-        if any(module.training for module in self.module.modules()):
-            self.module.eval()
-        with outputs_in_evaluation(self.module):
-            return self.module(images)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the module. The arguments are passed to torch.compile."""
-        self.module.compile(*args, **kwargs)
-
-
 def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
     """Return pixel statistics (1, channels, 1, 1). As in timm, their mean is used if their number differs."""
     values = values.flatten()
@@ -155,7 +138,7 @@ def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
     return values.view(1, -1, 1, 1)
 
 
-class PretrainedTeacher(nn.Module):
+class PretrainedTeacher(FrozenTeacher):
     """Teacher that is another timm model. It returns ordinary logits (b, c).
 
     Args:
@@ -184,44 +167,31 @@ class PretrainedTeacher(nn.Module):
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         student = unwrap_model(student)
         if device is None and isinstance(model, nn.Module):
             device = next(model.parameters()).device
-        self.teacher = DistillationTeacher(
+        teacher = DistillationTeacher(
             model, student.num_classes, student.in_chans, pretrained_path=path, device=device, dtype=dtype)
-        classes = getattr(self.teacher.model, 'num_classes', student.num_classes)
-        if classes != student.num_classes:
-            raise ValueError(f'The teacher has {classes} classes and the student has {student.num_classes}.')
-        channels = getattr(self.teacher.model, 'in_chans', student.in_chans)
-        if channels != student.in_chans:
-            raise ValueError(
-                f'The teacher has {channels} input channels and the student has {student.in_chans}: create the teacher '
-                f'with in_chans={student.in_chans}.')
-        self.teacher.requires_grad_(False)
+        super().__init__(teacher.model)
+        for name, meaning in (('num_classes', 'classes'), ('in_chans', 'input channels')):
+            own, required = getattr(self.module, name, getattr(student, name)), getattr(student, name)
+            if own != required:
+                raise ValueError(
+                    f'The teacher has {own} {meaning} and the student has {required}: create the teacher with '
+                    f'{name}={required}.')
         cfg = getattr(student, 'pretrained_cfg', None) or {}
-        options = dict(device=device, dtype=dtype)
         own_mean, own_std = (
-            _per_channel(value, channels) for value in (self.teacher.mean_kd, self.teacher.std_kd))
+            _per_channel(values, student.in_chans) for values in (teacher.mean_kd, teacher.std_kd))
         mean, std = (
-            own if given is None else _per_channel(torch.tensor(given, **options), channels)
+            own if given is None else _per_channel(own.new_tensor(given), student.in_chans)
             for given, own in ((mean or cfg.get('mean'), own_mean), (std or cfg.get('std'), own_std)))
         self.register_buffer('scale', std / own_std, persistent=False)
         self.register_buffer('shift', (mean - own_mean) / own_std, persistent=False)
 
-    def train(self, mode: bool = True) -> 'PretrainedTeacher':
-        """A teacher stays in evaluation mode."""
-        return super().train(False)
-
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the teacher's logits (b, c) for images (b, c, h, w) that are normalized for the student."""
-        output = self.teacher(images * self.scale + self.shift)
+        output: Any = super().forward(images * self.scale + self.shift)
         return output[0] if isinstance(output, (tuple, list)) else output
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the teacher. The arguments are passed to torch.compile."""
-        self.teacher.model.compile(*args, **kwargs)
 
 
 class SelfDistillationLoss(nn.Module):
@@ -277,16 +247,9 @@ class SelfDistillationLoss(nn.Module):
         """Weight of distillation in the current epoch."""
         return self.distill_weight * min(1.0, self.epoch / self.ramp_epochs if self.ramp_epochs else 1.0)
 
-    def forward(
-            self,
-            output: MultiMixOutput | torch.Tensor,
-            target: torch.Tensor | None,
-            teacher: MultiMixOutput | torch.Tensor,
-            *,
-            mask: torch.Tensor | None = None,
-            dense_target: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.terms(output, target, teacher, mask=mask, dense_target=dense_target)['loss']
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss. The arguments are those of `terms`."""
+        return self.terms(*args, **kwargs)['loss']
 
     def terms(
             self,

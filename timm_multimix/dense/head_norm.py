@@ -53,11 +53,7 @@ class _PooledBatchNorm:
 
 
 def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Check that the statistics of a head's BatchNorms can be recorded.
-
-    Args:
-        model: The model.
-        names: Module names of the BatchNorms.
+    """Check that the statistics of a head's BatchNorms, given by their module names, can be recorded.
 
     Raises:
         ValueError: If a BatchNorm is a SyncBatchNorm, overrides forward, or has no running statistics.
@@ -75,16 +71,7 @@ def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Replace the class of a head's BatchNorms, so that they record the statistics of the pooled batch.
-
-    Args:
-        model: The model.
-        names: Module names of the BatchNorms.
-
-    Raises:
-        ValueError: If a BatchNorm is a SyncBatchNorm, overrides forward, or has no running statistics.
-    """
-    check_batch_norms(model, names)
+    """Replace the class of a head's BatchNorms, so that they record the statistics of the pooled batch."""
     for module in map(model.get_submodule, names):
         if not isinstance(module, _PooledBatchNorm):
             swap_class(module, _PooledBatchNorm)

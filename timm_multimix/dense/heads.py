@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .blueprint import SHAPE_ERRORS, blueprint, run_example, watching
+from .blueprint import SHAPE_ERRORS, run_example, watching
+from .head_norm import check_batch_norms
 from .layouts import Features, Layout, as_streams
 
 TOLERANCE = 1e-4
@@ -64,6 +65,16 @@ class Head:
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """Convert the streams to the input of forward_head."""
         return list(streams) if self.as_list else streams[0]
+
+    @property
+    def single_position(self) -> list[tuple[int, ...]]:
+        """Sizes of the streams of maps with one position."""
+        return [(1,) * (layout.ndim - 2) for layout in self.layouts]
+
+    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> Features:
+        """Return constant maps of the given sizes, for the vectors (n, d_s) of each stream."""
+        streams = zip(self.layouts, vectors, sizes, strict=True)
+        return self.pack([layout.constant(vector, size) for layout, vector, size in streams])
 
 
 def _modules_below(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
@@ -163,7 +174,7 @@ def _find_layouts(model: nn.Module, streams: Sequence[torch.Tensor], as_list: bo
             for stream in streams)
         short = []
         for stream, layout in zip(streams, layouts, strict=True):
-            width = stream.shape[1 if channels_first else -1]
+            width = stream.shape[layout.channel_axis]
             # Two tokens, for an undeclared class token and one position, or for two distillation tokens.
             size = (2,) if stream.ndim == 3 else (1,) * (stream.ndim - 2)
             short.append(layout.constant(stream.new_zeros(2, width), size))
@@ -195,8 +206,7 @@ def _read_mask(run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) ->
     masks = []
     for gradient, stream, layout in zip(gradients, streams, head.layouts, strict=True):
         gradient = torch.zeros_like(stream) if gradient is None else gradient
-        flat = gradient.movedim(1, -1) if layout.channels_first else gradient
-        masks.append(flat.flatten(1, -2).abs().amax((0, 2)) > 0)
+        masks.append(gradient.movedim(layout.channel_axis, -1).flatten(1, -2).abs().amax((0, 2)) > 0)
     return masks
 
 
@@ -234,22 +244,14 @@ def _close(output: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((output - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-def _find_method(
-        model: nn.Module,
-        run: _RandomHead,
-        head: Head,
-        streams: Sequence[torch.Tensor],
-) -> Head:
+def _find_method(model: nn.Module, run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) -> Head:
     """Set the cheapest method whose logits at every position of a constant map equal the logits of the map."""
     generator = torch.Generator('cpu').manual_seed(1)
     pairs = list(zip(streams, head.layouts, strict=True))
-    vectors = [_random((3, s.shape[1 if lay.channels_first else -1]), generator) for s, lay in pairs]
-    whole = run.run(head.pack([
-        layout.constant(vector, layout.size(stream)) for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
+    vectors = [_random((3, stream.shape[layout.channel_axis]), generator) for stream, layout in pairs]
+    whole = run.run(head.constant_maps(vectors, [layout.size(stream) for stream, layout in pairs]))
     try:
-        single = run.run(head.pack([
-            layout.constant(vector, (1,) * len(layout.size(stream)))
-            for vector, (stream, layout) in zip(vectors, pairs, strict=True)]))
+        single = run.run(head.constant_maps(vectors, head.single_position))
     except SHAPE_ERRORS:
         return replace(head, method='whole')
     if not _close(single, whole):
@@ -263,37 +265,26 @@ def _find_method(
     return replace(head, method='single')
 
 
-@torch.no_grad()
-def inspect_head(model: nn.Module, features: Features, twin: nn.Module | None = None) -> Head:
-    """Determine how to apply a model's head at every position.
+def _inspect(model: nn.Module, twin: nn.Module, features: Features) -> Head:
+    """Return the description of the head, without map_norm and resizes_images.
 
-    The head of a copy runs on small maps, with random parameters and on the CPU. The model itself is not run, and the
-    global random state is not changed.
-
-    Args:
-        model: A model with timm's forward_head.
-        features: Output of forward_features. Only the shapes are used.
-        twin: A copy of the model in evaluation mode. None creates a copy on the meta device.
-
-    Returns:
-        The description of the head.
-
-    Raises:
-        ValueError: If the head cannot be applied at a position. The message gives the reason.
+    The head of the copy runs on small maps, with random parameters and on the CPU. The model itself is not run, and the
+    global random state is not changed. Only the shapes of the features are used.
     """
-    twin = blueprint(model) if twin is None else twin
     shapes = [stream.shape for stream in as_streams(features)]
     parameter = next(twin.parameters())
     empty = [torch.zeros(2, *shape[1:], device=parameter.device, dtype=parameter.dtype) for shape in shapes]
     head = Head(layouts=(), as_list=not isinstance(features, torch.Tensor), method='single')
     called = _called_modules(twin, head.pack(empty))
     names = _outermost(called)
+    batch_norms = tuple(name for name, module in called.items() if isinstance(module, _BatchNorm))
+    check_batch_norms(model, batch_norms)
     head = replace(
         head,
         names=names,
         modules=_modules_below(model, names),
         layouts=_find_layouts(twin, empty, head.as_list),
-        batch_norms=tuple(name for name, module in called.items() if isinstance(module, _BatchNorm)),
+        batch_norms=batch_norms,
         dropouts=tuple(name for name, module in called.items() if isinstance(module, _DropoutNd)))
     window = _window(called)
     if window is not None:
@@ -345,7 +336,7 @@ def _compare_sizes(twin: nn.Module, image: torch.Tensor, features: Sequence[torc
 
 @torch.no_grad()
 def find_head(model: nn.Module) -> Head:
-    """Determine how to apply a model's head at every position, without given features.
+    """Determine how to apply a model's head at every position. A copy of the model runs on one image.
 
     If forward_features returns class tokens only, positions are the output of forward_intermediates, normalized by the
     norm of the class token.
@@ -366,7 +357,7 @@ def find_head(model: nn.Module) -> Head:
         raise ValueError(
             f'{name}.forward_features returns neither a feature map nor a list of feature maps: attach with '
             "mode='pooled'.")
-    head = inspect_head(model, features, twin)
+    head = _inspect(model, twin, features)
     streams = as_streams(features)
     if all(min(layout.size(stream)) > 0 for layout, stream in zip(head.layouts, streams, strict=True)):
         return _compare_sizes(twin, image, features, head) if len(streams) > 1 else head

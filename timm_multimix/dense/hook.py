@@ -1,6 +1,7 @@
 """Attach MultiMix to a timm model, so that it returns a MultiMixOutput in training mode."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..losses.attention import attention_map, check_attention
 from ..losses.output import MultiMixOutput
-from .head_norm import check_batch_norms, restore_batch_norms, set_phase, swap_batch_norms
+from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
 from .heads import Head, find_head, mean_of_heads
 from .layouts import Features, as_streams
 from .positions import check_protocol, position_features, position_logits
@@ -18,23 +19,23 @@ from .swapping import restore_class, swap_class
 ATTACH_MODES = ('pooled', 'dense')
 
 
+@dataclass(eq=False)
 class _Settings:
     """Options of attach and the description of the head, stored as one attribute of the model.
 
     Attributes:
         forward: A forward that was set on the instance before attach, or None.
     """
-
-    def __init__(self, mode: str, attention: str, attention_norm: str, head: Head | None):
-        self.mode = mode
-        self.attention = attention
-        self.attention_norm = attention_norm
-        self.head = head
-        self.enabled = True
-        self.in_evaluation = False
-        self.forward: Callable | None = None
+    mode: str
+    attention: str
+    attention_norm: str
+    head: Head | None
+    enabled: bool = True
+    in_evaluation: bool = False
+    forward: Callable | None = None
 
 
+@dataclass
 class _ForwardPass:
     """State of one forward pass of an attached model, stored as an attribute of the model during the pass.
 
@@ -45,13 +46,11 @@ class _ForwardPass:
         prediction: Output of forward_head.
         output: The MultiMixOutput computed from it.
     """
-
-    def __init__(self, is_dense: bool, image_size: Sequence[int] | None):
-        self.is_dense = is_dense
-        self.image_size = image_size
-        self.last_map: torch.Tensor | None = None
-        self.prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-        self.output: MultiMixOutput | None = None
+    is_dense: bool
+    image_size: Sequence[int] | None
+    last_map: torch.Tensor | None = None
+    prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    output: MultiMixOutput | None = None
 
 
 class _MultiMixModel:
@@ -102,18 +101,6 @@ class _MultiMixModel:
             # Computed here, so that the autocast context of a wrapped forward applies.
             current.output = _dense_output(self, self._multimix, current, features, *masks)
         return prediction
-
-    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        settings = self._multimix
-        before = _attributes(self)
-        super().reset_classifier(*args, **kwargs)
-        try:
-            _inspect_again(self, settings)
-        except (TypeError, ValueError) as error:
-            _restore_attributes(before)
-            raise ValueError(
-                f'{error} The classifier of the attached model was not reset: call detach(model) before '
-                'reset_classifier.') from error
 
 
 def _image_size(*args: Any) -> Sequence[int] | None:
@@ -168,7 +155,9 @@ def _dense_output(
         token = torch.cat([stream[:, 0] for stream in as_streams(features)], dim=-1)
     placed = [stream for stream, layout in zip(positions, head.layouts, strict=True) if layout.has_positions]
     keys = placed[0] if len(placed) == 1 else torch.cat(placed, dim=-1)
-    attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token, mask=mask)
+    attention = None
+    if settings.attention != 'uniform' or mask is not None:
+        attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token, mask=mask)
     return MultiMixOutput(_checked_logits(model, current.prediction), dense, attention)
 
 
@@ -184,25 +173,14 @@ class MultiMixHandle:
         self._settings = settings
 
     def __repr__(self) -> str:
-        state = '' if self._is_attached else ', removed'
-        return f'{type(self).__name__}({type(self.model).__name__}, mode={self.mode!r}, ' \
-               f'attention={self.attention!r}{state})'
+        settings = f'mode={self._settings.mode!r}, attention={self._settings.attention!r}'
+        return f'MultiMixHandle({type(self.model).__name__}, {settings}{"" if self._is_attached else ", removed"})'
 
     def __enter__(self) -> 'MultiMixHandle':
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.remove()
-
-    @property
-    def mode(self) -> str:
-        """'pooled' or 'dense'."""
-        return self._settings.mode
-
-    @property
-    def attention(self) -> str:
-        """The query of the attention."""
-        return self._settings.attention
 
     @property
     def enabled(self) -> bool:
@@ -281,35 +259,15 @@ def _inspect(model: nn.Module, mode: str, attention: str) -> Head | None:
         raise ValueError(
             f"attention='token' requires a class token, which {type(model).__name__} does not have: use 'gap' or "
             "'uniform'.")
-    check_batch_norms(model, head.batch_norms)
     return head
 
 
 @torch.compiler.disable
 def _inspect_again(model: nn.Module, settings: _Settings) -> None:
     """Inspect the head again after it was replaced."""
-    head = _inspect(model, settings.mode, settings.attention)
+    settings.head = _inspect(model, settings.mode, settings.attention)
     restore_batch_norms(model)
-    settings.head = head
-    if head is not None:
-        swap_batch_norms(model, head.batch_norms)
-
-
-def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
-    """Copy the attributes, parameters, buffers and submodules of all modules, for _restore_attributes."""
-    registries = ('_parameters', '_buffers', '_modules')
-    return [
-        (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
-        for module in model.modules()]
-
-
-def _restore_attributes(saved: list[tuple[nn.Module, dict, dict]]) -> None:
-    for module, attributes, registries in saved:
-        vars(module).clear()
-        vars(module).update(attributes)
-        for name, entries in registries.items():
-            attributes[name].clear()
-            attributes[name].update(entries)
+    swap_batch_norms(model, settings.head.batch_norms)
 
 
 def attach(

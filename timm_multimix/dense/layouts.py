@@ -23,18 +23,18 @@ class Layout:
     num_prefix_tokens: int = 0
     has_positions: bool = True
 
+    @property
+    def channel_axis(self) -> int:
+        return 1 if self.channels_first else -1
+
     def size(self, features: torch.Tensor) -> tuple[int, ...]:
         """Return the sizes of the position axes, without prefix tokens."""
-        size = features.shape[2:] if self.channels_first else features.shape[1:-1]
-        if self.num_prefix_tokens:
-            return (size[0] - self.num_prefix_tokens, *size[1:])
-        return tuple(size)
+        _, first, *others = features.movedim(self.channel_axis, -1).shape[:-1]
+        return first - self.num_prefix_tokens, *others
 
     def positions(self, features: torch.Tensor) -> torch.Tensor:
         """Return the features at every position (b, r, d) in row-major order, as a view if possible."""
-        if self.channels_first:
-            features = features.movedim(1, -1)
-        return features.flatten(1, -2)[:, self.num_prefix_tokens:]
+        return features.movedim(self.channel_axis, -1).flatten(1, -2)[:, self.num_prefix_tokens:]
 
     def constant(self, vectors: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Return n constant feature maps. All positions and prefix tokens of a map have the same vector.
@@ -44,9 +44,8 @@ class Layout:
             size: Sizes of the position axes.
         """
         size = (size[0] + self.num_prefix_tokens, *size[1:])
-        if self.channels_first:
-            return vectors.reshape(*vectors.shape, *[1] * len(size)).expand(*vectors.shape, *size)
-        return vectors.reshape(vectors.shape[0], *[1] * len(size), vectors.shape[1]).expand(-1, *size, -1)
+        maps = vectors.reshape(len(vectors), *[1] * len(size), vectors.shape[1]).expand(-1, *size, -1)
+        return maps.movedim(-1, self.channel_axis)
 
 
 def as_streams(features: Features) -> tuple[torch.Tensor, ...]:

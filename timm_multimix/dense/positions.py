@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
-from .heads import Head, find_head, inspect_head, mean_of_heads
+from .heads import Head, find_head, mean_of_heads
 from .layouts import Features, align_streams, as_streams, grid_size
 
 WHOLE_MAPS_AT_ONCE = 4
@@ -77,10 +77,8 @@ def _constant_map_logits(
         sizes: Sequence[Sequence[int]],
 ) -> torch.Tensor:
     """Return logits (b, r, c) of constant maps of the given sizes, one map for each position."""
-    maps = [
-        layout.constant(vectors.flatten(0, 1), size)
-        for layout, vectors, size in zip(head.layouts, positions, sizes, strict=True)]
-    return mean_of_heads(model.forward_head(head.pack(maps))).unflatten(0, positions[0].shape[:2])
+    maps = head.constant_maps([vectors.flatten(0, 1) for vectors in positions], sizes)
+    return mean_of_heads(model.forward_head(maps)).unflatten(0, positions[0].shape[:2])
 
 
 def _whole_map_logits(
@@ -89,7 +87,7 @@ def _whole_map_logits(
         streams: Sequence[torch.Tensor],
         positions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    # There is one map per position, as large as the features. Checkpointing and chunks limit the memory.
+    # There is one map for each position, as large as the features. Checkpointing and chunks limit the memory.
     sizes = [layout.size(stream) for stream, layout in zip(streams, head.layouts, strict=True)]
     logits = []
     for chunk in zip(*(vectors.split(WHOLE_MAPS_AT_ONCE, dim=1) for vectors in positions), strict=True):
@@ -127,7 +125,7 @@ def position_logits(
         return mean_of_heads(model.forward_head(maps.flatten(0, 1))).unflatten(0, maps.shape[:2])
     if head.method == 'whole':
         return _whole_map_logits(model, head, streams, positions)
-    return _constant_map_logits(model, head, positions, [(1,) * (layout.ndim - 2) for layout in head.layouts])
+    return _constant_map_logits(model, head, positions, head.single_position)
 
 
 def dense_logits(
@@ -157,8 +155,9 @@ def dense_logits(
         ValueError: If the head cannot be applied at a position. The message gives the reason.
     """
     check_protocol(model)
-    head = _known_head(model) or (
-        inspect_head(model, features) if isinstance(features, torch.Tensor) else find_head(model))
+    head = getattr(getattr(model, '_multimix', None), 'head', None)
+    if head is None or not head.belongs_to(model):
+        head = find_head(model)
     positions = position_features(head, features, image_size)
     if not head.batch_norms or not model.training:
         return position_logits(model, head, features, positions)
@@ -175,11 +174,6 @@ def dense_logits(
             restore_batch_norms(model)
 
 
-def _known_head(model: nn.Module) -> Head | None:
-    head = getattr(getattr(model, '_multimix', None), 'head', None)
-    return head if head is not None and head.belongs_to(model) else None
-
-
 def check_protocol(model: nn.Module) -> None:
     """Check that the model follows timm's protocol.
 
@@ -187,15 +181,13 @@ def check_protocol(model: nn.Module) -> None:
         TypeError: If the model is not a module with forward_features and forward_head.
         ValueError: If the model has no classifier.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'Expected a torch.nn.Module, got {type(model).__name__}.')
     # A compiled model forwards attribute access, so it seems to have both methods.
-    wrapped = isinstance(getattr(model, '_orig_mod', None) or getattr(model, 'module', None), nn.Module)
-    follows = callable(getattr(model, 'forward_features', None)) and callable(getattr(model, 'forward_head', None))
-    if not follows or isinstance(getattr(model, '_orig_mod', None), nn.Module):
-        hint = 'Attach before you wrap the model for compilation or distribution.' if wrapped else (
-            'For models other than timm models use pooled MultiMix: pass the logits (b, c) to MultiMixLoss.')
-        raise TypeError(f'{type(model).__name__} does not have forward_features and forward_head. {hint}')
+    is_compiled = isinstance(getattr(model, '_orig_mod', None), nn.Module)
+    if is_compiled or not all(callable(getattr(model, name, None)) for name in ('forward_features', 'forward_head')):
+        raise TypeError(
+            f"{type(model).__name__} does not have timm's forward_features and forward_head. Attach before you wrap "
+            'the model for compilation or distribution. For models of other libraries use pooled MultiMix: pass the '
+            'logits (b, c) to MultiMixLoss.')
     classifier = model.get_classifier() if callable(getattr(model, 'get_classifier', None)) else None
     if getattr(model, 'num_classes', None) == 0 or isinstance(classifier, nn.Identity):
         raise ValueError(

@@ -1,6 +1,4 @@
 """Attention of each example over the positions of its feature map."""
-from typing import Any
-
 import torch
 
 from .targets import loss_dtype
@@ -12,10 +10,9 @@ ATTENTION_NORMS = ('relu', 'softmax')
 
 def check_attention(query: str, norm: str) -> None:
     """Raise ValueError if the query or the norm is unknown."""
-    if query not in ATTENTION_QUERIES:
-        raise ValueError(f'attention query must be one of {", ".join(ATTENTION_QUERIES)}, got {query!r}.')
-    if norm not in ATTENTION_NORMS:
-        raise ValueError(f'attention norm must be one of {", ".join(ATTENTION_NORMS)}, got {norm!r}.')
+    for name, value, allowed in (('query', query, ATTENTION_QUERIES), ('norm', norm, ATTENTION_NORMS)):
+        if value not in allowed:
+            raise ValueError(f'attention {name} must be one of {", ".join(allowed)}, got {value!r}.')
 
 
 def _cam_scores(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -24,22 +21,17 @@ def _cam_scores(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return logits.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
 
 
-def _uniform(like: torch.Tensor, mask: torch.Tensor | None) -> float | torch.Tensor:
-    """Return the attention that is equal at all valid positions."""
-    if mask is None:
-        return 1 / like.shape[1]
-    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(like.dtype)
+def _uniform(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1).to(dtype)
 
 
-def _normalize(scores: torch.Tensor, norm: str, mask: torch.Tensor | None) -> torch.Tensor:
+def _normalize(scores: torch.Tensor, norm: str, mask: torch.Tensor) -> torch.Tensor:
     if norm == 'softmax':
-        if mask is None:
-            return scores.softmax(dim=1)
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(~mask, 0)
-    scores = scores.relu()  # zero at padding, whose features are zero
+    scores = scores.relu()
     total = scores.sum(dim=1, keepdim=True)
     empty = total == 0
-    return torch.where(empty, _uniform(scores, mask), scores / total.masked_fill(empty, 1))
+    return torch.where(empty, _uniform(mask, scores.dtype), scores / total.masked_fill(empty, 1))
 
 
 def attention_map(
@@ -52,7 +44,7 @@ def attention_map(
         token: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention a_i = h(z_i^T u_i) of each example over its positions (P2, eq. 9).
+    """Compute the attention a_i = h(z_i^T u_i) of each example over its positions (P2, eq. 9).
 
     Args:
         features: Embeddings z at every position (b, r, d). Can be None for 'cam'.
@@ -75,29 +67,23 @@ def attention_map(
             not fit.
     """
     check_attention(query, norm)
-    source: Any = logits if query == 'cam' else features
-    classes: Any = target
-    key_query: Any = token
-    if query != 'cam' and features is None:
-        raise ValueError(f'attention query {query!r} requires features with shape (b, r, d).')
-    if source is not None and source.ndim != 3:
-        raise ValueError(f'attention_map expects a tensor (b, r, d), got shape {tuple(source.shape)}.')
-    if query == 'token' and token is None:
-        raise ValueError("attention query 'token' requires token with shape (b, d).")
-    if query == 'cam' and (logits is None or target is None):
-        raise ValueError("attention query 'cam' requires the logits at every position and the target.")
-
-    if mask is not None:
+    source = logits if query == 'cam' else features
+    context = {'cam': target, 'token': token}.get(query, source)
+    if source is None or source.ndim != 3 or context is None:
+        inputs = {'cam': 'logits (b, r, c) and target', 'token': 'features (b, r, d) and token (b, d)'}
+        raise ValueError(f'attention query {query!r} requires {inputs.get(query, "features with shape (b, r, d)")}.')
+    if mask is None:
+        mask = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
+    else:
         mask = check_mask(mask, source.shape[:2])
         source = source.masked_fill(~mask.unsqueeze(2), 0)
+    dtype = loss_dtype(source)
     if query == 'uniform':
-        ones: torch.Tensor = source.new_ones(source.shape[:2], dtype=loss_dtype(source))
-        return ones * _uniform(ones, mask)
+        return _uniform(mask, dtype)
     if query == 'cam':
-        scores = _cam_scores(source, classes)
-        return _normalize(scores.to(loss_dtype(scores)), norm, mask)
-    key = source.to(loss_dtype(source))
+        return _normalize(_cam_scores(source, context).to(dtype), norm, mask)
+    key = source.to(dtype)
     if query == 'gap':
-        key_query = key.mean(dim=1) if mask is None else key.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        context = key.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     with torch.autocast(device_type=source.device.type, enabled=False):
-        return _normalize(torch.einsum('brd,bd->br', key, key_query.to(key.dtype)), norm, mask)
+        return _normalize(torch.einsum('brd,bd->br', key, context.to(dtype)), norm, mask)

@@ -1,98 +1,18 @@
-"""Functional form of the MultiMix losses, and validation of their arguments."""
+"""Functional form of the MultiMix losses."""
 from typing import Any
 
 import torch
 
-from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
-from .targets import ClassWeights, check_class_weights, loss_dtype, make_targets, multi_hot
+from .fused import FusedLoss, FusedLossFunction
+from .targets import check_target, check_target_values, make_targets
+from .weights import is_eager_cpu
 
 CHECKED_ELEMENTS = 2 ** 18  # number of weights that are validated at a time
-
-
-def check_num_classes(num_classes: int, loss_type: str) -> None:
-    if loss_type == 'ce' and num_classes == 1:
-        raise ValueError(
-            'The softmax cross-entropy of a single class is always 0, so the model is not trained: use binary '
-            "cross-entropy (loss_type='bce') with targets (b, 1), or two classes.")
 
 
 def mean(total: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
     """Return total / divisor, and 0 for no mixes, with a divisor of 0."""
     return total / divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
-
-
-def _can_check_values(tensor: torch.Tensor) -> bool:
-    """Whether values can be checked without synchronizing a GPU or breaking a compiled graph."""
-    return tensor.device.type == 'cpu' and not torch.compiler.is_compiling()
-
-
-def _check_target_values(target: torch.Tensor, num_classes: int) -> None:
-    if not _can_check_values(target):
-        return
-    if target.is_floating_point():
-        if not target.min() >= 0:  # negated, to reject NaN too
-            raise ValueError(f'Soft targets must not be negative, got {target.min().item()}.')
-    elif not 0 <= target.min() <= target.max() < num_classes:
-        raise ValueError(
-            f'Class indices must be in [0, {num_classes - 1}] for {num_classes} classes, '
-            f'got values from {target.min().item()} to {target.max().item()}.')
-
-
-def check_output(
-        logits: torch.Tensor | None,
-        dense_logits: torch.Tensor | None,
-        target: torch.Tensor | None,
-        dense_target: torch.Tensor | None,
-) -> None:
-    """Check that an output has the logits that the targets require."""
-    if target is None and dense_target is None:
-        raise ValueError('MultiMixLoss requires target, dense_target or both.')
-    if dense_target is not None and dense_logits is None:
-        raise ValueError('dense_target requires logits at every position: pass a MultiMixOutput with dense_logits.')
-    if target is not None and (logits is None or logits.ndim != 2):
-        raise ValueError(
-            'MultiMixLoss expects logits (b, c) or a MultiMixOutput, got logits of shape '
-            f'{None if logits is None else tuple(logits.shape)}. '
-            'For logits at every position (b, r, c) use multimix_cross_entropy.')
-
-
-def check_target(logits: torch.Tensor, target: torch.Tensor) -> None:
-    batch_size, num_classes = logits.shape[0], logits.shape[-1]
-    if not batch_size:
-        raise ValueError('The batch is empty.')
-    if target.is_floating_point() and target.shape != (batch_size, num_classes):
-        raise ValueError(
-            f'Soft targets must have shape (b, c) = ({batch_size}, {num_classes}), got {tuple(target.shape)}.')
-    if not target.is_floating_point() and (target.dtype != torch.int64 or target.shape != (batch_size,)):
-        raise ValueError(
-            f'Class indices must be int64 with shape (b,) = ({batch_size},), got {target.dtype} with shape '
-            f'{tuple(target.shape)}. Soft targets must be floating point with shape (b, c).')
-    _check_target_values(target, num_classes)
-
-
-def check_dense_target(
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        mask: torch.Tensor | None,
-        ignore_index: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the targets at every position, 0 at positions without a target, and the mask of positions with a target.
-
-    Raises:
-        ValueError: If the shape or a value of a target does not fit.
-    """
-    is_soft = target.is_floating_point()
-    if target.shape != (logits.shape if is_soft else logits.shape[:2]) or not (is_soft or target.dtype == torch.int64):
-        raise ValueError(
-            f'dense_target must be int64 with shape (b, r) = {tuple(logits.shape[:2])}, or floating point with shape '
-            f'(b, r, c) = {tuple(logits.shape)}, got {target.dtype} with shape {tuple(target.shape)}.')
-    if not is_soft:
-        valid = target != ignore_index
-        mask = valid if mask is None else mask & valid
-    if mask is not None:
-        target = target.masked_fill(~(mask.unsqueeze(2) if is_soft else mask), 0)
-    _check_target_values(target, logits.shape[2])
-    return target, mask
 
 
 def check_smoothing(smoothing: float) -> None:
@@ -108,38 +28,12 @@ def _check_weights(logits: torch.Tensor, weights: torch.Tensor) -> None:
         raise ValueError(
             'Expected logits (b, c) with weights (n, b), or logits (b, r, c) with weights (r, n, b), '
             f'got logits {tuple(logits.shape)} and weights {tuple(weights.shape)}.')
-    if _can_check_values(weights):
+    if is_eager_cpu(weights.device):
         for block in torch.split(weights.detach(), max(1, CHECKED_ELEMENTS // weights.shape[-1]), dim=-2):
-            # Negated, to reject NaN too.
             total = block.sum(dim=-1)
+            # Negated, to reject NaN too.
             if not (block.min() >= -1e-6 and ((total - 1).abs() <= 1e-3).logical_or(total == 0).all()):
                 raise ValueError('Rows of weights must be finite, non-negative and sum to 1. See sample_weights.')
-
-
-def check_attention_map(dense_logits: torch.Tensor, attention: torch.Tensor) -> None:
-    if attention.shape != dense_logits.shape[:2]:
-        raise ValueError(
-            f'attention must have shape (b, r) = {tuple(dense_logits.shape[:2])}, got {tuple(attention.shape)}.')
-    # Negated, to reject NaN too. If the logits are not finite, training has diverged and the loss is not finite either.
-    values = attention.detach()
-    if values.dtype == torch.bool or not _can_check_values(attention):
-        return
-    is_invalid = not 0 <= values.min() <= values.max() < torch.inf
-    if is_invalid and dense_logits.detach().isfinite().all():
-        raise ValueError('attention must be non-negative and finite. See attention_map.')
-
-
-def check_distillation(distill_weight: float, distill_temperature: float) -> Distillation:
-    """Return the options of the distillation term.
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
-    if not 0 <= distill_weight <= 1:
-        raise ValueError(f'distill_weight must be in [0, 1], got {distill_weight}.')
-    if not 0 < distill_temperature < torch.inf:
-        raise ValueError(f'distill_temperature must be positive, got {distill_temperature}.')
-    return Distillation(distill_weight, distill_temperature)
 
 
 def teacher_rows(logits: torch.Tensor, teacher_logits: torch.Tensor | None, weight: float) -> torch.Tensor | None:
@@ -164,20 +58,19 @@ def _mixed_loss(
         attention_grad: bool,
         smoothing: float,
         teacher_logits: torch.Tensor | None,
-        class_weights: ClassWeights,
+        class_weights: dict[str, torch.Tensor | None],
         **options: Any,
 ) -> torch.Tensor:
     _check_weights(logits, weights)
     loss = FusedLoss(num_mixes=weights.shape[-2], **options)
-    if loss.is_binary:
-        target = multi_hot(target, loss_dtype(logits))
-    check_target(logits, target)
+    batch_size, num_classes = logits.shape[0], logits.shape[-1]
+    target = check_target(target, torch.Size((batch_size, num_classes)), loss.is_binary)
+    check_target_values(target, num_classes)
     check_smoothing(smoothing)
-    class_weights = check_class_weights(class_weights, logits.shape[-1], loss.is_binary)
     if logits.ndim == 2:
         logits, weights = logits.unsqueeze(1), weights.unsqueeze(0)
-    teacher = teacher_rows(logits, teacher_logits, loss.distillation.weight)
-    targets = make_targets(target, logits.shape[-1], class_weights, smoothing, teacher, loss.is_binary)
+    teacher = teacher_rows(logits, teacher_logits, loss.distill_weight)
+    targets = make_targets(target, num_classes, smoothing, teacher, loss.is_binary, **class_weights)
     return mean(*FusedLossFunction.apply(logits, weights if attention_grad else weights.detach(), None, loss, *targets))
 
 
@@ -196,7 +89,7 @@ def multimix_cross_entropy(
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, sec. 3.2 and eq. 14).
+    """Compute the cross-entropy of mixed logits with mixed targets, mean over mixes and positions (P2, eq. 14).
 
     The computation is in float32 (float64 for float64 logits), also under autocast. The mixed logits are computed in
     tiles. Memory grows with n only by the weights of the positions computed together: n·b numbers per position.
@@ -238,9 +131,9 @@ def multimix_cross_entropy(
             are checked on the CPU only, and not in compiled code.
     """
     return _mixed_loss(
-        logits, target, weights, attention_grad, smoothing, teacher_logits, ClassWeights(weight),
-        partition=softmax_partition, balance=balance, logit_scale=logit_scale, tile_size=tile_size,
-        distillation=check_distillation(distill_weight, distill_temperature))
+        logits, target, weights, attention_grad, smoothing, teacher_logits, dict(weight=weight), is_binary=False,
+        balance=balance, logit_scale=logit_scale, tile_size=tile_size, distill_weight=distill_weight,
+        distill_temperature=distill_temperature)
 
 
 def multimix_binary_cross_entropy(
@@ -260,7 +153,7 @@ def multimix_binary_cross_entropy(
         distill_temperature: float = 1.0,
         tile_size: int | None = None,
 ) -> torch.Tensor:
-    """Binary cross-entropy of mixed logits with mixed targets, for multi-label targets and timm's BCE training.
+    """Compute the binary cross-entropy of mixed logits with mixed targets, for multi-label or timm's BCE training.
 
     See `multimix_cross_entropy` for the other arguments. Probabilities of the teacher are sigmoids too.
 
@@ -272,7 +165,7 @@ def multimix_binary_cross_entropy(
         pos_weight: Weights of the positive terms (c,), as in F.binary_cross_entropy_with_logits.
     """
     loss = _mixed_loss(
-        logits, target, weights, attention_grad, smoothing, teacher_logits, ClassWeights(weight, pos_weight),
-        partition=sigmoid_partition, balance=balance, logit_scale=logit_scale, tile_size=tile_size,
-        distillation=check_distillation(distill_weight, distill_temperature))
+        logits, target, weights, attention_grad, smoothing, teacher_logits, dict(weight=weight, pos_weight=pos_weight),
+        is_binary=True, balance=balance, logit_scale=logit_scale, tile_size=tile_size, distill_weight=distill_weight,
+        distill_temperature=distill_temperature)
     return loss if sum_classes else loss / logits.shape[-1]

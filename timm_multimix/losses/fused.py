@@ -6,20 +6,21 @@ binary cross-entropy), the loss of the n mixes at one position, and its gradient
 
     mean_k A(M_k L) - M_k Y · M_k L        and        G = Mᵀ R / n,    R_k = A'(M_k L) - M_k Y.
 
-(In cross-entropy with targets that do not sum to 1, A is multiplied by the sum of M_k Y. With class weights or positive
-weights, both terms have factors that are linear in M_k Y.)
+In cross-entropy, A is multiplied by the sum of M_k Y. With class weights or positive weights, both terms have factors
+that are linear in M_k Y.
 
 Let w be the mean of the rows of M. The rows of M sum to 1, so the columns of M - w sum to zero, and
 
     G = w (1ᵀG) + C,    1ᵀG = mean_k R_k,    C = (M - w)ᵀ R / n.
 
-Balancing multiplies C by κ. What is linear in Y needs no mixed logits: it comes from w and the covariance
+Balancing multiplies C by κ. The part that is linear in Y needs no mixed logits: it comes from w and the covariance
 K = (M - w)ᵀ(M - w) / n. The mixed logits M L (n x c) are formed in tiles and never kept. docs/method.md has the
 derivation. Rows of M that are zero, since no example of the mix has attention at the position, are left out: n and all
 means are then over the other rows.
 
 A teacher adds the term A(M_k L) - A'(M_k L')·M_k L, where L' are the teacher's logits.
 """
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .targets import ClassWeights, Targets, loss_dtype
+from .targets import Targets, loss_dtype
 from .weights import attended_rows
 
 # Limit on the elements of the weights (p, n, b) of the positions in memory, and of a tile of mixed logits. On a CPU a
@@ -36,21 +37,29 @@ from .weights import attended_rows
 ELEMENTS_AT_A_TIME = 2 ** 24
 ELEMENTS_AT_A_TIME_CPU = 2 ** 19
 
-# Takes mixed logits (..., c). Returns the log-partition A, (..., 1) or for each class (..., c), and its derivative A'
-# (..., c), the prediction.
-Partition = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+class Inputs(NamedTuple):
+    """The inputs of the loss at p positions."""
+    m: torch.Tensor                 # attended weights M (p, n, b)
+    rows: torch.Tensor              # 1 for rows of M, 0 for rows that are left out (p, n, 1)
+    logits: torch.Tensor            # L (p, b, c), scaled
+    teacher: torch.Tensor | None    # L' (p, b, c), scaled and divided by the temperature
+    target: torch.Tensor            # Y (b, c) or (p, b, c), weighted, times the share of classification
+    share: torch.Tensor             # factor of A, as target but with 1 or c classes
+    targets: Targets                # for the class weights
 
-def softmax_partition(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logsumexp and softmax."""
-    probabilities = mixed.softmax(dim=-1)
-    # The largest probability is exp(largest logit - logsumexp). It cannot underflow.
-    return mixed.amax(dim=-1, keepdim=True) - probabilities.amax(dim=-1, keepdim=True).log(), probabilities
+    def tile(self, positions: slice, rows: slice) -> 'Inputs':
+        """Select positions, and rows of M."""
+        target, share = (tensor[positions] if tensor.ndim == 3 else tensor for tensor in (self.target, self.share))
+        teacher = None if self.teacher is None else self.teacher[positions]
+        return self._replace(
+            m=self.m[positions, rows], rows=self.rows[positions, rows], logits=self.logits[positions],
+            teacher=teacher, target=target, share=share)
 
-
-def sigmoid_partition(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softplus and sigmoid."""
-    return F.softplus(mixed), mixed.sigmoid()
+    @property
+    def scales_rows(self) -> bool:
+        """Whether the derivative of every row is A' times one factor, its share."""
+        return self.teacher is None and self.share.shape[-1] == 1
 
 
 def _sum_classes(value: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -58,49 +67,8 @@ def _sum_classes(value: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return share * value.sum(dim=-1, keepdim=True) if share.shape[-1] == 1 else (share * value).sum(-1, keepdim=True)
 
 
-class Distillation(NamedTuple):
-    """Options of the distillation term.
-
-    Attributes:
-        weight: Share of the distillation term. The share of classification is 1 - weight.
-        temperature: Divides the mixed logits of student and teacher in the distillation term. The term is multiplied
-            by its square.
-    """
-    weight: float
-    temperature: float = 1.0
-
-
-NO_DISTILLATION = Distillation(0.0)
-
-
-class Inputs(NamedTuple):
-    """The inputs of the loss at p positions."""
-    m: torch.Tensor                 # attended weights M (p, n, b)
-    rows: torch.Tensor | None       # 1 for rows of M, 0 for rows that are left out (p, n, 1); None for all 1
-    logits: torch.Tensor            # L (p, b, c), scaled
-    target: torch.Tensor            # Y (b, c) or (p, b, c), weighted, times the share of classification
-    share: torch.Tensor | None      # factor of A, as Y but with 1 or c classes; None for the share of classification
-    teacher: torch.Tensor | None    # L' (p, b, c), scaled and divided by the temperature
-    class_weights: ClassWeights
-
-    def tile(self, positions: slice, rows: slice) -> 'Inputs':
-        """Select positions, and rows of M."""
-        target: Any
-        target, share, teacher = (
-            tensor[positions] if tensor is not None and tensor.ndim == 3 else tensor
-            for tensor in (self.target, self.share, self.teacher))
-        return Inputs(
-            self.m[positions, rows], None if self.rows is None else self.rows[positions, rows], self.logits[positions],
-            target, share, teacher, self.class_weights)
-
-    @property
-    def scales_rows(self) -> bool:
-        """Whether the derivative of every row is A' times one factor."""
-        return self.teacher is None and (self.share is None or self.share.shape[-1] == 1)
-
-
 def kappa(w: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Factor κ of C in the balanced gradient (p, 1, 1).
+    """Return the factor κ of C in the balanced gradient (p, 1, 1).
 
     Args:
         w: Mean of the rows of M (p, 1, b).
@@ -120,18 +88,29 @@ def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
+def check_distillation(distill_weight: float, distill_temperature: float) -> None:
+    if not 0 <= distill_weight <= 1:
+        raise ValueError(f'distill_weight must be in [0, 1], got {distill_weight}.')
+    if not 0 < distill_temperature < math.inf:
+        raise ValueError(f'distill_temperature must be positive, got {distill_temperature}.')
+
+
 @dataclass(frozen=True)
 class FusedLoss:
-    """The loss of `num_mixes` mixes at every position, summed over classes."""
-    partition: Partition
+    """Loss of `num_mixes` mixes at every position, summed over classes. See MultiMixLoss for the options."""
+    is_binary: bool
     num_mixes: int
-    balance: bool = True
-    logit_scale: float = 1.0
-    tile_size: int | None = None
-    distillation: Distillation = NO_DISTILLATION
+    balance: bool
+    logit_scale: float
+    tile_size: int | None
+    distill_weight: float
+    distill_temperature: float
+
+    def __post_init__(self) -> None:
+        check_distillation(self.distill_weight, self.distill_temperature)
 
     def positions_at_a_time(self, logits: torch.Tensor) -> int:
-        """Number of positions whose weights (p, n, b) and logits (p, b, c) are in memory together.
+        """Return the number of positions whose weights (p, n, b) and logits (p, b, c) are in memory together.
 
         Weights are drawn for that many positions at once, so it must not depend on tile_size.
         """
@@ -140,7 +119,7 @@ class FusedLoss:
         return min(num_positions, max(1, 2 * _elements_at_a_time(logits) // elements_of_a_position))
 
     def tiles(self, logits: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-        """Positions and rows of the tiles of mixed logits, for logits (p, b, c)."""
+        """Yield the positions and rows of the tiles of mixed logits, for logits (p, b, c)."""
         num_positions, _, num_classes = logits.shape
         elements = _elements_at_a_time(logits)
         num_tiles = -(-self.num_mixes * num_classes // elements)
@@ -149,70 +128,55 @@ class FusedLoss:
             for rows in _slices(self.num_mixes, num_rows):
                 yield positions, rows
 
-    @property
-    def is_binary(self) -> bool:
-        return self.partition is sigmoid_partition
-
-    @property
-    def scales(self) -> tuple[float, float]:
-        """Factors of the logits and of the teacher's logits."""
-        return self.logit_scale, self.logit_scale / self.distillation.temperature
+    def partition(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A of mixed logits (..., c), with 1 or c classes, and its derivative A' (..., c), the prediction."""
+        if self.is_binary:
+            return F.softplus(mixed), mixed.sigmoid()
+        probabilities = mixed.softmax(dim=-1)
+        # The largest probability is exp(largest logit - logsumexp). It cannot underflow.
+        return mixed.amax(dim=-1, keepdim=True) - probabilities.amax(dim=-1, keepdim=True).log(), probabilities
 
     def inputs(
             self,
             m: torch.Tensor,
-            rows: torch.Tensor | None,
-            targets: Targets,
+            rows: torch.Tensor,
             logits: torch.Tensor,
             teacher: torch.Tensor | None,
+            targets: Targets,
     ) -> Inputs:
         """Return the inputs at p positions, for logits (p, b, c) and targets at these positions."""
-        class_weights = ClassWeights(targets.weight, targets.pos_weight)
-        target, share = class_weights.factors(targets.rows, self.is_binary)
+        target, share = targets.factors(targets.rows, self.is_binary)
         if teacher is not None:
-            target = target * (1 - self.distillation.weight)
-            share = share if share is None else share * (1 - self.distillation.weight)
-        return Inputs(m, rows, logits, target, share, teacher, class_weights)
+            target, share = target * (1 - self.distill_weight), share * (1 - self.distill_weight)
+        return Inputs(m, rows, logits, teacher, target, share, targets)
 
     def value_and_gradient(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss, summed over mixes and positions, and its gradient for the logits (p, b, c)."""
-        m, rows, logits, target, *_ = inputs
-        ones = torch.ones_like(m[..., :1]) if rows is None else rows
-        num_rows = ones.sum(dim=1, keepdim=True).clamp_(min=1)
+        m, rows, logits, target = inputs.m, inputs.rows, inputs.logits, inputs.target
+        num_rows = rows.sum(dim=1, keepdim=True).clamp_(min=1)
         total = m.sum(dim=1, keepdim=True)
         w = total / num_rows
-        centred = m - w
-        if rows is not None:
-            centred *= rows
-        centred = torch.cat([centred, ones], dim=-1)                        # the column of ones gives 1ᵀG
-        weighted = centred * (self.share(inputs) if inputs.scales_rows else ones)
+        centered = torch.cat([(m - w).mul_(rows), rows], dim=-1)            # the column of ones gives 1ᵀG
+        weighted = centered * (m @ inputs.share) if inputs.scales_rows else centered
         # The derivatives of different rows differ little. Products that round operands would lose the differences.
         # So the derivative at w is subtracted from every row first, and its product is added separately.
-        _, constant = self.row_losses(inputs._replace(m=w, rows=None))
+        _, constant = self.row_losses(inputs._replace(m=w))
         value = logits.new_zeros(())
         sums = weighted.sum(dim=1).unsqueeze(-1) * constant
         for positions, tile_rows in self.tiles(logits):
-            losses, derivative = self.row_losses(inputs.tile(positions, tile_rows))
-            value += losses.sum()
+            tile = inputs.tile(positions, tile_rows)
+            losses, derivative = self.row_losses(tile)
+            value += (losses * tile.rows).sum()
             sums[positions] += weighted[positions, tile_rows].mT @ derivative.sub_(constant[positions])
         c, common = sums[:, :-1], sums[:, -1:]                              # n C (p, b, c) and n 1ᵀG (p, 1, c)
         # The part of value and gradient that is linear in the targets.
-        covariance = centred[..., :-1].mT @ centred[..., :-1]               # n K
+        covariance = centered[..., :-1].mT @ centered[..., :-1]             # n K
         mixed_target, covariant_target = total @ target, covariance @ target
         value = value - (covariant_target * logits).sum() - (mixed_target * (w @ logits)).sum()
         c, common = c - covariant_target, common - mixed_target
         if self.balance:
             c = kappa(w, covariance.diagonal(dim1=1, dim2=2).sum(dim=-1)[:, None, None] / num_rows) * c
         return value, c.addcmul_(w.mT, common)
-
-    def share(self, tile: Inputs) -> torch.Tensor:
-        """Factor of A in the classification term of every row (p, t, 1 or c).
-
-        For cross-entropy it is the sum of the row's mixed target.
-        """
-        if tile.share is None:
-            return torch.full_like(tile.m[..., :1], 1.0 if tile.teacher is None else 1 - self.distillation.weight)
-        return tile.m @ tile.share
 
     def row_losses(self, tile: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of every row (p, t, 1) and its derivative for the mixed logits (p, t, c).
@@ -222,15 +186,12 @@ class FusedLoss:
         """
         mixed = tile.m @ tile.logits
         value, prediction = self.partition(mixed)
-        share = self.share(tile)
+        share = tile.m @ tile.share
         losses = _sum_classes(value, share)
         if tile.teacher is not None:
             distilled, derivative = self._distill(mixed, value, prediction, tile, tile.m @ tile.teacher)
-            losses = losses + distilled
-            derivative.addcmul_(share, prediction)
-        else:
-            derivative = prediction if tile.scales_rows else share * prediction
-        return losses if tile.rows is None else losses * tile.rows, derivative
+            return losses + distilled, derivative.addcmul_(share, prediction)
+        return losses, prediction if tile.scales_rows else share * prediction
 
     def _distill(
             self,
@@ -241,23 +202,22 @@ class FusedLoss:
             mixed_teacher: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distillation term of every row (p, t, 1) and its derivative for the mixed logits (p, t, c)."""
-        weight, temperature = self.distillation
+        weight, temperature, targets = self.distill_weight, self.distill_temperature, tile.targets
         _, target = self.partition(mixed_teacher)
         if temperature != 1:
             mixed = mixed / temperature
             value, prediction = self.partition(mixed)
-        if any(given is not None for given in tile.class_weights):
-            share: Any  # not None, because there are class weights
-            target, share = tile.class_weights.factors(target, self.is_binary)
+        if targets.weight is not None or targets.pos_weight is not None:
+            target, share = targets.factors(target, self.is_binary)
             value, prediction = _sum_classes(value, share), share * prediction
         distilled = value.sum(dim=-1, keepdim=True) - (target * mixed).sum(dim=-1, keepdim=True)
         return weight * temperature ** 2 * distilled, (prediction - target).mul_(weight * temperature)
 
     def gradient_of_weights(self, inputs: Inputs) -> torch.Tensor:
-        """Gradient of the loss, summed over mixes and positions, for the weights M (p, n, b). It is not balanced."""
+        """Return the gradient of the loss, summed over mixes and positions, for the weights M (p, n, b), unbalanced."""
         def loss(m: torch.Tensor, tile: Inputs) -> torch.Tensor:
             losses, _ = self.row_losses(tile._replace(m=m))
-            return losses.sum() - ((m @ tile.target) * (m @ tile.logits)).sum()
+            return (losses * tile.rows).sum() - ((m @ tile.target) * (m @ tile.logits)).sum()
 
         grad = torch.empty_like(inputs.m)
         for positions, rows in self.tiles(inputs.logits):
@@ -287,23 +247,23 @@ def _weights_at(
         attention: torch.Tensor | None,
         dtype: torch.dtype,
         needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-    """Return the attended weights M (p, n, b), their rows (see Inputs), and the pull-back of a gradient for M.
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Return the attended weights M (p, n, b), their rows (see Inputs), and the vector-Jacobian product of M.
 
-    It is the gradient for the attention (b, p), or for the weights (p, n, b) without attention.
+    The product is for the attention (b, p), or for the weights (p, n, b) without attention.
     """
     size = positions.stop - positions.start
     is_given = isinstance(weights, torch.Tensor) and weights.ndim == 3
     m = weights(num_positions=size) if callable(weights) else weights[positions] if is_given else weights
     m = m.to(dtype)
     if attention is None:
-        rows = (m.sum(dim=-1, keepdim=True) != 0).to(dtype) if is_given else None
-        return m.expand(size, -1, -1), rows, lambda grad: grad
+        m = m.expand(size, -1, -1)
+        return m, (m.sum(dim=-1, keepdim=True) != 0).to(dtype), lambda grad: grad
     attention = attention[:, positions]
     if needs_grad:
-        pulled: Any = torch.func.vjp(partial(attended_rows, m), attention.to(dtype), has_aux=True)
-        m, pull_back, rows = pulled
-        return m, rows, lambda grad: pull_back(grad)[0]
+        result: Any = torch.func.vjp(partial(attended_rows, m), attention.to(dtype), has_aux=True)
+        m, vjp, rows = result
+        return m, rows, lambda grad: vjp(grad)[0]
     m, rows = attended_rows(m, attention if attention.dtype == torch.bool else attention.to(dtype))
     return m, rows, None
 
@@ -314,7 +274,7 @@ class FusedLossFunction(torch.autograd.Function):
     Args of apply:
         logits: Logits (b, r, c).
         weights: Weights (r, n, b), weights (n, b) shared by all positions, or a function that draws weights
-            (p, n, b) for `num_positions=p`. Rows of (r, n, b) that are zero are left out.
+            (p, n, b) for `num_positions=p`. Rows that are zero are left out.
         attention: Attention (b, r) that the weights are attended with, a mask (b, r) for uniform attention, or None.
             Positions without attention have no effect, and rows without attention are left out.
         loss: The FusedLoss.
@@ -354,35 +314,31 @@ class FusedLossFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         """Return the sum, the divisor and the gradient of the sum for the logits.
 
-        If the attention, or without attention the weights, need gradients, those of the sum and of a divisor that
-        depends on them follow.
+        If the attention or the weights need gradients, the gradient of the sum for them follows, and the gradient of
+        a divisor that depends on them.
         """
         value, divisor = targets.rows.new_zeros(()), targets.rows.new_zeros(())
-        grad = torch.empty_like(logits, dtype=value.dtype)
+        dtype, scale = value.dtype, loss.logit_scale
+        grad = torch.empty_like(logits, dtype=dtype)
         source: Any = attention if needs_attention_grad else weights
         axis = 1 if needs_attention_grad else 0
         num_grads = (needs_weights_grad or needs_attention_grad) * (1 if targets.normalizer is None else 2)
-        source_grads = [torch.empty_like(source, dtype=value.dtype) for _ in range(num_grads)]
+        source_grads = [torch.empty_like(source, dtype=dtype) for _ in range(num_grads)]
         for positions in _slices(logits.shape[1], loss.positions_at_a_time(logits)):
-            m, rows, pull_back = _weights_at(positions, weights, attention, value.dtype, needs_attention_grad)
+            m, rows, vjp = _weights_at(positions, weights, attention, dtype, needs_attention_grad)
             here = targets.at(positions)
-            selected: Any = (
-                None if tensor is None else _positions_first(
-                    tensor.expand_as(logits), positions, attention, scale, value.dtype)
-                for tensor, scale in zip((logits, targets.teacher), loss.scales, strict=True))
-            inputs = loss.inputs(m, rows, here, *selected)
+            teacher = targets.teacher if targets.teacher is None else _positions_first(
+                targets.teacher.expand_as(logits), positions, attention, scale / loss.distill_temperature, dtype)
+            inputs = loss.inputs(m, rows, _positions_first(logits, positions, attention, scale, dtype), teacher, here)
             chunk_value, chunk_grad = loss.value_and_gradient(inputs)
             value += chunk_value
             grad[:, positions] = chunk_grad.transpose(0, 1)
-            if here.normalizer is not None:
-                divisor += (m.sum(dim=1, keepdim=True) * here.normalizer).sum()
-            else:
-                divisor += m.shape[0] * m.shape[1] if rows is None else rows.sum()
+            divisor += (rows if here.normalizer is None else m.sum(dim=1, keepdim=True) * here.normalizer).sum()
             if source_grads:
                 m_grads: Any = (loss.gradient_of_weights(inputs), here.normalizer)
                 for total, m_grad in zip(source_grads, m_grads, strict=False):
-                    total.narrow(axis, positions.start, len(m)).copy_(pull_back(m_grad.expand_as(m)))
-        return value, divisor, grad.mul_(loss.logit_scale), *source_grads
+                    total.narrow(axis, positions.start, len(m)).copy_(vjp(m_grad.expand_as(m)))
+        return value, divisor, grad.mul_(scale), *source_grads
 
     @staticmethod
     def backward(ctx: Any, grad_value: torch.Tensor, grad_divisor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

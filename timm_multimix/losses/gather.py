@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .weights import is_eager_cpu
+
 
 def num_processes() -> int:
     """Return the world size, or 1 without a process group."""
@@ -50,25 +52,14 @@ class _Mean(torch.autograd.Function):
         return grad
 
 
-def gather_batch(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Concatenate the batches of all processes in the order of their ranks.
-
-    The gradient of an example is summed over all processes and returned to the process of the example.
-
-    Args:
-        tensors: Tensors (b, ...) of the same shape on all processes. None is returned as None.
-
-    Returns:
-        Tensors (processes * b, ...), or the arguments if there is one process.
-    """
-    world_size = num_processes()
-    if world_size == 1:
-        return tensors
-    each = [1] * world_size
-    return tuple(
-        tensor if tensor is None else
-        _AllToAll.apply(tensor.expand(world_size, *tensor.shape), each, each).flatten(0, 1)
-        for tensor in tensors)
+def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate tensors (b, ...) of all processes in the order of their ranks, without gradient."""
+    if num_processes() == 1:
+        return tensor
+    gathered = tensor.new_empty(num_processes() * len(tensor), *tensor.shape[1:])
+    all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before PyTorch 2.14
+    all_gather(gathered, tensor.contiguous())
+    return gathered
 
 
 def _position_shares(num_positions: int) -> list[int]:
@@ -108,11 +99,7 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:
-    """Check that the batches of all processes have the same size.
-
-    Args:
-        sizes: Sizes to compare, the same number of sizes on all processes.
-        device: Device of the batches.
+    """Check that the batches of all processes have the same sizes (examples, positions, classes).
 
     Raises:
         ValueError: If sizes differ, on the CPU. On other devices an asynchronous device assertion fails.
@@ -120,11 +107,8 @@ def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:
     if num_processes() == 1:
         return
     own = torch.tensor(sizes, device=device)
-    table = own.new_empty(num_processes() * len(own))
-    all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before PyTorch 2.14
-    all_gather(table, own)
-    table = table.view(num_processes(), len(own))
-    if device.type != 'cpu' or torch.compiler.is_compiling():
+    table = gather_batch(own).view(num_processes(), len(own))
+    if not is_eager_cpu(device):
         torch._assert_async((table == own).all())
     elif not (table == own).all():
         shown = ', '.join(f'{tuple(row)} on rank {rank}' for rank, row in enumerate(table.tolist()))

@@ -1,39 +1,20 @@
 """MultiMix as a loss module."""
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from .attention import attention_map, check_attention
-from .functional import (
-    check_attention_map,
-    check_dense_target,
-    check_distillation,
-    check_num_classes,
-    check_output,
-    check_smoothing,
-    check_target,
-    mean,
-    teacher_rows,
-)
-from .fused import Distillation, FusedLoss, FusedLossFunction, sigmoid_partition, softmax_partition
+from .functional import check_smoothing, mean, teacher_rows
+from .fused import FusedLoss, FusedLossFunction
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
 from .output import MultiMixOutput, as_output
-from .targets import (
-    ClassWeights,
-    Targets,
-    check_class_weights,
-    check_weight_values,
-    loss_dtype,
-    make_targets,
-    multi_hot,
-)
-from .weights import Alpha, alpha_range, check_mask, sample_weights
+from .targets import check_class_weights, check_target, check_target_values, loss_dtype, make_targets
+from .weights import Alpha, alpha_range, check_mask, is_eager_cpu, sample_weights
 
-PARTITIONS = {'ce': softmax_partition, 'bce': sigmoid_partition}
 # Values of None arguments of MultiMixLoss for each preset.
 PRESETS: dict[str, dict[str, Any]] = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
@@ -134,48 +115,46 @@ class MultiMixLoss(nn.Module):
         if preset not in PRESETS:
             raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {preset!r}.')
         given: dict[str, Any] = dict(alpha=alpha, balance=balance, pooled_weight=pooled_weight)
-        alpha, balance, share_of_pooled = (
-            PRESETS[preset][name] if value is None else value for name, value in given.items())
+        chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
         self.num_mixes = num_mixes
-        self.alpha = alpha
+        self.alpha: Alpha | None = chosen['alpha']
         self.tuple_length = tuple_length
         self.shared_weights = shared_weights
         self.attention = attention
         self.attention_norm = attention_norm
         self.attention_grad = attention_grad
-        self.balance = bool(balance)
-        self.pooled_weight = share_of_pooled
+        self.balance = bool(chosen['balance'])
+        self.pooled_weight: float = chosen['pooled_weight']
         self.clean_weight = clean_weight
         self.logit_scale = logit_scale
         self.smoothing = smoothing
         self.loss_type = loss_type
-        check_weight_values(weight=weight, pos_weight=pos_weight)
         self.register_buffer('weight', weight)
         self.register_buffer('pos_weight', pos_weight)
         self.ignore_index = ignore_index
         self.gather = gather
         self.generator = generator
         self.tile_size = tile_size
+        check_class_weights(weight=weight, pos_weight=pos_weight)
         self._check_options()
 
     def _check_options(self) -> None:
-        if self.num_mixes < 1:
-            raise ValueError(f'num_mixes must be at least 1, got {self.num_mixes}.')
-        if self.tuple_length is not None and self.tuple_length < 1:
-            raise ValueError(f'tuple_length must be at least 1, or None for the whole batch, got {self.tuple_length}.')
+        for name in ('num_mixes', 'tuple_length'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
         if self.attention not in (None, 'uniform', 'cam'):
             raise ValueError(
                 f"attention must be 'cam', 'uniform' or None (attention of the output), got {self.attention!r}. Pass "
                 'other queries to attach().')
-        for name, share in (('pooled_weight', self.pooled_weight), ('clean_weight', self.clean_weight)):
-            if not 0 <= share <= 1:
-                raise ValueError(f'{name} must be in [0, 1], got {share}.')
+        for name in ('pooled_weight', 'clean_weight'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'{name} must be in [0, 1], got {getattr(self, name)}.')
         if isinstance(self.logit_scale, str) and self.logit_scale == 'auto':
             raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
         if not (isinstance(self.logit_scale, (int, float)) and 0 < self.logit_scale < math.inf):
             raise ValueError(f'logit_scale must be a positive number, got {self.logit_scale!r}.')
-        if self.loss_type not in PARTITIONS:
-            raise ValueError(f'loss_type must be one of {", ".join(PARTITIONS)}, got {self.loss_type!r}.')
+        if self.loss_type not in ('ce', 'bce'):
+            raise ValueError(f"loss_type must be one of ce, bce, got {self.loss_type!r}.")
         check_attention(self.attention or 'uniform', self.attention_norm)
         check_smoothing(self.smoothing)
         alpha_range(self.alpha, 1)  # checks alpha
@@ -186,22 +165,9 @@ class MultiMixLoss(nn.Module):
             f'balance={self.balance}, pooled_weight={self.pooled_weight}, clean_weight={self.clean_weight}, '
             f'logit_scale={self.logit_scale}')
 
-    def forward(
-            self,
-            output: MultiMixOutput | torch.Tensor,
-            target: torch.Tensor | None = None,
-            teacher: MultiMixOutput | torch.Tensor | None = None,
-            *,
-            mask: torch.Tensor | None = None,
-            dense_target: torch.Tensor | None = None,
-            distill_weight: float = 0.25,
-            distill_temperature: float = 1.0,
-    ) -> torch.Tensor:
-        """Return the loss. See `terms` for the arguments."""
-        terms = self.terms(
-            output, target, teacher, mask=mask, dense_target=dense_target, distill_weight=distill_weight,
-            distill_temperature=distill_temperature)
-        return terms['loss']
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the loss. The arguments are those of `terms`."""
+        return self.terms(*args, **kwargs)['loss']
 
     def terms(
             self,
@@ -236,8 +202,10 @@ class MultiMixLoss(nn.Module):
         Raises:
             ValueError: If an option is out of range, or the shapes of the inputs do not match.
         """
-        distillation = check_distillation(distill_weight, distill_temperature)
-        tensors: Any = as_output(output)  # check_output and the shares of the terms determine which are not None
+        loss = FusedLoss(
+            self.loss_type == 'bce', self.num_mixes, self.balance, self.logit_scale, self.tile_size, distill_weight,
+            distill_temperature)
+        tensors: Any = as_output(output)  # _check_inputs and the shares of the terms determine which are not None
         logits, dense_logits, attention = tensors
         teacher = MultiMixOutput(None) if teacher is None else as_output(teacher, 'The teacher of MultiMixLoss')
         target, mask, dense_target = self._check_inputs(logits, dense_logits, target, mask, dense_target)
@@ -246,18 +214,18 @@ class MultiMixLoss(nn.Module):
             like = dense_logits if logits is None else logits
             num_positions = 0 if dense_logits is None else dense_logits.shape[1]
             check_same_sizes((len(like), num_positions, like.shape[-1]), like.device)
-            mixed_target, = gather_batch(target)
+            mixed_target = target if target is None else gather_batch(target)
         shares = self._shares(has_dense=dense_logits is not None, dense_only=target is None)
         terms: dict[str, Any] = {}  # sum and divisor of each term
         if shares['dense']:
             attention = self._attention(dense_logits, attention, target, mask)
             dense_teacher = teacher.logits if teacher.dense_logits is None else teacher.dense_logits
             target_of_positions = mixed_target if dense_target is None else dense_target
-            terms['dense'] = self._mixed(dense_logits, target_of_positions, attention, dense_teacher, distillation)
+            terms['dense'] = self._mixed(loss, dense_logits, target_of_positions, attention, dense_teacher)
         if shares['pooled']:
-            terms['pooled'] = self._mixed(logits.unsqueeze(1), mixed_target, None, teacher.logits, distillation)
+            terms['pooled'] = self._mixed(loss, logits.unsqueeze(1), mixed_target, None, teacher.logits)
         if shares['clean']:
-            terms['clean'] = self._clean(logits, target, teacher.logits, distillation)
+            terms['clean'] = self._clean(loss, logits.unsqueeze(1), target, teacher.logits)
         if self.gather:
             sums = mean_over_processes(torch.stack([torch.stack(pair) for pair in terms.values()]))
             terms = dict(zip(terms, sums, strict=True))
@@ -273,37 +241,42 @@ class MultiMixLoss(nn.Module):
             dense_target: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Check the inputs, and return target, mask and dense_target. Ignored positions are added to the mask."""
-        check_output(logits, dense_logits, target, dense_target)
-        check_num_classes((dense_logits if target is None else logits).shape[-1], self.loss_type)
+        is_binary = self.loss_type == 'bce'
+        if target is None and dense_target is None:
+            raise ValueError('MultiMixLoss requires target, dense_target or both.')
+        if dense_logits is None and (mask is not None or dense_target is not None):
+            raise ValueError(
+                'mask and dense_target require logits at every position: pass a MultiMixOutput with dense_logits.')
+        if target is not None and (logits is None or logits.ndim != 2):
+            raise ValueError(
+                'MultiMixLoss expects logits (b, c) or a MultiMixOutput, got logits of shape '
+                f'{None if logits is None else tuple(logits.shape)}. '
+                'For logits at every position (b, r, c) use multimix_cross_entropy.')
+        if not is_binary and (dense_logits if target is None else logits).shape[-1] == 1:
+            raise ValueError(
+                'The softmax cross-entropy of a single class is always 0, so the model is not trained: use binary '
+                "cross-entropy (loss_type='bce') with targets (b, 1), or two classes.")
         if target is not None:
-            target = self._cast(target, logits)
-            check_target(logits, target)
-        if mask is not None and dense_logits is not None:
+            target = check_target(target, logits.shape, is_binary)
+            check_target_values(target, logits.shape[-1])
+        if mask is not None:
             mask = check_mask(mask, dense_logits.shape[:2])
         if dense_target is not None:
-            dense_target = self._cast(dense_target, dense_logits)
-            dense_target, mask = check_dense_target(dense_logits, dense_target, mask, self.ignore_index)
+            dense_target = check_target(dense_target, dense_logits.shape, is_binary, 'dense_target')
+            if dense_target.ndim == 2:
+                valid = dense_target != self.ignore_index
+                mask = valid if mask is None else mask & valid
+            if mask is not None:
+                ignored = ~mask if dense_target.ndim == 2 else ~mask.unsqueeze(2)
+                dense_target = dense_target.masked_fill(ignored, 0)
+            check_target_values(dense_target, dense_logits.shape[-1])
         return target, mask, dense_target
-
-    def _cast(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cast integer multi-hot targets, which have as many axes as the logits."""
-        is_multi_hot = self.loss_type == 'bce' and target.ndim == logits.ndim
-        return multi_hot(target, loss_dtype(logits)) if is_multi_hot else target
 
     def _shares(self, has_dense: bool, dense_only: bool) -> dict[str, float]:
         """Return the weight of each term."""
         clean = 0.0 if dense_only else self.clean_weight
         pooled = 0.0 if dense_only else self.pooled_weight if has_dense else 1.0
         return dict(dense=(1 - clean) * (1 - pooled), pooled=(1 - clean) * pooled, clean=clean)
-
-    def _targets(self, target: torch.Tensor, teacher: torch.Tensor | None, num_classes: int) -> Targets:
-        is_binary = self.loss_type == 'bce'
-        buffers: Any = (self.weight, self.pos_weight)
-        class_weights = check_class_weights(ClassWeights(*buffers), num_classes, is_binary)
-        return make_targets(target, num_classes, class_weights, self.smoothing, teacher, is_binary)
-
-    def _mean_over_classes(self, total: torch.Tensor, num_classes: int) -> torch.Tensor:
-        return total if self.loss_type == 'ce' else total / num_classes
 
     def _attention(
             self,
@@ -315,29 +288,28 @@ class MultiMixLoss(nn.Module):
         """Return the attention, which is 0 at padding. It is the mask for uniform attention, or None without a mask."""
         if self.attention == 'cam':
             attention = attention_map(None, dense_logits, target, query='cam', norm=self.attention_norm, mask=mask)
-        elif self.attention == 'uniform':
-            attention = None
-        if attention is None:
+        if attention is None or self.attention == 'uniform':
             return mask
-        if mask is not None and attention.shape == mask.shape:
+        if attention.shape != dense_logits.shape[:2]:
+            raise ValueError(
+                f'attention must have shape (b, r) = {tuple(dense_logits.shape[:2])}, got {tuple(attention.shape)}.')
+        if mask is not None:
             attention = attention.masked_fill(~mask, 0)
-        check_attention_map(dense_logits, attention)
+        # If the model has diverged, the attention can be NaN. The loss is NaN then.
+        if is_eager_cpu(attention.device) and attention.min() < 0:
+            raise ValueError('attention must not be negative. See attention_map.')
         return attention if self.attention_grad else attention.detach()
-
-    def _tuple_length(self, batch_size: int) -> int:
-        """Return the number of examples in a mix. The last batch of an epoch can be smaller than tuple_length."""
-        return batch_size if self.tuple_length is None else min(self.tuple_length, batch_size)
 
     def _mixed(
             self,
+            loss: FusedLoss,
             logits: torch.Tensor,
             target: torch.Tensor,
             attention: torch.Tensor | None,
             teacher: torch.Tensor | None,
-            distillation: Distillation,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses of the mixes of logits (b, r, c), and its divisor."""
-        teacher = teacher_rows(logits, teacher, distillation.weight)
+        teacher = teacher_rows(logits, teacher, loss.distill_weight)
         if self.gather:
             teacher = teacher.expand_as(logits) if teacher is not None else None
             is_dense = target.ndim == (3 if target.is_floating_point() else 2)
@@ -350,49 +322,43 @@ class MultiMixLoss(nn.Module):
                 received = (tensor for tensor in (logits, attention, teacher, target) if tensor is not None)
                 total: Any = sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
                 return total, torch.zeros_like(total)
-        batch_size, _, num_classes = logits.shape
+        batch_size = len(logits)
         sample = partial(
             sample_weights,
             self.num_mixes,
             batch_size,
             alpha=self.alpha,
-            tuple_length=self._tuple_length(batch_size),
+            # The last batch of an epoch can be smaller than tuple_length.
+            tuple_length=self.tuple_length and min(self.tuple_length, batch_size),
             generator=self.generator,
             device=logits.device,
         )
-        loss = FusedLoss(
-            PARTITIONS[self.loss_type],
-            self.num_mixes,
-            self.balance,
-            self.logit_scale,
-            self.tile_size,
-            distillation,
-        )
-        total, divisor = FusedLossFunction.apply(
-            logits, sample() if self.shared_weights else sample, attention, loss,
-            *self._targets(target, teacher, num_classes))
-        return self._mean_over_classes(total, num_classes), divisor
+        return self._sum(loss, logits, sample() if self.shared_weights else sample, attention, target, teacher)
 
     def _clean(
             self,
+            loss: FusedLoss,
             logits: torch.Tensor,
             target: Any,
             teacher: torch.Tensor | None,
-            distillation: Distillation,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of the losses of the examples, and its divisor."""
-        batch_size, num_classes = logits.shape
-        logits = logits.to(loss_dtype(logits))
-        teacher = teacher_rows(logits.unsqueeze(1), teacher, distillation.weight)
-        targets = self._targets(target, teacher, num_classes)
-        if teacher is not None:
-            identity = torch.eye(batch_size, device=logits.device)
-            loss = FusedLoss(PARTITIONS[self.loss_type], batch_size, distillation=distillation)
-            total, divisor = FusedLossFunction.apply(logits.unsqueeze(1), identity, None, loss, *targets)
-        else:
-            rows, normalizer, _, *weights = targets
-            function = F.cross_entropy if self.loss_type == 'ce' else partial(
-                F.binary_cross_entropy_with_logits, pos_weight=weights[1])
-            total = function(logits, rows.to(logits.dtype), weights[0], reduction='sum')
-            divisor = logits.new_full((), batch_size) if normalizer is None else normalizer.sum()
-        return self._mean_over_classes(total, num_classes), divisor
+        """Return the sum of the losses of the examples, with logits (b, 1, c), and its divisor."""
+        loss = replace(loss, num_mixes=len(logits), logit_scale=1.0)
+        identity = torch.eye(len(logits), device=logits.device)
+        return self._sum(loss, logits, identity, None, target, teacher_rows(logits, teacher, loss.distill_weight))
+
+    def _sum(
+            self,
+            loss: FusedLoss,
+            logits: torch.Tensor,
+            weights: Any,
+            attention: torch.Tensor | None,
+            target: torch.Tensor,
+            teacher: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses of the mixes with these weights, and its divisor. See FusedLossFunction."""
+        num_classes = logits.shape[-1]
+        class_weights: dict[str, Any] = dict(weight=self.weight, pos_weight=self.pos_weight)
+        targets = make_targets(target, num_classes, self.smoothing, teacher, loss.is_binary, **class_weights)
+        total, divisor = FusedLossFunction.apply(logits, weights, attention, loss, *targets)
+        return total / num_classes if loss.is_binary else total, divisor

@@ -1,32 +1,10 @@
-"""Targets of the losses and class weights."""
-from typing import Any, NamedTuple
+"""Targets of the losses, class weights, and the validation of both."""
+import math
+from typing import NamedTuple
 
 import torch
 
-
-class ClassWeights(NamedTuple):
-    """Weights of the classes (c,), or None.
-
-    Attributes:
-        weight: Weights of the terms of the loss.
-        pos_weight: Weights of the positive terms of binary cross-entropy.
-    """
-    weight: torch.Tensor | None = None
-    pos_weight: torch.Tensor | None = None
-
-    def factors(self, target: torch.Tensor, is_binary: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the factors of the logits (..., c) and of A (..., 1 or c) in the loss of targets (..., c).
-
-        None is a factor of A that is 1 for all classes.
-        """
-        linear = target if self.pos_weight is None else target * self.pos_weight
-        if self.weight is not None:
-            linear = linear * self.weight
-        if not is_binary:
-            return linear, linear.sum(dim=-1, keepdim=True)
-        if linear is target:
-            return target, None
-        return linear, linear + (1 - target) * (1 if self.weight is None else self.weight)
+from .weights import is_eager_cpu
 
 
 class Targets(NamedTuple):
@@ -36,8 +14,8 @@ class Targets(NamedTuple):
         rows: Target rows (b, c), or rows at every position (b, r, c).
         normalizer: Weights of the examples in the divisor of the mean, (b,) or (b, r). None is 1 for every mix.
         teacher: The teacher's logits (b, r, c) or (b, 1, c), or None.
-        weight: See ClassWeights.
-        pos_weight: See ClassWeights.
+        weight: Class weights of the terms of the loss (c,), or None.
+        pos_weight: Class weights of the positive terms of binary cross-entropy (c,), or None.
     """
     rows: torch.Tensor
     normalizer: torch.Tensor | None = None
@@ -55,20 +33,25 @@ class Targets(NamedTuple):
         return self._replace(rows=rows, normalizer=normalizer)
 
     def to(self, dtype: torch.dtype) -> 'Targets':
-        """Convert all but the teacher's logits, which are converted when they are used."""
-        entries: Any = (
-            tensor if tensor is None or tensor is self.teacher else tensor.to(dtype) for tensor in self)
-        return Targets(*entries)
+        """Convert all tensors except the teacher's logits, which are converted when they are used."""
+        converted = {name: tensor.to(dtype) for name, tensor in self._asdict().items() if tensor is not None}
+        return self._replace(**{**converted, 'teacher': self.teacher})
+
+    def factors(self, rows: torch.Tensor, is_binary: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors of the logits (..., c) and of A (..., 1 or c) in the loss of target rows (..., c)."""
+        linear = rows if self.pos_weight is None else rows * self.pos_weight
+        if self.weight is not None:
+            linear = linear * self.weight
+        if not is_binary:
+            return linear, linear.sum(dim=-1, keepdim=True)
+        if linear is rows:
+            return rows, torch.ones_like(rows[..., :1])
+        return linear, linear + (1 - rows) * (1 if self.weight is None else self.weight)
 
 
 def loss_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the dtype of computations with a tensor: float64 for float64, otherwise float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def multi_hot(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast integer or boolean multi-hot targets (b, c) to the dtype of the loss."""
-    return target if target.is_floating_point() or target.ndim < 2 else target.to(dtype)
 
 
 def class_rows(target: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
@@ -80,46 +63,73 @@ def class_rows(target: torch.Tensor, num_classes: int, smoothing: float) -> torc
     return rows.scatter_(-1, target.unsqueeze(-1), 1 - smoothing + off_value)
 
 
-def check_class_weights(class_weights: ClassWeights, num_classes: int, is_binary: bool) -> ClassWeights:
-    """Return the class weights with shape (c,).
+def check_target(
+        target: torch.Tensor,
+        logits_shape: torch.Size,
+        is_binary: bool,
+        name: str = 'target',
+) -> torch.Tensor:
+    """Return targets of examples for logits (b, c), or targets of positions for logits (b, r, c).
+
+    Integer multi-hot targets of binary cross-entropy are cast.
 
     Raises:
-        ValueError: If their shapes do not fit, or pos_weight is given for cross-entropy.
+        ValueError: If the shape or the dtype does not fit.
     """
-    if not is_binary and class_weights.pos_weight is not None:
-        raise ValueError("pos_weight is for binary cross-entropy (loss_type='bce'): use weight.")
-    for name, given in class_weights._asdict().items():
-        allowed = {(num_classes,)} if not is_binary else {(num_classes,), (1,), ()}
-        if given is not None and tuple(given.shape) not in allowed:
-            raise ValueError(f'{name} must have shape (c,) = ({num_classes},), got {tuple(given.shape)}.')
-    return ClassWeights(*(given if given is None else given.expand(num_classes) for given in class_weights))
+    if is_binary and not target.is_floating_point() and target.ndim == len(logits_shape):
+        target = target.float()
+    is_soft = target.is_floating_point()
+    if target.shape != (logits_shape if is_soft else logits_shape[:-1]) or not (is_soft or target.dtype == torch.int64):
+        axes = 'b, r' if len(logits_shape) == 3 else 'b,'
+        raise ValueError(
+            f'{name} must be int64 class indices with shape ({axes}) = {tuple(logits_shape[:-1])}, or floating point '
+            f'with shape {tuple(logits_shape)}, got {target.dtype} with shape {tuple(target.shape)}.')
+    return target
 
 
-def check_weight_values(**weights: torch.Tensor | None) -> None:
-    """Check that class weights are tensors of finite values that are not negative.
+def check_target_values(target: torch.Tensor, num_classes: int) -> None:
+    """Check that soft targets are not negative, or that class indices are in the range of the classes."""
+    if not is_eager_cpu(target.device) or not target.numel():
+        return
+    low, high = target.min().item(), target.max().item()
+    if target.is_floating_point():
+        if not low >= 0:  # negated, to reject NaN too
+            raise ValueError(f'Soft targets must not be negative, got {low}.')
+    elif not 0 <= low <= high < num_classes:
+        raise ValueError(
+            f'Class indices must be in [0, {num_classes - 1}] for {num_classes} classes, got values from {low} to '
+            f'{high}.')
 
-    Raises:
-        TypeError: If weights are not a tensor.
-        ValueError: If a value is negative, infinite or NaN. Values on a device other than the CPU are not checked.
-    """
-    for name, given in weights.items():
-        if given is not None and not isinstance(given, torch.Tensor):
-            raise TypeError(f'{name} must be a tensor (c,), got {type(given).__name__}.')
+
+def check_class_weights(**class_weights: torch.Tensor | None) -> None:
+    """Check that class weights are finite and not negative. Values on devices other than the CPU are not checked."""
+    for name, given in class_weights.items():
         # Negated, to reject NaN too.
-        if given is not None and given.device.type == 'cpu' and not 0 <= given.min() <= given.max() < torch.inf:
+        if given is not None and given.device.type == 'cpu' and not 0 <= given.min() <= given.max() < math.inf:
             raise ValueError(f'{name} must be finite and not negative, got {given.tolist()}.')
 
 
 def make_targets(
         target: torch.Tensor,
         num_classes: int,
-        class_weights: ClassWeights,
         smoothing: float,
         teacher: torch.Tensor | None,
         is_binary: bool,
+        **class_weights: torch.Tensor | None,
 ) -> Targets:
-    """Return the targets of a loss. As in PyTorch, class weights normalize cross-entropy with class indices."""
+    """Return the targets of a loss. As in PyTorch, class weights normalize cross-entropy with class indices.
+
+    Raises:
+        ValueError: If class weights do not fit, or pos_weight is given for cross-entropy.
+    """
+    if not is_binary and class_weights.get('pos_weight') is not None:
+        raise ValueError("pos_weight is for binary cross-entropy (loss_type='bce'): use weight.")
+    for name, given in class_weights.items():
+        if given is not None:
+            if tuple(given.shape) not in ([(num_classes,), (1,), ()] if is_binary else [(num_classes,)]):
+                raise ValueError(f'{name} must have shape (c,) = ({num_classes},), got {tuple(given.shape)}.')
+            class_weights[name] = given.expand(num_classes)
     normalizer = None
-    if class_weights.weight is not None and not is_binary and not target.is_floating_point():
-        normalizer = class_weights.weight[target]
-    return Targets(class_rows(target, num_classes, smoothing), normalizer, teacher, *class_weights)
+    if not is_binary and not target.is_floating_point() and class_weights['weight'] is not None:
+        normalizer = class_weights['weight'][target]
+    return Targets(class_rows(target, num_classes, smoothing), normalizer, teacher, **class_weights)

@@ -13,43 +13,24 @@ Alpha = float | Sequence[float]
 
 
 def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
-    """Return the range `(low, high)` of concentrations. A single number is a range of one value.
+    """Return the range (low, high) of concentrations. None is 1 / tuple_length.
 
-    None is 1 / tuple_length. For long tuples the weights of a mix are then a Dirichlet process of concentration 1,
-    independent of the length. On average the largest weight is 0.62 and the sum of squares is 1/2, as for two equal
-    weights.
-
-    Raises:
-        ValueError: If alpha is neither None, a positive number nor an ascending pair of positive numbers.
+    With 1 / tuple_length the weights of a long mix approximate a Dirichlet process of concentration 1, independent of
+    the length. On average the largest weight is 0.62 and the sum of squares is 1/2, as for two equal weights.
     """
     if alpha is None:
         alpha = 1 / tuple_length
     values = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
-    ok = len(values) in (1, 2) and all(isinstance(a, (int, float)) and 0 < a < math.inf for a in values)
-    if not ok or values[0] > values[-1]:
+    are_numbers = len(values) in (1, 2) and all(isinstance(a, (int, float)) and 0 < a < math.inf for a in values)
+    if not are_numbers or values[0] > values[-1]:
         raise ValueError(
             'alpha must be a positive number, a pair (low, high) with 0 < low <= high, or None for '
             f'1 / (examples in a mix), got {alpha!r}.')
     return float(values[0]), float(values[-1])
 
 
-def check_tuple_length(tuple_length: int | None, batch_size: int) -> int:
-    """Return the number of examples in a mix. None is the whole mini-batch.
-
-    Raises:
-        ValueError: If tuple_length is below 1 or above the batch size.
-    """
-    if tuple_length is None:
-        return batch_size
-    if not 1 <= tuple_length <= batch_size:
-        raise ValueError(
-            f'tuple_length must be between 1 and the batch size {batch_size}, got {tuple_length}. '
-            'Use a larger batch, a shorter tuple, or None for the whole batch.')
-    return tuple_length
-
-
-def _can_draw_again(device: torch.device) -> bool:
-    """Whether the rejected draws can be counted without synchronizing a GPU or breaking a compiled graph."""
+def is_eager_cpu(device: torch.device) -> bool:
+    """Return whether values can be read without synchronizing a device or breaking a compiled graph."""
     return device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
@@ -95,29 +76,18 @@ def _propose_log_gamma(
 def _sample_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generator | None) -> torch.Tensor:
     """Draw logarithms of Gamma(a) variables, for concentrations a (..., 1) and size (..., m).
 
-    On the CPU, PyTorch's sampler draws variables one at a time, which takes a large part of the time of the loss
-    (docs/speed.md). Therefore all variables are proposed with vectorized operations, and PyTorch's sampler draws only
-    the rejected ones.
+    On the CPU, PyTorch's sampler draws variables one at a time, which is slow (docs/speed.md). There all variables are
+    proposed with vectorized operations, and PyTorch's sampler draws only the rejected ones.
     """
-    if not _can_draw_again(a.device):
+    if not is_eager_cpu(a.device):
         return _draw_log_gamma(a, size, generator)
     log_gamma, rejected = _propose_log_gamma(a, size, generator)
     log_gamma.view(-1)[rejected] = _draw_log_gamma(a.flatten()[rejected // size[-1]], rejected.shape, generator)
     return log_gamma
 
 
-def _sample_dirichlet(concentration: torch.Tensor, length: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Draw rows (..., length) from symmetric Dirichlet distributions of concentration (..., 1)."""
-    size = torch.Size((*concentration.shape[:-1], length))
-    return _sample_log_gamma(concentration, size, generator).softmax(dim=-1)
-
-
 def check_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return the mask of valid positions (b, r) as a boolean tensor. Integers, as in an attention_mask, are cast.
-
-    Raises:
-        ValueError: If the shape is not (b, r), or the mask is floating point.
-    """
+    """Return the mask of valid positions (b, r) as a boolean tensor. Integers, as in an attention_mask, are cast."""
     if mask.shape != shape or mask.is_floating_point():
         raise ValueError(
             f'mask must be boolean with shape (b, r) = {tuple(shape)}, True for valid positions, got {mask.dtype} with '
@@ -159,7 +129,11 @@ def sample_weights(
     for name, size in (('num_mixes', num_mixes), ('batch_size', batch_size), ('num_positions', num_positions)):
         if size is not None and size < 1:
             raise ValueError(f'{name} must be at least 1, got {size}.')
-    length = check_tuple_length(tuple_length, batch_size)
+    length = batch_size if tuple_length is None else tuple_length
+    if not 1 <= length <= batch_size:
+        raise ValueError(
+            f'tuple_length must be between 1 and the batch size {batch_size}, got {length}. Use a larger batch, a '
+            'shorter tuple, or None for the whole batch.')
     low, high = alpha_range(alpha, length)
     if device is None and generator is not None:
         device = generator.device
@@ -169,7 +143,7 @@ def sample_weights(
     concentration = torch.full((*rows, 1), low, **options)
     if high > low:
         concentration += (high - low) * torch.rand((*rows, 1), generator=generator, **options)
-    weights = _sample_dirichlet(concentration, length, generator)
+    weights = _sample_log_gamma(concentration, torch.Size((*rows, length)), generator).softmax(dim=-1)
     if length == batch_size:
         return weights
     examples = torch.rand((*rows, batch_size), generator=generator, **options).topk(length, sorted=False).indices
