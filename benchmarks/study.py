@@ -4,7 +4,8 @@
 A study is a YAML file with datasets, models, methods, learning rates and seeds (see benchmarks/studies/). For each
 dataset, model and method, all learning rates are run with `tuning_seeds` seeds. The learning rate with the best mean
 validation accuracy is run with all seeds. The report compares test metrics with the best baseline, which is selected by
-validation accuracy too.
+validation accuracy too. A study with a section `detection` transfers the models to object detection (see
+benchmarks/detection_study.py).
 
 Each run is stored as a JSON line in benchmarks/results/ and is not repeated. An interrupted study can be resumed.
 
@@ -21,37 +22,29 @@ from pathlib import Path
 
 import yaml
 from study_plan import Study, load_results, load_study, run_missing
-from study_report import COLUMNS, page_header, plot, ranking, section
+from study_report import page_header, plot, ranking, section
 
 from timm_multimix.common.advice import missing_packages
 
 RESULTS = Path(__file__).parent / 'results'
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be 1 or more, got {text!r}')
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('study', type=Path, nargs='+', help='YAML file of a study')
+    add = parser.add_argument
+    add('study', type=Path, nargs='+', help='YAML file of a study')
     for kind in ('datasets', 'models', 'methods'):
-        parser.add_argument(f'--{kind}', nargs='+', metavar='NAME', help=f'{kind} to include (default: all)')
-    parser.add_argument('--workers', type=_at_least_one, default=os.cpu_count(),
-                        help='number of parallel runs (default: %(default)s)')
-    parser.add_argument('--nice', type=int, default=0, help='niceness increment of the runs (default: %(default)s)')
-    parser.add_argument('--report-only', action='store_true', help='report completed runs and start no runs')
-    parser.add_argument('--baseline', metavar='METHOD', help='method to compare with (default: the best baseline)')
-    parser.add_argument('--compare', default='accuracy', choices=[name for name, *_ in COLUMNS],
-                        help='metric to compare (default: %(default)s)')
-    parser.add_argument('--rank', nargs='+', metavar='METHOD',
-                        help='instead of the tables, compare these methods over all settings that have all of them')
-    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR',
-                        help='folder of the runs (default: %(default)s)')
-    parser.add_argument('--plot', type=Path, metavar='FILE', help='plot one study to an SVG, PNG or PDF file')
-    parser.add_argument('--tables', type=Path, metavar='FILE', help='write the tables to a Markdown file')
+        add(f'--{kind}', nargs='+', metavar='NAME', help=f'{kind} to include (default: all)')
+    add('--workers', type=int, default=os.cpu_count(), help='number of parallel runs (default: %(default)s)')
+    add('--nice', type=int, default=0, help='niceness increment of the runs (default: %(default)s)')
+    add('--report-only', action='store_true', help='report completed runs and start no runs')
+    add('--baseline', metavar='METHOD', help='method to compare with (default: the best baseline)')
+    add('--compare', metavar='METRIC', help='metric to compare (default: accuracy, or mAP for detection)')
+    add('--rank', nargs='+', metavar='METHOD',
+        help='instead of the tables, compare these methods over all settings that have all of them')
+    add('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of the runs (default: %(default)s)')
+    add('--plot', type=Path, metavar='FILE', help='plot the first study to an SVG, PNG or PDF file')
+    add('--tables', type=Path, metavar='FILE', help='write the tables to a Markdown file')
     return parser.parse_args()
 
 
@@ -59,19 +52,14 @@ def load(args: argparse.Namespace) -> list[Study]:
     """Load the selected parts of the studies. Exit with a message if an argument is invalid."""
     only = {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')}
     try:
-        studies = [study for study in (load_study(path, only) for path in args.study) if not study.detection]
+        studies = [load_study(path, only) for path in args.study]
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
-    if not studies:
-        sys.exit('Studies of detection are run by benchmarks/detection_study.py.')
-    if args.plot and args.plot.suffix not in ('.svg', '.png', '.pdf'):
-        sys.exit(f'--plot {args.plot}: the file name must end with .svg, .png or .pdf.')
-    if args.plot and len(studies) > 1:
-        sys.exit(f'--plot supports one study, got {len(studies)}.')
-    if args.baseline:
-        for study in studies:
-            if args.baseline not in study.methods:
-                sys.exit(f'--baseline must be one of {", ".join(study.methods)}, got {args.baseline}.')
+    for study in studies:
+        for option, names in (('compare', [name for name, *_ in study.columns]), ('baseline', study.methods)):
+            if getattr(args, option) not in (None, *names):
+                sys.exit(f'--{option} must be one of {", ".join(names)}, got {getattr(args, option)}.')
+        if args.baseline:
             study.baselines = [args.baseline]
     return studies
 
@@ -91,17 +79,18 @@ def main() -> None:
     except KeyboardInterrupt:
         print('Stopped. Run the same command again to resume.', file=sys.stderr)
         stopped = True
+    tables = [study.table(results) for study in studies]
     if args.rank:
-        print(ranking(studies, [study.table(results) for study in studies], args.rank, args.compare))
+        print(ranking(studies, tables, args.rank, args.compare or 'accuracy'))
         return
-    sections = [section(study, study.table(results), args.compare) for study in studies]
+    sections = [section(study, table, args.compare) for study, table in zip(studies, tables, strict=True)]
     if args.tables:
         args.tables.write_text('\n'.join([page_header(args.study), *sections]))
     else:
         print('\n'.join(sections))
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot(studies[0], studies[0].table(results), args.plot)
+        plot(studies[0], tables[0], args.plot)
     if stopped:
         sys.exit(130)
 

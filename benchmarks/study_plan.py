@@ -5,12 +5,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import MISSING, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -19,6 +19,10 @@ from study_run import DATASET_DEFAULTS, DATASETS, TRAINING_DEFAULTS, make_task, 
 from tqdm import tqdm
 
 from timm_multimix import __version__
+
+# Settings, metrics and processor time in seconds of a completed run.
+Result = tuple[dict[str, Any], dict[str, float], float]
+Job = tuple[Callable[[dict[str, Any]], list[Result]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Study:
     """Description of a study.
 
     Attributes:
+        columns: Columns of the report: metric, heading, number of decimals, whether higher is better.
         name: Name of the study.
         about: Description in one sentence.
         datasets: Options of each dataset: 'name', 'train', 'validation' and 'test' (numbers of images), 'label_noise',
@@ -46,8 +51,18 @@ class Study:
         seeds: Number of seeds of the final runs.
         tuning_seeds: Number of seeds for tuning the learning rate.
         training: Training options, such as the number of epochs and the batch size.
-        detection: For a study of detection: the grid of the detector's 'lrs' and 'epochs', and numbers of scenes.
+        detection: Settings of a DetectionStudy.
     """
+    columns: ClassVar = (
+        ('accuracy', 'accuracy %', 2, True),
+        ('nll', 'NLL', 3, False),
+        ('ece', 'ECE %', 1, False),
+        ('fgsm', 'FGSM %', 1, True),
+        ('temperature', 'T', 2, None),
+        ('nll_at_t', 'NLL at T', 3, False),
+        ('ece_at_t', 'ECE at T', 1, False),
+    )
+
     name: str
     datasets: dict[str, dict[str, Any]]
     models: dict[str, dict[str, Any]]
@@ -106,15 +121,42 @@ class Study:
         unique = {key_of(settings): settings for settings in runs}
         return sorted((s for key, s in unique.items() if key not in results), key=lambda s: s['seed'])
 
+    def jobs(self, results: dict[str, dict]) -> list[Job]:
+        """Return the functions to call for the missing runs, and their arguments."""
+        return [(run_classifier, settings) for settings in self.missing(results)]
+
     def table(self, results: dict[str, dict]) -> dict[Group, dict[str, Any]]:
-        """Return the learning rate and the metrics of the completed runs of each tuned group."""
+        """Return the runs by seed and a label of the learning rate for each tuned group."""
         rows = {}
         for group in self.groups():
-            best = self.best_lr(group, results)
+            best, lrs = self.best_lr(group, results), self.group_lrs(group)
             if best is not None:
                 runs = {seed: results.get(key_of(self.settings(group, best, seed))) for seed in range(self.seeds)}
-                rows[group] = dict(lr=best, lrs=self.group_lrs(group), runs={s: r for s, r in runs.items() if r})
+                edge = '*' if len(lrs) > 1 and best in (min(lrs), max(lrs)) else ''
+                rows[group] = dict(lr=f'{best:g}{edge}', runs={seed: run for seed, run in runs.items() if run})
         return rows
+
+    def check(self) -> None:
+        """Check the names and values of the study. A task is created for each model and method.
+
+        Raises:
+            ValueError: If a name or a value is invalid.
+        """
+        if not 1 <= self.tuning_seeds <= self.seeds:
+            raise ValueError(f'tuning_seeds must be in [1, {self.seeds}], got {self.tuning_seeds}.')
+        _check_names('training', self.training, TRAINING_DEFAULTS)
+        for group in self.groups():
+            dataset = self.settings(group, 0.1, 0)['dataset']
+            if dataset['name'] not in DATASETS or set(dataset) != {'name', *DATASET_DEFAULTS}:
+                raise ValueError(
+                    f'{group.dataset}: the dataset must be one of {", ".join(DATASETS)}, with options '
+                    f'{", ".join([*DATASET_DEFAULTS, *TRAINING_DEFAULTS])}.')
+        for group in {(group.model, group.method): group for group in self.groups()}.values():
+            settings = self.settings(group, 0.1, 0)
+            try:
+                make_task(timm.create_model(**settings['model'], num_classes=2, in_chans=1), settings['method'])
+            except (RuntimeError, TypeError, ValueError) as error:  # errors of timm and of MultiMixTask
+                raise ValueError(f'{group.model} with {group.method}: {error}') from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -128,84 +170,46 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_sections(path: Path, content: dict[str, Any]) -> None:
-    for kind in ('datasets', 'models', 'methods', 'training'):
-        section = content.get(kind, {})
-        if not isinstance(section, dict) or (kind != 'training' and not all(
-                isinstance(options, dict) for options in section.values())):
-            raise ValueError(f'{path}: {kind} must map names to options, such as `cross-entropy: {{}}`.')
-
-
-def _check_numbers(path: Path, study: Study) -> None:
-    named = {**study.models, **study.methods}
-    lists = {'lrs': study.lrs} | {f'lrs of {name}': named[name]['lrs'] for name in named if 'lrs' in named[name]}
-    for name, lrs in lists.items():
-        if not isinstance(lrs, list) or not lrs or not all(isinstance(lr, int | float) and lr > 0 for lr in lrs):
-            raise ValueError(f'{path}: {name} must be a list of positive numbers, got {lrs!r}.')
-    counts = study.tuning_seeds, study.seeds
-    if not all(isinstance(count, int) for count in counts) or not 1 <= study.tuning_seeds <= study.seeds:
-        raise ValueError(f'{path}: tuning_seeds and seeds must satisfy 1 <= tuning_seeds <= seeds, got {counts}.')
+def _check_names(section: str, names: Iterable[str], known: Iterable[str]) -> None:
+    unknown = set(names) - set(known)
+    if unknown:
+        raise ValueError(f'unknown {section} {", ".join(sorted(unknown))}, choose from {", ".join(known)}.')
 
 
 def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> Study:
-    """Load and validate a study.
+    """Load and check a study.
 
     Args:
         path: Path of the YAML file.
         only: Names of 'datasets', 'models' and 'methods' to select. None selects all.
 
     Returns:
-        The study.
+        The study. It is a DetectionStudy if the file has a section `detection`.
 
     Raises:
         ValueError: If the file is not a valid study, or contains an unknown name.
     """
     content = yaml.load(path.read_text(), _UniqueKeys)
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is not a study: datasets, models and methods are missing.')
-    about = content.pop('about', '')
-    known = {part.name: part for part in fields(Study) if part.name not in ('name', 'about')}
-    needed = [name for name, part in known.items() if part.default is part.default_factory is MISSING]
-    if not set(needed) <= set(content) <= set(known):
+    known = {part.name: part for part in fields(Study) if part.name != 'name'}
+    needed = {name for name, part in known.items() if part.default is part.default_factory is MISSING}
+    if not isinstance(content, dict) or not needed <= set(content) <= set(known):
         raise ValueError(
-            f'{path} is not a study: required keys are {", ".join(needed)}, optional keys are '
-            f'{", ".join(set(known) - set(needed))}, got {", ".join(map(str, content))}.')
-    _check_sections(path, content)
-    study = Study(name=path.stem, about=about, **content)
-    _check_numbers(path, study)
-    for kind, known in (('training', TRAINING_DEFAULTS), ('baselines', study.methods)):
-        unknown = set(content.get(kind, ())) - set(known)
-        if unknown:
-            raise ValueError(f'{path}: unknown {kind} {", ".join(sorted(unknown))}, choose from {", ".join(known)}.')
-    for kind, names in (only or {}).items():
-        available = getattr(study, kind)
-        if names is not None:
-            unknown = set(names) - set(available)
-            if unknown:
-                raise ValueError(
-                    f'{path}: unknown {kind} {", ".join(sorted(unknown))}, choose from {", ".join(available)}.')
-            setattr(study, kind, {name: available[name] for name in available if name in names})
-    study.baselines = [name for name in study.baselines if name in study.methods]
-    for group in study.groups():
-        try:
-            settings = study.settings(group, 0.1, 0)
-        except ValueError as error:
-            raise ValueError(f'{path}, {group.method}: {error}') from error
-        for name in ('epochs', 'batch_size'):
-            value = settings['training'][name]
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{path}, {group.dataset}: {name} must be 1 or more, got {value!r}.')
-        dataset = settings['dataset']
-        if dataset['name'] not in DATASETS or set(dataset) != {'name', *DATASET_DEFAULTS}:
-            raise ValueError(
-                f'{path}, {group.dataset}: the dataset must be one of {", ".join(DATASETS)}, with options '
-                f'{", ".join([*DATASET_DEFAULTS, *TRAINING_DEFAULTS])}.')
-    for group in {(group.model, group.method): group for group in study.groups()}.values():
-        settings = study.settings(group, 0.1, 0)
-        try:
-            make_task(timm.create_model(**settings['model'], num_classes=2, in_chans=1), settings['method'])
-        except (RuntimeError, TypeError, ValueError) as error:  # errors of timm and of MultiMixTask
-            raise ValueError(f'{path}, {group.model} with {group.method}: {error}') from error
+            f'{path} is not a study: required keys are {", ".join(sorted(needed))}, optional keys are '
+            f'{", ".join(sorted(set(known) - needed))}.')
+    kind = Study
+    if 'detection' in content:
+        from detection_study import DetectionStudy as kind
+    study = kind(name=path.stem, **content)
+    try:
+        _check_names('baselines', content.get('baselines', ()), study.methods)
+        for section, names in (only or {}).items():
+            available = getattr(study, section)
+            _check_names(section, names or (), available)
+            setattr(study, section, {name: available[name] for name in available if names is None or name in names})
+        study.baselines = [name for name in study.baselines if name in study.methods]
+        study.check()
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     return study
 
 
@@ -232,16 +236,11 @@ def start_worker(niceness: int) -> None:
     torch.set_num_threads(1)  # parallel runs are more efficient than threads for these small models
 
 
-def _timed_run(settings: dict[str, Any]) -> tuple[dict[str, float], float]:
+def run_classifier(settings: dict[str, Any]) -> list[Result]:
+    """Train and evaluate a model. See study_run.run for the settings."""
     start = time.process_time()
     metrics = run(settings)
-    return metrics, time.process_time() - start
-
-
-def _describe(settings: dict[str, Any]) -> str:
-    names = settings['dataset']['name'], settings['model']['model_name']
-    values = dict(lr=settings['lr'], seed=settings['seed']) | settings['method']
-    return ' '.join([*names, *(f'{name}={value}' for name, value in values.items() if value)])
+    return [(settings, metrics, time.process_time() - start)]
 
 
 def run_missing(study: Study, results: dict[str, dict], folder: Path, workers: int, niceness: int) -> None:
@@ -249,34 +248,33 @@ def run_missing(study: Study, results: dict[str, dict], folder: Path, workers: i
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{study.name}.jsonl'
     cut_short = path.exists() and not path.read_text().endswith('\n')
-    running: dict[Future, dict[str, Any]] = {}
+    running: dict[Future, Job] = {}
     pool = ProcessPoolExecutor(workers, get_context('spawn'), start_worker, (niceness,))
-    bar = tqdm(desc=study.name, unit='run', disable=None)
+    bar = tqdm(desc=study.name, unit='job', disable=None)
     try:
         with path.open('a') as file:
             if cut_short:
                 print(file=file)
             while True:
-                # The missing runs depend on the results, so only as many runs are submitted as there are workers.
-                missing = [settings for settings in study.missing(results) if settings not in running.values()]
+                # The missing runs depend on the results, so only as many jobs are submitted as there are workers.
+                missing = [job for job in study.jobs(results) if job not in running.values()]
                 bar.total = bar.n + len(running) + len(missing)
                 bar.refresh()
-                for settings in missing[:workers - len(running)]:
-                    running[pool.submit(_timed_run, settings)] = settings
+                for job in missing[:workers - len(running)]:
+                    running[pool.submit(*job)] = job
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    settings = running.pop(future)
-                    metrics, seconds = future.result()
-                    record = dict(
-                        key=key_of(settings), settings=settings, metrics=metrics, seconds=round(seconds, 1),
-                        versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__))
-                    print(json.dumps(record), file=file, flush=True)
-                    results[record['key']] = metrics
+                    del running[future]
+                    for settings, metrics, seconds in future.result():
+                        record = dict(
+                            key=key_of(settings), settings=settings, metrics=metrics, seconds=round(seconds, 1),
+                            versions=dict(timm_multimix=__version__, timm=timm.__version__, torch=torch.__version__))
+                        print(json.dumps(record), file=file, flush=True)
+                        results[record['key']] = metrics
+                        if not sys.stderr.isatty():
+                            print(f'{metrics} in {seconds:.0f} s: {settings}', file=sys.stderr, flush=True)
                     bar.update()
-                    if not sys.stderr.isatty():
-                        print(f'{_describe(settings)}: {metrics["accuracy"]:.2f} % ({seconds:.0f} s)',
-                              file=sys.stderr, flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         bar.close()

@@ -7,17 +7,6 @@ from typing import Any
 
 from scipy import stats
 
-# Metric, heading, number of decimals, whether higher is better.
-COLUMNS = (
-    ('accuracy', 'accuracy %', 2, True),
-    ('nll', 'NLL', 3, False),
-    ('ece', 'ECE %', 1, False),
-    ('fgsm', 'FGSM %', 1, True),
-    ('temperature', 'T', 2, None),
-    ('nll_at_t', 'NLL at T', 3, False),
-    ('ece_at_t', 'ECE at T', 1, False),
-)
-
 
 def mean_and_spread(values: list[float], digits: int) -> str:
     """Format mean ± standard deviation. The deviation is omitted for one value, or if a value is infinite."""
@@ -51,41 +40,40 @@ def rows_of(study, table, dataset: str, model: str) -> dict[str, dict[str, Any]]
     return {g.method: row for g, row in table.items() if (g.dataset, g.model) == (dataset, model) and row['runs']}
 
 
-def _row(name: str, row: Mapping[str, Any], baseline: str | None, rows: Mapping[str, Mapping], metric: str) -> str:
-    runs = row['runs']
-    edge = '*' if len(row['lrs']) > 1 and row['lr'] in (min(row['lrs']), max(row['lrs'])) else ''
-    cells = [name, f'{row["lr"]:g}{edge}', str(len(runs))]
-    cells += [mean_and_spread([run[column] for run in runs.values()], digits) for column, _, digits, _ in COLUMNS]
-    difference = relative = ''
+def _row(name: str, rows: Mapping[str, Mapping], baseline: str | None, columns: tuple, metric: str) -> str:
+    runs = rows[name]['runs']
+    cells = [name, rows[name]['lr'], str(len(runs))]
+    cells += [mean_and_spread([run[column] for run in runs.values()], digits) for column, _, digits, _ in columns]
     if baseline is None:
         return f'| {" | ".join(cells)} |'
+    difference = relative = ''
     if name != baseline:
-        compared = paired_difference(runs, rows[baseline]['runs'], metric)
+        others = rows[baseline]['runs']
+        compared = paired_difference(runs, others, metric)
         if compared:
-            digits = next(digits for column, _, digits, _ in COLUMNS if column == metric)
+            digits = next(digits for column, _, digits, _ in columns if column == metric)
             difference = f'{{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]'.format(*compared)
-        error, reference = (
-            sum(100 - r[seed]['accuracy'] for seed in runs.keys() & rows[baseline]['runs'].keys())
-            for r in (runs, rows[baseline]['runs']))
-        if reference:
-            relative = f'{100 * (error / reference - 1):+.0f} %'
+        errors = [[100 - each[seed]['accuracy'] for seed in runs.keys() & others.keys() if 'accuracy' in each[seed]]
+                  for each in (runs, others)]
+        if sum(errors[1]):
+            relative = f'{100 * (sum(errors[0]) / sum(errors[1]) - 1):+.0f} %'
     return f'| {" | ".join([*cells, difference, relative])} |'
 
 
-def report(study, table, metric: str = 'accuracy') -> str:
-    """Return a Markdown table for each dataset and model. `metric` is compared with the best baseline."""
-    parts = []
+def report(study, table, metric: str | None = None) -> str:
+    """Return a Markdown table for each dataset and model. The metric is compared with the best baseline."""
+    metric, parts = metric or study.columns[0][0], []
     for dataset in study.datasets:
         for model in study.models:
             rows = rows_of(study, table, dataset, model)
             if not rows:
                 continue
             baseline = best_baseline(rows, study.baselines)
-            headings = ['method', 'lr', 'n', *(heading for _, heading, _, _ in COLUMNS)]
+            headings = ['method', 'lr', 'n', *(heading for _, heading, _, _ in study.columns)]
             if baseline is not None:
                 headings += [f'{metric} over {baseline} [95 %]', 'error']
             parts.append(f'**{dataset}, {model}**\n\n| {" | ".join(headings)} |\n|{"---|" * len(headings)}\n'
-                         + '\n'.join(_row(name, row, baseline, rows, metric) for name, row in rows.items()))
+                         + '\n'.join(_row(name, rows, baseline, study.columns, metric) for name in rows))
     return '\n\n'.join(parts) or 'No learning rate is tuned yet.'
 
 
@@ -95,7 +83,7 @@ def ranking(studies, tables, methods: list[str], metric: str) -> str:
     A setting is a dataset and a model of a study in which all candidates have runs. A candidate loses to another one if
     the 95 % interval of the paired difference excludes zero.
     """
-    is_higher_better = next(better for name, _, _, better in COLUMNS if name == metric)
+    is_higher_better = next(better for study in studies for name, _, _, better in study.columns if name == metric)
     sign, digits = (1, 2) if is_higher_better else (-1, 3)
     ranks, losses, settings = {name: [] for name in methods}, {name: [] for name in methods}, []
     for study, table in zip(studies, tables, strict=True):
@@ -120,7 +108,7 @@ def ranking(studies, tables, methods: list[str], metric: str) -> str:
         f'| method | mean rank, {metric} | loses by more than the 95 % interval |', '|---|---|---|', *lines])
 
 
-def section(study, table, metric: str = 'accuracy') -> str:
+def section(study, table, metric: str | None = None) -> str:
     """Return the report of a study with a heading."""
     return f'## {study.name}\n\n{study.about}\n\n{report(study, table, metric)}\n'
 
@@ -146,7 +134,7 @@ def plot(study, table, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [(d, m) for d in study.datasets for m in study.models if rows_of(study, table, d, m)]
-    metrics = [column for column in COLUMNS if column[0] in ('accuracy', 'nll', 'ece', 'fgsm')]
+    metrics = study.columns[:4]
     figure, axes = plt.subplots(
         len(panels), len(metrics), squeeze=False, layout='constrained',
         figsize=(3 * len(metrics), len(panels) * (0.7 + 0.22 * len(study.methods))))
@@ -155,9 +143,9 @@ def plot(study, table, path: Path) -> None:
         for axis, (metric, heading, _, _) in zip(line, metrics, strict=True):
             for y, (name, row) in enumerate(rows.items()):
                 values = [run[metric] for run in row['runs'].values()]
-                colour = 'C0' if name in study.baselines else 'C1'
-                axis.plot(values, [y] * len(values), 'o', color=colour, alpha=0.4, markersize=4)
-                axis.plot(statistics.mean(values), y, '|', color=colour, markersize=14, markeredgewidth=2)
+                color = 'C0' if name in study.baselines else 'C1'
+                axis.plot(values, [y] * len(values), 'o', color=color, alpha=0.4, markersize=4)
+                axis.plot(statistics.mean(values), y, '|', color=color, markersize=14, markeredgewidth=2)
             axis.set_yticks(range(len(rows)), rows if axis is line[0] else [''] * len(rows))
             axis.invert_yaxis()
             axis.grid(axis='x', alpha=0.3)

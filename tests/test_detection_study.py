@@ -38,8 +38,3 @@ def test_a_study_of_detection_from_end_to_end(tmp_path):
     assert '| dense |' in done.stdout and '**digits, resnet**' in done.stdout
     again = command('detection_study.py', path, '--results', folder, '--workers', 1)
     assert again.stdout == done.stdout and len((folder / 'small.jsonl').read_text().splitlines()) == 13
-
-
-def test_the_study_of_classifiers_names_the_other_script(tmp_path):
-    done = command('study.py', BENCHMARKS / 'studies' / 'detection.yaml', '--report-only', '--results', tmp_path)
-    assert done.returncode == 1 and 'detection_study.py' in done.stderr

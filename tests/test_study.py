@@ -59,23 +59,6 @@ def test_methods_write_their_defaults_out():
         study_run.resolve_method(dict(multimix='dense', tuple_lenght=3))
 
 
-@pytest.mark.parametrize('changes, message', [
-    (dict(methods={'cross-entropy': None}), 'methods must map names to options'),
-    (dict(datasets=['digits']), 'datasets must map names to options'),
-    (dict(training=7), 'training must map names to options'),
-    (dict(lrs=0.1), 'lrs must be a list of positive numbers, got 0.1'),
-    (dict(lrs=[]), 'lrs must be a list of positive numbers'),
-    (dict(models={'resnet': dict(model_name='test_resnet', lrs=['1e-3'])}), 'lrs of resnet must be a list'),
-    (dict(methds={}), 'required keys are datasets, models, methods, lrs'),
-    (dict(datasets={'digits': dict(epochs=0)}), 'digits: epochs must be 1 or more, got 0'),
-    (dict(tuning_seeds=4), 'must satisfy 1 <= tuning_seeds <= seeds'),
-    (dict(seeds='three'), 'must satisfy 1 <= tuning_seeds <= seeds'),
-])
-def test_mistakes_in_a_study_are_told(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        studies.load_study(write(tmp_path, **changes))
-
-
 def test_a_method_that_is_there_twice_is_refused(tmp_path):
     path = tmp_path / 'twice.yaml'
     path.write_text('methods:\n  dense: {multimix: dense}\n  dense: {multimix: dense, alpha: 1.0}\n')
@@ -115,13 +98,14 @@ def test_validation_chooses_the_learning_rate(tmp_path):
     missing = study.missing(results)
     assert [(s['lr'], s['seed']) for s in missing] == [(0.2, 1)] * 2 + [(0.2, 2)] * 2
     table = study.table(results)
-    assert table[group]['lr'] == 0.2 and list(table[group]['runs']) == [0]
+    assert table[group]['lr'] == '0.2*' and list(table[group]['runs']) == [0]
     del results[studies.key_of(study.settings(group, 0.1, 0))]
     assert study.best_lr(group, results) is None and group not in study.table(results)
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(learning_rates=[1]), 'learning_rates'),
+    (dict(learning_rates=[1]), 'required keys are datasets, lrs, methods, models'),
+    (dict(tuning_seeds=4), r'tuning_seeds must be in \[1, 3\], got 4'),
     (dict(methods={'dense': dict(multmix='dense')}), 'multmix'),
     (dict(datasets={'figures': dict(train=3)}), 'must be one of digits, glyphs'),
     (dict(datasets={'digits': dict(train=3, size=3)}), 'must be one of digits, glyphs'),
@@ -222,7 +206,7 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
     accuracy = {'a': [97, 96, 98], 'b': [90, 91, 89], 'dense': [98, 98.5, 98.5]}
     validation = {'a': 80, 'b': 90, 'dense': 70}
     table = {
-        group: dict(lr=0.1, lrs=[0.1, 0.2], runs={seed: dict(
+        group: dict(lr='0.1*', runs={seed: dict(
             dict.fromkeys(study_run.METRICS, 1.0), accuracy=value, validation=validation[group.method])
             for seed, value in enumerate(accuracy[group.method])}) for group in study.groups()}
     text = study_report.report(study, table)
@@ -251,7 +235,7 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
 def test_report_leaves_out_what_is_not_defined(tmp_path, baseline, ours):
     study = studies.load_study(write(tmp_path))
     table = {
-        group: dict(lr=0.1, lrs=[0.1], runs={seed: dict(
+        group: dict(lr='0.1', runs={seed: dict(
             dict.fromkeys(study_run.METRICS, math.inf), accuracy=value, validation=value)
             for seed, value in (ours if group.method == 'dense' else baseline).items()}) for group in study.groups()}
     cells = study_report.report(study, table).splitlines()[-1].split('|')
@@ -291,7 +275,7 @@ def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
         [sys.executable, BENCHMARKS / 'study.py', path, '--results', folder, '--workers', '1'],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in study.stderr:
-        if ' %' in line:  # a run has ended
+        if 'accuracy' in line:  # a run has ended
             break
     study.terminate()
     output, errors = study.communicate(timeout=600)  # ends when nobody holds the other end

@@ -24,58 +24,27 @@ if TYPE_CHECKING:
     from .task import MultiLabelMultiMixTask, MultiMixTask
     from .teacher import EMATeacher, PretrainedTeacher, SelfDistillationLoss
 
-# The module of each name. Modules are imported when a name is first used: the losses need neither timm nor the Hub.
-_MODULES = {
-    'EMATeacher': 'teacher',
-    'MultiLabelMultiMixTask': 'task',
-    'MultiMixLoss': 'losses',
-    'MultiMixOutput': 'losses',
-    'MultiMixTask': 'task',
-    'PretrainedTeacher': 'teacher',
-    'SelfDistillationLoss': 'teacher',
-    'TwoViews': 'data.views',
-    'add_multimix_args': 'options',
-    'add_second_view': 'data.views',
-    'attach': 'dense.hook',
-    'attend': 'losses',
-    'attention_map': 'losses',
-    'calibrate': 'calibration',
-    'dense_logits': 'dense.positions',
-    'detach': 'dense.hook',
-    'manifold_mixup_weights': 'losses',
-    'multimix_binary_cross_entropy': 'losses',
-    'multimix_cross_entropy': 'losses',
-    'multimix_kwargs': 'options',
-    'push_to_hub': 'hub',
-    'sample_weights': 'losses',
-    'split_views': 'data.views',
+# Modules are imported when a name is first used: the losses need neither timm nor the Hub.
+_NAMES = {
+    'calibration': ('calibrate',),
+    'data.views': ('TwoViews', 'add_second_view', 'split_views'),
+    'dense.hook': ('attach', 'detach'),
+    'dense.positions': ('dense_logits',),
+    'hub': ('push_to_hub',),
+    'losses': (
+        'MultiMixLoss', 'MultiMixOutput', 'attend', 'attention_map', 'manifold_mixup_weights',
+        'multimix_binary_cross_entropy', 'multimix_cross_entropy', 'sample_weights'),
+    'options': ('add_multimix_args', 'multimix_kwargs'),
+    'task': ('MultiLabelMultiMixTask', 'MultiMixTask'),
+    'teacher': ('EMATeacher', 'PretrainedTeacher', 'SelfDistillationLoss'),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    'EMATeacher',
-    'MultiLabelMultiMixTask',
-    'MultiMixLoss',
-    'MultiMixOutput',
-    'MultiMixTask',
-    'PretrainedTeacher',
-    'SelfDistillationLoss',
-    'TwoViews',
-    '__version__',
-    'add_multimix_args',
-    'add_second_view',
-    'attach',
-    'attend',
-    'attention_map',
-    'calibrate',
-    'dense_logits',
-    'detach',
-    'manifold_mixup_weights',
-    'multimix_binary_cross_entropy',
-    'multimix_cross_entropy',
-    'multimix_kwargs',
-    'push_to_hub',
-    'sample_weights',
-    'split_views',
+    'EMATeacher', 'MultiLabelMultiMixTask', 'MultiMixLoss', 'MultiMixOutput', 'MultiMixTask', 'PretrainedTeacher',
+    'SelfDistillationLoss', 'TwoViews', '__version__', 'add_multimix_args', 'add_second_view', 'attach', 'attend',
+    'attention_map', 'calibrate', 'dense_logits', 'detach', 'manifold_mixup_weights', 'multimix_binary_cross_entropy',
+    'multimix_cross_entropy', 'multimix_kwargs', 'push_to_hub', 'sample_weights', 'split_views',
 ]
 
 
