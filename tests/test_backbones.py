@@ -1,4 +1,4 @@
-"""Every timm module: its smallest model, at its smallest image size with more than one position."""
+"""The smallest model of every timm module, at its smallest image size with more than one position."""
 import copy
 import functools
 import importlib.util
@@ -149,7 +149,7 @@ def build(name, size, **kwargs):
 
 @pytest.fixture(scope='module', autouse=True)
 def one_thread():
-    """On maps as small as these, a second thread only waits."""
+    """Use one thread: a second thread does not help on such small maps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -166,7 +166,7 @@ def backbone(request):
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         features = model.forward_features(images)
-    randomise_head(model, features)
+    randomize_head(model, features)
     return types.SimpleNamespace(
         module=request.param, model=model, handle=handle, images=images, features=features)
 
@@ -175,8 +175,8 @@ def streams_of(features):
     return list(features) if isinstance(features, (list, tuple)) else [features]
 
 
-def randomise_head(model, features):
-    """Add noise to the parameters that the head uses: untrained heads are often zero, and then everything agrees."""
+def randomize_head(model, features):
+    """Add noise to the parameters of the head, because the parameters of untrained heads are often zero."""
     leaves = [stream.clone().requires_grad_() for stream in streams_of(features)]
     logits = model.forward_head(leaves if isinstance(features, (list, tuple)) else leaves[0])
     parameters = list(model.parameters())
@@ -193,7 +193,7 @@ def channel_axis(backbone, stream):
 
 
 def constant_features(backbone):
-    """Features of the right shapes, whose entries all hold the same vector: another one for each example."""
+    """Return constant features with another vector for each example."""
     filled = []
     for stream in streams_of(backbone.features):
         axis = channel_axis(backbone, stream) % stream.ndim
@@ -202,24 +202,24 @@ def constant_features(backbone):
     return filled if isinstance(backbone.features, (list, tuple)) else filled[0]
 
 
-def test_every_module_is_here():
+def test_list_of_modules_is_complete():
     assert set(BACKBONES) == {
         module for module in timm.list_modules()
-        if timm.list_models(module=module) and importlib.util.find_spec(f'timm.models.{module}')}  # not of other tests
+        if timm.list_models(module=module) and importlib.util.find_spec(f'timm.models.{module}')}  # not those of tests
 
 
 @torch.no_grad()
 def test_constant_map(backbone):
     model, features = backbone.model, constant_features(backbone)
     expected = model.forward_head(features)
-    if backbone.module == 'pit':  # its features are class tokens; attach reaches the positions behind them
+    if backbone.module == 'pit':  # its features are class tokens
         with pytest.raises(ValueError, match='class tokens only'):
             dense_logits(model, features)
         dense = position_logits(model, model._multimix.head, features, [features.expand(-1, 5, -1)])
     else:
         dense = dense_logits(model, features)
     assert len(dense) == len(expected)
-    assert expected.std(0).min() > 1e-4  # the head does look at what it is given
+    assert expected.std(0).min() > 1e-4  # the head depends on the features
     torch.testing.assert_close(dense, expected[:, None].expand_as(dense), atol=1e-4, rtol=1e-4)
 
 
@@ -278,7 +278,7 @@ def test_dense_step_trains_the_parameters_of_a_plain_step(backbone):
 
 
 @torch.no_grad()
-def test_temperature_goes_into_the_classifier(backbone, monkeypatch):
+def test_temperature_is_folded_into_the_classifier(backbone, monkeypatch):
     model = backbone.model
     features = [stream.clone().requires_grad_() for stream in streams_of(backbone.features)]
     features = features if isinstance(backbone.features, (list, tuple)) else features[0]
@@ -301,7 +301,7 @@ def generator():
     return module
 
 
-def test_table_is_of_the_installed_timm():
+def test_table_matches_the_installed_timm():
     text = (DOCS / 'backbones.md').read_text()
     assert f'timm {timm.__version__}.' in text, 'run `python docs/generate_backbones.py`'
     counts = {module: int(n) for module, n in re.findall(r'^\| (\w+) \| (\d+) \|', text, re.MULTILINE)}

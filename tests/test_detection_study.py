@@ -1,4 +1,4 @@
-"""A tiny study of detection from end to end."""
+"""A small study of detection from end to end."""
 import json
 import subprocess
 import sys

@@ -26,7 +26,7 @@ distillations = st.fixed_dictionaries(dict(
 
 
 def literal(logits, y, weights, teacher, kind, distill_weight=0.25, distill_temperature=1.0):
-    """The equations on logits (b, r, c) and attended weights (r, n, b): a free classifier, d = c."""
+    """Reference loss for logits (b, r, c), attended weights (r, n, b) and an identity classifier."""
     uniform = torch.ones(logits.shape[:2], dtype=logits.dtype)
     return reference.self_distillation(
         logits, y, weights, uniform, lambda z: z, teacher, lambda z: z, distill_weight, distill_temperature,
@@ -99,8 +99,8 @@ def test_no_gradient_reaches_the_teacher():
     assert teacher.grad is None and logits.grad.any()
 
 
-def test_temperature_is_that_of_timms_distillation():
-    # timm takes the Kullback-Leibler divergence, which is the distillation term less the entropy of the teacher
+def test_gradient_with_temperature_equals_that_of_timm():
+    # timm computes the Kullback-Leibler divergence, the distillation term minus the entropy of the teacher.
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     def timm_loss(student):
         t, s = (F.log_softmax(x / 2.0, dim=-1) for x in (teacher, student))
@@ -155,7 +155,7 @@ def teacher():
     return MultiMixOutput(dense.mean(1), dense, torch.rand(6, 9, dtype=torch.float64))
 
 
-def test_terms_are_those_of_the_reference(output, teacher):
+def test_terms_match_the_reference(output, teacher):
     target = torch.randint(4, (6,))
     generator = torch.Generator().manual_seed(0)
     terms = MultiMixLoss(30, clean_weight=0.2, logit_scale=1.0, generator=torch.Generator().manual_seed(0)).terms(
@@ -179,7 +179,7 @@ def test_terms_are_those_of_the_reference(output, teacher):
 
 
 @pytest.mark.parametrize('options', [dict(), dict(clean_weight=0.5), dict(loss_type='bce'), dict(balance=False)])
-def test_weight_zero_is_plain_multimix_to_the_bit(output, teacher, options):
+def test_weight_zero_is_plain_multimix_bit_for_bit(output, teacher, options):
     target = torch.randint(4, (6,))
     def run(*given, **distillation):
         logits, dense = (x.detach().float().requires_grad_() for x in output[:2])
@@ -202,7 +202,7 @@ def test_the_loss_takes_the_output_of_a_teacher(output, teacher):
     assert wrapped == run(lambda loss: loss, teacher, **options)
 
 
-def test_a_teacher_without_positions_teaches_all_of_them(output, teacher):
+def test_logits_of_a_teacher_without_positions_are_used_at_all_positions(output, teacher):
     target = torch.randint(4, (6,))
     def run(teacher):
         return MultiMixLoss(30, generator=torch.Generator().manual_seed(0)).terms(output, target, teacher)['loss']
@@ -211,7 +211,7 @@ def test_a_teacher_without_positions_teaches_all_of_them(output, teacher):
     assert run(teacher.logits) != run(teacher)
 
 
-@pytest.mark.parametrize('tile_size', [1, 7, 64, 10_000])
+@pytest.mark.parametrize('tile_size', [7, 10_000])
 def test_result_does_not_depend_on_the_tile_size(tile_size):
     num_mixes = 1800
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))

@@ -1,4 +1,4 @@
-"""Several processes: the joined batch mixed exactly, with real processes and real collectives."""
+"""Distributed training: the joined batch of all processes, DDP and FSDP2."""
 import warnings
 from functools import partial
 
@@ -44,7 +44,7 @@ LOSSES = {
 
 
 def _joined_batch(world_size, options):
-    """Logits, dense logits, attention, targets and teacher of all examples, the same in every process; loss options.
+    """Return the inputs of all examples, equal in all processes, and the options of the loss.
 
     Targets are the arguments target, mask and dense_target of the loss.
     """
@@ -85,7 +85,7 @@ def _grads(leaves):
 
 
 def _on_a_rank(cases):
-    """The loss of each case, its gradients, and the weights that were drawn, by the process that this runs in."""
+    """Return the terms of each case in this process, the gradients, and the drawn weights."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results = {}
     for name, case in cases.items():
@@ -107,7 +107,7 @@ def _on_a_rank(cases):
 
 
 def _on_one(monkeypatch, case, world_size, drawn):
-    """The same in one process, with given weights for each position, and for the pooled term."""
+    """Return the terms and gradients of one process, with given weights."""
     drawn = [weights for block in drawn for weights in block]
     monkeypatch.setattr(
         losses, 'sample_weights',
@@ -121,8 +121,8 @@ def _on_one(monkeypatch, case, world_size, drawn):
 
 
 @pytest.mark.parametrize('world_size', [2, 3])
-def test_gather_is_one_process_with_all_examples(tmp_path, monkeypatch, world_size):
-    """Loss, its terms and, after the mean over processes that DDP takes, gradients."""
+def test_gather_equals_one_process_with_all_examples(tmp_path, monkeypatch, world_size):
+    """Compare the terms, and the gradients averaged over processes."""
     by_rank = on_ranks(tmp_path, world_size, _on_a_rank, LOSSES)
     for name, case in LOSSES.items():
         terms, grads, drawn = zip(*(results[name] for results in by_rank), strict=True)
@@ -199,7 +199,7 @@ def test_gathering_gives_no_warnings(tmp_path):
 
 
 def _train(model_name, how, accumulation=1, **options):
-    """A user's own loop: two updates on two processes' halves of the same batches."""
+    """Train for two updates in a loop, each process on its part of the batches."""
     torch.manual_seed(0)
     model = timm.create_model(model_name, num_classes=NUM_CLASSES)
     handle = attach(model)
@@ -216,7 +216,7 @@ def _train(model_name, how, accumulation=1, **options):
     images = torch.randn(2, accumulation, dist.get_world_size(), BATCH_SIZE, 3, 64, 64)
     target = torch.randint(NUM_CLASSES, images.shape[:4])
     rank = dist.get_rank()
-    torch.manual_seed(20 + rank)  # with some seeds, 10 for one, rounding decides the second update
+    torch.manual_seed(20 + rank)  # with some seeds, such as 10, the second update depends on rounding
     losses = []
     for step in range(len(images)):
         for part in range(accumulation):
@@ -249,8 +249,8 @@ def _ddp_and_sharded(model_name, **options):
     ('test_resnet', {}),
     ('test_vit', dict(gather=True, accumulation=2)),
 ])
-def test_sharded_training_is_that_of_ddp(tmp_path, model_name, options):
-    """FSDP2, the model in one unit or with units for its blocks and its classifier."""
+def test_sharded_training_equals_ddp(tmp_path, model_name, options):
+    """FSDP2 with one unit for the model, or with units for the blocks and the classifier."""
     for results in on_ranks(tmp_path, 2, partial(_ddp_and_sharded, model_name, **options)):
         expected_losses, expected, _ = results[0]
         assert len(set(expected_losses)) == len(expected_losses)
@@ -277,13 +277,13 @@ def test_attaching_to_a_sharded_model_is_refused_in_dense_mode(tmp_path):
 
 
 def _weights_like(num_mixes, batch_size, num_positions, **_):
-    """Weights that are the same for every position, so that it does not matter which process draws them."""
+    """Return the same weights for all positions, so that the result does not depend on the process that draws them."""
     rows = torch.arange(num_mixes * batch_size, dtype=torch.float64).mul(3).sin().mul(3).view(num_mixes, batch_size)
     return rows.softmax(dim=-1).float().expand(num_positions, -1, -1)
 
 
 def _task_gradient(options, rank, world_size):
-    """Gradient of one batch, in a process for its part of the images, or for all of them."""
+    """Return the gradient of one batch, or of this process's part of it."""
     losses.sample_weights = _weights_like
     torch.manual_seed(3)
     task = MultiMixTask(timm.create_model('test_vit', num_classes=NUM_CLASSES), verbose=False, **options)
@@ -310,8 +310,8 @@ def _task_gradients():
     return {name: _task_gradient(case, dist.get_rank(), 2) for name, case in GRADIENTS.items()}
 
 
-def test_gradients_are_those_of_one_process_with_all_images(tmp_path, monkeypatch):
-    """DDP and the task, where one process would do the same: without MultiMix, and with it when it is gathered."""
+def test_gradients_equal_those_of_one_process_with_all_images(tmp_path, monkeypatch):
+    """DDP and the task, without MultiMix and with gather."""
     monkeypatch.setattr(losses, 'sample_weights', sample_weights)  # _task_gradient replaces it
     by_rank = on_ranks(tmp_path, 2, _task_gradients)
     for name, case in GRADIENTS.items():
@@ -321,8 +321,8 @@ def test_gradients_are_those_of_one_process_with_all_images(tmp_path, monkeypatc
                 grads[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m: f'{name}: {m}')  # noqa: B023
 
 
-def test_synchronised_batch_norm_leaves_multimix_alone():
-    """The loss touches no layer: a converted model, where PyTorch lets it run without a GPU, gives what it gave."""
+def test_synchronized_batch_norm_does_not_change_the_gradient():
+    """Compare the gradients of a model with those of the converted model."""
     results = []
     for convert in (False, True):
         torch.manual_seed(0)
@@ -338,7 +338,7 @@ def test_synchronised_batch_norm_leaves_multimix_alone():
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
-def test_synchronised_batch_norm_in_a_head_is_refused_in_dense_mode():
+def test_synchronized_batch_norm_in_a_head_is_refused_in_dense_mode():
     model = convert_sync_batchnorm(timm.create_model('levit_128s', num_classes=NUM_CLASSES))
     with pytest.raises(ValueError, match='does not support a SyncBatchNorm'):
         MultiMixTask(model, mode='dense', verbose=False)
@@ -346,7 +346,7 @@ def test_synchronised_batch_norm_in_a_head_is_refused_in_dense_mode():
 
 
 def test_accumulation_is_the_mean_over_its_batches(tmp_path):
-    """With gathering every batch of an accumulation is joined; gradients add up as without processes."""
+    """With gather, the gradient of accumulated batches is the mean of their gradients."""
     by_rank = on_ranks(tmp_path, 2, _accumulated)
     for accumulated, summed in by_rank:
         torch.testing.assert_close(accumulated, summed, rtol=1e-5, atol=1e-7)

@@ -115,7 +115,7 @@ def test_identity_weights_give_plain_cross_entropy(balance):
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
 @pytest.mark.parametrize('kind', LOSSES)
-def test_smoothing_is_that_of_timm(kind, smoothing):
+def test_smoothing_equals_that_of_timm(kind, smoothing):
     from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
     criterion = {'ce': LabelSmoothingCrossEntropy, 'bce': BinaryCrossEntropy}[kind](smoothing=smoothing)
     logits, target, _, _ = problem(6, 1, 5, 1)
@@ -125,7 +125,7 @@ def test_smoothing_is_that_of_timm(kind, smoothing):
     torch.testing.assert_close(clean(logits[:, 0], target), criterion(logits[:, 0], target))
 
 
-def test_sum_over_classes_is_that_of_timm():
+def test_sum_over_classes_equals_that_of_timm():
     from timm.loss import BinaryCrossEntropy
     logits, target, _, _ = problem(6, 1, 5, 1)
     actual = multimix_binary_cross_entropy(logits[:, 0], target, torch.eye(6), sum_classes=True)
@@ -192,7 +192,7 @@ def test_kappa_of_the_dirichlet_is_alpha_b_plus_one():
     assert kappa.item() == pytest.approx(alpha * b + 1, rel=0.02)
 
 
-def test_balancing_leaves_the_value_alone():
+def test_balancing_does_not_change_the_value():
     logits, target, _, weights = problem(6, 2, 4, 30)
     torch.testing.assert_close(
         multimix_cross_entropy(logits, target, weights, balance=True),

@@ -36,7 +36,7 @@ def test_drawn_weights_give_the_loss_of_the_same_weights(output):
     torch.testing.assert_close(grads[1], expected)
 
 
-@pytest.mark.parametrize('tile_size', [1, 7, 64, 10_000])
+@pytest.mark.parametrize('tile_size', [7, 10_000])
 def test_result_does_not_depend_on_the_tile_size(tile_size):
     num_mixes = 1800
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
@@ -53,7 +53,7 @@ def test_tile_size_bounds_memory():
 
 
 @pytest.mark.parametrize('shared_weights', [False, True])
-def test_attention_gradient_is_that_of_all_blocks(shared_weights):
+def test_attention_gradient_equals_finite_differences(shared_weights):
     num_mixes = 1800
     dense, target = torch.randn(300, 3, 5, dtype=torch.float64), torch.randint(5, (300,))
     attention = torch.rand(300, 3, dtype=torch.float64).add_(0.1).requires_grad_()
@@ -138,7 +138,7 @@ def test_shared_weights_are_one_draw_for_all_positions(attended):
     torch.testing.assert_close(gradient(drawn_once, dense), gradient(given, dense))
 
 
-def test_uniform_attention_is_no_attention(output):
+def test_uniform_attention_equals_no_attention(output):
     target = torch.randint(4, (6,))
     uniform = attention_map(output.dense_logits, query='uniform')
     expected = drawn(output._replace(attention=uniform), target)
@@ -187,7 +187,7 @@ def test_draws_differ_from_step_to_step_and_are_reproduced_by_the_seed(output):
     assert first != second and loss(output, target) == first
 
 
-def test_is_copied_and_pickled():
+def test_loss_is_copied_and_pickled():
     loss = MultiMixLoss(num_mixes=7, alpha=1.0)
     for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert repr(clone) == repr(loss) and clone.num_mixes == 7

@@ -61,7 +61,7 @@ def unpadded(model, images):
     (dict(global_pool='map'), dict(tuple_length=1, shared_weights=True)),
     (dict(global_pool='token', class_token=True), dict(attention='token', attention_norm='softmax', tuple_length=1)),
 ])
-def test_a_step_on_padded_images_is_that_of_the_images_alone(images, target, kwargs, options):
+def test_step_on_padded_images_equals_that_of_single_images(images, target, kwargs, options):
     model = build(**kwargs)
     task = MultiMixTask(model, num_mixes=30, verbose=False, **options)
     batch = collate(images, 8)  # the longest image has 6 patches

@@ -1,4 +1,4 @@
-"""The package as a whole: its public names, imports between its layers, and imports that are delayed."""
+"""Public names, layers of the package, and lazy imports."""
 import ast
 import os
 import subprocess
@@ -14,7 +14,7 @@ PACKAGE = Path(timm_multimix.__file__).parent
 MODULES = sorted(
     '.'.join(path.with_suffix('').relative_to(PACKAGE.parent).parts).removesuffix('.__init__')
     for path in PACKAGE.rglob('*.py') if path.name != '__main__.py')
-# From the bottom up. A module imports from lower layers or its own, never from a higher one.
+# From the bottom up. A module imports from its own layer and lower layers.
 LAYERS = (
     ('common', 'version'), ('losses',), ('dense', 'data'), ('build',),
     ('teacher', 'task', 'options', 'calibration', 'hub'), ('evaluation', 'detection'),
@@ -42,7 +42,7 @@ def test_losses_need_torch_only(code):
 
 
 def imports(module: str) -> set[str]:
-    """First parts, below the package, of the modules of the package that a module imports."""
+    """Return the packages and top-level modules of timm_multimix that a module imports."""
     path = PACKAGE.joinpath(*module.split('.')[1:])
     path = path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
     package = list(path.relative_to(PACKAGE.parent).with_suffix('').parts[:-1])
@@ -64,7 +64,7 @@ def test_layers_import_from_below(layer):
 
 
 def test_no_import_cycle():
-    """Between packages and modules directly below timm_multimix, including imports in functions and of types."""
+    """Imports in functions and of types are included."""
     graph = {}
     for module in MODULES[1:]:
         name = module.split('.')[1]

@@ -53,7 +53,7 @@ def output():
 
 
 def step(output, target, teacher=None, pooled_weight=0.0, mask=None, dense_target=None, **options):
-    """Loss, and its gradients for dense logits and attention."""
+    """Return the loss, and its gradients for dense logits and attention."""
     dense, attention = (
         None if tensor is None else tensor.detach().requires_grad_() for tensor in output[1:])
     criterion = MultiMixLoss(
@@ -65,7 +65,7 @@ def step(output, target, teacher=None, pooled_weight=0.0, mask=None, dense_targe
 
 
 def polluted(output, mask, value):
-    """The output with this value in dense logits and attention at padding."""
+    """Return the output with this value in dense logits and attention at padding."""
     return output._replace(
         dense_logits=output.dense_logits.masked_fill(~mask.unsqueeze(2), value),
         attention=None if output.attention is None else output.attention.masked_fill(~mask, value))
@@ -151,7 +151,7 @@ def test_padding_and_dense_targets_match_the_reference(b, r, c, length, kind, ba
 
 @pytest.mark.parametrize('norm', ['relu', 'softmax'])
 @pytest.mark.parametrize('query', ['uniform', 'gap', 'token', 'cam'])
-def test_attention_of_padded_examples_is_that_of_the_examples_alone(mask, target, query, norm):
+def test_attention_of_padded_examples_equals_that_of_single_examples(mask, target, query, norm):
     torch.manual_seed(0)
     features, token, logits = torch.randn(B, R, D).double(), torch.randn(B, D).double(), torch.randn(B, R, C).double()
     options = dict(query=query, norm=norm)

@@ -1,4 +1,4 @@
-"""What a step may not do: ask the device for a value, keep what grows with n, lose precision to fast products."""
+"""A step does not wait for the device, and its memory and precision have limits."""
 import pytest
 import timm
 import torch
@@ -15,12 +15,12 @@ from timm_multimix import (
 )
 from timm_multimix.losses import reference
 
-# Their results, or the sizes of them, are values on the device that the host waits for.
-SYNCHRONISES = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'unique', 'equal', 'is_nonzero', 'allclose'}
+# Operations for whose results the host waits.
+SYNCHRONIZES = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'unique', 'equal', 'is_nonzero', 'allclose'}
 
 
 class Recorder(TorchDispatchMode):
-    """Names of the operations that run, and the elements of the largest tensor that they make."""
+    """Record the names of operations, and the number of elements of the largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ def test_masks_dense_targets_and_class_weights_do_not_wait_for_the_device(kind, 
     assert step_on_a_gpu(loss).device.type == 'cuda'
 
 
-def test_a_step_that_waits_for_the_device_is_noticed(step_on_a_gpu):
+def test_waiting_for_the_device_is_detected(step_on_a_gpu):
     with pytest.raises(DataDependentOutputException):
         step_on_a_gpu(lambda output, target: output.logits.sum().item())
 
@@ -97,7 +97,7 @@ def test_the_backward_pass_does_not_wait_for_the_device(options):
         loss.backward()
         optimizer.step()
     assert 'convolution_backward' in recorder.names, 'nothing was recorded'
-    assert not recorder.names & SYNCHRONISES
+    assert not recorder.names & SYNCHRONIZES
 
 
 @pytest.mark.parametrize('teacher', [False, True])
@@ -114,11 +114,11 @@ def test_no_tensor_is_larger_than_the_weights_of_a_position(options, teacher):
     assert largest(num_mixes) <= num_mixes * (8 + 1), 'more than the weights of one position'
 
 
-# Products that round what they multiply
+# Products that round their operands
 
 
 def rounded(bits, truncate=False):
-    """A product that keeps so many bits of the fraction of what it multiplies: 10 for TF32, 7 for bfloat16."""
+    """Return a product whose operands have fractions of this many bits: 10 for TF32, 7 for bfloat16."""
     def keep(tensor):
         bits_lost = 23 - bits
         integer = tensor.float().contiguous().view(torch.int32)
@@ -130,7 +130,7 @@ def rounded(bits, truncate=False):
 
 @pytest.fixture
 def fast_products():
-    """Replaces all products of the loss, its operators included."""
+    """Replace all matrix products of the loss."""
     def use(product):
         class Rounds(TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -149,7 +149,7 @@ PROBLEMS = [
 @pytest.mark.parametrize('bits, truncate, limit', [(10, False, 1e-3), (10, True, 1.5e-3), (7, False, 2e-2)])
 @pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
 @pytest.mark.parametrize('alpha', [PAPERS_ALPHA, None])
-def test_the_balanced_gradient_survives_products_that_round(
+def test_balanced_gradient_is_precise_with_products_that_round(
         b, r, c, n, scale, alpha, bits, truncate, limit, fast_products):
     logits, target, y, weights = problem(b, r, c, n, scale=scale, alpha=alpha)
     logits, weights = logits.float(), weights.float()
@@ -163,7 +163,7 @@ def test_the_balanced_gradient_survives_products_that_round(
 @pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
 @pytest.mark.parametrize('alpha', [PAPERS_ALPHA, None])
-def test_the_balanced_gradient_is_precise(b, r, c, n, scale, alpha, dtype, limit):
+def test_balanced_gradient_is_precise(b, r, c, n, scale, alpha, dtype, limit):
     logits, target, y, weights = problem(b, r, c, n, scale=scale, alpha=alpha)
     logits, weights = logits.to(dtype), weights.float()
     truth = literal_gradient(logits.double(), y, weights.double(), balance=True)
@@ -172,8 +172,8 @@ def test_the_balanced_gradient_is_precise(b, r, c, n, scale, alpha, dtype, limit
     assert relative_error(given.grad, truth) < limit
 
 
-def test_products_that_round_are_too_coarse_for_weights_that_are_not_centred():
-    """The same gradient from MᵀM and Mᵀ A', by products that round to TF32, is less precise."""
+def test_products_that_round_are_imprecise_for_weights_that_are_not_centered():
+    """The gradient computed from MᵀM and Mᵀ A' with products that round to TF32 is less precise."""
     logits, _, y, weights = problem(128, 1, 100, 1000, scale=3)
     truth = literal_gradient(logits, y, weights, balance=True)[:, 0]
     m, logits, product = weights[0].float(), logits[:, 0].float(), rounded(10)

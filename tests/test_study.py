@@ -1,4 +1,4 @@
-"""The accuracy studies: planning, caching, metrics, report, and a small study from end to end."""
+"""Studies: planning, caching, metrics, report, and a small study from end to end."""
 import json
 import math
 import subprocess
@@ -43,13 +43,13 @@ def fake_results(study, score) -> dict:
 
 
 @pytest.mark.parametrize('path', sorted(BENCHMARKS.glob('studies/*.yaml')), ids=lambda path: path.stem)
-def test_our_studies_are_studies(path):
+def test_studies_of_the_repository_are_valid(path):
     study = studies.load_study(path)
     assert study.seeds >= study.tuning_seeds and study.missing({})
     assert set(study.baselines) <= set(study.methods)
 
 
-def test_methods_write_their_defaults_out():
+def test_settings_contain_the_defaults_of_a_method():
     plain = study_run.resolve_method({})
     dense = study_run.resolve_method(dict(multimix='dense', alpha=1.0))
     assert plain == study_run.PLAIN_OPTIONS
@@ -59,14 +59,14 @@ def test_methods_write_their_defaults_out():
         study_run.resolve_method(dict(multimix='dense', tuple_lenght=3))
 
 
-def test_a_method_that_is_there_twice_is_refused(tmp_path):
+def test_duplicate_method_is_refused(tmp_path):
     path = tmp_path / 'twice.yaml'
     path.write_text('methods:\n  dense: {multimix: dense}\n  dense: {multimix: dense, alpha: 1.0}\n')
     with pytest.raises(yaml.YAMLError, match='duplicate key dense'):
         studies.load_study(path)
 
 
-def test_settings_prefer_the_special(tmp_path):
+def test_specific_settings_take_precedence(tmp_path):
     study = studies.load_study(write(
         tmp_path, training=dict(epochs=7, batch_size=20),
         models={'vit': dict(model_name='test_vit', opt='adamw', lrs=[0.001])},
@@ -78,21 +78,21 @@ def test_settings_prefer_the_special(tmp_path):
     assert settings['model'] == dict(model_name='test_vit')
     assert settings['dataset'] == dict(name='digits', train=100, validation=100, test=100, label_noise=0.0)
     assert study.settings(long, 0.3, 0)['training']['epochs'] == 9
-    assert study.settings(plain, 0.001, 0) == settings  # nothing was used up
+    assert study.settings(plain, 0.001, 0) == settings  # the study has not changed
 
 
-def test_key_is_of_the_content():
+def test_key_depends_on_the_content_only():
     assert studies.key_of(dict(a=1, b=dict(c=2, d=3))) == studies.key_of(dict(b=dict(d=3, c=2), a=1))
     assert studies.key_of(dict(a=1)) != studies.key_of(dict(a=2))
 
 
-def test_validation_chooses_the_learning_rate(tmp_path):
+def test_validation_accuracy_selects_the_learning_rate(tmp_path):
     study = studies.load_study(write(tmp_path))
     group = next(study.groups())
     missing = study.missing({})
     assert len(missing) == 4 and {s['seed'] for s in missing} == {0}
     results = fake_results(study, lambda group, lr, seed: 90 + 10 * lr)
-    for key in results:  # the test split says the opposite
+    for key in results:  # the ranking on the test split is reversed
         results[key]['accuracy'] = -results[key]['validation']
     assert study.best_lr(group, results) == 0.2
     missing = study.missing(results)
@@ -121,7 +121,7 @@ def test_bad_studies_are_refused(tmp_path, change, message):
         studies.load_study(write(tmp_path, **change))
 
 
-def test_a_file_that_is_no_study_is_refused(tmp_path):
+def test_file_without_a_study_is_refused(tmp_path):
     (tmp_path / 'small.yaml').write_text('hello')
     with pytest.raises(ValueError, match='is not a study'):
         studies.load_study(tmp_path / 'small.yaml')
@@ -132,14 +132,14 @@ def command(*args) -> subprocess.CompletedProcess:
         [sys.executable, BENCHMARKS / 'study.py', *map(str, args)], capture_output=True, text=True)
 
 
-def test_mistakes_are_told_without_a_traceback(tmp_path):
+def test_errors_have_no_traceback(tmp_path):
     result = command(write(tmp_path), '--methods', 'sparse')
     assert result.returncode == 1 and 'unknown methods sparse' in result.stderr
     assert 'Traceback' not in result.stderr
 
 
 @pytest.mark.slow
-def test_missing_package_is_named_before_the_first_run(tmp_path):
+def test_missing_package_is_reported_before_the_first_run(tmp_path):
     program = (
         'import runpy, sys; sys.modules["captum"] = None; sys.argv.pop(0); sys.path.insert(0, sys.argv.pop(0)); '
         'runpy.run_path(sys.argv[0], run_name="__main__")')
@@ -160,7 +160,7 @@ def test_shift_moves_by_at_most_its_reach():
     assert offsets.abs().max() == 2 and len(offsets.unique(dim=1).T) == 25
 
 
-def test_splits_are_apart_and_noise_is_in_training_only():
+def test_splits_are_disjoint_and_noise_is_in_training_only():
     options = dict(name='digits', train=300, validation=100, test=None)
     clean = study_run.load_splits(options | dict(label_noise=0.0))
     noisy = study_run.load_splits(options | dict(label_noise=0.3))
@@ -172,13 +172,13 @@ def test_splits_are_apart_and_noise_is_in_training_only():
 
 
 def test_metrics_of_a_known_model():
-    """A linear model of two classes: FGSM moves its logit by the step times the sum of its weights' sizes."""
+    """For a linear model FGSM changes the logit by the step times the sum of the absolute weights."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     weight = torch.tensor([1.0, -2.0, 3.0, 4.0])
     with torch.no_grad():
         model[1].weight.copy_(torch.stack([-weight, weight]))
         model[1].bias.zero_()
-    reach = 2 * study_run.FGSM_STEP * weight.abs().sum()  # pixels of [0, 1] are twice as far apart in [-1, 1]
+    reach = 2 * study_run.FGSM_STEP * weight.abs().sum()  # the range [-1, 1] is twice as large as [0, 1]
     images = torch.stack([weight * scale / 30 for scale in (0.5 * reach, 2 * reach)]).view(2, 1, 2, 2)
     data = study_run.Split(images, torch.tensor([1, 1]))
     metrics = study_run.evaluate(model, data, data)
@@ -189,7 +189,7 @@ def test_metrics_of_a_known_model():
     assert metrics['nll'] != metrics['nll_at_t']
 
 
-def test_a_model_that_diverged_counts_as_chance():
+def test_metrics_of_a_diverged_model_are_those_of_chance():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():
         model[1].weight.fill_(torch.nan)
@@ -229,10 +229,10 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
 
 
 @pytest.mark.parametrize('baseline, ours', [
-    ({0: 90.0}, {1: 95.0, 2: 96.0}),  # stopped before any seed was common
-    ({0: 100.0, 1: 100.0}, {0: 99.0, 1: 98.0}),  # no error to be relative to
+    ({0: 90.0}, {1: 95.0, 2: 96.0}),  # no common seeds
+    ({0: 100.0, 1: 100.0}, {0: 99.0, 1: 98.0}),  # the error of the baseline is 0
 ])
-def test_report_leaves_out_what_is_not_defined(tmp_path, baseline, ours):
+def test_report_omits_undefined_values(tmp_path, baseline, ours):
     study = studies.load_study(write(tmp_path))
     table = {
         group: dict(lr='0.1', runs={seed: dict(
@@ -249,7 +249,7 @@ def test_a_study_from_end_to_end(tmp_path):
     first = command(path, '--results', folder, '--workers', 1, '--methods', 'dense')
     file = folder / 'small.jsonl'
     assert '| dense | 0.1 | 2 |' in first.stdout and len(file.read_text().splitlines()) == 2
-    # A run cut short leaves half a line, which may not spoil the next.
+    # A truncated line does not affect the next one.
     lines = file.read_text().splitlines()
     file.write_text(f'{lines[0]}\n{lines[1][:100]}')
     study = studies.load_study(path)
@@ -269,7 +269,7 @@ def test_a_study_from_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
+def test_terminated_study_ends_its_processes(tmp_path):
     path, folder = write(tmp_path, seeds=1000, lrs=[0.1]), tmp_path / 'results'
     study = subprocess.Popen(
         [sys.executable, BENCHMARKS / 'study.py', path, '--results', folder, '--workers', '1'],
@@ -278,5 +278,5 @@ def test_a_study_that_is_terminated_takes_its_processes_along(tmp_path):
         if 'accuracy' in line:  # a run has ended
             break
     study.terminate()
-    output, errors = study.communicate(timeout=600)  # ends when nobody holds the other end
+    output, errors = study.communicate(timeout=600)  # returns when all processes have ended
     assert study.returncode == 130 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output

@@ -25,11 +25,11 @@ def resnet(**options):
     return timm.create_model('test_resnet', num_classes=4, **options)
 
 
-def images_of_colour(count=32, size=32):
-    """Images of classes that are learned in a few steps."""
+def images_of_color(count=32, size=32):
+    """Return images of classes that are learned in a few steps."""
     target = torch.arange(count) % 4
-    colours = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 1.0, 0]])
-    return colours[target][..., None, None] + 0.3 * torch.randn(count, 3, size, size), target
+    colors = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 1.0, 0]])
+    return colors[target][..., None, None] + 0.3 * torch.randn(count, 3, size, size), target
 
 
 def step(model, optimizer, loss):
@@ -43,7 +43,7 @@ def step(model, optimizer, loss):
 
 @pytest.mark.parametrize('mode', ['pooled', 'dense'])
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
-def test_a_new_teacher_predicts_what_the_student_predicts_in_evaluation(mode, name):
+def test_prediction_of_a_new_teacher_equals_that_of_the_student_in_evaluation(mode, name):
     model = timm.create_model(name, num_classes=4, **({'img_size': 48} if 'vit' in name else {}))
     attach(model, mode)
     teacher = EMATeacher(model)
@@ -61,14 +61,14 @@ def test_a_new_teacher_predicts_what_the_student_predicts_in_evaluation(mode, na
     assert isinstance(teacher.module(images), torch.Tensor)  # for validation
 
 
-def test_positions_and_prediction_of_a_teacher_belong_together():
+def test_prediction_of_a_teacher_is_the_mean_over_positions():
     model = resnet()
     attach(model)
     output = EMATeacher(model)(torch.randn(2, 3, 96, 96))  # average pooling, then an affine classifier
     torch.testing.assert_close(output.dense_logits.mean(1), output.logits)
 
 
-def test_average_is_that_of_its_definition():
+def test_average_matches_its_definition():
     model = resnet()
     teacher = EMATeacher(model, decay=0.9, use_warmup=False)
     expected = copy.deepcopy(model.state_dict())
@@ -87,7 +87,7 @@ def test_average_is_that_of_its_definition():
         torch.testing.assert_close(actual[key], value)
 
 
-def test_warm_up_forgets_the_initial_weights():
+def test_warmup_reduces_the_share_of_the_initial_weights():
     model = nn.Linear(2, 2)
     slow, warm = EMATeacher(model, use_warmup=False), EMATeacher(model)
     for teacher in (slow, warm):
@@ -101,17 +101,17 @@ def test_warm_up_forgets_the_initial_weights():
     assert (slow.module.weight - before).max() < 0.03 and (warm.module.weight - before).min() > 0.8
 
 
-def test_teacher_is_a_usable_model_with_batch_norm():
+def test_teacher_with_batch_norm_predicts_well():
     torch.manual_seed(1)
     model = resnet()
     attach(model)
     teacher, criterion = EMATeacher(model), SelfDistillationLoss(MultiMixLoss(100), 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(40):
-        images, target = images_of_colour()
+        images, target = images_of_color()
         step(model, optimizer, criterion(model(images), target, teacher(images)))
         teacher.update(model)
-    images, target = images_of_colour(128)
+    images, target = images_of_color(128)
     logits = teacher.module(images)
     assert (logits.argmax(1) == target).double().mean() > 0.95 and F.cross_entropy(logits, target) < 0.4
     # The running statistics of the teacher match the statistics of its features.
@@ -126,7 +126,7 @@ def test_teacher_is_a_usable_model_with_batch_norm():
     assert len(ratios) > 3 and deviations.median() < 0.2, deviations
 
 
-def test_teacher_stays_in_evaluation_and_out_of_the_gradient():
+def test_teacher_stays_in_evaluation_mode_without_gradient():
     model = resnet(drop_rate=0.5)
     attach(model)
     teacher = EMATeacher(model)
@@ -134,7 +134,7 @@ def test_teacher_stays_in_evaluation_and_out_of_the_gradient():
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     before = copy.deepcopy(teacher.module.state_dict())
-    images, target = images_of_colour(8)
+    images, target = images_of_color(8)
     SelfDistillationLoss(MultiMixLoss(20))(model(images), target, teacher(images)).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert any(parameter.grad.any() for parameter in model.parameters())
@@ -206,7 +206,7 @@ def test_bad_decay_is_refused():
 # SelfDistillationLoss
 
 
-def test_loss_is_that_of_the_loss_it_wraps_with_a_teacher():
+def test_loss_equals_the_wrapped_loss_with_a_teacher():
     logits, teacher, target = torch.randn(6, 4), torch.randn(6, 4), torch.randint(4, (6,))
     def loss():
         return MultiMixLoss(20, generator=torch.Generator().manual_seed(0))
@@ -241,7 +241,7 @@ def test_bad_options_are_refused(options, message):
 # PretrainedTeacher
 
 
-def test_pretrained_teacher_sees_images_as_it_is_used_to():
+def test_pretrained_teacher_normalizes_images():
     student, model = resnet(), resnet()
     model.pretrained_cfg = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     teacher = PretrainedTeacher(model, student, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -305,7 +305,7 @@ def test_loop_of_the_docs_is_resumed(tmp_path, monkeypatch):
     text = METHOD.with_name('training.md').read_text()
     saving, loading = re.search(r'```python\n(torch\.save\(dict\(.*?)\n(# In the new.*?)```', text, re.DOTALL).groups()
     monkeypatch.chdir(tmp_path)
-    images, target = images_of_colour(8)
+    images, target = images_of_color(8)
 
     def create():
         model = resnet()

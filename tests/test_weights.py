@@ -61,7 +61,7 @@ def test_gamma_variables_follow_their_distribution(sample, a):
     assert stats.kstest(drawn.flatten().numpy(), stats.gamma(a).cdf).pvalue > 1e-3
 
 
-def test_what_is_rejected_is_drawn_with_the_concentration_of_its_row():
+def test_rejected_variables_are_drawn_with_the_concentration_of_their_row():
     a = torch.tensor([0.1, 30.0]).repeat(50_000).unsqueeze(1)
     drawn = _sample_log_gamma(a, torch.Size((100_000, 4)), None)[::2].exp()
     assert stats.kstest(drawn.flatten().numpy(), stats.gamma(0.1).cdf).pvalue > 1e-3
@@ -78,7 +78,7 @@ def test_each_row_draws_its_own_concentration():
     # E[sum of squares] = (a + 1) / (a b + 1), averaged over a ~ U[low, high].
     expected = 1 / b + (1 - 1 / b) / (b * (high - low)) * math.log((high * b + 1) / (low * b + 1))
     assert weights.square().sum(-1).mean().item() == pytest.approx(expected, rel=0.02)
-    assert sample_weights(100, 50, alpha=(1e-3, 1e3)).amax(-1).min() < 0.1  # one draw for all would be near either end
+    assert sample_weights(100, 50, alpha=(1e-3, 1e3)).amax(-1).min() < 0.1
 
 
 def test_small_concentrations_choose_one_example_fairly():
@@ -106,7 +106,7 @@ def test_generator_reproduces_the_draw():
     state = torch.get_rng_state()
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
-    assert torch.equal(state, torch.get_rng_state())  # PyTorch's own generator is left alone
+    assert torch.equal(state, torch.get_rng_state())  # the default generator does not change
 
 
 def test_manifold_mixup_weights_pair_every_example_with_one_lambda():
@@ -123,7 +123,7 @@ def test_manifold_mixup_weights_pair_every_example_with_one_lambda():
 def test_attend_matches_the_reference(n, b, r, shared):
     weights = sample_weights(n, b, None if shared else r).double()
     attention = torch.rand(b, r).double()
-    attention[:, 0] = 0  # nobody attends to the first position
+    attention[:, 0] = 0  # no attention at the first position
     expected = attention_weights(weights.expand(r, n, b), attention)
     torch.testing.assert_close(attend(weights, attention), expected)
     torch.testing.assert_close(attend(weights, attention).sum(-1), torch.ones(r, n).double())
