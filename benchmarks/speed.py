@@ -4,7 +4,7 @@
     python benchmarks/speed.py                  # everything, as Markdown: the tables of docs/speed.md
     python benchmarks/speed.py --sections step --setups resnet50:224:32:1000
     python benchmarks/speed.py --device cuda --amp --channels-last --setups resnet50:224:128:1000
-    python benchmarks/speed.py --output results # also results/speed.csv and results/growth.png
+    python benchmarks/speed.py --output results # also results/speed.csv
 
 A step is forward, loss, backward and an SGD update on random images. Methods alternate in every round. Times are
 medians with quartiles, and ratios are medians of the ratios of each round. `wall` is wall-clock time. `cpu` is the CPU
@@ -14,6 +14,7 @@ model, gradients, momentum, activations and loss.
 """
 import argparse
 import csv
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,8 +100,8 @@ def loss_alone(rates: Rates, args: argparse.Namespace) -> list[Row]:
         b, r, c, n = sizes['b'], sizes['r'], sizes['c'], args.num_mixes
         problem = LossProblem(n=n, args=args, **sizes)
         actions = {
-            'literal': problem.literal, 'from embeddings': problem.fused_from_embeddings, 'from logits': problem.fused,
-            'from logits, shared weights': problem.fused_with_shared_weights}
+            'literal': problem.literal, 'from embeddings': partial(problem.fused, from_embeddings=True),
+            'from logits': problem.fused, 'from logits, shared weights': partial(problem.fused, shared_weights=True)}
         memory = {}
         for name, action in actions.items():
             problem.clear_gradients()
@@ -159,26 +160,6 @@ def write(rows: list[Row], folder: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    grown = [row for row in rows if row['section'] == 'growth']
-    if grown:
-        plot(grown, folder / 'growth.png')
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(GROWTH), figsize=(12, 5), sharey='row', sharex='col', layout='constrained')
-    for column, (name, values) in enumerate(GROWTH.items()):
-        for axis, quantity, label in ((axes[0, column], 'wall_s', 'seconds'), (axes[1, column], 'peak_mib', 'MiB')):
-            best = [min(row[quantity] for row in rows if row['method'] == name and row[name] == v) for v in values]
-            axis.loglog(values, best, marker='o')
-            axis.grid(alpha=0.3)
-            axis.set_ylabel(label if column == 0 else None)
-        axes[1, column].set_xlabel(name)
-    figure.suptitle('The loss alone, forward and backward: ' + ', '.join(f'{k} = {v}' for k, v in BASE.items()))
-    figure.savefig(path, dpi=120)
 
 
 def parse_args() -> argparse.Namespace:
@@ -197,7 +178,7 @@ def parse_args() -> argparse.Namespace:
     add('--amp', action='store_true', help='run steps under autocast to bfloat16')
     add('--channels-last', action='store_true', help='use the channels_last memory format for models and images')
     add('--compile', action='store_true', help='compile the models with torch.compile')
-    add('--output', type=Path, metavar='FOLDER', help='folder for speed.csv with every round, and growth.png')
+    add('--output', type=Path, metavar='FOLDER', help='folder for speed.csv with every round')
     return parser.parse_args()
 
 

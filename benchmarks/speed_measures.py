@@ -25,9 +25,7 @@ from timm_multimix import (
     attention_map,
     sample_weights,
 )
-from timm_multimix.losses import (
-    reference,
-)
+from timm_multimix.losses import reference
 
 MIB = 2 ** 20
 Action = Callable[[], object]
@@ -275,33 +273,25 @@ def products_of_dense(setup: Setup, args: argparse.Namespace) -> float | None:
 class LossProblem:
     """Forward and backward pass of the literal and the fused loss, for random embeddings (b, r, d) and logits."""
 
-    def __init__(self, b: int, r: int, c: int, n: int, args: argparse.Namespace, d: int | None = None):
+    def __init__(self, b: int, r: int, c: int, n: int, args: argparse.Namespace, d: int = 1):
         torch.manual_seed(0)
         device = torch.device(args.device)
         self.n = n
         self.target = torch.randint(c, (b,), device=device)
         self.attention = torch.rand(b, r, device=device).softmax(1)
-        self.criterion, self.criterion_with_shared_weights = (
-            MultiMixLoss(n, pooled_weight=0.0, shared_weights=shared) for shared in (False, True))
         self.logits = torch.randn(b, r, c, device=device, requires_grad=True)
-        if d is not None:
-            self.z = torch.randn(b, r, d, device=device, requires_grad=True)
-            self.classifier = nn.Linear(d, c, device=device)
+        self.z = torch.randn(b, r, d, device=device, requires_grad=True)
+        self.classifier = nn.Linear(d, c, device=device)
 
-    def fused(self) -> None:
-        """Compute the loss from logits."""
-        self._backward(self.criterion, self.logits)
+    def clear_gradients(self) -> None:
+        self.logits.grad = self.z.grad = None
+        self.classifier.zero_grad()
 
-    def fused_with_shared_weights(self) -> None:
-        """Compute the loss from logits, with the same weights at all positions."""
-        self._backward(self.criterion_with_shared_weights, self.logits)
-
-    def fused_from_embeddings(self) -> None:
-        """Compute the loss from embeddings, with the classifier at every position."""
-        self._backward(self.criterion, self.classifier(self.z))
-
-    def _backward(self, criterion: MultiMixLoss, logits: torch.Tensor) -> None:
+    def fused(self, from_embeddings: bool = False, shared_weights: bool = False) -> None:
+        """Compute the loss from logits, or from embeddings with the classifier at every position."""
         self.clear_gradients()
+        criterion = MultiMixLoss(self.n, pooled_weight=0.0, shared_weights=shared_weights)
+        logits = self.classifier(self.z) if from_embeddings else self.logits
         criterion(MultiMixOutput(logits[:, 0], logits, self.attention), self.target).backward()
 
     def literal(self) -> None:
@@ -310,9 +300,3 @@ class LossProblem:
         weights = sample_weights(self.n, b, r, device=self.z.device)
         y = reference.one_hot(self.target, self.classifier.out_features, self.z.dtype)
         reference.dense_multimix(self.z, y, weights, self.attention, self.classifier).backward()
-
-    def clear_gradients(self) -> None:
-        self.logits.grad = None
-        if hasattr(self, 'z'):
-            self.z.grad = None
-            self.classifier.zero_grad()

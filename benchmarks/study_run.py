@@ -100,7 +100,7 @@ def _glyphs(train: int, validation: int, test: int | None) -> dict[str, tuple[np
 
 
 def _scene_digits(train: int, validation: int, test: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Digits of which none is in scenes of another split."""
+    """Load digits that occur in no scene of another split."""
     splits = {}
     for name, count in zip(SPLITS, (train, validation, test), strict=True):
         images, labels = digit_images(name)
@@ -150,19 +150,6 @@ def shift(images: torch.Tensor, reach: int) -> torch.Tensor:
     return padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-class _FeatureMixLoss:
-    """Cross-entropy of logits mixed with the weights of a baseline or an ablation."""
-
-    def __init__(self, sample_weights: Callable[[int], torch.Tensor], smoothing: float, balance: bool):
-        self.sample_weights = sample_weights
-        self.smoothing = smoothing
-        self.balance = balance
-
-    def __call__(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return multimix_cross_entropy(
-            logits, target, self.sample_weights(len(target)), balance=self.balance, smoothing=self.smoothing)
-
-
 def targeted_weights(batch_size: int, high: float, low: float, num_mixes: int = 1000) -> torch.Tensor:
     """Draw Dirichlet weights with concentration `high` for one example of each mix and `low` for all others."""
     concentration = torch.full((num_mixes, batch_size), float(low))
@@ -170,15 +157,17 @@ def targeted_weights(batch_size: int, high: float, low: float, num_mixes: int = 
     return torch.distributions.Dirichlet(concentration).sample()
 
 
-def feature_mix_loss(method: dict[str, Any]) -> _FeatureMixLoss | None:
-    """Create the loss of manifold mixup or of MultiMix with a targeted Dirichlet. None for other methods."""
+def feature_mix_loss(method: dict[str, Any]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Return the loss of manifold mixup or of MultiMix with a targeted Dirichlet. None for other methods."""
     if method['manifold_mixup']:
-        return _FeatureMixLoss(
-            partial(manifold_mixup_weights, alpha=method['manifold_mixup']), method['smoothing'], balance=False)
-    if method.get('targeted'):
+        sample, balance = partial(manifold_mixup_weights, alpha=method['manifold_mixup']), False
+    elif method.get('targeted'):
         high, low = method['targeted']
-        return _FeatureMixLoss(partial(targeted_weights, high=high, low=low), method['smoothing'], balance=True)
-    return None
+        sample, balance = partial(targeted_weights, high=high, low=low), True
+    else:
+        return None
+    return lambda logits, target: multimix_cross_entropy(
+        logits, target, sample(len(target)), balance=balance, smoothing=method['smoothing'])
 
 
 def make_task(model: nn.Module, method: dict[str, Any], seed: int = 0) -> MultiMixTask:
@@ -227,7 +216,7 @@ def batch_loss(
 
 
 def train(settings: dict[str, Any], data: Split) -> MultiMixTask:
-    """Train a model with a one-cycle learning-rate schedule. Returns the task in evaluation mode."""
+    """Train a model with a one-cycle learning-rate schedule, and return the task in evaluation mode."""
     torch.manual_seed(settings['seed'])
     np.random.seed(settings['seed'])  # for timm's Mixup
     options, method = settings['training'], settings['method']
@@ -266,17 +255,17 @@ def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([model(batch) for batch in images.split(250)]).double().nan_to_num()
 
 
+class _FromPixels(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 2 * images - 1
+
+
 def fgsm_accuracy(model: nn.Module, data: Split) -> float:
     """Return the accuracy in percent on FGSM adversarial images."""
     pixel_model = nn.Sequential(_FromPixels(), model)
     batches = zip(data.images.split(250), data.labels.split(250), strict=True)
     adversarial = torch.cat([fgsm(pixel_model, (images + 1) / 2, labels, FGSM_STEP) for images, labels in batches])
     return 100 * (predict(pixel_model, adversarial).argmax(1) == data.labels).float().mean().item()
-
-
-class _FromPixels(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return 2 * images - 1
 
 
 def evaluate(model: nn.Module, validation: Split, test: Split) -> dict[str, float]:

@@ -207,13 +207,6 @@ class SelfDistillationLoss(nn.Module):
             term is multiplied by its square, as in timm's LogitDistillationTask.
         ramp_epochs: Number of epochs over which the weight increases linearly from 0. It requires calls of set_epoch.
 
-    Shapes:
-        output: MultiMixOutput of an attached student, or logits (b, c).
-        target: class indices (b,), or soft or multi-hot targets (b, c).
-        teacher: output of the teacher for the same examples, or for another view of them.
-        mask, dense_target: padding and targets at every position, see MultiMixLoss.terms.
-        Returns a scalar.
-
     Raises:
         ValueError: If an option is out of range, or the shapes of the inputs do not match.
     """

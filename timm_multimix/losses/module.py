@@ -29,14 +29,14 @@ class MultiMixLoss(nn.Module):
     """MultiMix loss. It draws interpolation weights and mixes the logits and targets with them.
 
     The input is the output of an attached model in training mode, or the logits of any PyTorch classifier (pooled
-    MultiMix). The loss is a convex combination:
+    MultiMix). `terms` describes the arguments of a call. The loss is a convex combination:
 
         (1 - clean_weight) * ((1 - pooled_weight) * dense + pooled_weight * pooled) + clean_weight * plain loss
 
     The dense term mixes the logits at every position, the pooled term mixes the ordinary logits. Without dense logits,
-    pooled_weight is 1. A mix whose examples all have attention 0 at a position, such as padding, is left out of the
-    dense term, which is the mean over the other mixes and positions. Memory grows with the number of mixes only by the
-    weights of the positions computed together: n·b numbers per position.
+    pooled_weight is 1. The dense term is the mean over mixes and positions, without mixes whose examples all have
+    attention 0 at the position. Memory grows with the number of mixes only by the weights of the positions computed
+    together: n·b numbers per position.
 
     Args:
         num_mixes: Number of mixes n at every position. It should be well above the batch size.
@@ -69,19 +69,11 @@ class MultiMixLoss(nn.Module):
         pos_weight: Weights of the positive terms (c,) for 'bce', as in F.binary_cross_entropy_with_logits.
         ignore_index: Class index of positions without a target in `dense_target`. They have the effect of padding.
         gather: Mix the joined batch of all processes of torch.distributed. The loss, and the gradient averaged by
-            DistributedDataParallel or FSDP, are equal to the results of one process with all examples. The logits are
-            exchanged once (docs/distributed.md). Every process draws the weights of its share of the positions, so
-            generators should differ between processes. shared_weights applies within each share.
+            DistributedDataParallel or FSDP, are equal to the results of one process with all examples. Every process
+            draws the weights of its share of the positions, so generators should differ between processes. See
+            docs/distributed.md.
         generator: Random number generator, by default PyTorch's generator of the device of the logits.
         tile_size: Number of mixes whose mixed logits are in memory together. It does not change the result.
-
-    Shapes:
-        output: MultiMixOutput, or logits (b, c).
-        target: class indices (b,), or soft or multi-hot targets (b, c). With 'bce', multi-hot targets can be integers.
-        mask: valid positions (b, r), True for valid, or None. See `terms`.
-        dense_target: class indices (b, r), or soft or multi-hot targets (b, r, c), or None. See `terms`.
-        teacher: output of a teacher for the same examples, in the form of `output`, or None. See `terms`.
-        Returns a scalar in float32 (float64 for float64 logits).
 
     Raises:
         ValueError: If an option is out of range, or the shapes of the inputs do not match.
@@ -166,7 +158,7 @@ class MultiMixLoss(nn.Module):
             f'logit_scale={self.logit_scale}')
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the loss. The arguments are those of `terms`."""
+        """Return the loss, a scalar in float32 (float64 for float64 logits). The arguments are those of `terms`."""
         return self.terms(*args, **kwargs)['loss']
 
     def terms(
@@ -209,12 +201,7 @@ class MultiMixLoss(nn.Module):
         logits, dense_logits, attention = tensors
         teacher = MultiMixOutput(None) if teacher is None else as_output(teacher, 'The teacher of MultiMixLoss')
         target, mask, dense_target = self._check_inputs(logits, dense_logits, target, mask, dense_target)
-        mixed_target: Any = target
-        if self.gather:
-            like = dense_logits if logits is None else logits
-            num_positions = 0 if dense_logits is None else dense_logits.shape[1]
-            check_same_sizes((len(like), num_positions, like.shape[-1]), like.device)
-            mixed_target = target if target is None else gather_batch(target)
+        mixed_target = self._gathered_target(logits, dense_logits, target)
         shares = self._shares(has_dense=dense_logits is not None, dense_only=target is None)
         terms: dict[str, Any] = {}  # sum and divisor of each term
         if shares['dense']:
@@ -271,6 +258,15 @@ class MultiMixLoss(nn.Module):
                 dense_target = dense_target.masked_fill(ignored, 0)
             check_target_values(dense_target, dense_logits.shape[-1])
         return target, mask, dense_target
+
+    def _gathered_target(self, logits: Any, dense_logits: Any, target: Any) -> Any:
+        """Return the target of the joined batch of all processes. Without gather the target is returned."""
+        if not self.gather:
+            return target
+        like = dense_logits if logits is None else logits
+        num_positions = 0 if dense_logits is None else dense_logits.shape[1]
+        check_same_sizes((len(like), num_positions, like.shape[-1]), like.device)
+        return target if target is None else gather_batch(target)
 
     def _shares(self, has_dense: bool, dense_only: bool) -> dict[str, float]:
         """Return the weight of each term."""
