@@ -13,12 +13,7 @@ from .losses.output import MultiMixOutput
 
 
 def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:
-    """Validate the teacher options of MultiMixTask.
-
-    Raises:
-        TypeError: If the teacher is neither a name nor a module.
-        ValueError: If an option is out of range or would have no effect.
-    """
+    """Check the teacher options of MultiMixTask."""
     if not isinstance(teacher, (str, nn.Module)):
         raise TypeError(
             f"teacher must be 'none', 'ema', the name of a timm model or a torch.nn.Module, got {teacher!r}.")

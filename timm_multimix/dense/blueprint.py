@@ -16,7 +16,7 @@ SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a value, including tensors in lists and dictionaries."""
+    """Yield the tensors in a value, including those in lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -28,19 +28,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def blueprint(model: nn.Module) -> nn.Module:
-    """Copy a model to the meta device, in evaluation mode.
-
-    The copy needs no memory and no computation. Running it does not change the model.
-
-    Args:
-        model: The model to copy.
-
-    Returns:
-        The copy.
-
-    Raises:
-        TypeError: If the parameters are sharded.
-    """
+    """Copy a model to the meta device, in evaluation mode. The copy needs no memory and no computation."""
     if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):  # DTensors
         raise TypeError(
             f'{type(model).__name__} has sharded parameters: attach in dense mode before you shard the model, for '
@@ -86,15 +74,9 @@ def _image_sizes(model: nn.Module) -> list[tuple[int, int]]:
 def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
     """Run forward_features of a copy of the model on one image.
 
-    Args:
-        model: A model with timm's forward_features.
-
     Returns:
         The copy (on the meta device, or on the CPU if the model does not run on the meta device), the image
         (1, 3, h, w) and the features.
-
-    Raises:
-        ValueError: If no image size works: 128, the declared sizes, 224, and multiples of 32 up to 544.
     """
     parameter = next(model.parameters())
     channels = getattr(model, 'in_chans', None) or next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)

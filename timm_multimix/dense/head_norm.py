@@ -3,6 +3,7 @@
 Evaluation applies the running statistics to pooled features. Therefore positions must not enter the batch statistics.
 """
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -12,17 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .swapping import restore_class, swap_class
 
 
+@dataclass
 class _BatchStatistics:
     """Mean and variance of the pooled batch during one forward pass.
 
     Phases: None (ordinary BatchNorm), 'record' (store the statistics and update the running statistics), 'measure'
     (store the statistics only), 'apply' (normalize with the stored statistics).
     """
-
-    def __init__(self) -> None:
-        self.phase: str | None = None
-        self.mean: torch.Tensor | None = None
-        self.var: torch.Tensor | None = None
+    phase: str | None = None
+    mean: torch.Tensor | None = None
+    var: torch.Tensor | None = None
 
 
 class _PooledBatchNorm:
@@ -53,11 +53,7 @@ class _PooledBatchNorm:
 
 
 def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Check that the statistics of a head's BatchNorms, given by their module names, can be recorded.
-
-    Raises:
-        ValueError: If a BatchNorm is a SyncBatchNorm, overrides forward, or has no running statistics.
-    """
+    """Raise ValueError if the statistics of a head's BatchNorms, given by their module names, cannot be recorded."""
     for module in map(model.get_submodule, names):
         is_plain = type(module).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
         if not is_plain and not isinstance(module, _PooledBatchNorm):

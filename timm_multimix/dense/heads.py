@@ -88,11 +88,7 @@ def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tens
 
 
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
-    """Return the modules that forward_head calls, by name, and the model itself.
-
-    Raises:
-        ValueError: If the output is not logits (b, c).
-    """
+    """Return the modules that forward_head calls, by name, and the model itself."""
     called = {'': model}
     found = None
     try:
@@ -340,12 +336,6 @@ def find_head(model: nn.Module) -> Head:
 
     If forward_features returns class tokens only, positions are the output of forward_intermediates, normalized by the
     norm of the class token.
-
-    Args:
-        model: A model with timm's forward_features and forward_head.
-
-    Returns:
-        The description of the head.
 
     Raises:
         ValueError: If the head cannot be applied at a position. The message gives the reason.

@@ -21,36 +21,24 @@ ATTACH_MODES = ('pooled', 'dense')
 
 @dataclass(eq=False)
 class _Settings:
-    """Options of attach and the description of the head, stored as one attribute of the model.
-
-    Attributes:
-        forward: A forward that was set on the instance before attach, or None.
-    """
+    """Options of attach and the description of the head, stored as one attribute of the model."""
     mode: str
     attention: str
     attention_norm: str
     head: Head | None
     enabled: bool = True
     in_evaluation: bool = False
-    forward: Callable | None = None
+    forward: Callable | None = None  # set on the instance before attach
 
 
 @dataclass
 class _ForwardPass:
-    """State of one forward pass of an attached model, stored as an attribute of the model during the pass.
-
-    Attributes:
-        is_dense: Whether logits and attention at every position are computed.
-        image_size: Height and width of the images.
-        last_map: Last feature map, for models whose forward_features returns class tokens only.
-        prediction: Output of forward_head.
-        output: The MultiMixOutput computed from it.
-    """
+    """State of one forward pass of an attached model, stored as an attribute of the model during the pass."""
     is_dense: bool
     image_size: Sequence[int] | None
-    last_map: torch.Tensor | None = None
-    prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-    output: MultiMixOutput | None = None
+    last_map: torch.Tensor | None = None  # for models whose forward_features returns class tokens only
+    prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None  # output of forward_head
+    output: MultiMixOutput | None = None  # computed from the prediction
 
 
 class _MultiMixModel:
@@ -99,7 +87,7 @@ class _MultiMixModel:
                     f"positions (b, r), got {len(masks)}: attach with mode='pooled'.")
             current.prediction = prediction
             # Computed here, so that the autocast context of a wrapped forward applies.
-            current.output = _dense_output(self, self._multimix, current, features, *masks)
+            current.output = _dense_output(self, features, *masks)
         return prediction
 
 
@@ -118,11 +106,7 @@ def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor,
 
 
 def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
-    """Return the output of a dense pass with the prediction of forward.
-
-    Raises:
-        TypeError: If the prediction is not the output of forward_head. A wrapped forward can convert the dtype.
-    """
+    """Return the output of a dense pass with the prediction of forward. A wrapped forward can convert the dtype."""
     current = model._multimix_pass
     is_output = current.output is not None and current.prediction is prediction
     if current.output is not None and not is_output and model._multimix.forward is not None:
@@ -136,13 +120,8 @@ def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
     return current.output._replace(logits=_checked_logits(model, prediction))
 
 
-def _dense_output(
-        model: nn.Module,
-        settings: _Settings,
-        current: _ForwardPass,
-        features: Features,
-        mask: torch.Tensor | None = None,
-) -> MultiMixOutput:
+def _dense_output(model: nn.Module, features: Features, mask: torch.Tensor | None = None) -> MultiMixOutput:
+    settings, current = model._multimix, model._multimix_pass
     head = settings.head
     set_phase(model, head.batch_norms, 'apply')
     if head.map_norm is None:
@@ -334,11 +313,7 @@ def attach(
 
 @contextmanager
 def outputs_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Context manager in which an attached model returns a MultiMixOutput in evaluation mode too, for teachers.
-
-    Args:
-        model: A model. Nothing changes if it is not attached.
-    """
+    """Context manager in which a model, if it is attached, returns a MultiMixOutput in evaluation mode too."""
     settings = getattr(model, '_multimix', None)
     if settings is not None:
         settings.in_evaluation = True

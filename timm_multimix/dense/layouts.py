@@ -37,12 +37,7 @@ class Layout:
         return features.movedim(self.channel_axis, -1).flatten(1, -2)[:, self.num_prefix_tokens:]
 
     def constant(self, vectors: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Return n constant feature maps. All positions and prefix tokens of a map have the same vector.
-
-        Args:
-            vectors: Vectors of the maps (n, d).
-            size: Sizes of the position axes.
-        """
+        """Return n maps of this size. All positions and prefix tokens of a map have the same vector, of (n, d)."""
         size = (size[0] + self.num_prefix_tokens, *size[1:])
         maps = vectors.reshape(len(vectors), *[1] * len(size), vectors.shape[1]).expand(-1, *size, -1)
         return maps.movedim(-1, self.channel_axis)
@@ -71,16 +66,9 @@ def _area_weights(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tens
 
 
 def align_streams(streams: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Resample streams to the coarsest grid by area averaging.
+    """Resample streams (b, r_s, d_s) with grids of these sizes to the coarsest grid, (b, r, d_s), by area averaging.
 
     The mean over the positions of a stream does not change, also if the grid sizes are not multiples.
-
-    Args:
-        streams: Features at the positions of each stream (b, r_s, d_s).
-        sizes: Height and width of the grid of each stream.
-
-    Returns:
-        Features of each stream (b, r, d_s) at the r positions of the coarsest grid.
     """
     height, width = min(sizes, key=math.prod)
     aligned = []

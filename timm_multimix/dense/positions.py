@@ -23,19 +23,10 @@ def position_features(
         features: Features,
         image_size: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return the features at every position, for each stream.
+    """Return the features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams.
 
-    Args:
-        head: Description of the head.
-        features: Output of forward_features.
-        image_size: Height and width of the images, used to align several streams of tokens only. None means square.
-
-    Returns:
-        Features (b, r, d_s) of each stream, positions in row-major order, the same r for all streams. Streams are
-        resampled to the coarsest grid. A stream without positions has its mean at all positions.
-
-    Raises:
-        ValueError: If the features have no positions.
+    Streams are resampled to the coarsest grid. A stream without positions has its mean at all positions. The image size
+    is used to align several streams of tokens. None means square.
     """
     streams = as_streams(features)
     if head.method == 'window':
@@ -104,18 +95,9 @@ def position_logits(
         features: Features,
         positions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Apply the head at every position.
+    """Return the logits (b, r, c) of the head at every position, for the output of position_features.
 
     For a head with BatchNorm in training mode, the statistics of the pooled batch must be recorded (see head_norm).
-
-    Args:
-        model: The model of the head.
-        head: Description of the head.
-        features: Output of forward_features.
-        positions: Output of position_features.
-
-    Returns:
-        Logits (b, r, c).
     """
     if head.method == 'classifier' and not _has_dropout(model, head):
         return _classifier_logits(model, head, as_streams(features)[0], positions[0])
@@ -175,12 +157,7 @@ def dense_logits(
 
 
 def check_protocol(model: nn.Module) -> None:
-    """Check that the model follows timm's protocol.
-
-    Raises:
-        TypeError: If the model is not a module with forward_features and forward_head.
-        ValueError: If the model has no classifier.
-    """
+    """Raise TypeError if the model does not follow timm's protocol, and ValueError if it has no classifier."""
     # A compiled model forwards attribute access, so it seems to have both methods.
     is_compiled = isinstance(getattr(model, '_orig_mod', None), nn.Module)
     if is_compiled or not all(callable(getattr(model, name, None)) for name in ('forward_features', 'forward_head')):

@@ -48,11 +48,7 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo swap_class.
-
-    Raises:
-        RuntimeError: If other code, such as fully_shard, has replaced the class since.
-    """
+    """Undo swap_class. Raise RuntimeError if other code, such as fully_shard, has replaced the class since."""
     cls = type(module)
     if SwappedModule not in cls.__bases__:
         raise RuntimeError(

@@ -70,9 +70,8 @@ def _sum_classes(value: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 def kappa(w: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """Return the factor κ of C in the balanced gradient (p, 1, 1).
 
-    Args:
-        w: Mean of the rows of M (p, 1, b).
-        spread: Trace (p, 1, 1) of the covariance K of the rows. It is S - Σw², S the mean of the rows' sums of squares.
+    w (p, 1, b) is the mean of the rows of M. The spread (p, 1, 1) is the trace of their covariance K, S - Σw², where S
+    is the mean of the rows' sums of squares.
     """
     w_square = w.square().sum(dim=2, keepdim=True)
     # If all rows are equal, C is zero and κ undefined.

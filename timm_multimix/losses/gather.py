@@ -70,14 +70,9 @@ def _position_shares(num_positions: int) -> list[int]:
 
 
 def share_positions(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Distribute tensors by position: every process receives all examples at its share of the positions.
+    """Distribute tensors (b, r, ...) by position: return all examples at this process's share of the positions.
 
-    Args:
-        tensors: Tensors (b, r, ...) of the same shape on all processes. None is returned as None.
-
-    Returns:
-        Tensors (processes * b, s, ...) with examples in the order of gather_batch and the s positions of this process,
-        or the arguments if there is one process. s can be 0 if there are more processes than positions.
+    The examples have the order of gather_batch. The share can be 0 if there are more processes than positions.
     """
     world_size = num_processes()
     if world_size == 1:
@@ -101,8 +96,7 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:
     """Check that the batches of all processes have the same sizes (examples, positions, classes).
 
-    Raises:
-        ValueError: If sizes differ, on the CPU. On other devices an asynchronous device assertion fails.
+    On devices other than the CPU an asynchronous device assertion fails.
     """
     if num_processes() == 1:
         return

@@ -69,13 +69,7 @@ def check_target(
         is_binary: bool,
         name: str = 'target',
 ) -> torch.Tensor:
-    """Return targets of examples for logits (b, c), or targets of positions for logits (b, r, c).
-
-    Integer multi-hot targets of binary cross-entropy are cast.
-
-    Raises:
-        ValueError: If the shape or the dtype does not fit.
-    """
+    """Check targets of examples for logits (b, c), or of positions for logits (b, r, c), and cast multi-hot targets."""
     if is_binary and not target.is_floating_point() and target.ndim == len(logits_shape):
         target = target.float()
     is_soft = target.is_floating_point()
@@ -117,11 +111,7 @@ def make_targets(
         is_binary: bool,
         **class_weights: torch.Tensor | None,
 ) -> Targets:
-    """Return the targets of a loss. As in PyTorch, class weights normalize cross-entropy with class indices.
-
-    Raises:
-        ValueError: If class weights do not fit, or pos_weight is given for cross-entropy.
-    """
+    """Return the targets of a loss. As in PyTorch, class weights normalize cross-entropy with class indices."""
     if not is_binary and class_weights.get('pos_weight') is not None:
         raise ValueError("pos_weight is for binary cross-entropy (loss_type='bce'): use weight.")
     for name, given in class_weights.items():
