@@ -46,18 +46,18 @@ def _row(name: str, rows: Mapping[str, Mapping], baseline: str | None, columns: 
     cells += [mean_and_spread([run[column] for run in runs.values()], digits) for column, _, digits, _ in columns]
     if baseline is None:
         return f'| {" | ".join(cells)} |'
-    difference = relative = ''
+    difference, relative = '', [''] if columns[0][0] == 'accuracy' else []
     if name != baseline:
         others = rows[baseline]['runs']
         compared = paired_difference(runs, others, metric)
         if compared:
             digits = next(digits for column, _, digits, _ in columns if column == metric)
             difference = f'{{:+.{digits}f}} [{{:+.{digits}f}}, {{:+.{digits}f}}]'.format(*compared)
-        errors = [[100 - each[seed]['accuracy'] for seed in runs.keys() & others.keys() if 'accuracy' in each[seed]]
-                  for each in (runs, others)]
-        if sum(errors[1]):
-            relative = f'{100 * (sum(errors[0]) / sum(errors[1]) - 1):+.0f} %'
-    return f'| {" | ".join([*cells, difference, relative])} |'
+        if relative:
+            error, reference = (
+                sum(100 - each[seed]['accuracy'] for seed in runs.keys() & others.keys()) for each in (runs, others))
+            relative = [f'{100 * (error / reference - 1):+.0f} %' if reference else '']
+    return f'| {" | ".join([*cells, difference, *relative])} |'
 
 
 def report(study, table, metric: str | None = None) -> str:
@@ -71,7 +71,8 @@ def report(study, table, metric: str | None = None) -> str:
             baseline = best_baseline(rows, study.baselines)
             headings = ['method', 'lr', 'n', *(heading for _, heading, _, _ in study.columns)]
             if baseline is not None:
-                headings += [f'{metric} over {baseline} [95 %]', 'error']
+                headings += [f'{metric} over {baseline} [95 %]']
+                headings += ['error'] if study.columns[0][0] == 'accuracy' else []
             parts.append(f'**{dataset}, {model}**\n\n| {" | ".join(headings)} |\n|{"---|" * len(headings)}\n'
                          + '\n'.join(_row(name, rows, baseline, study.columns, metric) for name in rows))
     return '\n\n'.join(parts) or 'No learning rate is tuned yet.'
