@@ -178,7 +178,7 @@ class PretrainedTeacher(FrozenTeacher):
         own_mean, own_std = (
             _per_channel(values, student.in_chans) for values in (teacher.mean_kd, teacher.std_kd))
         mean, std = (
-            own if given is None else _per_channel(own.new_tensor(given), student.in_chans)
+            own if given is None else _per_channel(torch.tensor(given, device=device, dtype=dtype), student.in_chans)
             for given, own in ((mean or cfg.get('mean'), own_mean), (std or cfg.get('std'), own_std)))
         self.register_buffer('scale', std / own_std, persistent=False)
         self.register_buffer('shift', (mean - own_mean) / own_std, persistent=False)
