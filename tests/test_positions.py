@@ -120,12 +120,12 @@ def test_batch_norm_in_head_uses_the_pooled_batch():
 
 
 def test_window_slides_over_a_larger_map():
-    model = build('vgg11', feature_window_size=3, mlp_ratio=0.1).eval()
-    features = torch.randn(2, 512, 4, 5)
+    model = build('vgg11', mlp_ratio=0.05).eval()
+    features = torch.randn(2, 512, 8, 9)
     with torch.no_grad():
         dense = dense_logits(model, features)
         assert dense.shape == (2, 6, 7)
-        torch.testing.assert_close(dense[:, 4], model.forward_head(features[:, :, 1:4, 1:4]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(dense[:, 4], model.forward_head(features[:, :, 1:8, 1:8]), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(dense.mean(1), model.forward_head(features), atol=1e-5, rtol=1e-4)
 
 
