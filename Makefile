@@ -2,7 +2,7 @@
 # make test: install into .venv and run the tests.
 # make docs: install into .venv and build the documentation in site/.
 # make lint, make types: run ruff and mypy. make dist: build the wheel and the source archive.
-# PACKAGES='torch==2.4.1 torchvision==0.19.1' installs these versions.
+# PACKAGES='torch==2.6.0 torchvision==0.21.0' installs these versions.
 PYTHON ?= python3
 VENV ?= .venv
 PACKAGES ?=

@@ -117,7 +117,8 @@ def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
         raise TypeError(
             f'Dense MultiMix requires that {type(model).__name__}.forward returns the output of forward_head, and it '
             "does not: attach with mode='pooled'.")
-    return current.output._replace(logits=_checked_logits(model, prediction))
+    _, dense, attention = current.output
+    return MultiMixOutput(_checked_logits(model, prediction), dense, attention)
 
 
 def _dense_output(model: nn.Module, features: Features, mask: torch.Tensor | None = None) -> MultiMixOutput:

@@ -52,13 +52,16 @@ class Inputs(NamedTuple):
         """Select positions, and rows of M."""
         target, share = (tensor[positions] if tensor.ndim == 3 else tensor for tensor in (self.target, self.share))
         teacher = None if self.teacher is None else self.teacher[positions]
-        return self._replace(
-            m=self.m[positions, rows], rows=self.rows[positions, rows], logits=self.logits[positions],
-            teacher=teacher, target=target, share=share)
+        return Inputs(
+            self.m[positions, rows], self.rows[positions, rows], self.logits[positions], teacher, target, share,
+            self.targets)
 
-    @property
+    def mixed_by(self, m: torch.Tensor) -> 'Inputs':
+        """Return the inputs with other weights."""
+        return Inputs(m, self.rows, self.logits, self.teacher, self.target, self.share, self.targets)
+
     def scales_rows(self) -> bool:
-        """Whether the derivative of every row is A' times one factor, its share."""
+        """Return whether the derivative of every row is A' times one factor, its share."""
         return self.teacher is None and self.share.shape[-1] == 1
 
 
@@ -156,10 +159,10 @@ class FusedLoss:
         total = m.sum(dim=1, keepdim=True)
         w = total / num_rows
         centered = torch.cat([(m - w).mul_(rows), rows], dim=-1)            # the column of ones gives 1ᵀG
-        weighted = centered * (m @ inputs.share) if inputs.scales_rows else centered
+        weighted = centered * (m @ inputs.share) if inputs.scales_rows() else centered
         # The derivatives of different rows differ little. Products that round operands would lose the differences.
         # So the derivative at w is subtracted from every row first, and its product is added separately.
-        _, constant = self.row_losses(inputs._replace(m=w))
+        _, constant = self.row_losses(inputs.mixed_by(w))
         value = logits.new_zeros(())
         sums = weighted.sum(dim=1).unsqueeze(-1) * constant
         for positions, tile_rows in self.tiles(logits):
@@ -190,7 +193,7 @@ class FusedLoss:
         if tile.teacher is not None:
             distilled, derivative = self._distill(mixed, value, prediction, tile, tile.m @ tile.teacher)
             return losses + distilled, derivative.addcmul_(share, prediction)
-        return losses, prediction if tile.scales_rows else share * prediction
+        return losses, prediction if tile.scales_rows() else share * prediction
 
     def _distill(
             self,
@@ -215,7 +218,7 @@ class FusedLoss:
     def gradient_of_weights(self, inputs: Inputs) -> torch.Tensor:
         """Return the gradient of the loss, summed over mixes and positions, for the weights M (p, n, b), unbalanced."""
         def loss(m: torch.Tensor, tile: Inputs) -> torch.Tensor:
-            losses, _ = self.row_losses(tile._replace(m=m))
+            losses, _ = self.row_losses(tile.mixed_by(m))
             return (losses * tile.rows).sum() - ((m @ tile.target) * (m @ tile.logits)).sum()
 
         grad = torch.empty_like(inputs.m)
@@ -334,8 +337,10 @@ class FusedLossFunction(torch.autograd.Function):
             grad[:, positions] = chunk_grad.transpose(0, 1)
             divisor += (rows if here.normalizer is None else m.sum(dim=1, keepdim=True) * here.normalizer).sum()
             if source_grads:
-                m_grads: Any = (loss.gradient_of_weights(inputs), here.normalizer)
-                for total, m_grad in zip(source_grads, m_grads, strict=False):
+                m_grads = [loss.gradient_of_weights(inputs)]
+                if here.normalizer is not None:
+                    m_grads.append(here.normalizer)
+                for total, m_grad in zip(source_grads, m_grads, strict=True):
                     total.narrow(axis, positions.start, len(m)).copy_(vjp(m_grad.expand_as(m)))
         return value, divisor, grad.mul_(scale), *source_grads
 
@@ -349,6 +354,7 @@ class FusedLossFunction(torch.autograd.Function):
         grads = [(grad * grad_value).to(ctx.dtypes[0]), None, None]
         for index in (1, 2):
             if ctx.needs_input_grad[index]:
-                total = sum(part * outer for part, outer in zip(source_grads, (grad_value, grad_divisor), strict=False))
+                outer = (grad_value, grad_divisor)[:len(source_grads)]
+                total = sum(part * factor for part, factor in zip(source_grads, outer, strict=True))
                 grads[index] = total.to(ctx.dtypes[index])
         return *grads, *[None] * (1 + len(Targets._fields))

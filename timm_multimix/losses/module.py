@@ -1,6 +1,5 @@
 """MultiMix as a loss module."""
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -339,7 +338,9 @@ class MultiMixLoss(nn.Module):
             teacher: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses of the examples, with logits (b, 1, c), and its divisor."""
-        loss = replace(loss, num_mixes=len(logits), logit_scale=1.0)
+        loss = FusedLoss(
+            loss.is_binary, len(logits), self.balance, 1.0, self.tile_size, loss.distill_weight,
+            loss.distill_temperature)
         identity = torch.eye(len(logits), device=logits.device)
         return self._sum(loss, logits, identity, None, target, teacher_rows(logits, teacher, loss.distill_weight))
 

@@ -30,12 +30,14 @@ class Targets(NamedTuple):
             rows = rows[:, positions].transpose(0, 1)
         if normalizer is not None and normalizer.ndim == 2:
             normalizer = normalizer[:, positions].mT.unsqueeze(1)
-        return self._replace(rows=rows, normalizer=normalizer)
+        return Targets(rows, normalizer, self.teacher, self.weight, self.pos_weight)
 
     def to(self, dtype: torch.dtype) -> 'Targets':
         """Convert all tensors except the teacher's logits, which are converted when they are used."""
-        converted = {name: tensor.to(dtype) for name, tensor in self._asdict().items() if tensor is not None}
-        return self._replace(**{**converted, 'teacher': self.teacher})
+        rows, normalizer, weight, pos_weight = (
+            None if tensor is None else tensor.to(dtype)
+            for tensor in (self.rows, self.normalizer, self.weight, self.pos_weight))
+        return Targets(rows, normalizer, self.teacher, weight, pos_weight)
 
     def factors(self, rows: torch.Tensor, is_binary: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors of the logits (..., c) and of A (..., 1 or c) in the loss of target rows (..., c)."""
