@@ -109,7 +109,7 @@ def test_hugging_face_datasets_with_scripts(parse, monkeypatch):
 def test_continuing_a_run_names_its_dataset_on_the_command_line(script, tmp_path):
     from argparse import Namespace
 
-    from timm_multimix.training.hints import train_command
+    from timm_multimix.training.fit import train_command
     args = parse_args(['--dataset', 'wds/x', '--data-dir', 'http://example.org/x y', '--val-split', 'b-0.tar'])
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**vars(args), 'dataset_trust_remote_code': None}))
     words = shlex.split(train_command(Namespace(**vars(args), distributed=False), str(tmp_path)))

@@ -1,7 +1,6 @@
 """Weights, statistics and losses that are not finite: what is saved, what is skipped, and how a run ends."""
 import argparse
 import math
-from dataclasses import replace
 
 import pytest
 import timm
@@ -116,9 +115,9 @@ def train_scaled(data, scaler, *argv):
         '--data-dir', data, '--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--warmup-epochs', 0,
         '--lr', 0.01, '--workers', 0, '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16', *argv)])
     try:
-        setup, state = build_run(args)
-        state.setup = setup = replace(setup, loss_scaler=scaler)
-        fit(setup, state)
+        state = build_run(args)
+        state.setup.loss_scaler = scaler
+        fit(state)
     finally:
         unlock_folders()
 

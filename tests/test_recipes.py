@@ -37,8 +37,8 @@ def test_recipe(recipe, tmp_path, caplog, monkeypatch):
         '--output', str(tmp_path / 'output')])
     assert not caplog.records
     args.pretrained = False
-    setup, state = build_run(args)
-    averages, _ = train_epoch(setup, state)
+    state = build_run(args)
+    setup, averages = state.setup, train_epoch(state)
     assert setup.updates_per_epoch == 2
     assert 'loss' in averages and set(averages) <= {'loss', *setup.task.loss_names, 'top1', 'unreadable'}
     assert all(torch.isfinite(p).all() for p in setup.task.parameters())

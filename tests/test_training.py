@@ -63,6 +63,9 @@ def test_log_lines_show_what_matters(script, image_folder):
         assert word in lines[0]
     if not torch.cuda.is_available():
         assert 'No CUDA device: training on the CPU.' in script.lines
+        # The recipe of the run does not choose the CPU of this machine.
+        assert yaml.safe_load((script.run_folder() / 'args.yaml').read_text())['device'] == 'cuda'
+        assert script('--config', script.run_folder() / 'args.yaml', '--dry-run', '--experiment', 'again') == 0
 
 
 def test_embedded_digits_without_any_data(script):

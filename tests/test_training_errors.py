@@ -55,8 +55,8 @@ WRONG_OPTIONS = {
     'misspelt choice that looks like a token': (['--kd-distill-type', 'tokn'], 'Did you mean token?'),
     'reduction of a loss': (
         ['--model', 'test_resnet', '--loss', 'asl', '--asl-reduction', 'sum'], '--asl-reduction batchmean'),
-    'probability': (['--drop-path', '2'], '--drop-path must be between 0 and 1, got 2.0'),
-    'one ratio of CutMix': (['--cutmix-minmax', '0.3'], '--cutmix-minmax takes two numbers, got 1'),
+    'probability': (['--hflip', '2'], '--hflip must be between 0 and 1, got 2.0'),
+    'one ratio of CutMix': (['--cutmix-minmax', '0.3'], '--cutmix-minmax takes a lowest and a highest value'),
     'smoothing': (['--smoothing', '1'], '--smoothing must be 0 or more and below 1'),
     'misspelt interpolation': (['--train-interpolation', 'bicubc'], 'Did you mean bicubic?'),
     'misspelt metric': (['--eval-metric', 'topp1'], 'Did you mean top1'),
@@ -107,6 +107,11 @@ WRONG_OPTIONS = {
     'list with a value that is not a number': (['--opt-betas', '0.9', 'nan'], '--opt-betas must be a number'),
     'weight decay that is not a number': (['--weight-decay', 'nan'], '--weight-decay must be a number'),
     'weights in a folder': (['--initial-checkpoint', '.'], '. is a folder'),
+    'stochastic depth of every layer': (['--drop-path', '1'], '--drop-path must be 0 or more and below 1'),
+    'decay in the past': (['--decay-epochs', '-1'], '--decay-epochs must be above 0'),
+    'a single beta': (['--opt', 'adamw', '--opt-betas', '0.9'], '--opt-betas takes at least two numbers'),
+    'device without data': (['--device', 'meta'], '--device meta: '),
+    'channels that images do not have': (['--model', 'test_resnet', '--in-chans', '7'], 'images of mode L have 1'),
 }
 
 
@@ -216,7 +221,7 @@ def test_worker_error_during_shutdown(script, tmp_path):
 
     _spoil_images(make_images(tmp_path / 'images' / 'train'))
     previous = signal.signal(signal.SIGCHLD, handler)
-    logger = logging.getLogger('timm_multimix.training.fit')
+    logger = logging.getLogger('timm_multimix.common.command_line')
     logger.addFilter(send_signal)
     try:
         assert script.train(tmp_path / 'images', val_split='') == 1
@@ -253,7 +258,8 @@ def test_unavailable_cuda(script):
 def mistake(script, tmp_path):
     """Return a function that trains on a folder of images and expects one error line."""
     def check(word, *argv, classes=('a', 'b'), **options):
-        make_images(tmp_path / 'data' / 'train', classes)
+        if not (tmp_path / 'data' / 'train').exists():
+            make_images(tmp_path / 'data' / 'train', classes)
         assert script.train(tmp_path / 'data', *argv, **options) == 2, script.text
         assert word in script.lines[-1] and script.lines[-1].startswith('ERROR'), script.text
         assert script.written() == []
@@ -301,6 +307,8 @@ def test_file_that_does_not_contain_weights(mistake, tmp_path, content, reason):
     path = tmp_path / 'junk.txt'
     path.write_bytes(content)
     mistake(f'junk.txt contains no weights: it {reason}.', initial_checkpoint=path)
+    teacher = dict(multimix='dense', multimix_teacher='test_resnet', multimix_teacher_path=path)
+    mistake(f'junk.txt contains no weights: it {reason}.', **teacher)
 
 
 def test_weights_of_the_format_before_pytorch_1_6(script, image_folder, tmp_path):

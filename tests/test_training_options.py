@@ -204,7 +204,7 @@ def test_positional_folder(image_folder):
     (['--model-kwargs', 'foo'], '--model-kwargs, .* take arguments KEY=VALUE'),
     (['--opt-kwargs', 'a=1', 'b'], 'take arguments KEY=VALUE'),
     (['--seed', '-1'], '--seed must be between 0 and 4294967295, got -1'), (['--std', '0'], '--std must be above 0'),
-    (['--crop-pct', '-1'], '--crop-pct must be above 0'), (['--ratio', '0', '0'], '--ratio takes a lowest'),
+    (['--crop-pct', '-1'], '--crop-pct must be above 0'), (['--ratio', '0', '0'], '--ratio must be above 0'),
     (['--scale', '0.5'], '--scale takes a lowest'), (['--scale', '1', '0.5'], '--scale takes a lowest'),
     (['--clip-grad', '-1'], '--clip-grad must be 0 or more'), (['--warmup-epochs', '-1'], '--warmup-epochs must be'),
     (['--multimixx', 'dense'], r'Did you mean --multimix, --multimix-\w+'),

@@ -6,12 +6,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .advice import DATASET_PACKAGES, missing_packages
-from .errors import RunError, UsageError, near_names, printable, usage_errors
+from .errors import RunError, UsageError, is_dead_worker, near_names, printable, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,8 @@ def exit_status(command: Callable[[], None]) -> int:
         command: The command.
 
     Returns:
-        Exit status: 0; 2 after a UsageError, 1 after a RunError, 130 after Ctrl-C.
+        Exit status: 0; 2 after a UsageError, 1 after a RunError, 130 after Ctrl-C, 128 + N if a KeyboardInterrupt has
+        the signal number N as its argument.
     """
     from .console import is_first_on_machine, setup_logging  # imports torch, which --help does not need
 
@@ -92,9 +94,16 @@ def exit_status(command: Callable[[], None]) -> int:
     except RunError as error:
         if is_first_on_machine() or not error.is_shared:
             _logger.error(error)
+        if error.hint:
+            _logger.info(error.hint)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
+        _logger.error(error)
+        return 1
+    except KeyboardInterrupt as error:
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
 

@@ -47,7 +47,9 @@ class RunError(_OneLine):
 
     Attributes:
         is_shared: Whether all processes raise the same error, so that only one needs to log it.
+        hint: How to continue, to log after the error.
     """
+    hint = ''
 
     def __init__(self, message: str, is_shared: bool = False):
         super().__init__(message)

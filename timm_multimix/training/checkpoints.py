@@ -1,4 +1,4 @@
-"""Write, read, verify and select the checkpoints of a run."""
+"""Write and select the checkpoints of a run."""
 import glob
 import itertools
 import logging
@@ -6,21 +6,19 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
 from timm.utils import CheckpointSaver
 
 from ..build.checkpoint import read_checkpoint
-from ..build.saved_weights import CALIBRATED, arguments_of, selection
+from ..build.saved_weights import arguments_of, selection
 from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
 from ..common.files import create, duplicate, replace
 from ..hub.summary import SUMMARY_NAME
-from .loss_guard import normalisation_statistics
+from .loss_guard import normalization_statistics
 from .setup import Setup
 
 _logger = logging.getLogger(__name__)
@@ -40,19 +38,6 @@ def find_checkpoints(folder: str) -> list[str]:
     """Return the paths of the checkpoints in a folder that a run can continue from, readable or not."""
     stem = glob.escape(folder)
     return [path for name in _PATTERNS for path in glob.glob(os.path.join(stem, name + _EXTENSION))]
-
-
-def _why_not_written(error: BaseException) -> str:
-    """Return the operating system's error message, which PyTorch's writer replaces by its own."""
-    for cause in causes(error):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    return 'the disk is full or cannot be written to'
-
-
-def _number(metric: float | None) -> float | None:
-    """Return a metric, or None if it is NaN, which cannot be compared."""
-    return None if metric is None or math.isnan(metric) else metric
 
 
 def _not_finite(weights: Mapping[str, Any]) -> list[str]:
@@ -79,6 +64,8 @@ class RunSaver(CheckpointSaver):
         outdated: Function to call once after the next checkpoint is written (see set_aside), or None.
         class_to_idx: Index of each class name, None if the class names are unknown.
     """
+    _replace = staticmethod(replace)
+    _duplicate = staticmethod(duplicate)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -86,7 +73,7 @@ class RunSaver(CheckpointSaver):
         self.outdated: Callable[[], None] | None = None
         # Buffers that are not finite by design, such as an attention mask with -inf.
         module = self.unwrap_fn(self.model)
-        self._masks = {*_not_finite(dict(module.named_buffers()))} - normalisation_statistics(module).keys()
+        self._masks = {*_not_finite(dict(module.named_buffers()))} - normalization_statistics(module).keys()
         self.class_to_idx: dict[str, int] | None = None
 
     def _state(self, epoch: int, metric: float | None) -> dict[str, Any]:
@@ -131,13 +118,17 @@ class RunSaver(CheckpointSaver):
             with suppress(OSError):
                 os.unlink(save_path)
             raise_if_interrupted(error)
-            raise RunError(f'{save_path} could not be written: {_why_not_written(error)}.') from error
+            # PyTorch's writer replaces the operating system's error by its own.
+            reasons = [cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror]
+            reason = (reasons or ['the disk is full or cannot be written to'])[0]
+            raise RunError(f'{save_path} could not be written: {reason}.') from error
+        finally:
+            self._entries = {}
 
     def save_recovery(self, epoch: int, batch_idx: int = 0, progress: dict[str, Any] | None = None) -> None:
         """Save a recovery checkpoint as timm does, then remove recovery checkpoints of earlier processes."""
         self._entries = dict(progress=progress)
         super().save_recovery(epoch, batch_idx)
-        self._entries = {}
         self._remove_outdated()
         pattern = os.path.join(glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')
         for path in {*glob.glob(pattern)} - {self.curr_recovery_file, self.prev_recovery_file}:
@@ -152,10 +143,10 @@ class RunSaver(CheckpointSaver):
             **entries: Any,
     ) -> tuple[float | None, int | None]:
         """Save a checkpoint as timm does. NaN metrics are treated as None. `entries` are added if there is a metric."""
-        metric = _number(metric)
-        self._entries = dict(progress=progress, **(entries if metric is not None else {}))
+        if metric is not None and math.isnan(metric):
+            metric, entries = None, {}
+        self._entries = dict(entries, progress=progress)
         best = super().save_checkpoint(epoch, metric)
-        self._entries = {}
         self._remove_outdated()
         return best
 
@@ -166,13 +157,7 @@ class RunSaver(CheckpointSaver):
 
     def latest(self) -> str | None:
         """Return the checkpoint that --resume auto would select. Checksums are not verified."""
-        return next(_by_progress(find_checkpoints(self.checkpoint_dir)), None)
-
-    def _replace(self, src: str, dst: str) -> None:
-        replace(src, dst)
-
-    def _duplicate(self, src: str, dst: str) -> None:
-        duplicate(src, dst)
+        return next((path for _, path in _by_progress(find_checkpoints(self.checkpoint_dir))), None)
 
     def load_state_dict_from_checkpoint(self, checkpoint_path: str, start_epoch: float = math.inf) -> bool:
         """Load the saver state of a checkpoint, and restore model_best if it is missing, damaged or of another epoch.
@@ -188,53 +173,46 @@ class RunSaver(CheckpointSaver):
         state, before = checkpoint.get('saver'), arguments_of(checkpoint)
         if state is None:
             return super().load_state_dict_from_checkpoint(checkpoint_path)
-        if before and selection(before) != selection(vars(self.args)):
+        is_comparable = not before or selection(before) == selection(vars(self.args))
+        if not is_comparable:
             _logger.warning(
                 'The best checkpoint was selected by another metric or by other weights. The next epochs select a new '
                 'one.')
-            files = [(file, None) for file, _ in state['checkpoint_files']]
-            state = dict(checkpoint_files=files, best_epoch=None, best_metric=None, pending=(state['pending'][0], None))
-        self.load_state_dict(self._own_history(state, start_epoch))
-        epoch, metric = state['pending']
-        own = {}
-        if _number(metric) is not None and epoch < start_epoch:
-            own[self._checkpoint_path(epoch)] = checkpoint_path  # the same content, maybe the only copy
-            if self.best_metric is None or self.cmp(metric, self.best_metric):
-                self.best_metric, self.best_epoch = metric, epoch
-        self._restore_best(own)
+        self.load_state_dict(self._own_history(state, start_epoch, is_comparable))
+        self._restore_best(checkpoint_path)
         return True
 
-    def _own_history(self, state: dict[str, Any], start_epoch: float) -> dict[str, Any]:
-        """Return a history without later epochs, files in other folders and NaN metrics, sorted by metric."""
+    def _own_history(self, state: dict[str, Any], start_epoch: float, is_comparable: bool) -> dict[str, Any]:
+        """Return a history without later epochs and files in other folders; without metrics unless comparable."""
         name = re.compile(re.escape(self.save_prefix) + r'-(\d+)' + re.escape(self.extension))
-        files = [(file, _number(metric)) for file, metric in state['checkpoint_files']
+        files = [(file, metric if is_comparable else None) for file, metric in state['checkpoint_files']
                  if (match := name.fullmatch(file)) and int(match[1]) < start_epoch]
-        ranked = sorted((file for file in files if file[1] is not None), key=itemgetter(1))
-        files = [*(ranked if self.decreasing else ranked[::-1]), *(file for file in files if file[1] is None)]
         own = dict(checkpoint_files=files, best_epoch=None, best_metric=None, pending=(None, None))
-        if state['best_epoch'] is not None and state['best_epoch'] < start_epoch and (
-                _number(state['best_metric']) is not None):
-            own.update(best_epoch=state['best_epoch'], best_metric=state['best_metric'])
+        best = state['best_epoch'], state['best_metric']
+        if is_comparable and best[0] is not None and best[0] < start_epoch:
+            own.update(best_epoch=best[0], best_metric=best[1])
         epoch, metric = state['pending']
         if epoch is not None and epoch < start_epoch:
-            own['pending'] = epoch, _number(metric)
+            metric = metric if is_comparable else None
+            own['pending'] = epoch, metric
+            if metric is not None and (own['best_metric'] is None or self.cmp(metric, own['best_metric'])):
+                own.update(best_epoch=epoch, best_metric=metric)
         return own
 
-    def _restore_best(self, own: Mapping[str, str]) -> None:
-        """Restore model_best from the checkpoint of the best epoch, else from the best remaining checkpoint.
+    def _restore_best(self, source: str) -> None:
+        """Restore model_best from a checkpoint of the best epoch, else from the best remaining checkpoint.
 
         Args:
-            own: Replacement paths for checkpoints with the same content.
+            source: The checkpoint that the run continues from. It may be the only copy of its epoch.
         """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
         if self.best_epoch is not None and _epoch_of(best) == self.best_epoch:
             return
         lost, candidates = self.best_epoch, [entry for entry in self.checkpoint_files if entry[1] is not None]
-        if lost is not None:
-            candidates.insert(0, (self._checkpoint_path(lost), self.best_metric))
+        if lost is not None and _epoch_of(source) == lost:
+            candidates.insert(0, (source, self.best_metric))
         self.best_metric = self.best_epoch = None
         for path, metric in candidates:
-            path = own.get(path, path)
             if (epoch := _epoch_of(path)) is not None:
                 self._duplicate(path, best)
                 self.best_metric, self.best_epoch = metric, epoch
@@ -265,15 +243,15 @@ def position(path: str) -> tuple[int, bool, int, float]:
     return -1 if epoch is None else epoch, bool(progress.get('in_epoch')), progress.get('consumed', 0), written
 
 
-def _by_progress(paths: Iterable[str]) -> Iterator[str]:
-    """Sort the readable checkpoints by position, the furthest first; equal ones keep their order."""
+def _by_progress(paths: Iterable[str]) -> list[tuple[tuple, str]]:
+    """Return the readable checkpoints with their positions, the furthest first; equal ones keep their order."""
     found = []
     for path in paths:
         try:
             found.append((position(path), path))
         except UsageError as error:
             _logger.warning(f'{error} It is skipped.')
-    return (path for _, path in sorted(found, key=lambda entry: entry[0], reverse=True))
+    return sorted(found, key=lambda entry: entry[0], reverse=True)
 
 
 def newest_checkpoint(folder: str) -> str | None:
@@ -290,44 +268,17 @@ def newest_checkpoint(folder: str) -> str | None:
         raise UsageError(
             f'--resume auto: {folder} contains weights, but no checkpoint that a run can continue from. Choose another '
             '--experiment.')
-    if not paths:
-        return None
-    for path in _by_progress(paths):
+    for _, path in _by_progress(paths):
         try:
             read_checkpoint(path)
             return path
         except UsageError as error:
             _logger.warning(f'{error} Falling back to an earlier one.')
-    try:
-        read_checkpoint(paths[0])
-        return paths[0]  # repaired in the meantime
-    except UsageError as error:
+    if paths:
         raise UsageError(
             f'--resume auto: none of the {len(paths)} checkpoints in {folder} can be read. Remove the folder or choose '
-            f'another --experiment to start a new run. {error}') from error
-
-
-def _replaced(setup: Setup, start_epoch: int) -> list[str]:
-    """Return the checkpoints that are later than the start of the run, the latest first."""
-    start, found = position(setup.resumed_from), []
-    if setup.args.start_epoch is not None:
-        start = start_epoch - 1, False, 0, math.inf
-    for path in [*find_checkpoints(setup.folder), os.path.join(setup.folder, CALIBRATED)]:
-        try:
-            place = position(path)
-        except (UsageError, OSError):
-            continue  # unreadable checkpoints are never selected
-        length = 3 if path.endswith(CALIBRATED) else 4  # its file time is later than that of its source
-        if place[:length] > start[:length]:
-            found.append((place, path))
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _move(path: str, stat: os.stat_result, folder: str) -> None:
-    """Move a file into a folder, unless it was replaced by another file meanwhile."""
-    if os.path.exists(path) and os.path.samestat(stat, os.stat(path)):
-        os.makedirs(folder, exist_ok=True)
-        os.replace(path, os.path.join(folder, os.path.basename(path)))
+            'another --experiment to start a new run.')
+    return None
 
 
 def set_aside(setup: Setup, start_epoch: int) -> Callable[[], None] | None:
@@ -342,18 +293,30 @@ def set_aside(setup: Setup, start_epoch: int) -> Callable[[], None] | None:
     """
     names = (f'superseded-{number}' for number in itertools.count(1))
     folder = next(path for path in (os.path.join(setup.folder, name) for name in names) if not os.path.exists(path))
-    paths = _replaced(setup, start_epoch)
-    resumed_from = os.path.realpath(setup.resumed_from or '')
-    source = next((path for path in paths if os.path.realpath(path) == resumed_from), None)
-    others = [path for path in paths if path != source]
+    start = position(setup.resumed_from)
+    if setup.args.start_epoch is not None:
+        start = start_epoch - 1, False, 0, math.inf
+    later = [path for place, path in _by_progress(find_checkpoints(setup.folder)) if place > start]
+    resumed_from = os.path.realpath(setup.resumed_from)
+    source = next((path for path in later if os.path.realpath(path) == resumed_from), None)
+    others = [path for path in later if path != source]
     if others:
         os.mkdir(folder)
         summary = os.path.join(setup.folder, SUMMARY_NAME)
         if os.path.exists(summary):
             shutil.copyfile(summary, os.path.join(folder, SUMMARY_NAME))
         for path in others:
-            _move(path, os.stat(path), folder)
+            os.replace(path, os.path.join(folder, os.path.basename(path)))
         _logger.warning(
             f'{len(others)} checkpoints in {setup.folder} are later than the start of this run. They are moved to '
             f'{folder}.')
-    return None if source is None else partial(_move, source, os.stat(source), folder)
+    if source is None:
+        return None
+    stat = os.stat(source)
+
+    def move_source() -> None:
+        if os.path.exists(source) and os.path.samestat(stat, os.stat(source)):  # not replaced by the next checkpoint
+            os.makedirs(folder, exist_ok=True)
+            os.replace(source, os.path.join(folder, os.path.basename(source)))
+
+    return move_source

@@ -3,6 +3,7 @@ import argparse
 import logging
 import math
 import os
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,7 +30,7 @@ from .trackers import selected_trackers
 _logger = logging.getLogger(__name__)
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-# Allowed values of options that are free text in timm's parser.
+# Allowed values of options that are free text in timm's parser and that timm does not check before training.
 _CHOICES = {
     'amp_dtype': ('float16', 'bfloat16'),
     'model_dtype': ('float32', 'float16', 'bfloat16'),
@@ -43,60 +44,61 @@ _CHOICES = {
     'interpolation': ('', *_INTERPOLATIONS, 'random'),
     'train_interpolation': ('', *_INTERPOLATIONS, 'random'),
     'lr_decay_fn': ('linear', '1-sqrt', 'cosine', 'power', 'exp'),
-    'fuser': ('', 'te', 'old', 'legacy', 'nvfuser', 'nvf'),
-    'kd_loss_type': ('kl',),
 }
 # Names for suggestions in error messages. timm validates the values.
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'plateau', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 _AUGMENTATIONS = ('v0', 'v0r', 'original', 'originalr', '3a', 'rand', 'augmix')
-# Limits, their description, and the options that they apply to.
+# Checks of a number, their description, and the options that they apply to. In a list every number is checked.
 _RANGES = (
-    ((1, math.inf), 'at least 1', (
+    (lambda value: value >= 1, 'at least 1', (
         'batch_size', 'validation_batch_size', 'epochs', 'img_size', 'in_chans', 'grad_accum_steps', 'log_interval',
-        'val_interval', 'checkpoint_hist', 'stop_epoch', 'dist_timeout')),
-    ((0, math.inf), '0 or more', (
+        'val_interval', 'checkpoint_hist', 'stop_epoch', 'save_epochs', 'dist_timeout')),
+    (lambda value: value >= 0, '0 or more', (
         'workers', 'max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix', 'clip_grad',
         'warmup_epochs', 'cooldown_epochs')),
-    ((0, 2 ** 32 - 1), 'between 0 and 4294967295', ('seed',)),  # NumPy's seeds
-    ((0, 1), 'between 0 and 1', (
-        'drop', 'drop_connect', 'drop_path', 'drop_block', 'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob',
-        'gaussian_blur_prob', 'reprob', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay')),
+    (lambda value: value > 0, 'above 0', ('std', 'crop_pct', 'scale', 'ratio', 'decay_epochs')),
+    (lambda value: 0 <= value < 2 ** 32, 'between 0 and 4294967295', ('seed',)),  # NumPy's seeds
+    (lambda value: 0 <= value <= 1, 'between 0 and 1', (
+        'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
+        'mixup_switch_prob', 'model_ema_decay')),
+    (lambda value: 0 <= value < 1, '0 or more and below 1', (
+        'smoothing', 'drop', 'drop_connect', 'drop_path', 'drop_block')),
+    (lambda value: 0 < value < 1, 'above 0 and below 1', ('multilabel_threshold',)),
 )
 _MAY_BE_INFINITE = ('clip_grad', 'loss_weight_max')  # infinity means no limit
+_EXCLUSIVE = (
+    ('split_bn', 'sync_bn'), ('torchscript', 'torchcompile'), ('torchscript', 'sync_bn'),
+    ('naflex_loader', 'train_img_sizes'), ('naflex_loader', 'use_multi_epochs_loader'), ('naflex_loader', 'aug_splits'),
+    ('calibrate', 'naflex_loader'), ('calibrate', 'torchscript'))
 
 
 def _check_values(args: argparse.Namespace) -> None:
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
         if value is not None and value not in choices:
-            shown = ', '.join(choice or "''" for choice in choices)
-            raise UsageError(f'{option_name(name)} must be one of {shown}, got {value!r}.{near_names(value, choices)}')
+            listed = ', '.join(choice or "''" for choice in choices)
+            raise UsageError(f'{option_name(name)} must be one of {listed}, got {value!r}.{near_names(value, choices)}')
     for name, value in vars(args).items():
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        numbers = [number for number in numbers if isinstance(number, float)]
+        numbers = [number for number in _as_list(value) if isinstance(number, float)]
         if any(map(math.isnan, numbers)):
             raise UsageError(f'{option_name(name)} must be a number, got {value}.')
         if name not in _MAY_BE_INFINITE and any(map(math.isinf, numbers)):
             raise UsageError(f'{option_name(name)} must be finite, got {value}.')
-    for (low, high), description, names in _RANGES:
+    for is_valid, description, names in _RANGES:
         for name in names:
             value = getattr(args, name)
-            if value is not None and not low <= value <= high:
+            if value is not None and not all(map(is_valid, _as_list(value))):
                 raise UsageError(f'{option_name(name)} must be {description}, got {value}.')
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise UsageError(f'--cutmix-minmax takes two numbers, got {len(args.cutmix_minmax)}.')
-    if not 0 <= args.smoothing < 1:
-        raise UsageError(f'--smoothing must be 0 or more and below 1, got {args.smoothing}.')
-    if args.std is not None and min(args.std) <= 0:
-        raise UsageError(f'--std must be above 0, got {min(args.std)}.')
-    if args.crop_pct is not None and args.crop_pct <= 0:
-        raise UsageError(f'--crop-pct must be above 0, got {args.crop_pct}.')
-    for name in ('scale', 'ratio'):
-        low, *high = getattr(args, name)
-        if len(high) != 1 or not 0 < low <= high[0]:
-            raise UsageError(f'--{name} takes a lowest and a highest value above 0, got {getattr(args, name)}.')
-    if min(args.save_epochs, default=1) < 1:
-        raise UsageError('--save-epochs must be at least 1: it counts finished epochs.')
+    for name in ('cutmix_minmax', 'scale', 'ratio'):
+        value = getattr(args, name)
+        if value is not None and (len(value) != 2 or value[0] > value[1]):
+            raise UsageError(f'{option_name(name)} takes a lowest and a highest value, got {value}.')
+    if args.opt_betas is not None and len(args.opt_betas) < 2:
+        raise UsageError(f'--opt-betas takes at least two numbers, got {args.opt_betas}.')
+
+
+def _as_list(value: Any) -> list | tuple:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
@@ -199,22 +201,18 @@ def check_run_folder(args: argparse.Namespace) -> None:
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
+    for first, second in _EXCLUSIVE:
+        if getattr(args, first) and getattr(args, second):
+            raise UsageError(f'{option_name(first)} and {option_name(second)} cannot be combined.')
     rules = (
         (args.aug_splits == 1 or args.aug_splits < 0, '--aug-splits must be 0, or 2 or more.'),
         (args.loss == 'jsd' and args.aug_splits < 2, '--loss jsd needs --aug-splits 2 or more.'),
         (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits.'),
-        (args.split_bn and args.sync_bn, '--split-bn and --sync-bn cannot be combined.'),
-        (args.torchscript and args.torchcompile, '--torchscript and --torchcompile cannot be combined.'),
-        (args.torchscript and args.sync_bn, '--torchscript and --sync-bn cannot be combined.'),
         (mixup_active(args) and any(size % 2 for size in (args.batch_size, *(args.train_batch_sizes or ()))),
          'mixup and CutMix need an even --batch-size.'),
         (args.aug_splits and mixup_active(args), '--aug-splits and mixup or CutMix cannot be combined.'),
         (args.aug_splits and args.no_prefetcher, '--aug-splits needs the prefetcher.'),
         (args.amp and args.model_dtype not in (None, 'float32'), '--amp needs a float32 model: omit --model-dtype.'),
-        (args.naflex_loader and args.train_img_sizes, '--naflex-loader and --train-img-sizes cannot be combined.'),
-        (args.naflex_loader and args.use_multi_epochs_loader,
-         '--naflex-loader and --use-multi-epochs-loader cannot be combined.'),
-        (args.naflex_loader and args.aug_splits, '--naflex-loader and --aug-splits cannot be combined.'),
         (args.task == 'multilabel' and args.kd_model_name, '--task multilabel does not support distillation.'),
         (args.task == 'multilabel' and not args.num_classes, '--task multilabel needs --num-classes.'),
         (args.target_format == 'multihot' and not dataset_prefix(args.dataset) and os.path.isdir(args.data_dir or ''),
@@ -224,17 +222,13 @@ def _check_combinations(args: argparse.Namespace) -> None:
          '--target-format multihot is for --task multilabel.'),
         (args.task == 'classification' and ',' in (args.target_key or ''),
          '--target-key with several fields is for --task multilabel.'),
-        (not 0 < args.multilabel_threshold < 1, '--multilabel-threshold must be between 0 and 1.'),
         (args.calibrate is not None and args.task != 'classification',
          '--calibrate is for --task classification: it fits a temperature to one class per image.'),
-        (args.calibrate is not None and (args.naflex_loader or args.torchscript),
-         '--calibrate cannot be combined with --naflex-loader or --torchscript.'),
         (args.validate and not args.val_split, '--validate needs a --val-split.'),
     )
     for is_wrong, message in rules:
         if is_wrong:
             raise UsageError(message)
-    _check_eval_metric(args)
 
 
 def _check_eval_metric(args: argparse.Namespace) -> None:
@@ -274,4 +268,5 @@ def check_args(args: argparse.Namespace) -> None:
     _check_files(args)
     _check_hub(args)
     _check_combinations(args)
+    _check_eval_metric(args)
     check_multimix(args)

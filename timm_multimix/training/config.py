@@ -133,13 +133,6 @@ def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return dict(unset, dataset=dataset), note
 
 
-def _preset_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that --multimix-preset sets, or none without MultiMix."""
-    if values.get('multimix', 'off') == 'off':
-        return {}
-    return preset_options(values.get('multimix_preset', 'default'))
-
-
 def _without_preset(values: dict[str, Any], preset: str) -> dict[str, Any]:
     """Drop the file values that a preset on the command line overrides. args.yaml of a run contains such values."""
     before = values.get('multimix_preset')
@@ -173,14 +166,9 @@ def _resolve_defaults(args: argparse.Namespace, values: dict[str, Any]) -> None:
         args.loss_pos_weight = str(args.bce_pos_weight)
 
 
-def _resolve_device(args: argparse.Namespace, is_given: bool) -> str:
-    """Fall back to the CPU if CUDA is not available and the user did not ask for it. Returns a log line or ''."""
-    if args.device_modules or not args.device.startswith('cuda') or torch.cuda.is_available():
-        return ''
-    if is_given:
-        raise UsageError(f'--device {args.device}: no CUDA device is available. Try --device cpu.')
-    args.device = 'cpu'
-    return 'No CUDA device: training on the CPU.'
+def falls_back_to_cpu(args: argparse.Namespace) -> bool:
+    """Return whether a run on CUDA, the default device, uses the CPU because CUDA is not available."""
+    return args.device.startswith('cuda') and not args.device_modules and not torch.cuda.is_available()
 
 
 def _check_no_token(values: dict[str, Any]) -> None:
@@ -220,13 +208,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         values.setdefault('data_dir', values['data'])
     defaults = {name: parser.get_default(name) for name in parser.options}
     demo, demo_note = _demo_defaults(values)
-    preset = _preset_defaults(values)
+    has_multimix = values.get('multimix', 'off') != 'off'
+    preset = preset_options(values.get('multimix_preset', 'default')) if has_multimix else {}
     args = argparse.Namespace(**{**defaults, 'card': {}, **demo, **preset, **values})
     _resolve_defaults(args, values)
     _check_dataset_source(
         args, config, {name: value for name, value in file_values.items() if name not in given}, defaults)
-    device_note = _resolve_device(args, 'device' in values)
+    if 'device' in given and falls_back_to_cpu(args):
+        raise UsageError(f'--device {args.device}: no CUDA device is available. Try --device cpu.')
     check_args(args)
-    for note in filter(None, (demo_note, device_note)):
-        _logger.info(note)
+    if demo_note:
+        _logger.info(demo_note)
     return args

@@ -48,7 +48,6 @@ class HubPush:
         self._thread = threading.Thread(target=self._work, name='hub', daemon=True)
         self._stopped = threading.Event()  # queued checkpoints are not pushed
         self._error = ''  # why the result was not pushed
-        self._last_saved: tuple[int, int] | None = None  # inode and time of the last checkpoint in the queue
         self._logged_url = ''
 
     @classmethod
@@ -93,22 +92,16 @@ class HubPush:
         self._thread.start()
 
     def after_save(self, is_best: bool) -> None:
-        """Push the last checkpoint in the background, if it is new and --hub-strategy selects it."""
+        """Push the last checkpoint, which was just saved, in the background if --hub-strategy selects it."""
         strategy = self.args.hub_strategy
-        if strategy == 'end' or (strategy == 'best' and not is_best):
+        is_busy = self._jobs.unfinished_tasks and not self.args.hub_always_push
+        if strategy == 'end' or (strategy == 'best' and not is_best) or is_busy:
             return
-        if self._jobs.unfinished_tasks and not self.args.hub_always_push:
-            return
-        last = os.path.join(self.folder, 'last.pth.tar')
         try:
-            saved = os.stat(last)
-            if self._last_saved == (saved.st_ino, saved.st_mtime_ns):
-                return  # this epoch saved no checkpoint
-            self._last_saved = saved.st_ino, saved.st_mtime_ns
             with ExitStack() as stack:
                 # A second link preserves the checkpoint when training replaces it.
                 path = os.path.join(stack.enter_context(work_folder(self.folder)), 'checkpoint.pth.tar')
-                duplicate(last, path)
+                duplicate(os.path.join(self.folder, 'last.pth.tar'), path)
                 self._jobs.put((path, stack.pop_all()))
         except OSError as error:
             _logger.warning(f'The checkpoint was not pushed: {error}')

@@ -1,42 +1,44 @@
-"""Training loop and validation loop."""
+"""Training loop of one epoch."""
 import logging
 import os
 import pickle
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torchvision
 from timm import utils
-from timm.task import evaluation_sample_limit
-from torch import nn
 
 from ..build.loaders import TRAINING
 from ..common.console import Averages, EpochReporter
 from ..common.errors import RunError
 from ..common.files import create
 from ..data.loading import batches_of
-from .checkpoints import RunSaver
 from .setup import Setup
 from .state import RunState
 
 _logger = logging.getLogger(__name__)
 
 
-def _begin_epoch(setup: Setup, state: RunState) -> None:
-    """Set the epoch of dataset, samplers and task, and switch mixup off at --mixup-off-epoch."""
-    args, loader, epoch = setup.args, setup.loaders.train, state.epoch
-    for part in (loader.dataset, getattr(loader, 'batch_sampler', None), getattr(loader, 'sampler', None)):
+def shown(metrics: Mapping[str, float]) -> str:
+    """Format metrics for log lines."""
+    return '  '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+
+
+def _begin_epoch(state: RunState) -> None:
+    """Set the epoch of dataset, samplers and task, and disable mixup from --mixup-off-epoch on."""
+    setup, epoch = state.setup, state.epoch
+    args, loader, mixup_fn = setup.args, setup.loaders.train, setup.loaders.mixup_fn
+    parts = (loader.dataset, getattr(loader, 'batch_sampler', None), getattr(loader, 'sampler', None), setup.task)
+    for part in parts:
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
-    if hasattr(setup.task, 'set_epoch'):
-        setup.task.set_epoch(epoch)
     setup.task.get_trainable_module().train()
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        if setup.loaders.mixup_fn is not None:
-            setup.loaders.mixup_fn.mixup_enabled = False
+        if mixup_fn is not None:
+            mixup_fn.mixup_enabled = False
         elif getattr(loader, 'mixup_enabled', False):
             loader.mixup_enabled = False
     if state.averages is None:  # not a resumed epoch
@@ -45,7 +47,7 @@ def _begin_epoch(setup: Setup, state: RunState) -> None:
         setup.loaders.begin_epoch()
 
 
-def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
+def read_batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
     """Iterate over a loader and convert its errors to a RunError with a message of one line."""
     batches = batches_of(loader)
     while True:
@@ -62,7 +64,7 @@ def _batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
         yield batch
 
 
-def _to_device(setup: Setup, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def to_device(setup: Setup, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """Move a batch to the device of the model, unless timm's prefetcher has already done so."""
     if setup.args.no_prefetcher:
         if isinstance(input, dict):
@@ -77,18 +79,13 @@ def _to_device(setup: Setup, input: Any, target: torch.Tensor) -> tuple[Any, tor
     return input, target
 
 
-def _num_images(input: Any) -> int:
-    return len(input['patches']) if isinstance(input, dict) else len(input)
-
-
-def _gradient_scale(setup: Setup, input: Any) -> float | torch.Tensor:
+def _gradient_scale(setup: Setup, num_images: int) -> float | torch.Tensor:
     """Return the loss scale of a batch if the batch size varies with image size, sequence length or rank, else 1."""
-    args, num_images = setup.args, _num_images(input)
+    args = setup.args
     if not args.naflex_loader and args.train_img_sizes is None:
         return 1.0
     mode = args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale
-    relative = num_images / setup.loaders.batch_size
-    scale = {'none': 1.0, 'sqrt': relative ** 0.5, 'linear': relative}[mode]
+    scale = (num_images / setup.loaders.batch_size) ** {'none': 0.0, 'sqrt': 0.5, 'linear': 1.0}[mode]
     if args.naflex_loader and args.distributed:
         total = utils.reduce_tensor(torch.tensor(float(num_images), device=setup.device), 1)
         scale = scale * args.world_size * num_images / total
@@ -96,35 +93,29 @@ def _gradient_scale(setup: Setup, input: Any) -> float | torch.Tensor:
 
 
 def _mix(
-        setup: Setup,
-        epoch: int,
-        index: int,
-        input: Any,
-        target: torch.Tensor,
-) -> tuple[Any, torch.Tensor, dict[str, bool]]:
-    """Select whether the batch uses MultiMix, and mix its images unless the loader has mixed them (with a prefetcher).
+        state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor, dict[str, bool]]:
+    """Decide whether a batch uses MultiMix, and mix its images unless the loader has mixed them.
 
     Returns:
         Input, target, and keyword arguments of the task.
     """
-    schedule, mixup_fn, options = setup.loaders.schedule, setup.loaders.mixup_fn, {}
-    if schedule.alternates:
-        options = dict(multimix=schedule.is_multimix(epoch, index))
-        if mixup_fn is not None:
-            mixup_fn.mixes_images = schedule.mixes_images(epoch, index)
-    if mixup_fn is not None:
-        input, target = mixup_fn(input, target)
+    loaders, options = state.setup.loaders, {}
+    if loaders.schedule.alternates:
+        options = dict(multimix=loaders.schedule.is_multimix(state.epoch, index))
+    if loaders.mixup_fn is not None:
+        loaders.mixup_fn.mixes_images = loaders.schedule.mixes_images(state.epoch, index)
+        input, target = loaders.mixup_fn(input, target)
     return input, target, options
 
 
-def _forward(setup: Setup, place: str, input: Any, target: torch.Tensor, options: dict[str, bool]) -> dict[str, Any]:
+def _forward(state: RunState, input: Any, target: torch.Tensor, options: dict[str, bool]) -> dict[str, Any]:
     """Return the output of the task. The key 'loss' contains the loss."""
-    with setup.autocast():
+    with state.setup.autocast():
         try:
-            return setup.task(input, target, **options)
+            return state.setup.task(input, target, **options)
         except ValueError as error:  # such as NaN targets after mixup
             _logger.debug('', exc_info=True)
-            raise RunError(f'The loss cannot be computed in {place}: {error}') from error
+            raise RunError(f'The loss cannot be computed in {state.watchdog.place}: {error}') from error
 
 
 def _backward(setup: Setup, loss: torch.Tensor) -> None:
@@ -163,13 +154,6 @@ def _step_metrics(result: dict, target: torch.Tensor) -> dict[str, torch.Tensor]
     return values
 
 
-def _accumulation(index: int, num_batches: int, accum_steps: int) -> tuple[int, bool]:
-    """Return the number of batches in the update of batch `index`, and whether the batch is the last of them."""
-    remainder = num_batches % accum_steps
-    steps = remainder if index >= num_batches - remainder else accum_steps
-    return steps, index == num_batches - 1 or (index + 1) % accum_steps == 0
-
-
 def learning_rate(setup: Setup) -> float:
     """Return the learning rate, averaged over the parameter groups."""
     rates = [group['lr'] for group in setup.optimizer.param_groups]
@@ -187,19 +171,19 @@ def _after_update(setup: Setup, num_updates: int, passed: bool) -> None:
         setup.scheduler.step_update(num_updates=num_updates)
 
 
-def _save_recovery(setup: Setup, state: RunState, update: int, saver: RunSaver | None) -> None:
+def _save_recovery(state: RunState, update: int) -> None:
     """Save a recovery checkpoint at each --recovery-interval and before the run stops at the request of the user."""
-    stops, interval = state.stop.requested(), setup.args.recovery_interval
+    stops, interval = state.stop.requested(), state.setup.args.recovery_interval
     if stops or (interval and (update + 1) % interval == 0):
         progress = state.state_dict()
-        if saver is not None:
-            saver.save_recovery(state.epoch, update, progress)
+        if state.saver is not None:
+            state.saver.save_recovery(state.epoch, update, progress)
     if stops:
         raise KeyboardInterrupt
 
 
-def _report(setup: Setup, state: RunState, reporter: EpochReporter, update: int, lr: float) -> None:
-    averages = state.averages.compute(setup.args.distributed)
+def _report(state: RunState, reporter: EpochReporter, update: int, lr: float) -> None:
+    averages = state.averages.compute(state.setup.args.distributed)
     if state.averages.latest:
         reporter.report(update, {'loss': state.averages.latest['loss'].item()}, averages, lr)
 
@@ -207,110 +191,80 @@ def _report(setup: Setup, state: RunState, reporter: EpochReporter, update: int,
 def _save_images(setup: Setup, input: Any, batch: int) -> None:
     if isinstance(input, dict):
         return
-    path = os.path.join(setup.folder, f'train-batch-{batch}.jpg')
     views = setup.args.multimix_views if setup.args.multimix != 'off' else 1
     images = input.unflatten(1, (views, -1)).flatten(0, 1)
-    with create(path) as file:
+    with create(os.path.join(setup.folder, f'train-batch-{batch}.jpg')) as file:
         torchvision.utils.save_image(images, file, format='jpeg', padding=0, normalize=True)
 
 
-def _epoch_metrics(setup: Setup, state: RunState) -> dict[str, float]:
-    metrics = state.averages.compute(setup.args.distributed)
+def _epoch_metrics(state: RunState, images_per_second: float) -> dict[str, float]:
+    metrics = state.averages.compute(state.setup.args.distributed)
     if 'loss' not in metrics:
         raise RunError(
             f'No loss of epoch {state.epoch} was finite. Lower the learning rate, clip gradients (--clip-grad), or '
             'check the inputs for NaN.',
             is_shared=True)
-    return {**metrics, 'unreadable': setup.loaders.count_unreadable(TRAINING)}
+    _logger.info(f'Epoch {state.epoch}: training  {shown(metrics)}  ({images_per_second:.1f} images/s)')
+    return {**metrics, 'unreadable': state.setup.loaders.count_unreadable(TRAINING)}
 
 
-def train_epoch(setup: Setup, state: RunState, saver: RunSaver | None = None) -> tuple[dict[str, float], float]:
+def train_epoch(state: RunState) -> dict[str, float]:
     """Train for one epoch, or for the rest of a resumed epoch.
 
     Args:
-        setup: Setup of the run.
         state: State of the run. Its epoch is trained.
-        saver: Writes recovery checkpoints; None on all processes but the first.
 
     Returns:
-        Averages over the epoch ('loss', its terms, 'top1' for class-index targets, and 'unreadable', the number of
-        images that could not be read), and images per second.
+        Averages over the epoch: 'loss', its terms, 'top1' for class-index targets, and 'unreadable', the number of
+        images that could not be read.
 
     Raises:
         KeyboardInterrupt: if the user stops the run. A recovery checkpoint has been written.
         RunError: if losses are not finite, a batch cannot be loaded, or a checkpoint cannot be written.
     """
-    args, epoch, loader, optimizer = setup.args, state.epoch, setup.loaders.train, setup.optimizer
+    setup, epoch, guard = state.setup, state.epoch, state.guard
+    args, loader, optimizer, accum_steps = setup.args, setup.loaders.train, setup.optimizer, setup.args.grad_accum_steps
     first = state.consumed  # 0 unless the epoch was interrupted
-    _begin_epoch(setup, state)
+    _begin_epoch(state)
     reporter = EpochReporter(
-        epoch, setup.updates_per_epoch, args.log_interval, args.world_size, done=first // args.grad_accum_steps)
+        epoch, setup.updates_per_epoch, args.log_interval, args.world_size, done=first // accum_steps)
     optimizer.zero_grad()
     waiting_since = time.perf_counter()
     try:
-        for index, (input, target) in enumerate(_batches(loader), start=first):
-            update = index // args.grad_accum_steps
-            accum_steps, is_update = _accumulation(index, len(loader), args.grad_accum_steps)
-            place = f'epoch {epoch}, update {update}'
-            state.watchdog.move(place)
-            input, target = _to_device(setup, input, target)
-            input, target, options = _mix(setup, epoch, index, input, target)
-            reporter.add(_num_images(input), time.perf_counter() - waiting_since)
+        for index, (input, target) in enumerate(read_batches(loader), start=first):
+            update = index // accum_steps
+            is_update = index == len(loader) - 1 or (index + 1) % accum_steps == 0
+            state.watchdog.move(f'epoch {epoch}, update {update}')
+            input, target, options = _mix(state, index, *to_device(setup, input, target))
+            num_images = len(input['patches']) if isinstance(input, dict) else len(input)
+            reporter.add(num_images, time.perf_counter() - waiting_since)
 
-            state.guard.remember()
+            guard.remember()
             with nullcontext() if is_update or not args.distributed else setup.task.no_sync():
-                result = _forward(setup, place, input, target, options)
-                state.guard.watch(result['loss'], is_update)
-                _backward(setup, result['loss'] * (_gradient_scale(setup, input) / accum_steps))
-            batch_passed, update_passed = state.guard.passed()
+                result = _forward(state, input, target, options)
+                guard.watch(result['loss'], is_update)
+                num_batches = min(accum_steps, len(loader) - update * accum_steps)  # in this update
+                _backward(setup, result['loss'] * (_gradient_scale(setup, num_images) / num_batches))
+            batch_passed, update_passed = guard.passed()
             if is_update and update_passed:
                 _optimizer_step(setup)
 
-            state.averages.update(_step_metrics(result, target), _num_images(input) if batch_passed else 0)
-            state.advance()
+            state.averages.update(_step_metrics(result, target), num_images if batch_passed else 0)
+            if setup.loaders.resumable is not None:
+                setup.loaders.resumable.advance()
             if is_update:
                 lr = learning_rate(setup)
-                state.guard.finish_update(update_passed, f'in {place}, at learning rate {lr:.3g}')
+                guard.finish_update(update_passed, f'in {state.watchdog.place}, at learning rate {lr:.3g}')
                 _after_update(setup, epoch * setup.updates_per_epoch + update + 1, update_passed)
-                _save_recovery(setup, state, update, saver)
+                _save_recovery(state, update)
                 reporter.step()
                 if reporter.is_due(update):
-                    _report(setup, state, reporter, update, lr)
-                    if saver is not None and args.save_images:
+                    _report(state, reporter, update, lr)
+                    if state.saver is not None and args.save_images:
                         _save_images(setup, input, index)
             waiting_since = time.perf_counter()
     finally:
         images_per_second = reporter.close()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    return _epoch_metrics(setup, state), images_per_second
-
-
-@torch.inference_mode()
-def validate(setup: Setup, state: RunState, model: nn.Module) -> dict[str, float]:
-    """Validate a model with the task's evaluator.
-
-    Args:
-        setup: Setup of the run.
-        state: State of the run.
-        model: An evaluation model of the task: trained, EMA or teacher weights.
-
-    Returns:
-        Metrics over the validation set, reduced over all processes.
-    """
-    args, loader = setup.args, setup.loaders.evaluation
-    evaluator = setup.task.create_evaluator(max_samples=evaluation_sample_limit(loader))
-    model.eval()
-    state.validated = True
-    for index, (input, target) in enumerate(_batches(loader)):
-        state.watchdog.move(f'validation, batch {index}')
-        input, target = _to_device(setup, input, target)
-        with setup.autocast():
-            output = model(input)
-        output = output[0] if isinstance(output, (tuple, list)) else output
-        if args.tta > 1:
-            output = output.unfold(0, args.tta, args.tta).mean(dim=2)
-            target = target[::args.tta]
-        evaluator.update(output, target)
-        state.stop.check()
-    return dict(evaluator.compute(distributed=args.distributed))
+    return _epoch_metrics(state, images_per_second)

@@ -12,8 +12,8 @@ _logger = logging.getLogger(__name__)
 _STATISTICS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
-def normalisation_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the running-statistics buffers of a module's normalisation layers, by name."""
+def normalization_statistics(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the running-statistics buffers of a module's normalization layers, by name."""
     return {name: buffer for name, buffer in module.named_buffers() if name.rpartition('.')[2] in _STATISTICS}
 
 
@@ -22,9 +22,6 @@ class LossGuard:
 
     Call watch() after the forward pass: it copies a flag to the host asynchronously. Call passed() after the backward
     pass is queued: it reads the flag while the device runs the backward pass, so that the device does not idle.
-
-    If the loss of a batch is not finite, passed() also restores the normalisation statistics from before its forward
-    pass.
 
     Args:
         module: The trained model.
@@ -36,15 +33,15 @@ class LossGuard:
         self.limit = limit
         self.distributed = distributed
         self.failed_in_a_row = 0
-        self._statistics = list(normalisation_statistics(module).values()) if limit else []
+        self._statistics = list(normalization_statistics(module).values()) if limit else []
         self._before = [torch.empty_like(buffer) for buffer in self._statistics]
-        self._flag: torch.Tensor | None = None  # on the host: (batch failed, update failed)
+        self._flags: torch.Tensor | None = None  # on the host: (batch failed, update failed)
         self._event = None
         self._failed = torch.zeros(())
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Save the normalisation statistics before a forward pass."""
+        """Save the normalization statistics before a forward pass."""
         if self._statistics:
             torch._foreach_copy_(self._before, self._statistics)
 
@@ -57,22 +54,23 @@ class LossGuard:
         self._failed = torch.maximum(self._failed.to(failed.device), failed)
         if is_update and self.distributed:
             dist.all_reduce(self._failed, dist.ReduceOp.MAX)
-        flags = torch.stack([failed, self._failed])
-        if flags.device.type == 'cuda':
-            self._flag = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
+        self._flags = torch.stack([failed, self._failed])
+        if self._flags.device.type == 'cuda':
+            self._flags = torch.empty(2, pin_memory=True).copy_(self._flags, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._flag = flags.cpu()
 
     @torch.no_grad()
     def passed(self) -> tuple[bool, bool]:
-        """Return whether the loss of this batch is finite, and whether all losses of the update so far are finite."""
+        """Return whether the loss of this batch is finite, and whether all losses of the update so far are finite.
+
+        If the loss of the batch is not finite, restore the normalization statistics from before its forward pass.
+        """
         if not self.limit:
             return True, True
         if self._event is not None:
             self._event.synchronize()
-        batch_failed, update_failed = map(bool, self._flag)
+        batch_failed, update_failed = map(bool, self._flags.cpu())
         if batch_failed and self._statistics:
             torch._foreach_copy_(self._statistics, self._before)
         return not batch_failed, not update_failed

@@ -1,11 +1,9 @@
-"""Create the training task of a run: a timm task, or the MultiMix task that replaces it."""
+"""Create the training task of a run: a task of timm, or the MultiMix task that replaces it."""
 import argparse
 import logging
-from contextlib import suppress
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -16,8 +14,9 @@ from timm.task import (
 )
 from torch import nn
 
+from ..build.checkpoint import check_weights_file
 from ..build.criteria import check_num_classes, criterion_options
-from ..common.errors import UsageError, usage_errors
+from ..common.errors import usage_errors
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
 from ..teacher import PretrainedTeacher
@@ -44,6 +43,7 @@ def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared: Any
 def build_task(
         args: argparse.Namespace,
         model: nn.Module,
+        data_config: dict[str, Any],
         device: torch.device,
         dtype: torch.dtype | None,
 ) -> TrainingTask:
@@ -68,40 +68,34 @@ def build_task(
     if args.multimix == 'off':
         return task
     with usage_errors(f'--multimix {args.multimix}'):
-        return _multimix_task(MultiLabelMultiMixTask if multi_label else MultiMixTask, model, shared, args)
-
-
-def _pretrained_teacher(model: nn.Module, shared: dict, args: argparse.Namespace) -> PretrainedTeacher:
-    data_config = resolve_data_config(vars(args), model=model)
-    teacher = PretrainedTeacher(
-        args.multimix_teacher,
-        model,
-        path=args.multimix_teacher_path,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        device=shared['device'],
-        dtype=shared['dtype'],
-    )
-    channels, *size = data_config['input_size']
-    for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
-        teacher(torch.zeros(1, channels, height, width, device=shared['device'], dtype=shared['dtype']))
-    return teacher
-
-
-def _multimix_task(
-        task_cls: type[MultiMixTask], model: nn.Module, shared: dict, args: argparse.Namespace) -> MultiMixTask:
-    options = multimix_kwargs(args)
-    if args.multimix_teacher not in ('none', 'ema'):
-        path = f', --multimix-teacher-path {args.multimix_teacher_path}' if args.multimix_teacher_path else ''
-        with usage_errors(f'--multimix-teacher {args.multimix_teacher}{path}'):
-            options.update(teacher=_pretrained_teacher(model, shared, args), teacher_path=None)
-    _logger.info(describe_batches(args))
-    try:
+        options = multimix_kwargs(args)
+        if args.multimix_teacher not in ('none', 'ema'):
+            options.update(teacher=_pretrained_teacher(args, model, data_config, device, dtype), teacher_path=None)
+        _logger.info(describe_batches(args))
         with errors_name_options():
-            return task_cls(model, **shared, **options)
-    except ValueError as error:
-        if args.multimix == 'dense' and 'use --multimix pooled' not in str(error):
-            with suppress(ValueError, TypeError):
-                task_cls(model, **shared, **{**options, 'mode': 'pooled'})
-                raise UsageError(f'--multimix dense: {error} (--multimix pooled supports this model.)') from error
-        raise
+            return (MultiLabelMultiMixTask if multi_label else MultiMixTask)(model, **shared, **options)
+
+
+def _pretrained_teacher(
+        args: argparse.Namespace,
+        model: nn.Module,
+        data_config: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
+) -> PretrainedTeacher:
+    """Create the teacher of --multimix-teacher, and run it on an image of each size to check that it accepts them."""
+    path = args.multimix_teacher_path
+    channels, *size = data_config['input_size']
+    with usage_errors(
+            f'--multimix-teacher {args.multimix_teacher}' + (f', --multimix-teacher-path {path}' if path else '')):
+        try:
+            teacher = PretrainedTeacher(
+                args.multimix_teacher, model, path=path, mean=data_config['mean'], std=data_config['std'],
+                device=device, dtype=dtype)
+        except Exception:
+            if path:
+                check_weights_file(path)
+            raise
+        for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
+            teacher(torch.zeros(1, channels, height, width, device=device, dtype=dtype))
+    return teacher

@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from timm import utils
 from timm.layers import set_fast_norm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
-from torch.optim import Optimizer
 
 from ..build.arguments import DEFAULT_OUTPUT
 from ..build.classes import check_targets, match_classes, settle_classes
@@ -35,15 +34,15 @@ from ..build.model import (
     report_positions,
     resolve_data,
 )
-from ..build.saved_weights import changes, entries
+from ..build.saved_weights import changes, entries, saved_weights
 from ..calibration.run import check_classifier, check_continues, hold_out
 from ..common.distributed import choose_device, join_processes, of_the_first
 from ..common.errors import UsageError, usage_errors
-from ..common.files import lock_folder, make_folder
-from ..data.demo import Part
+from ..common.files import lock_folder
+from ..data.demo import Part, default_img_mode
 from ..options import batch_schedule
 from .checkpoints import newest_checkpoint
-from .config import COMMAND_LINE_ONLY
+from .config import COMMAND_LINE_ONLY, falls_back_to_cpu
 from .objective import build_task
 from .resuming import load_weights, resume, set_start, setup_ema
 from .setup import Setup
@@ -64,8 +63,12 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
             utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
         set_fast_norm()
+    if falls_back_to_cpu(args):
+        args.device = 'cpu'
+        _logger.info('No CUDA device: training on the CPU.')
     with usage_errors(f'--device {args.device}'):
         device = choose_device(args)
+        torch.zeros((), device=device).item()  # fails on a device without data, such as meta
     if args.distributed:
         join_processes(device, args.rank, args.world_size, args.dist_timeout)
     where = f'{args.world_size} processes, this one' if args.distributed else 'one process'
@@ -73,21 +76,29 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _setup_dtype(args: argparse.Namespace) -> torch.dtype | None:
+def _setup_precision(
+        args: argparse.Namespace,
+        device: torch.device,
+) -> tuple[torch.dtype | None, Callable[[], Any], utils.NativeScaler | None]:
+    """Return the dtype of the model, a function that returns the autocast context, and the loss scaler if needed."""
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     if dtype == torch.float16:
         _logger.warning('Training with --model-dtype float16 is often unstable. bfloat16 has a larger range.')
-    return dtype
-
-
-def _setup_amp(args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], Any], utils.NativeScaler | None]:
-    """Return a function that returns the autocast context, and the loss scaler if one is needed."""
     if not args.amp:
-        return nullcontext, None
+        return dtype, nullcontext, None
     amp_dtype = getattr(torch, args.amp_dtype)
     needs_scaler = device.type == 'cuda' and amp_dtype == torch.float16
     autocast = partial(torch.autocast, device_type=device.type, dtype=amp_dtype)
-    return autocast, utils.NativeScaler(device=device.type) if needs_scaler else None
+    return dtype, autocast, utils.NativeScaler(device=device.type) if needs_scaler else None
+
+
+def _check_channels(args: argparse.Namespace, in_chans: int) -> None:
+    mode = args.input_img_mode or default_img_mode(in_chans)
+    bands = Image.getmodebands(mode)
+    if bands != in_chans:
+        raise UsageError(
+            f'--in-chans: the model has {in_chans} input channels, but images of mode {mode} have {bands}. Use 1 or 3 '
+            'channels, or another --input-img-mode.')
 
 
 def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
@@ -114,9 +125,10 @@ def _build_setup(args: argparse.Namespace) -> Setup:
     """Build device, data, model and task."""
     options = {name: value for name, value in vars(args).items() if name not in (*COMMAND_LINE_ONLY, 'dry_run')}
     device = _setup_device(args)
-    dtype = _setup_dtype(args)
+    dtype, autocast, loss_scaler = _setup_precision(args, device)
     model_args = model_options(args)
     in_chans = input_channels(model_args)
+    _check_channels(args, in_chans)
     train, evaluation = build_datasets(args, in_chans)
     check_targets(args, train)
     classes, origin = settle_classes(args, train, evaluation)
@@ -140,10 +152,10 @@ def _build_setup(args: argparse.Namespace) -> Setup:
         calibration = build_calibration_loader(args, held_out, data_config, device, dtype)
         loaders = replace(loaders, calibration=calibration)
     _settle_learning_rate(args, loaders.batch_size)
-    task = build_task(args, model, device, dtype)
+    task = build_task(args, model, data_config, device, dtype)
     report_positions(args, model, data_config)
     return Setup(
-        args, options, device, dtype, *_setup_amp(args, device), task, loaders, data_config, classes,
+        args, options, device, dtype, autocast, loss_scaler, task, loaders, data_config, classes,
         eval_metric=args.eval_metric if evaluation is not None else 'loss',
         folder=_run_folder(args, data_config['input_size'][-1]))
 
@@ -179,7 +191,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
 
 
-def _prepare_task(setup: Setup, path: str | None, checkpoint: dict[str, Any]) -> None:
+def _prepare_task(setup: Setup, checkpoint: dict[str, Any]) -> None:
     """Set up the EMA, compile and distribute the model of a task whose weights are loaded."""
     args, task = setup.args, setup.task
     if args.distributed:
@@ -187,9 +199,9 @@ def _prepare_task(setup: Setup, path: str | None, checkpoint: dict[str, Any]) ->
         for tensor in task.get_trainable_module().state_dict().values():
             torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
-        setup_ema(args, task, path)
+        setup_ema(args, task, setup.resumed_from)
     names = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
-    for line in changes(checkpoint.get('weights', {}), entries(names, vars(args))):
+    for line in changes(saved_weights(checkpoint), entries(names, vars(args))) if checkpoint else ():
         _logger.warning(f'--resume: {line}')
     compile_task(args, task)
     if args.distributed:
@@ -197,72 +209,52 @@ def _prepare_task(setup: Setup, path: str | None, checkpoint: dict[str, Any]) ->
         task.prepare_distributed(device_ids=[setup.device] if setup.device.type != 'cpu' else None, **options)
 
 
-def _build_schedule(setup: Setup, optimizer: Optimizer, updates_per_epoch: int) -> tuple[Scheduler | None, int]:
+def _build_schedule(setup: Setup) -> None:
     args = setup.args
+    setup.updates_per_epoch = -(-len(setup.loaders.train) // args.grad_accum_steps)
     with usage_errors(f'--sched {args.sched}'):
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer,
+        setup.scheduler, setup.num_epochs = create_scheduler_v2(
+            setup.optimizer,
             **scheduler_kwargs(args, decreasing_metric=setup.decreasing),
-            updates_per_epoch=updates_per_epoch,
+            updates_per_epoch=setup.updates_per_epoch,
         )
-    if args.stop_epoch is not None and args.stop_epoch > num_epochs:
-        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {num_epochs} epochs of the run.')
-    if args.multimix != 'off' and args.multimix_start_epoch >= num_epochs:
+    if args.stop_epoch is not None and args.stop_epoch > setup.num_epochs:
+        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {setup.num_epochs} epochs of the run.')
+    if args.multimix != 'off' and args.multimix_start_epoch >= setup.num_epochs:
         raise UsageError(
-            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {num_epochs} epochs of the run, '
-            'which are counted from 0.')
-    return scheduler, num_epochs
+            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {setup.num_epochs} epochs of '
+            'the run, which are counted from 0.')
+    setup.stop_epoch = args.stop_epoch or setup.num_epochs
 
 
-def _build_training(setup: Setup) -> tuple[Setup, dict[str, Any]]:
-    """Build optimizer and schedule, and load a checkpoint. Returns the setup and what `resume` returns."""
-    args, task = setup.args, setup.task
-    with usage_errors(f'--opt {args.opt}'):
-        optimizer = create_optimizer_v2(
-            task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    path, checkpoint = _checkpoint_to_resume(args, setup.folder), {}
-    if path and path.endswith('.safetensors'):
-        load_weights(task, path, args.resume)
-        path = None
-    if path:
-        check_continues(args, path)
-        checkpoint = resume(args, task, optimizer, setup.loss_scaler, path)
-    _prepare_task(setup, path, checkpoint)
-    updates_per_epoch = -(-len(setup.loaders.train) // args.grad_accum_steps)
-    scheduler, num_epochs = _build_schedule(setup, optimizer, updates_per_epoch)
-    return replace(
-        setup,
-        options=setup.options | checkpoint.get('settled', {}),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        updates_per_epoch=updates_per_epoch,
-        num_epochs=num_epochs,
-        stop_epoch=args.stop_epoch or num_epochs,
-        resumed_from=path,
-    ), checkpoint
-
-
-def build_run(args: argparse.Namespace) -> tuple[Setup, RunState]:
-    """Build a run. A run without --experiment gets a new folder. An existing folder is only locked, to continue in it.
+def build_run(args: argparse.Namespace) -> RunState:
+    """Build a run. Nothing is written, but an existing output folder is locked in order to continue in it.
 
     Args:
         args: Arguments, from parse_args.
 
     Returns:
-        Setup and state of the run, ready to start or continue. With --validate there is no optimizer and no schedule.
+        State of the run, ready to start or continue. With --validate there is no optimizer and no schedule.
 
     Raises:
         UsageError: if options, data, model or checkpoint are invalid.
     """
     setup = _build_setup(args)
     if args.validate:
-        return setup, RunState(setup)
-    setup, checkpoint = _build_training(setup)
+        return RunState(setup)
+    with usage_errors(f'--opt {args.opt}'):
+        setup.optimizer = create_optimizer_v2(
+            setup.task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    path, checkpoint = _checkpoint_to_resume(args, setup.folder), {}
+    if path and path.endswith('.safetensors'):
+        load_weights(setup.task, path, args.resume)
+    elif path:
+        check_continues(args, path)
+        checkpoint = resume(setup, path)
+    _prepare_task(setup, checkpoint)
+    _build_schedule(setup)
     state = RunState(setup)
     if args.distributed:
         state.stop.connect(args.dist_timeout)
     set_start(state, checkpoint)
-    if not args.experiment and utils.is_primary(args) and not args.dry_run:
-        with usage_errors(f'--output {setup.folder}'):  # another run may have started in the same second
-            state.setup = setup = replace(setup, folder=make_folder(setup.folder))
-    return setup, state
+    return state

@@ -1,7 +1,7 @@
 """Fixed parts of a training run."""
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,48 +13,28 @@ from torch.optim import Optimizer
 from ..build.loaders import Loaders
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """Everything of a run that is fixed before the first update, created by build_run. RunState contains the rest.
-
-    Attributes:
-        args: Arguments, by timm's names.
-        options: Options for args.yaml: as given, except for optimizer options that the checkpoint determines.
-        device: Device of this process.
-        dtype: Dtype of model and images, None for float32.
-        autocast: Returns the autocast context of a forward pass.
-        loss_scaler: Loss scaler for float16 autocast on CUDA, else None.
-        task: timm training task. It owns the model and computes the loss.
-        loaders: Training, validation and calibration loaders.
-        data_config: Input size, pixel statistics, crop and interpolation.
-        class_to_idx: Index of each class name, None if the class names are unknown.
-        eval_metric: Metric that selects the best checkpoint.
-        folder: Output folder.
-        optimizer: The optimizer, None for a run that only validates.
-        scheduler: Learning rate scheduler, None for --sched none.
-        updates_per_epoch: Optimizer updates in an epoch.
-        num_epochs: Epochs of the schedule.
-        stop_epoch: Training ends before this epoch; at most num_epochs.
-        resumed_from: Checkpoint that the run continues from, or None.
-    """
+    """Parts of a run that do not change after build_run has created them. RunState contains the rest."""
     args: argparse.Namespace
-    options: dict[str, Any]
+    options: dict[str, Any]  # options for args.yaml: as given, except for optimizer options of the checkpoint
     device: torch.device
-    dtype: torch.dtype | None
-    autocast: Callable[[], Any]
-    loss_scaler: utils.NativeScaler | None
+    dtype: torch.dtype | None  # dtype of the model and the images, None for float32
+    autocast: Callable[[], Any]  # returns the autocast context of a forward pass
+    loss_scaler: utils.NativeScaler | None  # for float16 autocast on CUDA
     task: TrainingTask
     loaders: Loaders
-    data_config: dict[str, Any] = field(default_factory=dict)
-    class_to_idx: dict[str, int] | None = None
-    eval_metric: str = 'loss'
-    folder: str = ''
+    data_config: dict[str, Any]  # input size, pixel statistics, crop and interpolation
+    class_to_idx: dict[str, int] | None  # index of each class name, None if unknown
+    eval_metric: str  # selects the best checkpoint
+    folder: str  # output folder
+    # The parts below are set for training, and not for --validate.
     optimizer: Optimizer | None = None
-    scheduler: Scheduler | None = None
+    scheduler: Scheduler | None = None  # None for --sched none
     updates_per_epoch: int = 0
-    num_epochs: int = 0
-    stop_epoch: int = 0
-    resumed_from: str | None = None
+    num_epochs: int = 0  # epochs of the schedule
+    stop_epoch: int = 0  # training ends before this epoch
+    resumed_from: str | None = None  # checkpoint that the run continues from
 
     @property
     def decreasing(self) -> bool:

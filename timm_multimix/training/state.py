@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 from ..common.console import Averages
 from ..common.distributed import Watchdog
 from ..common.random_state import check_random_state, random_state, set_random_state
+from .checkpoints import RunSaver
 from .interrupt import StopRequest
-from .loss_guard import LossGuard, normalisation_statistics
+from .loss_guard import LossGuard, normalization_statistics
 from .setup import Setup
 
 
@@ -26,6 +27,7 @@ class RunState:
         epoch: Epoch in progress or, between epochs, the next epoch.
         averages: Metric averages of the epoch in progress, None between epochs.
         validated: Whether validation ran, in this process or before the run was resumed.
+        saver: Writes the checkpoints; None on all processes but the first.
         guard: Skips updates whose loss is not finite.
         stop: Stop request of the user (SIGINT or SIGTERM).
         watchdog: Current place of this process in the run.
@@ -36,6 +38,7 @@ class RunState:
         self.epoch = 0
         self.averages: Averages | None = None
         self.validated = False
+        self.saver: RunSaver | None = None
         self.guard = LossGuard(
             setup.task.get_trainable_module(), setup.args.max_nonfinite, setup.args.distributed)
         self.stop = StopRequest()
@@ -47,11 +50,6 @@ class RunState:
         """Batches of the epoch in progress that were trained on; 0 if the loader cannot resume within an epoch."""
         loader = self.setup.loaders.resumable
         return 0 if self.averages is None or loader is None else loader.consumed
-
-    def advance(self) -> None:
-        """Record that one more batch was trained on."""
-        if self.setup.loaders.resumable is not None:
-            self.setup.loaders.resumable.advance()
 
     def settings(self) -> dict[str, int]:
         """Return the settings that must be unchanged to continue in the middle of an epoch."""
@@ -65,16 +63,16 @@ class RunState:
         )
 
     def _statistics(self) -> dict[str, torch.Tensor]:
-        """Return the normalisation statistics of this process, of the model and its averaged copies.
+        """Return the normalization statistics of this process, of the model and its averaged copies.
 
         They differ between processes, which train on different images. --dist-bn reduce averages them after the epoch,
         and a teacher uses them in its forward pass. The statistics of the first process are included: the weights in a
         checkpoint written during validation already contain the averaged statistics.
         """
-        statistics = normalisation_statistics(self.setup.task)
+        statistics = normalization_statistics(self.setup.task)
         return {name.replace('_orig_mod.', ''): buffer for name, buffer in statistics.items()}
 
-    def _average_generator(self) -> torch.Generator | None:
+    def _rounding_generator(self) -> torch.Generator | None:
         """Return the random generator of stochastic rounding in timm's EMA of bfloat16 weights."""
         return getattr(self.setup.task.get_trainable_module(ema=True), '_sr_generator', None)
 
@@ -106,7 +104,7 @@ class RunState:
             dist.gather_object(own, processes)
             if processes is None:
                 return None
-        generator = self._average_generator()
+        generator = self._rounding_generator()
         return dict(
             in_epoch=self.averages is not None,
             consumed=self.consumed,
@@ -122,7 +120,7 @@ class RunState:
         """Restore a state of a run with the same number of processes. begin_training restores the random state.
 
         Raises:
-            LookupError, TypeError, ValueError, RuntimeError, AttributeError: if the state is invalid.
+            LookupError, TypeError, ValueError, RuntimeError: if the state is invalid.
         """
         for process in state['processes']:  # of all processes, so that all raise the same error
             states, loader = [process['random']], process['loader']
@@ -144,7 +142,7 @@ class RunState:
         loader = getattr(loaders.evaluation, 'loader', loaders.evaluation)
         if self.validated and isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
             loader.generator = torch.Generator()  # the seed of its workers was drawn before
-        generator = self._average_generator()
+        generator = self._rounding_generator()
         if generator is not None and state['average'] is not None:
             generator.set_state(state['average'].cpu())
         for name, buffer in self._statistics().items():
