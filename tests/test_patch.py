@@ -150,8 +150,9 @@ def test_mistakes_end_in_one_line(stand_in, capsys, argv, word):
 
 
 @pytest.mark.parametrize('text,word', [
-    ('print("hello")', 'no parser'), (STAND_IN.replace('def train_one_epoch', 'def train_epoch'), 'no train_one_epoch'),
-    ('def (', 'not a Python script'),
+    ('parser = 1', 'no _parse_args'),
+    (STAND_IN.replace('def train_one_epoch', 'def train_epoch'), 'no train_one_epoch'),
+    ('def (', 'cannot be loaded: invalid syntax'),
     (STAND_IN.replace('import yaml', 'import yaml\nfrom timm import of_another_time'), 'with the installed timm'),
     (STAND_IN + "\nparser.add_argument('--multimix')", 'already'),
 ])
@@ -160,8 +161,7 @@ def test_other_scripts_are_refused(tmp_path, capsys, text, word, monkeypatch):
     path = tmp_path / 'other_script.py'
     path.write_text(text)
     assert patch.main([str(path), '--multimix', 'dense']) == 2
-    captured = capsys.readouterr()
-    assert word in captured.err and 'hello' not in captured.out
+    assert word in capsys.readouterr().err
 
 
 def test_usage(capsys):

@@ -40,20 +40,22 @@ _ADVICE = (
 )
 # Options that need several positions. Pooled MultiMix has one.
 _DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
-# The attention argument of the task accepts more values than the one of the loss.
-_LOSS_ARGUMENTS = set(inspect.signature(MultiMixLoss).parameters) - {'attention'}
+_LOSS_PARAMETERS = inspect.signature(MultiMixLoss).parameters
+_PARAMETERS = {**_LOSS_PARAMETERS, **inspect.signature(MultiMixTask).parameters}
 
 
 def name_options(message: str) -> str:
     """Replace keyword arguments in an error message by the corresponding command-line options."""
-    for advice, option in _ADVICE:
-        message = re.sub(advice, option, message)
-    for keyword, option in _OPTION_OF.items():
-        message = re.sub(rf"(?<![\w-]){keyword}=('?)([\w.-]+)\1", rf'{option} \2', message)
-        # Keywords without an underscore are also ordinary words. They are replaced at the start of a message only.
-        name = rf'(?<![\w-]){keyword}\b' if '_' in keyword else rf'^{keyword}\b'
-        message = re.sub(name, option, message)
-    return message
+    def option(match: re.Match) -> str:
+        keyword, _, value = match.groups()
+        # Keywords without an underscore are also ordinary words.
+        if value is None and '_' not in keyword and match.start() > 0:
+            return match[0]
+        return _OPTION_OF[keyword] + (f' {value}' if value else '')
+
+    for advice, replacement in _ADVICE:
+        message = re.sub(advice, replacement, message)
+    return re.sub(rf"(?<![\w-])({'|'.join(_OPTION_OF)})\b(?:=('?)([\w.-]+)\2)?", option, message)
 
 
 @contextmanager
@@ -75,18 +77,13 @@ def _keyword(name: str) -> str:
     return {'multimix': 'mode', 'n': 'num_mixes'}.get(name, name)
 
 
-def _default(keyword: str) -> Any:
-    """Return the default of a keyword argument of MultiMixTask or MultiMixLoss."""
-    for owner in (MultiMixTask, MultiMixLoss):
-        parameter = inspect.signature(owner).parameters.get(keyword)
-        if parameter is not None:
-            return parameter.default
-    raise KeyError(keyword)
-
-
 def _option(name: str, help: str, **settings: Any) -> Option:
     """Option of a keyword argument, with its default."""
-    return _value(name, default=_default(_keyword(name)), help=help, **settings)
+    return _value(name, default=_PARAMETERS[_keyword(name)].default, help=help, **settings)
+
+
+def _balance(name: str, action: str, help: str) -> Option:
+    return Option((name,), dict(action=action, dest='no_multimix_balance', default=None, help=help))
 
 
 def _logit_scale(text: str) -> float:
@@ -96,10 +93,6 @@ def _logit_scale(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f'must be a number, got {text!r}') from None
-
-
-def _balance(name: str, action: str, help: str) -> Option:
-    return Option((name,), dict(action=action, dest='no_multimix_balance', default=None, help=help))
 
 
 MULTIMIX = Group('MultiMix parameters', (
@@ -215,11 +208,6 @@ def build_training_parser() -> TrainingParser:
     return TrainingParser(MULTIMIX)
 
 
-def multimix_option_names() -> list[str]:
-    """Return the attribute names of the MultiMix options in the parsed arguments."""
-    return list(_DEFAULTS)
-
-
 def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Convert parsed options to keyword arguments of MultiMixTask.
 
@@ -242,7 +230,9 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     # Check before a model is created. MultiMixTask checks the other options.
     with errors_name_options():
         batch_schedule(args)
-        loss = MultiMixLoss(**{name: value for name, value in options.items() if name in _LOSS_ARGUMENTS})
+        # The attention argument of the task accepts more values than the one of the loss.
+        names = _LOSS_PARAMETERS.keys() - {'attention'}
+        loss = MultiMixLoss(**{name: value for name, value in options.items() if name in names})
         SelfDistillationLoss(
             loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
         check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])

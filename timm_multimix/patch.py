@@ -4,14 +4,16 @@ The script is loaded as a module. Its parser gets the MultiMix options, and Mult
 ClassificationTask. Files of timm are not changed. Without `--multimix` the script runs unmodified.
 """
 import argparse
-import ast
 import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
+
+import timm
 
 from .build.saved_weights import split_metric
 from .common.command_line import program
@@ -44,54 +46,25 @@ Run timm's train.py with MultiMix. The options are those of the script and of Mu
 Example: {program} train.py --data-dir path/to/images --model resnet50 --multimix dense"""
 
 
-def _top_level_names(path: str) -> set[str]:
-    """Return the names that a script defines, without running it."""
+def _load_script(path: str) -> ModuleType:
+    """Load timm's training script as a module, without running its main function."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_loader(name, SourceFileLoader(name, path))
+    module = importlib.util.module_from_spec(spec)
+    # Appended, so that the installed timm takes precedence over a timm package next to the script.
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    sys.modules[name] = module  # for pickling its functions
     try:
-        with open(path, encoding='utf-8') as file:
-            tree = ast.parse(file.read(), path)
-    except OSError as error:
-        raise UsageError(f'{path}: {error.strerror or error}.') from error
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
-        raise UsageError(f'{path} is not a Python script: {error}') from error
-    names = set()
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            names.update(alias.asname or alias.name for alias in node.names)
-        elif isinstance(node, ast.Assign):
-            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
-    return names
-
-
-def load_script(path: str) -> ModuleType:
-    """Load timm's training script as a module, without running its main function.
-
-    Args:
-        path: Path of the script.
-
-    Returns:
-        The module. It is registered in sys.modules, so that its functions can be pickled.
-
-    Raises:
-        UsageError: If the script cannot be read, or is not the training script of timm 1.0.29 or later.
-    """
-    missing = [name for name in _REQUIRED_NAMES if name not in _top_level_names(path)]
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise UsageError(f'{path} does not run with the installed timm {timm.__version__}: {error}') from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UsageError(f'{path} cannot be loaded: {error}') from error
+    missing = [name for name in _REQUIRED_NAMES if not hasattr(module, name)]
     if missing:
         raise UsageError(
             f"{path} is not the train.py of timm 1.0.29 or later: it has no {', '.join(missing)}. In your own script, "
             'use add_multimix_args and MultiMixTask.')
-    name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    # Appended, so that the installed timm takes precedence over a timm package next to the script.
-    sys.path.append(os.path.dirname(os.path.abspath(path)))
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        import timm
-        raise UsageError(f'{path} does not run with the installed timm {timm.__version__}: {error}') from error
     return module
 
 
@@ -214,22 +187,6 @@ class _Patch:
         return train
 
 
-def run_script(path: str, argv: Sequence[str]) -> None:
-    """Run timm's training script with the MultiMix options.
-
-    Args:
-        path: Path of the script.
-        argv: Command-line arguments of the script.
-
-    Raises:
-        UsageError: If the script is not supported, or a MultiMix option is invalid.
-    """
-    module = load_script(path)
-    _Patch(module)
-    sys.argv = [path, *argv]
-    module.main()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `timm-multimix patch SCRIPT OPTIONS`.
 
@@ -242,7 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE.format(program=program('patch')), file=sys.stdout if is_help else sys.stderr)
         return 0 if is_help else 2
     try:
-        run_script(argv[0], argv[1:])
+        module = _load_script(argv[0])
+        _Patch(module)
+        sys.argv = argv
+        module.main()
     except UsageError as error:
         print(f'ERROR: {error}', file=sys.stderr)
         return 2

@@ -24,6 +24,9 @@ _logger = logging.getLogger(__name__)
 TASK_MODES = ('off', 'pooled', 'dense')
 # Default probability of a MultiMix batch for each preset of MultiMixLoss.
 PRESET_PROB = {'default': 1.0, 'paper': 0.5}
+_UNTRAINED_TOKEN = (
+    'The dense loss does not train the class token that this model predicts from: set pooled_weight or clean_weight '
+    'above 0, or prob below 1.')
 
 
 def _check_mode(mode: str, teacher: str | nn.Module) -> None:
@@ -125,25 +128,26 @@ class MultiMixTask(ClassificationTask):
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.mode = mode
         self.schedule = schedule if mode != 'off' else BatchSchedule(prob=0)
-        self.epoch = 0
-        self.num_batches = 0  # counts the batches that the task assigned itself
+        self.epoch = self.num_batches = 0  # num_batches counts the batches that the task assigned itself
         # The loss computes the 'cam' attention, since it needs the target. The model computes the others.
         in_loss = mode == 'dense' and attention == 'cam'
-        reads_attention = mode == 'dense' and not in_loss
+        in_model = mode == 'dense' and not in_loss
         self._attach_options = dict(
-            mode=mode, attention=attention if reads_attention else 'uniform', attention_norm=attention_norm)
+            mode=mode, attention=attention if in_model else 'uniform', attention_norm=attention_norm)
         detach(model)
-        self._handle = None
-        self.loss = self.distillation = self.teacher = None
+        self._handle = self.loss = self.distillation = self.teacher = None
         self.views = views
         check_num_classes(self.criterion, getattr(unwrap_model(model), 'num_classes', None))
-        loss = self._create_loss(
-            preset=preset, attention='cam' if in_loss else None, attention_norm=attention_norm, **options)
+        # With mode='off' the loss is not used, but its options are checked.
+        kind = dict(loss_type='ce', smoothing=0.0) if mode == 'off' else loss_options(self.criterion)
+        loss = MultiMixLoss(
+            **kind, preset=preset, attention='cam' if in_loss else None, attention_norm=attention_norm, **options)
         distillation = SelfDistillationLoss(loss, distill_weight, distill_temperature, distill_ramp_epochs)
         if mode != 'off':
             self.loss = loss
             self._handle = attach(unwrap_model(self.trainable_module), **self._attach_options)
-            self._check_objective()
+            if self.schedule.prob == 1 and self._leaves_class_token:
+                raise ValueError(_UNTRAINED_TOKEN)
             if teacher != 'none':
                 self.distillation = distillation
                 self.teacher = self._make_teacher(teacher, teacher_decay, teacher_path)
@@ -151,22 +155,11 @@ class MultiMixTask(ClassificationTask):
             _logger.info(
                 f'{type(self).__name__}: mode={mode}, prob={prob}, attention={attention}, {self.loss.extra_repr()}')
 
-    def _create_loss(self, **options: Any) -> MultiMixLoss:
-        """Create the loss. With mode='off' it is not used, but its options are checked."""
-        kind = dict(loss_type='ce', smoothing=0.0) if self.mode == 'off' else loss_options(self.criterion)
-        return MultiMixLoss(**kind, **options)
-
     @property
     def _leaves_class_token(self) -> bool:
         """Whether the model predicts from a class token that MultiMix batches do not train."""
         positions_only = self.mode == 'dense' and self.loss.pooled_weight == 0 == self.loss.clean_weight
         return positions_only and not self._handle.reads_positions
-
-    def _check_objective(self) -> None:
-        if self.schedule.prob == 1 and self._leaves_class_token:
-            raise ValueError(
-                'The dense loss does not train the class token that this model predicts from: set pooled_weight or '
-                'clean_weight above 0, or prob below 1.')
 
     def _make_teacher(self, teacher: str | nn.Module, decay: float, path: str | None) -> nn.Module:
         if teacher == 'ema':
@@ -208,14 +201,10 @@ class MultiMixTask(ClassificationTask):
             return multimix
         if not self.schedule.alternates:
             return self.active
-        if not self._is_training:
+        if not unwrap_model(self.trainable_module).training:
             return False
         self.num_batches += 1
         return self.schedule.is_multimix(self.epoch, self.num_batches - 1)
-
-    @property
-    def _is_training(self) -> bool:
-        return unwrap_model(self.trainable_module).training
 
     def forward(
             self,
@@ -238,7 +227,8 @@ class MultiMixTask(ClassificationTask):
         is_multimix = self._decide(multimix)
         if self._handle is not None:
             self._handle.enabled = is_multimix
-        teaches = is_multimix and self._is_training and self.teacher is not None and self.distillation.weight > 0
+        is_training = unwrap_model(self.trainable_module).training
+        teaches = is_multimix and is_training and self.teacher is not None and self.distillation.weight > 0
         # The teacher runs first, while the student's activations are not yet in memory.
         teacher_output = self.teacher(teacher_input) if teaches else None
         output = self.trainable_module(input)

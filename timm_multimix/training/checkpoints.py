@@ -4,10 +4,10 @@ import itertools
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -159,75 +159,45 @@ class RunSaver(CheckpointSaver):
         """Return the checkpoint that --resume auto would select. Checksums are not verified."""
         return next((path for _, path in _by_progress(find_checkpoints(self.checkpoint_dir))), None)
 
-    def load_state_dict_from_checkpoint(self, checkpoint_path: str, start_epoch: float = math.inf) -> bool:
-        """Load the saver state of a checkpoint, and restore model_best if it is missing, damaged or of another epoch.
+    def restore_history(self, source: str, start_epoch: int) -> None:
+        """Rank the checkpoints in the folder of a run that continues, and restore a lost or damaged model_best.
 
         Args:
-            checkpoint_path: A checkpoint in the folder of this run.
-            start_epoch: First epoch to train. The history from this epoch on is dropped.
-
-        Returns:
-            Whether a history was loaded.
-        """
-        checkpoint = read_checkpoint(checkpoint_path, verify=False)
-        state, before = checkpoint.get('saver'), arguments_of(checkpoint)
-        if state is None:
-            return super().load_state_dict_from_checkpoint(checkpoint_path)
-        is_comparable = not before or selection(before) == selection(vars(self.args))
-        if not is_comparable:
-            _logger.warning(
-                'The best checkpoint was selected by another metric or by other weights. The next epochs select a new '
-                'one.')
-        self.load_state_dict(self._own_history(state, start_epoch, is_comparable))
-        self._restore_best(checkpoint_path)
-        return True
-
-    def _own_history(self, state: dict[str, Any], start_epoch: float, is_comparable: bool) -> dict[str, Any]:
-        """Return a history without later epochs and files in other folders; without metrics unless comparable."""
-        name = re.compile(re.escape(self.save_prefix) + r'-(\d+)' + re.escape(self.extension))
-        files = [(file, metric if is_comparable else None) for file, metric in state['checkpoint_files']
-                 if (match := name.fullmatch(file)) and int(match[1]) < start_epoch]
-        own = dict(checkpoint_files=files, best_epoch=None, best_metric=None, pending=(None, None))
-        best = state['best_epoch'], state['best_metric']
-        if is_comparable and best[0] is not None and best[0] < start_epoch:
-            own.update(best_epoch=best[0], best_metric=best[1])
-        epoch, metric = state['pending']
-        if epoch is not None and epoch < start_epoch:
-            metric = metric if is_comparable else None
-            own['pending'] = epoch, metric
-            if metric is not None and (own['best_metric'] is None or self.cmp(metric, own['best_metric'])):
-                own.update(best_epoch=epoch, best_metric=metric)
-        return own
-
-    def _restore_best(self, source: str) -> None:
-        """Restore model_best from a checkpoint of the best epoch, else from the best remaining checkpoint.
-
-        Args:
-            source: The checkpoint that the run continues from. It may be the only copy of its epoch.
+            source: The checkpoint that the run continues from. It may be the only one of its epoch.
+            start_epoch: First epoch to train. Later checkpoints are ignored.
         """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
-        if self.best_epoch is not None and _epoch_of(best) == self.best_epoch:
-            return
-        lost, candidates = self.best_epoch, [entry for entry in self.checkpoint_files if entry[1] is not None]
-        if lost is not None and _epoch_of(source) == lost:
-            candidates.insert(0, (source, self.best_metric))
+        pattern = os.path.join(glob.escape(self.checkpoint_dir), f'{self.save_prefix}-*{self.extension}')
+        found = []
+        for path in dict.fromkeys([best, source, *glob.glob(pattern)]):
+            with suppress(UsageError, OSError):  # damaged or missing
+                checkpoint = read_checkpoint(path, verify=False)
+                epoch, metric = checkpoint.get('epoch'), self._metric(checkpoint)
+                if epoch is not None and epoch < start_epoch:
+                    found.append((epoch, metric, path))
+                if path == source and metric is None and checkpoint.get('metric') is not None:
+                    _logger.warning(
+                        'The best checkpoint was selected by another metric or by other weights. The next epochs '
+                        'select a new one.')
+        for epoch, metric, path in sorted(found, key=itemgetter(0)):
+            if path == self._checkpoint_path(epoch):
+                self._track_checkpoint(path, epoch, metric, update_best_file=False)
         self.best_metric = self.best_epoch = None
-        for path, metric in candidates:
-            if (epoch := _epoch_of(path)) is not None:
-                self._duplicate(path, best)
+        sign = 1 if self.decreasing else -1
+        ranked = [entry for entry in found if entry[1] is not None]
+        for epoch, metric, path in sorted(ranked, key=lambda entry: (sign * entry[1], entry[0])):
+            with suppress(UsageError):
+                read_checkpoint(path)
+                if path != best:
+                    self._duplicate(path, best)
                 self.best_metric, self.best_epoch = metric, epoch
-                break
-        if self.best_epoch != lost and lost is not None:
-            after = 'The best of the next epochs' if self.best_epoch is None else f'Epoch {self.best_epoch}'
-            _logger.warning(f'The best checkpoint (epoch {lost}) is lost. {after} replaces it.')
+                return
 
-
-def _epoch_of(path: str) -> int | None:
-    """Return the last finished epoch of a checkpoint, None if the file is missing or damaged."""
-    try:
-        return read_checkpoint(path).get('epoch')
-    except (UsageError, OSError):
-        return None
+    def _metric(self, checkpoint: Mapping[str, Any]) -> float | None:
+        """Return the metric of a checkpoint; None if it has none, or if the run selects by another metric."""
+        before, metric = arguments_of(checkpoint), checkpoint.get('metric')
+        is_comparable = not before or selection(before) == selection(vars(self.args))
+        return None if metric is None or math.isnan(metric) or not is_comparable else metric
 
 
 def position(path: str) -> tuple[int, bool, int, float]:

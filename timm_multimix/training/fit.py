@@ -75,7 +75,7 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
     saver.class_to_idx = setup.class_to_idx
     if setup.resumed_from and os.path.samefile(os.path.dirname(setup.resumed_from) or '.', folder):
         saver.outdated = set_aside(setup, start_epoch)
-        saver.load_state_dict_from_checkpoint(setup.resumed_from, start_epoch)
+        saver.restore_history(setup.resumed_from, start_epoch)
     with replacing(os.path.join(folder, SUMMARY_NAME)) as path:
         trim_summary(path, start_epoch)
     return saver

@@ -13,7 +13,6 @@ from ..build.checkpoint import read_checkpoint
 from ..build.option import option_name
 from ..build.saved_weights import arguments_of
 from ..common.errors import UsageError, usage_errors
-from ..options import multimix_option_names
 from .setup import Setup
 from .state import RunState
 
@@ -52,7 +51,7 @@ def _settle_changes(setup: Setup, before: Mapping[str, Any]) -> None:
     def listed(names: Iterable[str]) -> str:
         return ', '.join(f'{option_name(name)} was {before[name]} and is {getattr(args, name)}' for name in names)
 
-    if objective := changed(multimix_option_names()):
+    if objective := changed(name for name in vars(args) if name.startswith(('multimix', 'no_multimix'))):
         _logger.warning(f'This run continues with another objective: {listed(objective)}.')
     reset = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
     if reset:
