@@ -96,7 +96,7 @@ def test_wrong_entry_in_other_commands(script, image_folder, tmp_path, capsys, p
         assert script.lines[-1].startswith('ERROR') and 'Traceback' not in script.text
         assert script(*common, '--output', tmp_path, '--resume', 'auto') == 2, script.text
         assert script.lines[-1].startswith('ERROR') and 'none of the 1 checkpoints' in script.lines[-1]
-        assert 'last.pth.tar is not a training checkpoint' in script.lines[-1]
+        assert 'last.pth.tar is not a training checkpoint' in script.text
     for command in (
             [evaluate, path, '--data-dir', image_folder, '--device', 'cpu', '--output', tmp_path / 'out', '--parts'],
             [hub, 'export', folder, tmp_path / 'model']):

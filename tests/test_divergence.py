@@ -8,7 +8,6 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler
-from torch import nn
 from training_helpers import same
 
 from timm_multimix import MultiMixOutput, MultiMixTask
@@ -53,34 +52,6 @@ def test_epoch_without_a_finite_loss_ends_the_run(script, image_folder):
     assert script.train(image_folder, lr=1e30, val_split='', epochs=3) == 1
     assert 'No loss of epoch 1 was finite' in one_error(script)
     assert '--resume auto' in script.lines[-1]
-
-
-@pytest.mark.parametrize('entry, name', [
-    ('parameters', 'conv1.0.weight'), ('buffers', 'bn1.running_var'), ('buffers', 'bn1.running_mean')])
-@pytest.mark.parametrize('value', [math.inf, math.nan])
-def test_what_is_not_finite_is_not_saved(script, image_folder, monkeypatch, entry, name, value):
-    assert script.train(image_folder, epochs=3, stop_epoch=1) == 0
-    before = script.checkpoint()
-    finish = torch.optim.SGD.step
-
-    def step(self, *args):
-        finish(self, *args)
-        model = next(referrer for referrer in models if referrer.training)
-        dict(getattr(model, f'named_{entry}')())[name].data.view(-1)[0] = value
-    models = []
-    prepare = nn.Module.train
-
-    def train(self, mode=True):
-        if hasattr(self, 'bn1') and hasattr(self, 'fc'):
-            models.append(self)
-        return prepare(self, mode)
-    monkeypatch.setattr(nn.Module, 'train', train)
-    monkeypatch.setattr(torch.optim.SGD, 'step', step)
-    assert script.train(image_folder, epochs=3, resume='auto', max_nonfinite=1000) == 1, script.text
-    error = one_error(script)
-    assert 'not finite' in error
-    same(before, script.checkpoint())
-    assert not list(script.run_folder().glob('*tmp*'))
 
 
 def test_constants_that_are_not_finite_are_saved(tmp_path):

@@ -3,7 +3,6 @@ import json
 import math
 
 import pytest
-import torch
 import yaml
 from timm.task import ClassificationEvaluator
 
@@ -56,22 +55,6 @@ def test_schedule_by_a_metric_of_nan_continues_as_uninterrupted(script, image_fo
         argv = dict(options, stop_epoch=stop, experiment='stopped', resume='auto')
         assert script.train(image_folder, **argv) == 0, script.text
     assert script.summary() == script.summary('stopped')
-
-
-def test_nan_that_an_earlier_version_took_for_the_best(script, image_folder):
-    assert script.train(image_folder, epochs=3, stop_epoch=2) == 0, script.text
-    state = script.checkpoint()
-    files = [('checkpoint-0.pth.tar', math.nan), ('checkpoint-1.pth.tar', state['metric'])]
-    state['saver'] = dict(
-        checkpoint_files=files, best_epoch=0, best_metric=math.nan, pending=(1, state['metric']))
-    for name in ('last', 'model_best', 'checkpoint-1'):
-        (script.run_folder() / f'{name}.pth.tar').unlink()
-    torch.save(state, script.run_folder() / 'last.pth.tar')
-    torch.save(state, script.run_folder() / 'checkpoint-1.pth.tar')
-    torch.save(dict(state, epoch=0, metric=math.nan), script.run_folder() / 'model_best.pth.tar')
-    assert script.train(image_folder, epochs=3, resume='auto') == 0, script.text
-    best = script.checkpoint('model_best.pth.tar')
-    assert best['epoch'] in (1, 2) and math.isfinite(best['metric'])
 
 
 def test_only_the_selecting_weights_count(script, image_folder, validation_losses):

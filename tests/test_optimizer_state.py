@@ -12,9 +12,7 @@ def checkpoints(tmp_path_factory, image_folder):
     """Paths of checkpoints after one epoch, by the optimizer."""
     from timm_multimix.training import main
     output, paths = tmp_path_factory.mktemp('optimizers'), {}
-    for name, flags in {
-            'adamw': [], 'sgd': [], 'momentum': [], 'lookahead_sgd': [],
-            'adamw, other options': ['--opt-kwargs', 'amsgrad=True']}.items():
+    for name, flags in {'adamw': [], 'sgd': [], 'adamw, other options': ['--opt-kwargs', 'amsgrad=True']}.items():
         argv = ['--data-dir', image_folder, '--model', 'test_resnet', '--img-size', 32, '--batch-size', 8,
                 '--epochs', 3, '--stop-epoch', 1, '--warmup-epochs', 0, '--lr', 0.01, '--opt', name.partition(',')[0],
                 '--workers', 0, '--val-split', '', '--output', output, '--experiment', name, *flags]
@@ -24,10 +22,8 @@ def checkpoints(tmp_path_factory, image_folder):
 
 
 @pytest.mark.parametrize('before, now, flags', [
-    ('adamw', 'lion', []), ('adamw', 'nadamw', []), ('adamw', 'lamb', []), ('adamw', 'sgd', []), ('adamw', 'adam', []),
-    ('adamw', 'lookahead_adamw', []), ('sgd', 'lookahead_sgd', []), ('lookahead_sgd', 'sgd', []), ('sgd', 'adamw', []),
-    ('sgd', 'momentum', []), ('momentum', 'sgd', []), ('adamw', 'adamw', ['--opt-kwargs', 'amsgrad=True']),
-    ('adamw, other options', 'adamw', []), ('sgd', 'lars', []),
+    ('adamw', 'nadamw', []), ('sgd', 'lookahead_sgd', []), ('adamw', 'adamw', ['--opt-kwargs', 'amsgrad=True']),
+    ('adamw, other options', 'adamw', []),
 ])
 def test_another_optimizer_is_refused(script, image_folder, checkpoints, before, now, flags):
     path = checkpoints[before]
@@ -41,8 +37,7 @@ def test_another_optimizer_is_refused(script, image_folder, checkpoints, before,
 
 
 @pytest.mark.parametrize('before, now, flags', [
-    ('adamw', 'lion', ['--no-resume-opt']), ('adamw', 'sgd', ['--no-resume-opt']), ('adamw', 'AdamW', []),
-    ('sgd', 'nesterov', [])])  # another name of the same
+    ('adamw', 'sgd', ['--no-resume-opt']), ('adamw', 'AdamW', [])])
 def test_run_continues(script, image_folder, checkpoints, before, now, flags):
     argv = dict(opt=now, val_split='', epochs=3, stop_epoch=2, resume=checkpoints[before])
     assert script.train(image_folder, *flags, **argv) == 0, script.text
@@ -53,15 +48,6 @@ def edited(path, target, **entries):
     state.update(entries)
     torch.save({name: value for name, value in state.items() if value is not None}, target)
     return target
-
-
-@pytest.mark.parametrize('now, status', [('adamw', 0), ('sgd', 2), ('lion', 2), ('nadamw', 2), ('lamb', 2)])
-def test_checkpoint_that_does_not_name_its_optimizer(script, image_folder, checkpoints, tmp_path, now, status):
-    path = edited(checkpoints['adamw'], tmp_path / 'x.pth.tar', args=None)
-    argv = dict(opt=now, val_split='', epochs=3, stop_epoch=2, resume=path)
-    assert script.train(image_folder, **argv) == status, script.text
-    if status:
-        assert f'--opt {now}' in script.lines[-1] and '--no-resume-opt' in script.lines[-1]
 
 
 def test_checkpoint_of_timm(script, image_folder, checkpoints, tmp_path):
@@ -88,20 +74,3 @@ def test_options_of_a_file_and_of_the_command_line_are_the_same(script, image_fo
     assert script.train(image_folder, *flags, opt='adamw', val_split='', epochs=2, stop_epoch=1) == 0, script.text
     config = str(script.run_folder() / 'args.yaml')
     assert script('--config', config, '--resume', 'auto', '--stop-epoch', '2') == 0, script.text
-
-
-def _set_momentum(state, value):
-    state['state'][0]['momentum_buffer'] = value
-
-
-@pytest.mark.parametrize('spoil', [
-    lambda state: _set_momentum(state, 'x'), lambda state: _set_momentum(state, {}),
-    lambda state: _set_momentum(state, torch.zeros(2)), lambda state: state['param_groups'][0].update(weight_decay='x'),
-    lambda state: state['param_groups'][0].update(momentum={'a': {}})])
-def test_state_of_the_wrong_type_is_refused(script, image_folder, checkpoints, tmp_path, spoil):
-    checkpoint = torch.load(checkpoints['sgd'], weights_only=True)
-    spoil(checkpoint['optimizer'])
-    path = tmp_path / 'spoiled.pth.tar'
-    torch.save(checkpoint, path)
-    assert script.train(image_folder, opt='sgd', val_split='', epochs=3, resume=path) == 2, script.text
-    assert 'does not fit this run' in script.lines[-1] and 'Traceback' not in script.text

@@ -94,30 +94,30 @@ def test_loader_goes_on_in_the_middle(workers, prefetch, places):
 
 # Three updates in each of three epochs.
 RUNS = {
-    'plain': ([], {}, [dict(updates=1), dict(updates=4), dict(updates=6), dict(validated=3)]),
+    'plain': ([], {}, [dict(updates=1), dict(updates=6), dict(validated=3)]),
     'everything on the host': (
         ['--model-ema', '--model-ema-warmup', '--sched-on-updates'],
         dict(multimix='dense', mixup=0.2, cutmix=1.0, reprob=0.5, remode='pixel', aa='rand-m5', drop=0.1, drop_path=0.1,
              opt='adamw', warmup_epochs=1, mixup_off_epoch=2, color_jitter=0.4, smoothing=0.1),
-        [dict(updates=2), dict(updates=5), dict(updates=7)]),
+        [dict(updates=2), dict(updates=7)]),
     'workers': (
         ['--model-ema'], dict(multimix='dense', workers=2, mixup=0.2, reprob=0.5, mixup_off_epoch=2, aa='rand-m5'),
-        [dict(updates=1), dict(updates=5), dict(validated=2), dict(updates=8)]),
+        [dict(updates=5), dict(validated=2)]),
     'one worker without prefetcher': (
         ['--no-prefetcher'], dict(workers=1, mixup=0.2, opt='lookahead_adamw'), [dict(updates=5)]),
     'accumulation, schedule by metric': (
         ['--channels-last'],
         dict(batch_size=4, grad_accum_steps=2, sched='plateau', patience_epochs=0, warmup_epochs=1, clip_grad=0.5),
-        [dict(updates=1), dict(updates=5), dict(validated=4)]),
+        [dict(updates=5), dict(validated=4)]),
     'MultiMix on half of the batches': (
         ['--model-ema'],
         dict(multimix='dense', multimix_prob=0.5, workers=2, mixup=1.0, cutmix=1.0, smoothing=0.1, aa='rand-m5'),
-        [dict(updates=1), dict(updates=4), dict(updates=8)]),
+        [dict(updates=4)]),
     'MultiMix on half of the batches, on the device': (
         ['--no-prefetcher'],
         dict(multimix='dense', multimix_prob=0.5, mixup=1.0, batch_size=4, grad_accum_steps=2, multimix_views=2,
              multimix_teacher='ema', multimix_start_epoch=1, mixup_off_epoch=2),
-        [dict(updates=2), dict(updates=4), dict(updates=7)]),
+        [dict(updates=4), dict(updates=7)]),
     'bfloat16': (['--model-ema'], dict(model_dtype='bfloat16', opt='adamw'), [dict(updates=4)]),
     'scheduled sizes': (
         ['--train-img-sizes', 32, 64, '--train-batch-sizes', 8, 4], dict(multimix='pooled'), [dict(updates=6)]),

@@ -125,13 +125,6 @@ def test_user_error_is_one_line(script, argv, word):
     assert script.written() == []
 
 
-@pytest.mark.parametrize('option', ['sched', 'aa', 'loss', 'dataset', 'opt', 'mixup-mode'])
-def test_misspelt_names_are_refused_before_the_model_is_built(script, option):
-    name = dict(sched='cosin', aa='orginal', loss='bec', dataset='tods/x', opt='adamv').get(option, 'btach')
-    assert script('--model', 'test_resnet', f'--{option}', name) == 2
-    assert 'Did you mean' in script.lines[-1] and not any(line.startswith('Model ') for line in script.lines)
-
-
 def test_misspelt_choice_in_a_config_file(script, tmp_path):
     (tmp_path / 'config.yaml').write_text('loss: bec')
     assert script('--config', tmp_path / 'config.yaml') == 2
@@ -164,20 +157,18 @@ def test_only_the_missing_package_is_named(script, monkeypatch):
                                      'pip install tensorflow-datasets')
 
 
-@pytest.mark.parametrize('option', [
-    ['--multimix-attention', 'cam'], ['--multimix-attention', 'token'], ['--multimix-attention-norm', 'softmax'],
-    ['--multimix-attention-grad'], ['--multimix-shared-weights'], ['--multimix-pooled-weight', '0.3']])
-def test_pooled_ignores_options_of_dense_with_a_warning(script, image_folder, option):
-    argv = ['--multimix', 'pooled', *option, '--validate', 'nothing']
-    assert script.train(image_folder, *argv) == 2
+def test_pooled_ignores_options_of_dense_with_a_warning(script, image_folder):
     checkpoint = script.folder / 'none.pth.tar'
     torch.save({'state_dict': timm.create_model('test_resnet', num_classes=3).state_dict()}, checkpoint)
-    assert script.train(image_folder, *argv[:-1], checkpoint) == 0, script.text
+    argv = ['--multimix', 'pooled', '--validate', checkpoint]
+    options = ['--multimix-attention', 'cam', '--multimix-attention-norm', 'softmax', '--multimix-attention-grad',
+               '--multimix-shared-weights', '--multimix-pooled-weight', '0.3']
+    assert script.train(image_folder, *argv, *options) == 0, script.text
     [warning] = [line for line in script.lines if 'without effect' in line]
-    assert warning.startswith(f'WARNING: {option[0]}: without effect'), script.text
-    for preset in ('default', 'paper'):
-        assert script.train(image_folder, *argv[:2], '--multimix-preset', preset, '--validate', checkpoint) == 0
-        assert 'without effect' not in script.text
+    names = sorted(option for option in options if option.startswith('--'))
+    assert sorted(warning.removeprefix('WARNING: ').partition(': without')[0].split(', ')) == names
+    assert script.train(image_folder, *argv, '--multimix-preset', 'paper') == 0
+    assert 'without effect' not in script.text
 
 
 def test_another_run_is_not_overwritten(script, image_folder):

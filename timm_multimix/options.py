@@ -208,6 +208,11 @@ def build_training_parser() -> TrainingParser:
     return TrainingParser(MULTIMIX)
 
 
+def multimix_option_names() -> list[str]:
+    """Return the attribute names of the MultiMix options in the parsed arguments."""
+    return list(_DEFAULTS)
+
+
 def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     """Convert parsed options to keyword arguments of MultiMixTask.
 

@@ -143,7 +143,7 @@ def _check_dataset(args: argparse.Namespace) -> None:
             hint = misspelt or near_names(args.dataset.lower(), DEMOS)
             raise UsageError(
                 f'--dataset {args.dataset}: unknown type of dataset. Give only --data-dir for a folder of images, or '
-                f'one of {"/..., ".join(types)}/...{"." if hint else ""}{hint}')
+                f'one of {"/..., ".join(types)}/....{hint}')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'--data-dir {args.data_dir}: no such folder.')
     for option, split in (('--train-split', args.train_split), ('--val-split', args.val_split)):
@@ -181,12 +181,7 @@ def _check_hub(args: argparse.Namespace) -> None:
 
 
 def check_run_folder(args: argparse.Namespace) -> None:
-    """Check that the run folder is inside --output and does not contain another run.
-
-    Raises:
-        UsageError: if --experiment is outside of --output, or its folder contains checkpoints of a run that the
-            options do not continue.
-    """
+    """Check that the run folder is inside --output and contains no checkpoints that the run does not continue."""
     if os.path.isabs(args.experiment) or '..' in args.experiment.replace('\\', '/').split('/'):
         raise UsageError(
             f'--experiment {args.experiment} is outside of the output folder: give a folder name, or change --output.')
@@ -247,11 +242,7 @@ def _check_eval_metric(args: argparse.Namespace) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Check the options, without reading data or building a model.
-
-    Raises:
-        UsageError: for the first invalid option.
-    """
+    """Raise UsageError for the first invalid option, without reading data or building a model."""
     _check_values(args)
     check_model_name(args.model, '--model')
     if args.kd_model_name:

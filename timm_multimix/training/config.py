@@ -30,21 +30,11 @@ DATA_OPTIONS = ('dataset', 'data', 'data_dir', 'train_split', 'val_split', 'cali
 
 
 def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
-    """Read a YAML file of options. Keys are the names of options, with underscores or dashes.
+    """Read the options in a YAML file, by destination name.
 
-    An empty value selects the default. Unknown keys are skipped with a warning, so that other scripts can use the same
-    file. An unknown key that is similar to an option is an error. `card` contains additional fields of the model card.
-
-    Args:
-        path: The YAML file.
-        parser: Parser with the options.
-
-    Returns:
-        Values of the options by destination name.
-
-    Raises:
-        UsageError: if the file cannot be read, is not a YAML mapping, or contains an invalid value, a misspelt option
-            or an option that lets other code run.
+    Keys are the names of options, with underscores or dashes. An empty value selects the default. Unknown keys are
+    skipped with a warning, so that other scripts can use the same file. An unknown key that is similar to an option is
+    an error, and so is an option that lets other code run. `card` contains additional fields of the model card.
     """
     try:
         with open(path, encoding='utf-8') as file:
@@ -182,12 +172,6 @@ def _check_no_token(values: dict[str, Any]) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line and its YAML file. The command line takes precedence.
-
-    Args:
-        argv: Command-line arguments. Default: the arguments of the process.
-
-    Returns:
-        The arguments of a run, with timm's names.
 
     Raises:
         UsageError: if an option, a value or a combination of options is invalid.

@@ -209,10 +209,7 @@ def _epoch_metrics(state: RunState, images_per_second: float) -> dict[str, float
 
 
 def train_epoch(state: RunState) -> dict[str, float]:
-    """Train for one epoch, or for the rest of a resumed epoch.
-
-    Args:
-        state: State of the run. Its epoch is trained.
+    """Train the epoch of a run, or the rest of a resumed epoch.
 
     Returns:
         Averages over the epoch: 'loss', its terms, 'top1' for class-index targets, and 'unreadable', the number of

@@ -13,6 +13,7 @@ from ..build.checkpoint import read_checkpoint
 from ..build.option import option_name
 from ..build.saved_weights import arguments_of
 from ..common.errors import UsageError, usage_errors
+from ..options import multimix_option_names
 from .setup import Setup
 from .state import RunState
 
@@ -27,11 +28,7 @@ _REMEDY = 'or give --no-resume-opt, which resets the optimizer'
 
 
 def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], path: str) -> None:
-    """Check that a checkpoint is of the architecture of the run, if it stores its architecture.
-
-    Raises:
-        UsageError: if the architecture differs.
-    """
+    """Check that a checkpoint is of the architecture of the run, if it stores its architecture."""
     architecture = checkpoint.get('arch')
     if architecture not in (None, args.model):
         raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
@@ -51,7 +48,7 @@ def _settle_changes(setup: Setup, before: Mapping[str, Any]) -> None:
     def listed(names: Iterable[str]) -> str:
         return ', '.join(f'{option_name(name)} was {before[name]} and is {getattr(args, name)}' for name in names)
 
-    if objective := changed(name for name in vars(args) if name.startswith(('multimix', 'no_multimix'))):
+    if objective := changed(multimix_option_names()):
         _logger.warning(f'This run continues with another objective: {listed(objective)}.')
     reset = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
     if reset:
@@ -95,9 +92,6 @@ def resume(setup: Setup, path: str) -> dict[str, Any]:
 
     Returns:
         The checkpoint. Its 'epoch' is the epoch to continue with, None if the checkpoint does not contain it.
-
-    Raises:
-        UsageError: if the checkpoint is damaged, or of another model or optimizer.
     """
     args, checkpoint = setup.args, read_checkpoint(path)
     check_architecture(args, checkpoint, path)
@@ -121,22 +115,14 @@ def resume(setup: Setup, path: str) -> dict[str, Any]:
 
 
 def load_weights(task: TrainingTask, path: str, name: str) -> None:
-    """Load the weights of a task from a safetensors file, such as a model on the Hub. `name` is used in messages.
-
-    Raises:
-        UsageError: if the weights do not fit the model.
-    """
+    """Load the weights of a task from a safetensors file, such as a model on the Hub. `name` is used in messages."""
     with usage_errors(f'--resume {name} does not fit this model'):
         task.load_checkpoint_state(load_file(path))
     _logger.warning(f'--resume {name} contains only weights: optimizer, schedule and epoch start from the beginning.')
 
 
 def setup_ema(args: argparse.Namespace, task: TrainingTask, path: str | None) -> None:
-    """Set up the EMA of a task, with the weights of a checkpoint if a path is given.
-
-    Raises:
-        UsageError: if the checkpoint does not fit the run.
-    """
+    """Set up the EMA of a task, with the weights of a checkpoint if a path is given."""
     task.setup_ema(
         decay=args.model_ema_decay,
         use_warmup=args.model_ema_warmup,
@@ -157,7 +143,7 @@ def _is_usable(state: RunState, progress: dict[str, Any] | None) -> bool:
     differences = ', '.join(
         f'{name.replace("_", " ")} {before.get(name)} before and {now[name]} now' for name in changed)
     resumable = state.setup.loaders.resumable is not None and progress['processes'][0]['loader'] is not None
-    if progress['in_epoch'] and ({*changed} - {'workers'} or not resumable):
+    if progress['in_epoch'] and (changed not in ([], ['workers']) or not resumable):
         _logger.warning(
             f'Epoch {state.epoch} was interrupted after {progress["consumed"]} batches and begins again with the '
             f'current weights: {differences or "this kind of loader cannot continue in the middle of an epoch"}.')
@@ -198,9 +184,6 @@ def set_start(state: RunState, checkpoint: dict[str, Any]) -> None:
     Args:
         state: The state.
         checkpoint: Return value of `resume`, empty for a new run.
-
-    Raises:
-        UsageError: if the state in the checkpoint is invalid.
     """
     args = state.setup.args
     resume_epoch = checkpoint.get('epoch') or 0

@@ -88,11 +88,7 @@ def validate_epoch(state: RunState) -> tuple[dict[str, float], float, dict[str, 
 
 
 def validate_checkpoint(state: RunState) -> None:
-    """Validate the checkpoint given by --validate and log its metrics.
-
-    Raises:
-        UsageError: if the checkpoint does not fit the model.
-    """
+    """Validate the checkpoint given by --validate and log its metrics."""
     setup, args, task, path = state.setup, state.setup.args, state.setup.task, state.setup.args.validate
     checkpoint = read_checkpoint(path)
     key = weights_entry(checkpoint, args.eval_weights or 'best')
