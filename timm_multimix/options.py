@@ -341,15 +341,9 @@ def describe_batches(args: argparse.Namespace) -> str:
             script has them.
     """
     schedule = batch_schedule(args)
-    mixup, cutmix, minmax, prob = (
-        getattr(args, name, default) for name, default in
-        (('mixup', 0), ('cutmix', 0), ('cutmix_minmax', None), ('mixup_prob', 1)))
-    kinds = [f'mixup (alpha {mixup:g})'] if mixup else []
-    if minmax:
-        kinds.append(f'CutMix (ratio {minmax[0]:g} to {minmax[-1]:g})')
-    elif cutmix:
-        kinds.append(f'CutMix (alpha {cutmix:g})')
-    mixing = ' or '.join(kinds) if prob else ''
+    mixup, cutmix = getattr(args, 'mixup', 0), getattr(args, 'cutmix', 0) or getattr(args, 'cutmix_minmax', None)
+    kinds = [*([f'mixup (alpha {mixup:g})'] if mixup else []), *(['CutMix'] if cutmix else [])]
+    mixing = ' or '.join(kinds) if getattr(args, 'mixup_prob', 1) else ''
     epochs = f' from epoch {schedule.start_epoch} on' if schedule.start_epoch else ''
     epochs += f' until epoch {schedule.off_epoch}' if schedule.off_epoch else ''
     if schedule.prob == 0:

@@ -22,7 +22,6 @@ from ..common.command_line import check_dataset_packages, check_packages
 from ..common.errors import UsageError, near_names, usage_errors
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMOS
-from ..hub.repository import HubRepository
 from ..options import check_multimix
 from .checkpoints import holds_checkpoints
 from .trackers import selected_trackers
@@ -175,9 +174,6 @@ def _check_hub(args: argparse.Namespace) -> None:
              if getattr(args, name)]
     if given and not args.push_to_hub:
         _logger.warning(f'{", ".join(map(option_name, given))}: without effect, add --push-to-hub.')
-    if args.hub_model_id and args.push_to_hub:
-        with usage_errors('--hub-model-id'):
-            HubRepository(args.hub_model_id, revision=args.hub_revision)
 
 
 def check_run_folder(args: argparse.Namespace) -> None:

@@ -36,13 +36,11 @@ def read_config(path: str, parser: TrainingParser) -> dict[str, Any]:
     skipped with a warning, so that other scripts can use the same file. An unknown key that is similar to an option is
     an error, and so is an option that lets other code run. `card` contains additional fields of the model card.
     """
-    try:
-        with open(path, encoding='utf-8') as file:
+    with usage_errors(f'--config {path}'), open(path, encoding='utf-8') as file:
+        try:
             config = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise UsageError(f'--config {path}: {error.strerror or error}.') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f'--config {path} is not valid YAML: {error}') from error
+        except yaml.YAMLError as error:
+            raise UsageError(f'--config {path} is not valid YAML: {error}') from error
     if not isinstance(config, dict):
         raise UsageError(f'--config {path} must contain options as "name: value" lines.')
     values, card = {}, {}
@@ -77,7 +75,7 @@ def recipe_text(values: dict[str, Any]) -> str:
 def dataset_danger(args: argparse.Namespace) -> str:
     """Describe how opening the dataset of a run can run code. Returns '' if it cannot."""
     splits = [split for split in (args.train_split, args.val_split, args.calibrate) if split]
-    return code_danger(args.dataset, args.data_dir or args.data, splits, args.dataset_trust_remote_code)
+    return code_danger(args.dataset, args.data_dir, splits, args.dataset_trust_remote_code)
 
 
 def _check_dataset_source(args: argparse.Namespace, config: str, values: dict, defaults: dict) -> None:
@@ -136,8 +134,6 @@ def _resolve_defaults(args: argparse.Namespace, values: dict[str, Any]) -> None:
         if name not in values:
             setattr(args, name, value)
 
-    if not args.data_dir and args.data:
-        args.data_dir = args.data
     if args.task == 'multilabel':
         unless_given('smoothing', 0.0)
         unless_given('eval_metric', 'map')
