@@ -1,5 +1,4 @@
 """Files in a run folder: atomic writes, locks, loading as plain data, and selection of the checkpoint to resume."""
-import argparse
 import errno
 import fcntl
 import os
@@ -209,19 +208,6 @@ def test_auto_takes_the_furthest_that_is_good(tmp_path, good, caplog):
     assert 'last.pth.tar is not a training checkpoint' in caplog.text
 
 
-def test_checkpoint_of_an_older_version_continues(script, image_folder):
-    """The arguments are a Namespace, as timm writes them, and there is no progress."""
-    script.train(image_folder, epochs=2, stop_epoch=1)
-    path = script.run_folder() / 'last.pth.tar'
-    state = script.checkpoint()
-    assert isinstance(state['args'], dict)
-    state['args'] = argparse.Namespace(**state['args'])
-    del state['progress']
-    torch.save(state, path)
-    assert script.train(image_folder, epochs=2, resume='auto') == 0, script.text
-    assert 'no random state' in script.text and [row['epoch'] for row in script.summary()] == ['0', '1']
-
-
 def test_a_checkpoint_names_no_files_elsewhere(script, image_folder):
     """timm removes the worst of the files that a checkpoint lists."""
     victim = script.folder / 'victim.pth.tar'
@@ -234,23 +220,10 @@ def test_a_checkpoint_names_no_files_elsewhere(script, image_folder):
     assert victim.read_text() == 'precious'
 
 
-@pytest.mark.parametrize('entry,value', [
-    ('processes', []), ('processes', [{'random': {}}]), ('shape', None), ('validated', None)])
-def test_broken_progress_is_a_usage_error(script, image_folder, entry, value):
-    script.train(image_folder, epochs=1)
-    state = script.checkpoint()
-    del state['progress'][entry]
-    if value is not None:
-        state['progress'][entry] = value
-    torch.save(state, script.run_folder() / 'last.pth.tar')
-    assert script.train(image_folder, epochs=2, resume='auto') == 2, script.text
-    assert 'progress' in script.lines[-1] and 'Traceback' not in script.text
-
-
 @pytest.mark.parametrize('changed,message', [
     (dict(workers=1), 'Augmentations, but not images, will differ'), (dict(batch_size=6), 'begins again'),
     (dict(grad_accum_steps=2), 'begins again')])
-def test_what_cannot_be_exact_is_told(script, image_folder, changed, message):
+def test_inexact_resume_is_logged(script, image_folder, changed, message):
     with stopping(updates=5):
         script.train(image_folder, epochs=3)
     assert script.train(image_folder, epochs=3, resume='auto', **changed) == 0, script.text
@@ -259,7 +232,7 @@ def test_what_cannot_be_exact_is_told(script, image_folder, changed, message):
     assert f'{name.replace("_", " ")} ' in script.text and f'and {value} now' in script.text
 
 
-def test_a_loader_that_runs_ahead_is_told(script, image_folder):
+def test_inexact_resume_of_a_loader_is_logged(script, image_folder):
     with stopping(updates=5):
         script.train(image_folder, '--use-multi-epochs-loader', epochs=3)
     assert script.train(image_folder, '--use-multi-epochs-loader', epochs=3, resume='auto') == 0, script.text
@@ -352,7 +325,7 @@ def test_unreadable_images_are_counted(script, tmp_path, workers):
     assert 'Epoch 2: 2 images could not be read' in script.text
 
 
-def test_stop_request_is_heard_between_updates():
+def test_stop_request_is_recorded():
     with StopRequest() as stop:
         assert not stop.requested()
         signal.raise_signal(signal.SIGTERM)

@@ -69,7 +69,7 @@ def _break():
     raise ZeroDivisionError('a bug')
 
 
-def test_a_process_that_dies_is_told_by_the_others(tmp_path, image_folder):
+def test_dead_process_is_reported_by_the_others(tmp_path, image_folder):
     first, second = run_script(
         tmp_path, 2, *arguments(image_folder), prepare=partial(_at_update, 5, 1, _die))
     assert (first.status, second.status) == (1, -signal.SIGKILL)
@@ -79,7 +79,7 @@ def test_a_process_that_dies_is_told_by_the_others(tmp_path, image_folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_told_within_the_timeout(tmp_path, image_folder):
+def test_hanging_process_is_reported_within_the_timeout(tmp_path, image_folder):
     argv = arguments(image_folder, dist_timeout=10)
     first, second = run_script(tmp_path, 2, *argv, prepare=partial(_at_update, 2, 0, _hang), wait_for=1)
     assert (first.status, second.status) == (-signal.SIGKILL, 1)  # the first was killed by the test
@@ -88,7 +88,7 @@ def test_a_process_that_hangs_is_told_within_the_timeout(tmp_path, image_folder)
     assert 'Traceback' not in second.text
 
 
-def test_a_process_that_fails_says_where(tmp_path, image_folder):
+def test_place_of_a_failure_is_logged(tmp_path, image_folder):
     first, second = run_script(tmp_path, 2, *arguments(image_folder), prepare=partial(_at_update, 2, 1, _break))
     assert (first.status, second.status) == (1, 1)
     assert 'ERROR: [rank 1 of 2] Failed in epoch 0, update 1.' in second.text
@@ -96,7 +96,7 @@ def test_a_process_that_fails_says_where(tmp_path, image_folder):
     assert 'Lost contact' in first.text
 
 
-def test_mistakes_are_told_once(tmp_path, image_folder):
+def test_usage_errors_are_logged_once(tmp_path, image_folder):
     outcomes = run_script(tmp_path, 2, *arguments(image_folder, model='nonesuch'))
     assert [outcome.status for outcome in outcomes] == [2, 2]
     assert 'timm has no such model' in outcomes[0].text

@@ -28,10 +28,8 @@ def one_error(script):
 
 
 @pytest.mark.parametrize('flags, options', [
-    ([], dict(lr=1e30, val_split='', epochs=3)),
     ([], dict(lr=1e30, epochs=3)),
     ([], dict(lr=1e30, val_split='', epochs=3, multimix='dense')),
-    (['--model-ema'], dict(lr=1e10, epochs=3, multimix='dense', opt='lookahead_adamw')),
     ([], dict(lr=1e10, epochs=3, multimix='dense', opt='lookahead_adamw', val_split='', multimix_teacher='ema')),
     ([], dict(lr=1000.0, epochs=4)),
 ])

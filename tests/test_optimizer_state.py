@@ -56,6 +56,7 @@ def test_checkpoint_of_timm(script, image_folder, checkpoints, tmp_path):
     path = edited(checkpoints['adamw'], tmp_path / 'x.pth.tar', args=args, progress=None)
     argv = dict(val_split='', epochs=3, stop_epoch=2, resume=path)
     assert script.train(image_folder, opt='adamw', **argv) == 0, script.text
+    assert 'no random state' in script.text and [row['epoch'] for row in script.summary()] == ['1']
     assert script.train(image_folder, opt='sgd', experiment='other', **argv) == 2
     assert '--opt adamw' in script.lines[-1]
 

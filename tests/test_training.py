@@ -43,7 +43,7 @@ def test_trains_and_writes_what_timm_writes(script, image_folder, mode):
     timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'last.pth.tar'))
 
 
-def test_says_where_the_best_is_and_validates_it(script, image_folder):
+def test_command_of_the_best_checkpoint_validates_it(script, image_folder):
     script.train(image_folder, multimix='dense', epochs=2)
     best = max(float(row['eval_top1']) for row in script.summary())
     assert f'Best top1: {best:.4g}' in script.text
@@ -55,7 +55,7 @@ def test_says_where_the_best_is_and_validates_it(script, image_folder):
     assert script.written() == before
 
 
-def test_log_lines_show_what_matters(script, image_folder):
+def test_log_lines(script, image_folder):
     script.train(image_folder, multimix='dense', log_interval=1)
     lines = [line for line in script.lines if line.startswith('Train: 0 [')]
     assert len(lines) == 3
@@ -103,7 +103,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(script, image_folder)
     assert path.parent.name.endswith('-test_resnet-32-2') and path.parent.name in script.lines[-1]
 
 
-def test_a_complete_run_says_so(script, image_folder):
+def test_complete_run_is_reported(script, image_folder):
     assert script.train(image_folder, '--model-ema', epochs=2) == 0
     assert script.train(image_folder, '--model-ema', epochs=2, resume='auto') == 0
     assert 'run is complete: 2 of 2 epochs. To train longer, increase --epochs' in script.text
@@ -113,7 +113,7 @@ def test_a_complete_run_says_so(script, image_folder):
     assert 'To train longer, increase --stop-epoch' in script.text
 
 
-def test_another_objective_is_told_when_a_run_continues(script, image_folder):
+def test_resuming_with_another_objective_is_logged(script, image_folder):
     options = dict(multimix='dense', multimix_n=20, epochs=2)
     assert script.train(image_folder, '--multimix-alpha', '0.5', '2', stop_epoch=1, **options) == 0
     assert script.train(image_folder, resume='auto', **options | dict(multimix_n=30)) == 0
@@ -122,7 +122,7 @@ def test_another_objective_is_told_when_a_run_continues(script, image_folder):
     assert 'another objective' not in script.text
 
 
-def test_optimizer_options_that_do_not_count_when_a_run_continues_are_told(script, image_folder):
+def test_ignored_optimizer_options_are_logged(script, image_folder):
     assert script.train(image_folder, lr=0.1, epochs=4, stop_epoch=1) == 0
     assert script.train(image_folder, lr=0.2, epochs=4, stop_epoch=2, resume='auto') == 0
     assert 'the options in the checkpoint: --lr was 0.1 and is 0.2. To use the new' in script.text

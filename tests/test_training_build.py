@@ -89,12 +89,12 @@ def test_options_are_passed_to_timm(image_folder, tmp_path):
 
 @pytest.mark.parametrize('options,lr', [
     ([], 0.1 * 16 / 256), (['--opt', 'adamw'], 0.1 * (16 / 256) ** 0.5), (['--grad-accum-steps', '2'], 0.1 * 32 / 256),
-    (['--lr-base', '0.5', '--lr-base-size', '64', '--lr-base-scale', 'sqrt'], 0.5 * 0.5), (['--lr', '0.3'], 0.3),
+    (['--lr-base', '0.5', '--lr-base-size', '64', '--lr-base-scale', 'sqrt'], 0.5 * 0.5),
 ])
 def test_learning_rate_scales_with_the_batch_size(script, image_folder, options, lr):
     assert script('--data-dir', image_folder, '--model', 'test_resnet', '--img-size', '32', '-b', '16', '-j', '0',
-                  '--epochs', '1', '--warmup-epochs', '0', '--experiment', 'run', *options) == 0, script.text
-    assert script.checkpoint()['optimizer']['param_groups'][0]['initial_lr'] == pytest.approx(lr)
+                  '--dry-run', *options) == 0, script.text
+    assert f'Learning rate {lr:.4g}: ' in script.text
 
 
 def test_schedule_per_update_or_per_epoch(script, image_folder):

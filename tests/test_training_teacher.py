@@ -79,7 +79,7 @@ def test_without_a_teacher_the_average_selects_as_in_timm(script, image_folder):
     assert losses['state_dict'] < losses['state_dict_ema'] and '(state_dict_ema). Export' in script.text
 
 
-def test_calibrated_weights_know_whose_they_are(script, image_folder, tmp_path):
+def test_calibrated_checkpoint_names_its_weights(script, image_folder, tmp_path):
     learns = dict(epochs=4, lr=0.1)  # a model that learned nothing has no temperature
     assert script.train(
         image_folder, *TEACHER, '--calibrate', '0.25', multimix_teacher_decay=0.9, eval_metric='teacher_top1',
@@ -98,7 +98,7 @@ def test_calibrated_weights_know_whose_they_are(script, image_folder, tmp_path):
     assert 'metric' not in script.checkpoint('model_calibrated.pth.tar', 'by-loss')  # it is another one now
 
 
-def test_resuming_tells_what_becomes_of_a_teacher(script, image_folder):
+def test_resuming_without_the_teacher_is_logged(script, image_folder):
     def resume(*argv, **options):
         assert script.train(image_folder, *argv, resume='auto', val_interval=9, **options) == 0, script.text
         return script.text
@@ -118,26 +118,11 @@ def test_resuming_tells_what_becomes_of_a_teacher(script, image_folder):
     assert all(float(row['lr']) <= 0.01 and 0 <= float(row['eval_top1']) <= 100 and None not in row for row in rows)
 
 
-@pytest.mark.parametrize('views', [1, 2])
-def test_resumed_run_is_the_run_uninterrupted(script, image_folder, views):
-    options = dict(epochs=3, multimix_views=views, multimix_teacher_decay=0.9, multimix_distill_ramp_epochs=2)
-    assert script.train(image_folder, *TEACHER, **options) == 0, script.text
-    assert script.train(image_folder, *TEACHER, experiment='parts', stop_epoch=2, **options) == 0, script.text
-    assert script.train(image_folder, *TEACHER, experiment='parts', resume='auto', **options) == 0, script.text
-    whole, parts = script.checkpoint(), script.checkpoint(name='parts')
-    assert same(whole['state_dict'], parts['state_dict'])
-    assert same(whole['state_dict_teacher'], parts['state_dict_teacher'])
-    assert [row['eval_teacher_loss'] for row in script.summary()] == [
-        row['eval_teacher_loss'] for row in script.summary('parts')]
-
-
 @pytest.mark.parametrize('options', [
     ('--mixup', '0.5', '--cutmix', '0.5'),
-    ('--mixup', '0.5', '--no-prefetcher'),
     ('--reprob', '0.5', '--grad-accum-steps', '2', '--channels-last'),
     ('--amp', '--amp-dtype', 'bfloat16', '--clip-grad', '1'),
     ('--train-img-sizes', '32', '64', '--train-batch-sizes', '8', '4'),
-    ('--torchcompile', 'eager'),
     ('--bce-loss', '--multimix-distill-temperature', '2'),
     ('--save-images', '--log-interval', '1'),
 ])
@@ -174,7 +159,7 @@ def test_refused_before_training(script, image_folder, options, message):
     assert message in script.text and script.written() == []
 
 
-def test_options_of_a_teacher_without_one_are_told(script, image_folder):
+def test_unused_teacher_options_are_logged(script, image_folder):
     assert script.train(image_folder, '--multimix', 'dense', '--multimix-distill-weight', '0.3', epochs=1) == 0
     assert '--multimix-distill-weight: without effect, add --multimix-teacher ema' in script.text
 
