@@ -53,7 +53,7 @@ def test_epoch_without_a_finite_loss_ends_the_run(script, image_folder):
 
 
 def test_constants_that_are_not_finite_are_saved(tmp_path):
-    """Such as an attention mask; but not what normalisation layers have measured."""
+    """Such as an attention mask; but not what normalization layers have measured."""
     model = timm.create_model('test_resnet', num_classes=3)
     model.register_buffer('mask', torch.tensor([0.0, -math.inf]))
     saver = RunSaver(

@@ -24,18 +24,18 @@ from torch.utils.hooks import RemovableHandle
 
 from timm_multimix.training import main
 
-COLOURS = dict(a=(200, 30, 30), b=(30, 30, 200), c=(30, 200, 30))
+COLORS = dict(a=(200, 30, 30), b=(30, 30, 200), c=(30, 200, 30))
 
 
 def make_images(root: Path, classes=('a', 'b', 'c'), count: int = 8, size: int = 32) -> Path:
-    """Write noisy images, with one folder and one colour for each class."""
+    """Write noisy images, with one folder and one color for each class."""
     rng = np.random.default_rng(len(root.name))  # a different seed for each split
     for name in classes:
         folder = root / name
         folder.mkdir(parents=True)
         for index in range(count):
             noise = rng.integers(-30, 30, (size, size, 3))
-            pixels = (np.array(COLOURS[name]) + noise).clip(0, 255).astype(np.uint8)
+            pixels = (np.array(COLORS[name]) + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f'{index}.png')
     return root
 

@@ -35,13 +35,12 @@ class HubPush:
 
     Args:
         args: Arguments of the run.
-        repository: Repository after `log_in`.
     """
     patience: float = PATIENCE  # seconds to wait for the last upload
 
-    def __init__(self, args: argparse.Namespace, repository: HubRepository):
+    def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.repository = repository
+        self._log_in(os.path.basename(args.experiment) or 'run')
         self.folder = ''
         # Checkpoints to push, each with the temporary folder that contains it. None ends the thread.
         self._jobs: queue.Queue[tuple[str | None, ExitStack] | None] = queue.Queue()
@@ -60,16 +59,15 @@ class HubPush:
         if not args.push_to_hub or args.validate or world_info_from_env()[1] != 0:
             return None
         limit_waiting()
-        return cls(args, cls._logged_in(args, os.path.basename(args.experiment) or 'run'))
+        return cls(args)
 
-    @staticmethod
-    def _logged_in(args: argparse.Namespace, name: str) -> HubRepository:
+    def _log_in(self, name: str) -> None:
+        args = self.args
         with usage_errors('--push-to-hub'):
-            repository = HubRepository(
+            self.repository = HubRepository(
                 args.hub_model_id or name, revision=args.hub_revision, private=args.hub_private_repo or None,
                 force=args.hub_force)
-            repository.log_in()
-        return repository
+            self.repository.log_in()
 
     def begin(self, setup: Setup) -> None:
         """Open the repository and start the thread. Call it before training, after config.json was written.
@@ -79,7 +77,7 @@ class HubPush:
         """
         self.folder = setup.folder
         if not self.args.hub_model_id:
-            self.repository = self._logged_in(self.args, os.path.basename(setup.folder))
+            self._log_in(os.path.basename(setup.folder))
         remove_work_folders(self.folder)
         with usage_errors('--push-to-hub'):
             # Not in the thread, because building a model draws random numbers.

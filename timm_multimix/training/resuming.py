@@ -2,7 +2,7 @@
 import argparse
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -13,7 +13,6 @@ from ..build.checkpoint import read_checkpoint
 from ..build.option import option_name
 from ..build.saved_weights import arguments_of
 from ..common.errors import UsageError, usage_errors
-from ..options import multimix_option_names
 from .setup import Setup
 from .state import RunState
 
@@ -34,40 +33,32 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
         raise UsageError(f'{path} is a checkpoint of {architecture}, not of --model {args.model}.')
 
 
-def _settle_changes(setup: Setup, before: Mapping[str, Any]) -> None:
+def _settle_changes(setup: Setup, checkpoint: dict[str, Any], epoch: int | None) -> None:
     """Warn about options that differ from the checkpoint.
 
-    Changed loss options are used. Changed optimizer options are reset to the values in the checkpoint, because they are
-    part of the optimizer state.
+    Changed loss options are used, and args.earlier records the previous values. Changed optimizer options are reset to
+    the values in the checkpoint, because they are part of the optimizer state.
     """
-    args = setup.args
+    args, before = setup.args, arguments_of(checkpoint)
+    changed = {name: before[name] for name, value in vars(args).items() if name in before and before[name] != value}
+    objective = {name: value for name, value in changed.items() if name.startswith(_OBJECTIVE)}
+    reset = {name: changed[name] for name in _OPTIMIZER_OPTIONS if name in changed and not args.no_resume_opt}
 
-    def changed(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in before and before[name] != getattr(args, name)]
+    def listed(options: Mapping[str, Any]) -> str:
+        return ', '.join(f'{option_name(name)} was {old} and is {getattr(args, name)}' for name, old in options.items())
 
-    def listed(names: Iterable[str]) -> str:
-        return ', '.join(f'{option_name(name)} was {before[name]} and is {getattr(args, name)}' for name in names)
-
-    if objective := changed(multimix_option_names()):
+    if objective:
         _logger.warning(f'This run continues with another objective: {listed(objective)}.')
-    reset = [] if args.no_resume_opt else changed(_OPTIMIZER_OPTIONS)
     if reset:
         _logger.warning(
             f'The optimizer keeps the options in the checkpoint: {listed(reset)}. To use the new values, give '
             '--no-resume-opt, which resets the optimizer.')
-    for options in (vars(args), setup.options):
-        options.update((name, before[name]) for name in reset)
-
-
-def _remember_objective(args: argparse.Namespace, checkpoint: dict[str, Any], epoch: int | None) -> None:
-    """Append the previous loss options to args.earlier if they change in this run."""
-    before = arguments_of(checkpoint)
-    options = {name: before[name] for name, value in vars(args).items()
-               if name.startswith(_OBJECTIVE) and name in before and before[name] != value}
+    vars(args).update(reset)
+    setup.options.update(reset)
     earlier = list(before.get('earlier') or ())
-    if options and epoch is not None:
+    if objective and epoch is not None:
         in_epoch = bool((checkpoint.get('progress') or {}).get('in_epoch'))
-        earlier.append(dict(epoch=epoch, in_epoch=in_epoch, options=options))
+        earlier.append(dict(epoch=epoch, in_epoch=in_epoch, options=objective))
     if earlier:
         args.earlier = earlier
 
@@ -99,7 +90,6 @@ def resume(setup: Setup, path: str) -> dict[str, Any]:
     resumes_optimizer = not args.no_resume_opt and 'optimizer' in checkpoint
     if resumes_optimizer and before.get('opt'):
         _check_optimizer(args, before, path)
-    _settle_changes(setup, before)
     with usage_errors(f'{path} does not fit this run'):
         epoch = resume_task_checkpoint(
             setup.task, path, None, None if args.no_resume_opt else setup.loss_scaler, log_info=False)
@@ -108,7 +98,7 @@ def resume(setup: Setup, path: str) -> dict[str, Any]:
                 f'The optimizer state in {path} does not fit this run',
                 f' Use the options of the original run, {_REMEDY}.'):
             setup.optimizer.load_state_dict(deepcopy(checkpoint['optimizer']))  # whose tensors are memory-mapped
-    _remember_objective(args, checkpoint, epoch)
+    _settle_changes(setup, checkpoint, epoch)
     _logger.info(f'Continuing from {path}{"" if epoch is None else f" with epoch {epoch}"}.')
     setup.resumed_from = path
     return {**checkpoint, 'epoch': epoch}
