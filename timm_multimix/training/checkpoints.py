@@ -267,7 +267,7 @@ def set_aside(setup: Setup, start_epoch: int) -> Callable[[], None] | None:
     if setup.args.start_epoch is not None:
         start = start_epoch - 1, False, 0, math.inf
     later = [path for place, path in _by_progress(find_checkpoints(setup.folder)) if place > start]
-    resumed_from = os.path.realpath(setup.resumed_from)
+    resumed_from = os.path.realpath(setup.resumed_from or '')
     source = next((path for path in later if os.path.realpath(path) == resumed_from), None)
     others = [path for path in later if path != source]
     if others:

@@ -10,7 +10,7 @@ import yaml
 from timm import utils
 
 from ..build.checkpoint import read_checkpoint
-from ..build.loaders import TRAINING, VALIDATION
+from ..build.loaders import TRAINING
 from ..build.option import option_name
 from ..build.saved_weights import described, saved_weights, weights_entry
 from ..calibration.run import forget_calibrated, write_calibrated
@@ -24,7 +24,7 @@ from .checkpoints import RunSaver, set_aside
 from .checks import check_run_folder
 from .config import DATA_OPTIONS, dataset_danger
 from .hub import HubPush
-from .loop import learning_rate, shown, train_epoch
+from .loop import learning_rate, train_epoch
 from .setup import Setup
 from .state import RunState
 from .trackers import Trackers
@@ -108,11 +108,9 @@ def _finish_epoch(state: RunState, train_metrics: dict[str, float], trackers: Tr
     is_milestone = done in setup.args.save_epochs
     is_due = done % setup.args.val_interval == 0 or done == setup.stop_epoch or is_milestone
     if is_due:
-        eval_metrics, metric, entries = {}, train_metrics['loss'], {}
-        if setup.loaders.evaluation is not None:
-            eval_metrics, metric, entries = validate_epoch(state)
-            setup.loaders.warn_of_unreadable(VALIDATION, f'Epoch {epoch}: ')
-            _logger.info(f'Epoch {epoch}: validation  {shown(eval_metrics)}')
+        eval_metrics, metric, entries = validate_epoch(state)
+        if setup.loaders.evaluation is None:
+            metric = train_metrics['loss']
         progress = state.state_dict()
         if state.saver is not None:
             _write_summary(setup, epoch, train_metrics, eval_metrics, trackers)

@@ -56,15 +56,17 @@ def share_batch_norm(setup: Setup, model: nn.Module) -> None:
         utils.distribute_bn(model, setup.args.world_size, setup.args.dist_bn == 'reduce')
 
 
-def validate_epoch(state: RunState) -> tuple[dict[str, float], float, dict[str, Any]]:
+def validate_epoch(state: RunState) -> tuple[dict[str, float], float | None, dict[str, Any]]:
     """Validate the trained weights and, if present, the EMA and teacher weights.
 
     Returns:
-        Metrics for the summary, the metric that selects the best checkpoint, and entries of the checkpoint. One weight
-        set has metrics without prefix: the EMA weights if there are any and no teacher, as in timm, otherwise the
-        trained weights. The metrics of the others have the prefixes 'student_', 'ema_' and 'teacher_'.
+        Metrics for the summary, the metric that selects the best checkpoint, and entries of the checkpoint; empty
+        without a validation split. One weight set has metrics without prefix: the EMA weights if there are any and no
+        teacher, as in timm, otherwise the trained weights. The others have the prefixes 'student_', 'ema_', 'teacher_'.
     """
     setup, task = state.setup, state.setup.task
+    if setup.loaders.evaluation is None:
+        return {}, None, {}
     teacher = task.get_eval_teacher() if hasattr(task, 'get_eval_teacher') else None
     average = task.get_trainable_module(ema=True)
     is_shared = teacher is not None and average is not None and teacher is average.module
@@ -79,6 +81,8 @@ def validate_epoch(state: RunState) -> tuple[dict[str, float], float, dict[str, 
     columns = dict(found[without_prefix])
     for name in (name for name in found if name != without_prefix):
         columns.update((f'{name}_{metric}', value) for metric, value in found[name].items())
+    setup.loaders.warn_of_unreadable(VALIDATION, f'Epoch {state.epoch}: ')
+    _logger.info(f'Epoch {state.epoch}: validation  {shown(columns)}')
     selecting = selecting_weights(setup.args)
     metrics = found[TEACHER if is_shared and selecting == AVERAGE else selecting]
     places = {STUDENT: 'state_dict', AVERAGE: 'state_dict_ema',
