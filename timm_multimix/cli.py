@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `timm-multimix`.
 
     Args:
-        argv: Command-line arguments, by default those of the process. The first one is the subcommand. The others are
-            passed to it.
+        argv: The subcommand and its arguments. The default is sys.argv[1:].
 
     Returns:
         Exit status of the subcommand; 2 for a usage error.

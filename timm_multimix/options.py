@@ -311,7 +311,7 @@ def check_multimix(args: argparse.Namespace) -> None:
 
 
 def _warn_of_unused_options(args: argparse.Namespace, prefix: str | tuple[str, ...], reason: str) -> None:
-    """Warn of MultiMix options with this prefix whose value is neither the default nor that of the preset."""
+    """Warn of MultiMix options with this prefix that differ from the default and from the preset."""
     preset = preset_options(args.multimix_preset)
     unused = [option_name(name) for name, value in _DEFAULTS.items()
               if name.startswith(prefix) and getattr(args, name) not in (value, preset.get(name, value))]

@@ -40,8 +40,8 @@ _TASKS = {'ClassificationTask': MultiMixTask, 'MultiLabelClassificationTask': Mu
 
 _USAGE = """usage: {program} path/to/train.py [OPTION ...]
 
-Run timm's train.py with MultiMix. The options are those of the script and of MultiMix, which
-`{program} path/to/train.py --help` lists.
+Run timm's train.py with MultiMix. `{program} path/to/train.py --help` lists the options of the
+script and of MultiMix.
 
 Example: {program} train.py --data-dir path/to/images --model resnet50 --multimix dense"""
 

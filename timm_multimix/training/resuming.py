@@ -97,7 +97,7 @@ def resume(setup: Setup, path: str) -> dict[str, Any]:
         with usage_errors(
                 f'The optimizer state in {path} does not fit this run',
                 f' Use the options of the original run, {_REMEDY}.'):
-            setup.optimizer.load_state_dict(deepcopy(checkpoint['optimizer']))  # whose tensors are memory-mapped
+            setup.optimizer.load_state_dict(deepcopy(checkpoint['optimizer']))  # a copy of memory-mapped tensors
     _settle_changes(setup, checkpoint, epoch)
     _logger.info(f'Continuing from {path}{"" if epoch is None else f" with epoch {epoch}"}.')
     setup.resumed_from = path

@@ -192,7 +192,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
 
 
 def _prepare_task(setup: Setup, checkpoint: dict[str, Any]) -> None:
-    """Set up the EMA, compile and distribute the model of a task whose weights are loaded."""
+    """Set up the EMA, compile and distribute the model, after its weights have been loaded."""
     args, task = setup.args, setup.task
     if args.distributed:
         # Each process has its own seed, and setup_ema copies the weights before DDP synchronizes them.
