@@ -34,10 +34,10 @@ class Targets(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> 'Targets':
         """Convert all tensors except the teacher's logits, which are converted when they are used."""
-        rows, normalizer, weight, pos_weight = (
+        normalizer, weight, pos_weight = (
             None if tensor is None else tensor.to(dtype)
-            for tensor in (self.rows, self.normalizer, self.weight, self.pos_weight))
-        return Targets(rows, normalizer, self.teacher, weight, pos_weight)
+            for tensor in (self.normalizer, self.weight, self.pos_weight))
+        return Targets(self.rows.to(dtype), normalizer, self.teacher, weight, pos_weight)
 
     def factors(self, rows: torch.Tensor, is_binary: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factors of the logits (..., c) and of A (..., 1 or c) in the loss of target rows (..., c)."""
