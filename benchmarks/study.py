@@ -24,7 +24,8 @@ import yaml
 from study_plan import Study, load_results, load_study, run_missing
 from study_report import page_header, plot, ranking, section
 
-from timm_multimix.common.advice import missing_packages
+from timm_multimix.common.command_line import check_packages
+from timm_multimix.common.errors import UsageError
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -70,9 +71,11 @@ def main() -> None:
     results = load_results(args.results)
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # shut down the worker processes too
-    missing = missing_packages('A study', ['captum', 'torchmetrics'], extra='eval')
-    if missing and not args.report_only:
-        sys.exit(missing)
+    if not args.report_only:
+        try:
+            check_packages('A study', ['captum', 'torchmetrics'], extra='eval')
+        except UsageError as error:
+            sys.exit(str(error))
     try:
         for study in studies if not args.report_only else ():
             run_missing(study, results, args.results, args.workers, args.nice)

@@ -1,4 +1,4 @@
-"""MultiMix on some batches and image mixing on the others: decisions, loaders, task, script and processes."""
+"""MultiMix on some batches and image mixing on the others: schedule, loaders, hook, task, script and processes."""
 import itertools
 
 import numpy as np
@@ -7,15 +7,19 @@ import timm
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+import yaml
 from distributed_helpers import on_ranks
 from PIL import Image
 from timm.data import FastCollateMixup, Mixup, create_loader
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
+from training_helpers import on_batch
 
 from timm_multimix import EMATeacher, MultiLabelMultiMixTask, MultiMixLoss, MultiMixOutput, MultiMixTask, attach
 from timm_multimix.data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
+from timm_multimix.options import describe_batches
+from timm_multimix.training.config import parse_args
 
 pytest_plugins = ['training_helpers']
 
@@ -333,27 +337,43 @@ def test_paper_preset_of_the_task():
 # ---- the script
 
 
-def test_paper_preset_of_the_script(script, image_folder):
-    assert script.train(image_folder, multimix='dense', multimix_preset='paper') == 0, script.text
-    args = script.checkpoint()['args']
-    assert (args['multimix_prob'], args['mixup'], args['smoothing']) == (0.5, 1.0, 0.0)
-    assert (args['multimix_alpha'], args['no_multimix_balance'], args['multimix_pooled_weight']) == (
-        [0.5, 2.0], True, 0.0)
-    assert 'MultiMix batch with probability 0.5; the other batches are trained with mixup (alpha 1)' in script.text
-    options = dict(multimix='dense', multimix_preset='paper', mixup=0.0, multimix_alpha=1.0, experiment='given')
-    assert script.train(image_folder, '--multimix-balance', **options) == 0, script.text
-    args = script.checkpoint(name='given')['args']
-    assert (args['mixup'], args['multimix_alpha'], args['no_multimix_balance']) == (0.0, [1.0], False)
-    assert 'trained without any mixing' in script.text
+def test_presets_of_command_line_and_file(tmp_path, image_folder):
+    def parse(*argv, **options):
+        path = tmp_path / 'args.yaml'
+        path.write_text(yaml.safe_dump(options))
+        args = parse_args(['--config', str(path), '--data-dir', str(image_folder), '--multimix', 'dense', *argv])
+        values = [getattr(args, name) for name in (
+            'multimix_prob', 'multimix_alpha', 'no_multimix_balance', 'multimix_pooled_weight', 'mixup', 'smoothing')]
+        return values, args
+
+    default, default_args = parse()
+    paper, paper_args = parse('--multimix-preset', 'paper')
+    assert default == [1.0, None, False, 0.5, 0.0, 0.1] and paper == [0.5, [0.5, 2.0], True, 0.0, 1.0, 0.0]
+    assert 'MultiMix batch with probability 0.5; the other batches are trained with mixup (alpha 1)' in (
+        describe_batches(paper_args))
+    # The preset of the command line replaces the values of a preset in a file.
+    assert parse(**vars(paper_args))[0] == paper
+    assert parse('--multimix-preset', 'default', **vars(paper_args))[0] == default
+    assert parse('--multimix-preset', 'paper', **vars(default_args))[0] == paper
+    # Explicit options replace the values of a preset.
+    given, args = parse('--multimix-preset', 'paper', '--mixup', '0', '--multimix-alpha', '1', '--multimix-balance')
+    assert given == [0.5, [1.0], False, 0.0, 0.0, 0.0] and 'trained without any mixing' in describe_batches(args)
 
 
-def test_parts_are_averaged_over_the_batches_that_have_them(script, image_folder):
-    options = dict(multimix='dense', multimix_prob=0.5, mixup=1.0, epochs=2, log_interval=1, seed=1)
-    assert script.train(image_folder, **options) == 0, script.text
+@pytest.mark.parametrize('flags', [[], ['--no-prefetcher']])
+def test_batches_of_a_run(script, image_folder, flags):
+    """Images are mixed in the batches without MultiMix. Parts of the loss are averaged over the batches with them."""
+    options = dict(multimix='dense', multimix_prob=0.5, mixup=1.0, mixup_mode='elem', epochs=2, log_interval=1, seed=1)
+    targets = []
+    with on_batch(lambda number, input, target: targets.append(target)):
+        assert script.train(image_folder, *flags, **options) == 0, script.text
     for epoch, row in enumerate(script.summary()):
+        is_multimix = [BatchSchedule(0.5, 1).is_multimix(epoch, index) for index in range(3)]
+        assert len(set(is_multimix)) == 2  # else choose another seed
+        mixed = [bool(((target > 0.11) & (target < 0.89)).any()) for target in targets[3 * epoch:3 * epoch + 3]]
+        assert mixed == [not value for value in is_multimix]
         losses = [float(row[f'train_{name}']) for name in ('dense', 'pooled', 'plain')]
-        count = sum(BatchSchedule(0.5, 1).is_multimix(epoch, index) for index in range(3))
-        assert 0 < count < 3  # else choose another seed
+        count = sum(is_multimix)
         expected = (count * (losses[0] + losses[1]) / 2 + (3 - count) * losses[2]) / 3
         assert abs(float(row['train_loss']) - expected) < 1e-5
 
@@ -367,21 +387,6 @@ def test_probability_zero_is_timms_training(script, image_folder, flags):
     assert script.train(image_folder, *flags, **options) == 0, script.text
     zero = script.summary('zero')
     assert [{name: row[name] for name in plain[0]} for row in zero] == plain
-
-
-def test_preset_of_the_command_line_replaces_that_of_a_file(script, image_folder, tmp_path):
-    def train(name, *flags):
-        assert script.train(image_folder, *flags, multimix='dense', experiment=name, epochs=1) == 0, script.text
-        args = script.checkpoint(name=name)['args']
-        return [args[key] for key in ('multimix_prob', 'multimix_alpha', 'no_multimix_balance', 'mixup', 'smoothing')]
-
-    paper, default = [0.5, [0.5, 2.0], True, 1.0, 0.0], [1.0, None, False, 0.0, 0.1]
-    assert train('default') == default
-    config = str(script.run_folder('default') / 'args.yaml')
-    assert train('paper', '--config', config, '--multimix-preset', 'paper') == paper
-    config = str(script.run_folder('paper') / 'args.yaml')
-    assert train('again', '--config', config) == paper
-    assert train('back', '--config', config, '--multimix-preset', 'default') == default
 
 
 @pytest.mark.parametrize('flags,options,word', [

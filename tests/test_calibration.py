@@ -1,4 +1,4 @@
-"""One temperature, fitted and folded into the classifier."""
+"""Fit a temperature and fold it into the classifier."""
 import copy
 
 import numpy as np
@@ -21,7 +21,7 @@ from timm_multimix.calibration.temperature import (
 
 
 def random_problem(num_images=200, num_classes=5, scale=3.0, seed=0):
-    """Logits that are right about two times in three, and too sure of it."""
+    """Return logits of an overconfident classifier with an accuracy of about two thirds, and the targets."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(num_classes, (num_images,), generator=generator)
     logits = torch.randn(num_images, num_classes, generator=generator) + 1.5 * F.one_hot(target, num_classes)
@@ -29,7 +29,7 @@ def random_problem(num_images=200, num_classes=5, scale=3.0, seed=0):
 
 
 def best_temperature(logits, target):
-    """By search, on the definition."""
+    """Search the minimum of the cross-entropy."""
     def loss(log_temperature):
         return F.cross_entropy(logits.double() / np.exp(log_temperature), target).item()
 
@@ -38,7 +38,7 @@ def best_temperature(logits, target):
 
 @pytest.mark.parametrize('scale', [0.02, 0.5, 3.0, 200.0])
 @pytest.mark.parametrize('num_classes', [2, 5])
-def test_temperature_minimises_the_loss(scale, num_classes):
+def test_temperature_minimizes_the_loss(scale, num_classes):
     logits, target = random_problem(num_classes=num_classes, scale=scale)
     assert fit_temperature(logits, target) == pytest.approx(
         scale * best_temperature(*random_problem(num_classes=num_classes, scale=1.0)), rel=1e-5)
@@ -52,14 +52,14 @@ def test_temperature_for_soft_targets():
     assert fit_temperature(logits, soft) == pytest.approx(best_temperature(logits, soft), rel=1e-5)
 
 
-def test_temperature_ignores_what_is_added_to_all_logits():
+def test_temperature_is_invariant_to_shifts_of_the_logits():
     logits, target = random_problem()
     shifted = logits.double() + 1e6 * torch.randn(len(logits), 1, dtype=torch.float64)
     assert fit_temperature(shifted, target) == pytest.approx(fit_temperature(logits, target), rel=1e-6)
 
 
 def test_images_all_classified_correctly_give_the_rule_of_succession():
-    """Two classes, one gap: the fitted confidence is exactly (n + 1) / (n + 2)."""
+    """With two classes and equal logits for all images, the fitted confidence is exactly (n + 1) / (n + 2)."""
     target = torch.randint(2, (30,))
     logits = 40.0 * F.one_hot(target, 2)
     probs = (logits.double() / fit_temperature(logits, target)).softmax(1)
@@ -82,7 +82,7 @@ def test_problems_without_a_temperature(logits, target, message):
 
 
 class Net(nn.Module):
-    """A body, and a head to try things on."""
+    """A small body and a head."""
 
     def __init__(self, head, width=6):
         super().__init__()
@@ -151,7 +151,7 @@ REFUSED = {
     'cosine': (lambda: Cosine(6, 4), 'not proportional'),
     'a constant': (lambda: Shifted(6, 4), 'not proportional'),
     'spectral norm': (lambda: parametrizations.spectral_norm(nn.Linear(6, 4)), 'not proportional'),
-    'orthogonal': (lambda: parametrizations.orthogonal(nn.Linear(6, 4)), 'parametrization|not proportional'),
+    'orthogonal': (lambda: parametrizations.orthogonal(nn.Linear(6, 4)), 'not proportional'),
     'old weight norm': (lambda: torch.nn.utils.weight_norm(nn.Linear(6, 4)), 'not proportional'),
     'features too': (lambda: Sum(nn.Linear(6, 4), nn.AdaptiveAvgPool1d(4)), 'not proportional'),
 }
@@ -163,7 +163,7 @@ def loader(num_images=60, batch_size=20):
 
 
 def labelled_by(model, batches, right=0.7):
-    """The same batches, with labels that the model gets right in part."""
+    """Return the batches with labels for which the model has the accuracy `right`."""
     model.eval()
     batches = [(images, model(images).argmax(1)) for images, _ in batches]
     return [(images, torch.where(torch.rand(len(target)) < right, target, (target + 1) % 4))
@@ -194,7 +194,7 @@ def test_logits_are_divided_by_the_temperature(kind):
 
 
 @pytest.mark.parametrize('kind', REFUSED)
-def test_refuses_heads_that_it_cannot_scale_and_leaves_them_alone(kind):
+def test_heads_that_are_not_proportional_are_refused_and_unchanged(kind):
     make, message = REFUSED[kind]
     model = Net(make()).eval()
     batches = labelled_by(model, loader())
@@ -202,21 +202,6 @@ def test_refuses_heads_that_it_cannot_scale_and_leaves_them_alone(kind):
     with pytest.raises(ValueError, match=message):
         calibrate(model, batches)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_classifier_that_starts_at_zero_hides_nothing():
-    model = Net(nn.Sequential(nn.Linear(6, 4), nn.GELU()))
-    nn.init.zeros_(model.head[0].weight)
-    nn.init.zeros_(model.head[0].bias)
-    with pytest.raises(ValueError, match='not proportional'):
-        scalable_classifier(model, loader()[0][0])
-
-
-def test_refuses_a_classifier_that_shares_its_weight():
-    model = Net(nn.Sequential(nn.Linear(6, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 6)))
-    model.head[0].weight = model.head[2].weight
-    with pytest.raises(ValueError, match=r"'head\.2' shares a parameter with 'head\.0\.weight'"):
-        calibrate(model, loader())
 
 
 def test_two_heads_with_one_weight_are_scaled_once():
@@ -228,24 +213,24 @@ def test_two_heads_with_one_weight_are_scaled_once():
     torch.testing.assert_close(model(images), before / 2)
 
 
-def test_says_what_to_do_with_a_scripted_model():
+def test_scripted_models_are_refused():
     with pytest.raises(ValueError, match=r'before it is compiled'):
         calibrate(torch.jit.script(Net(nn.Linear(6, 4))), loader())
 
 
-def test_looks_through_a_compiled_model():
+def test_compiled_models():
     model = Net(nn.Linear(6, 4)).eval()
     batches = labelled_by(model, loader())
     weight = model.head.weight.detach().clone()
 
     def compiled(*args):
-        raise AssertionError('it runs the model, with no need to compile it')
+        raise AssertionError('the model must not be compiled')
 
     temperature = calibrate(torch.compile(model, backend=compiled), batches)
     torch.testing.assert_close(model.head.weight.detach(), weight / temperature)
 
 
-def test_modes_gradients_and_statistics_stay():
+def test_modes_gradients_and_statistics_are_unchanged():
     model = Net(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))).train()
     model.body.eval()
     batches = labelled_by(copy.deepcopy(model), loader())
@@ -266,7 +251,7 @@ def test_frozen_models_and_half_precision():
     assert calibrate(model, batches) == pytest.approx(temperature, rel=0.05)
 
 
-def test_collects_in_order_and_refuses_nothing():
+def test_collected_logits_are_in_order():
     model = Net(nn.Linear(6, 4)).train()
     batches = loader(num_images=50)
     logits, target, example = collect_logits(model, batches)
@@ -284,8 +269,8 @@ def test_a_temperature_is_a_positive_number(temperature):
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'test_mambaout'])
-def test_accuracy_is_unchanged_to_the_last_image(tmp_path, name):
-    """And the state_dict is a checkpoint of plain timm."""
+def test_predictions_are_unchanged(tmp_path, name):
+    """The calibrated state_dict is a checkpoint that timm can load."""
     model = timm.create_model(name, num_classes=4).eval()
     nn.init.normal_(model.get_classifier().weight)
     images = torch.randn(200, 3, 32, 32) if name != 'test_vit' else torch.randn(200, 3, 160, 160)[:40]

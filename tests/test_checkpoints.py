@@ -30,15 +30,18 @@ def test_files_are_replaced_at_once(tmp_path):
     path = tmp_path / 'file'
     with replacing(str(path)) as temporary, open(temporary, 'w') as file:
         file.write('one')
-    with pytest.raises(OSError, match='full'), replacing(str(path)) as temporary:
+    with pytest.raises(OSError, match='full'), replacing(str(path), copy=True) as temporary:
         with open(temporary, 'a') as file:
             file.write(' and two')
         assert path.read_text() == 'one'
         raise OSError('full')
     assert path.read_text() == 'one' and os.listdir(tmp_path) == ['file']
-    with replacing(str(path)) as temporary, open(temporary, 'a') as file:
+    with replacing(str(path), copy=True) as temporary, open(temporary, 'a') as file:
         file.write(' and two')
     assert path.read_text() == 'one and two' and os.listdir(tmp_path) == ['file']
+    with replacing(str(path)) as temporary:
+        assert not os.path.exists(temporary)
+    assert path.read_text() == 'one and two'
 
 
 @pytest.mark.parametrize('links', [True, False])

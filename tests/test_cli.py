@@ -1,4 +1,4 @@
-"""The command timm-multimix: help, exit statuses, recipes, --dry-run, calibrate, and hints about the next command."""
+"""The command timm-multimix: help, exit statuses, recipes, --dry-run, calibrate, and commands in hints."""
 import os
 import shutil
 import subprocess

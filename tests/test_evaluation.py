@@ -282,7 +282,7 @@ def test_a_checkpoint_of_plain_timm_with_args_beside_it(runs, tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
     state = {**model.state_dict(), 'bn1.aux_bn.0.weight': torch.ones(1)}  # an entry of --split-bn
     torch.save(dict(state_dict=state), tmp_path / 'model.pth.tar')
-    with pytest.raises(UsageError, match='does not say what model'):
+    with pytest.raises(UsageError, match='does not name its model'):
         load_candidate(str(tmp_path / 'model.pth.tar'))
     (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 3\nimg_size: 48\n')
     candidate = load_candidate(str(tmp_path / 'model.pth.tar'))

@@ -11,23 +11,23 @@ def test_no_font_is_in_two_splits():
     assert len(fonts) == len(set(fonts))
 
 
-@pytest.mark.parametrize('coarse', [False, True])
-def test_same_seed_same_images(coarse):
-    first, targets = render_glyphs('train', 40, coarse=coarse, seed=3)
+@pytest.mark.parametrize('style', ['painted', 'coarse', 'strokes'])
+def test_same_seed_same_images(style):
+    first, targets = render_glyphs('train', 40, style=style, seed=3)
     render_glyphs.cache_clear()
-    again, _ = render_glyphs('train', 40, coarse=coarse, seed=3)
+    again, _ = render_glyphs('train', 40, style=style, seed=3)
     assert (first == again).all() and targets.tolist() == [*range(36), 0, 1, 2, 3]
-    other, _ = render_glyphs('train', 40, coarse=coarse, seed=4)
+    other, _ = render_glyphs('train', 40, style=style, seed=4)
     assert (first != other).any(axis=(1, 2)).all()
 
 
-def test_more_images_begin_with_those_of_fewer():
+def test_fewer_images_are_the_first_of_more():
     few, _ = render_glyphs('test', 510)
     many, targets = render_glyphs('test', 1100)
     assert (many[:510] == few).all() and (targets == np.arange(1100) % 36).all()
 
 
-def test_no_image_comes_twice():
+def test_all_images_are_different():
     images, _ = render_glyphs('train', 1010, characters='A')
     assert len(np.unique(images, axis=0)) == 1010
 
@@ -41,7 +41,7 @@ def test_images_use_the_range():
 
 
 def test_coarse_images_are_light_on_black_and_fill_the_image():
-    images, _ = render_glyphs('train', 260, characters=LETTERS, coarse=True)
+    images, _ = render_glyphs('train', 260, characters=LETTERS, style='coarse')
     assert images.shape == (260, 8, 8) and set(np.unique(images)) == {round(255 * i / 16) for i in range(17)}
     assert (images[:, [0, 0, 7, 7], [0, 7, 0, 7]].mean() < 0.6 * images.mean())
     fills_height = (images[:, [0, 7]].max(axis=2) > 0).all(axis=1)
@@ -50,8 +50,8 @@ def test_coarse_images_are_light_on_black_and_fill_the_image():
 
 
 @pytest.mark.parametrize('characters', [FIGURES, LETTERS])
-def test_characters_can_be_told_apart_in_unseen_fonts(characters):
-    train, train_targets = render_glyphs('train', 1000, characters=characters, coarse=True)
-    test, test_targets = render_glyphs('test', 500, characters=characters, coarse=True)
+def test_characters_are_recognized_in_unseen_fonts(characters):
+    train, train_targets = render_glyphs('train', 1000, characters=characters, style='coarse')
+    test, test_targets = render_glyphs('test', 500, characters=characters, style='coarse')
     model = LogisticRegression(C=0.1, max_iter=200).fit(train.reshape(1000, -1) / 255, train_targets)
     assert model.score(test.reshape(500, -1) / 255, test_targets) > 0.5

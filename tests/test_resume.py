@@ -117,7 +117,7 @@ RUNS = {
         ['--no-prefetcher'],
         dict(multimix='dense', multimix_prob=0.5, mixup=1.0, batch_size=4, grad_accum_steps=2, multimix_views=2,
              multimix_teacher='ema', multimix_start_epoch=1, mixup_off_epoch=2),
-        [dict(updates=4), dict(updates=7)]),
+        [dict(updates=4)]),
     'bfloat16': (['--model-ema'], dict(model_dtype='bfloat16', opt='adamw'), [dict(updates=4)]),
     'scheduled sizes': (
         ['--train-img-sizes', 32, 64, '--train-batch-sizes', 8, 4], dict(multimix='pooled'), [dict(updates=6)]),

@@ -1,4 +1,4 @@
-"""--calibrate: what is held out, and the checkpoint that is written at the end of a run."""
+"""--calibrate: the held-out images, and the checkpoint that is written at the end of a run."""
 import argparse
 import os
 import pickle
@@ -9,25 +9,22 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from timm.data import ImageDataset
 from timm.data import create_dataset as create_timm_dataset
 from timm.models import register_model
 
 from timm_multimix.build.datasets import build_datasets
 from timm_multimix.build.saved_weights import weights_entry
-from timm_multimix.calibration import run as calibration
 from timm_multimix.calibration.run import calibration_share, hold_out
 from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError
 from timm_multimix.data.demo import DigitsDataset
+from timm_multimix.data.image_files import ImageFiles
 from timm_multimix.training.config import parse_args
 
 pytest_plugins = ['training_helpers']
 
 
 def digits(calibrate, seed=42, **options):
-    """What is held out of the digits."""
     args = argparse.Namespace(**{
         **dict(calibrate=calibrate, seed=seed, train_split='train', val_split='validation'), **options})
     return hold_out(args, DigitsDataset('train'), DigitsDataset('validation'), 3)
@@ -35,9 +32,9 @@ def digits(calibrate, seed=42, **options):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Names of the images that were trained on, and of the images that a temperature was fitted to."""
+    """Record the names of the images used for training and for calibration."""
     seen = dict(train=set(), calibration=set())
-    get = ImageDataset.__getitem__
+    get = ImageFiles.__getitem__
 
     def watching(dataset, index):
         name = dataset.filename(index, absolute=True)
@@ -45,7 +42,7 @@ def watched(monkeypatch):
             seen['train' if 'Random' in repr(dataset.transform) else 'calibration'].add(name)
         return get(dataset, index)
 
-    monkeypatch.setattr(ImageDataset, '__getitem__', watching)
+    monkeypatch.setattr(ImageFiles, '__getitem__', watching)
     return seen
 
 
@@ -58,12 +55,13 @@ def logits_of(path, images, name='test_resnet', key='state_dict'):
         return model(images)
 
 
-def test_writes_the_best_weights_at_a_temperature(script, image_folder, watched):
-    assert script.train(image_folder, '--calibrate', '0.25', epochs=3, multimix='dense') == 0, script.text
+def test_best_weights_are_calibrated_on_the_held_out_images(script, image_folder, watched):
+    """The expected temperature is computed from the held-out files, with the transforms of validation."""
+    assert script.train(image_folder, '--calibrate', '0.5', epochs=4, lr=0.1, multimix='dense') == 0, script.text
     folder = script.run_folder()
-    assert '6 of 24 training images are held out' in script.text
-    assert '6 images are few to fit a temperature on' in script.text
-    assert len(watched['calibration']) == 6 and len(watched['train']) == 18
+    assert '12 of 24 training images are held out' in script.text
+    assert '12 images are few to fit a temperature on' in script.text
+    assert len(watched['calibration']) == 12 and len(watched['train']) == 12
     assert not watched['calibration'] & watched['train']
     checkpoint, best = script.checkpoint('model_calibrated.pth.tar'), script.checkpoint('model_best.pth.tar')
     temperature = checkpoint['temperature']
@@ -79,6 +77,14 @@ def test_writes_the_best_weights_at_a_temperature(script, image_folder, watched)
     assert torch.equal(after.argmax(1), before.argmax(1))
     timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_calibrated.pth.tar'))
     assert not list(folder.glob('*.tmp'))
+
+    dataset = create_timm_dataset('', root=str(image_folder), split='train')
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(42)).tolist()
+    dataset.transform = timm.data.create_transform((3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.95)
+    images, target = zip(*(dataset[index] for index in order[:12]), strict=True)
+    logits = logits_of(folder / 'model_best.pth.tar', torch.stack(images))
+    assert temperature == pytest.approx(fit_temperature(logits, torch.tensor(target)), rel=1e-3)
+    assert script('--config', folder / 'args.yaml', '--validate', folder / 'model_calibrated.pth.tar') == 0
 
 
 @pytest.mark.parametrize('split, is_refused', [
@@ -99,19 +105,6 @@ def test_folder_under_another_name_is_refused(script, image_folder, tmp_path):
     assert 'these are the images of --train-split train' in script.lines[-1]
 
 
-def test_temperature_is_that_of_the_held_out_images(script, image_folder):
-    """Computed anew from the files that were held out, with the transforms of validation."""
-    script.train(image_folder, '--calibrate', '0.5', epochs=4, lr=0.1)  # it shall learn something
-    dataset = create_timm_dataset('', root=str(image_folder), split='train')
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(42)).tolist()[12:]
-    order = sorted(set(range(24)) - set(order))
-    dataset.transform = timm.data.create_transform((3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.95)
-    images, target = zip(*(dataset[index] for index in order), strict=True)
-    logits = logits_of(script.run_folder() / 'model_best.pth.tar', torch.stack(images))
-    expected = fit_temperature(logits, torch.tensor(target))
-    assert script.checkpoint('model_calibrated.pth.tar')['temperature'] == pytest.approx(expected, rel=1e-3)
-
-
 def test_averaged_weights_are_calibrated(script, image_folder):
     script.train(image_folder, '--calibrate', '0.25', '--model-ema', '--model-ema-decay', '0.5', epochs=2)
     best = script.checkpoint('model_best.pth.tar')
@@ -126,25 +119,6 @@ def test_averaged_weights_are_calibrated(script, image_folder):
         calibrated['state_dict']['fc.weight'] * calibrated['temperature'], best[key]['fc.weight'], rtol=1e-5, atol=0)
 
 
-def test_split_of_its_own(script, image_folder, watched, tmp_path):
-    root = tmp_path / 'images'
-    shutil.copytree(image_folder, root)
-    shutil.copytree(root / 'validation', root / 'extra')
-    assert script.train(root, '--calibrate', 'extra') == 0, script.text
-    assert len(watched['train']) == 24 and len(watched['calibration']) == 12
-    assert (script.run_folder() / 'model_calibrated.pth.tar').is_file()
-
-
-def test_off_by_default_and_without_effect_on_validate(script, image_folder):
-    script.train(image_folder)
-    assert not (script.run_folder() / 'model_calibrated.pth.tar').exists()
-    script.train(image_folder, '--calibrate', '0.25', experiment='other')
-    best = script.run_folder('other') / 'model_best.pth.tar'
-    assert script('--config', script.run_folder('other') / 'args.yaml', '--validate', best) == 0
-    calibrated = best.with_name('model_calibrated.pth.tar')
-    assert script('--config', script.run_folder('other') / 'args.yaml', '--validate', calibrated) == 0, script.text
-
-
 def test_resume_holds_out_the_same_images(script, image_folder, watched):
     options = dict(epochs=4, resume='auto', seed=7)
     script.train(image_folder, '--calibrate', '0.25', **options, stop_epoch=2)
@@ -155,20 +129,15 @@ def test_resume_holds_out_the_same_images(script, image_folder, watched):
     assert script.checkpoint('model_calibrated.pth.tar')['epoch'] >= before['epoch']
 
 
-@pytest.mark.parametrize('options', [dict(calibrate='0.5'), dict(calibrate='0.25', seed=8)])
-def test_resume_with_other_images_held_out_is_refused(script, image_folder, options):
-    script.train(image_folder, '--calibrate', '0.25', seed=7, epochs=2, stop_epoch=1)
-    assert script.train(image_folder, **{'seed': 7, **options}, epochs=2, resume='auto') == 2
-    assert 'may have seen the images that would be held out' in script.lines[-1]
-
-
-def test_a_run_that_goes_on_forgets_what_was_calibrated(script, image_folder):
-    """Of weights that are not its best any more, perhaps; one that ends calibrates anew."""
-    script.train(image_folder, '--calibrate', '0.25', epochs=3, stop_epoch=1, resume='auto')
+def test_a_run_continues_only_with_the_same_images_held_out(script, image_folder):
+    options = dict(epochs=3, seed=7, resume='auto')
+    script.train(image_folder, '--calibrate', '0.25', **options, stop_epoch=1)
     path = script.run_folder() / 'model_calibrated.pth.tar'
-    assert path.exists()
-    script.train(image_folder, epochs=3, stop_epoch=2, resume='auto')
-    assert not path.exists()
+    for changed in (dict(calibrate='0.5'), dict(calibrate='0.25', seed=8)):
+        assert script.train(image_folder, **{**options, **changed}) == 2 and path.exists()
+        assert 'may have seen the images that would be held out' in script.lines[-1]
+    script.train(image_folder, **options, stop_epoch=2)
+    assert not path.exists()  # its weights may not be the best any more
 
 
 def test_share_is_drawn_by_the_seed():
@@ -232,14 +201,14 @@ def bounded_resnet(pretrained=False, **options):
     return model
 
 
-def test_a_head_that_cannot_be_scaled_is_told_before_training(script, image_folder):
+def test_a_head_that_cannot_be_scaled_is_refused_before_training(script, image_folder):
     assert script.train(image_folder, '--calibrate', model='bounded_resnet') == 2
     assert '--calibrate 0.1: The logits of ResNet are not proportional' in script.lines[-1]
     assert script.written() == []
 
 
 def test_a_run_without_a_temperature_ends_well(script, image_folder, tmp_path):
-    """The images to calibrate on have wrong labels."""
+    """The images for calibration have wrong labels."""
     for name in ('train', 'validation'):
         (tmp_path / name).symlink_to(image_folder / name)
     for label, content in zip('abc', 'bca', strict=True):
@@ -247,26 +216,3 @@ def test_a_run_without_a_temperature_ends_well(script, image_folder, tmp_path):
     assert script.train(tmp_path, '--calibrate', 'held', epochs=4, lr=0.1) == 0, script.text
     assert 'Not calibrated: The temperature cannot be fitted' in script.text
     assert not (script.run_folder() / 'model_calibrated.pth.tar').exists()
-
-
-def test_calibration_helps_an_overconfident_run(script, image_folder):
-    """Half of the labels are wrong: the model must not be sure."""
-    script.train(image_folder, '--calibrate', '0.5', epochs=4, lr=0.1)  # it shall learn something
-    best = script.checkpoint('model_best.pth.tar')
-    best['state_dict']['fc.weight'] *= 50
-    best['state_dict']['fc.bias'] *= 50
-    folder = script.run_folder()
-    torch.save(best, folder / 'model_best.pth.tar')
-    batches = [(torch.randn(8, 3, 32, 32), torch.randint(3, (8,))) for _ in range(4)]
-    model = timm.create_model('test_resnet', num_classes=3)
-    model.load_state_dict(best['state_dict'])
-    with torch.no_grad():
-        right = [model.eval()(images).argmax(1) for images, _ in batches]
-    batches = [(images, torch.where(torch.rand(8) < 0.7, label, target))
-               for (images, target), label in zip(batches, right, strict=True)]
-    assert calibration.write_calibrated(str(folder), model, batches, lambda: torch.autocast('cpu', enabled=False))
-    images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    losses = [
-        F.cross_entropy(logits_of(folder / name, images), target)
-        for name in ('model_best.pth.tar', 'model_calibrated.pth.tar')]
-    assert losses[1] < losses[0] and script.checkpoint('model_calibrated.pth.tar')['temperature'] > 3

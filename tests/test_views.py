@@ -13,7 +13,7 @@ MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 0.75)
 
 
 class Images(Dataset):
-    """Images whose pixels are a number of their own; counts how often they are loaded."""
+    """Random images that depend on the index. The attribute `loaded` lists the loaded indices."""
 
     def __init__(self, count=8):
         self.count = count
@@ -50,7 +50,7 @@ def test_each_image_is_loaded_once_and_augmented_twice(prefetcher):
 
 
 @pytest.mark.parametrize('prefetcher', [True, False])
-def test_views_are_normalised_as_images_are(prefetcher):
+def test_views_are_normalized_like_images(prefetcher):
     def batch(views):
         dataset = Images()
         loader = make_loader(dataset, use_prefetcher=prefetcher, no_aug=True)
@@ -75,10 +75,10 @@ def test_views_are_mixed_with_the_same_partners_shares_and_boxes(mode, kind):
     assert torch.equal(first, second) and (target > 0.1).sum() > 4 + (target.max(1).values > 0.99).sum()
     plain = torch.stack([torch.from_numpy(np.random.default_rng(i).integers(0, 256, (16, 16, 3))) for i in range(8)])
     plain = (plain.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    assert all((plain - image).abs().amax((1, 2, 3)).min() > 0.05 for image in first[:2])  # it did mix
+    assert all((plain - image).abs().amax((1, 2, 3)).min() > 0.05 for image in first[:2])
 
 
-def test_random_erasing_is_of_each_view_by_itself():
+def test_random_erasing_of_each_view():
     loader = make_loader(Images(), no_aug=False, re_prob=1.0, re_mode='const', scale=(1, 1), ratio=(1, 1), hflip=0)
     random.seed(0)
     images, _ = next(iter(add_second_view(loader)))

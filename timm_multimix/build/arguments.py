@@ -13,7 +13,7 @@ from .saved_weights import WEIGHTS
 DEFAULT_OUTPUT = os.path.join('output', 'train')
 _LOSS_SCALES = ('none', 'sqrt', 'linear')
 
-DATASET = (
+_DATASET = Group('Dataset parameters', (
     _value('data', nargs='?', metavar='DIR', help='deprecated, use --data-dir'),
     _value('--data-dir', metavar='DIR', help='root folder of the dataset, with one subfolder per split'),
     _value('--dataset', default='', metavar='NAME',
@@ -25,16 +25,15 @@ DATASET = (
     _value('--val-num-samples', type=int, metavar='N', help='size of a streamed or generated validation split'),
     _flag('--dataset-download', help='download the dataset if it is missing and supports downloads'),
     _value('--class-map', default='', metavar='FILE', help='file that maps class names to indices'),
-    _value('--input-img-mode', metavar='MODE',
-           help='PIL mode of the input images (default: RGB for 3 input channels, else L)'),
+    _value('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: RGB for 3 channels, else L)'),
     _value('--input-key', metavar='KEY', help='dataset field with the image'),
     _value('--target-key', metavar='KEY', help='dataset field with the target; a,b,c for one binary field per class'),
     _value('--target-format', default='indices', choices=TARGET_FORMATS,
            help='format of multi-label targets: lists of class indices, or vectors of 0 and 1 (multihot)'),
     _flag('--dataset-trust-remote-code', help='allow a Hugging Face dataset that you trust to run its own code'),
-)
+))
 
-MODEL = (
+_MODEL = Group('Model parameters', (
     _value('--model', default='resnet50', metavar='MODEL', help='name of the timm model'),
     _flag('--pretrained', help='start from pretrained weights'),
     _value('--pretrained-path', metavar='FILE', help='load this file as the pretrained weights, adapted to the model'),
@@ -50,7 +49,7 @@ MODEL = (
     _value('--img-size', type=int, metavar='N', help="height and width of the input image (default: the model's)"),
     _value('--in-chans', type=int, metavar='N', help="number of input channels (default: the model's, usually 3)"),
     _value('--input-size', type=int, nargs=3, metavar='N', help='input channels, height and width, e.g. 3 224 224'),
-    _value('--crop-pct', type=float, metavar='PCT', help='fraction of the validation image kept by the centre crop'),
+    _value('--crop-pct', type=float, metavar='PCT', help='fraction of the validation image kept by the center crop'),
     _value('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean, one or one per channel'),
     _value('--std', type=float, nargs='+', metavar='STD', help='pixel standard deviation, one or one per channel'),
     _value('--interpolation', default='', metavar='NAME', help="resizing of validation images (default: the model's)"),
@@ -61,7 +60,7 @@ MODEL = (
     _value('--fuser', default='', help='TorchScript fuser: te, old or nvfuser'),
     _value('--grad-accum-steps', type=int, default=1, metavar='N', help='batches of gradient accumulation per update'),
     _flag('--grad-checkpointing', help='recompute activations in the backward pass to save memory'),
-    _flag('--fast-norm', help='compute normalisation layers in low precision where possible'),
+    _flag('--fast-norm', help='compute normalization layers in low precision where possible'),
     _pairs('--model-kwargs', help='additional keyword arguments of the model'),
     _value('--head-init-scale', type=float, help='scale factor for the initial weights and biases of the classifier'),
     _value('--head-init-bias', type=float, help='initial bias of the classifier'),
@@ -71,23 +70,21 @@ MODEL = (
         _value('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
                help='compile the model with this torch.compile backend (default: inductor)'),
     ],
-)
+))
 
-DEVICE = (
+_DEVICE = Group('Device parameters', (
     _value('--device', default='cuda', help='training device; without this option, the CPU if CUDA is unavailable'),
     _flag('--amp', help='use automatic mixed precision'),
     _value('--amp-dtype', default='float16', help='lower-precision dtype of --amp: float16 or bfloat16'),
-    _value('--model-dtype', metavar='DTYPE',
-           help='dtype of the model weights: float32, float16 or bfloat16; --amp needs float32'),
+    _value('--model-dtype', metavar='DTYPE', help='dtype of the weights: float32, float16 or bfloat16'),
     _flag('--no-ddp-bb', help="do not broadcast buffers between processes"),
-    _value('--dist-timeout', type=float, default=600., metavar='SEC',
-           help='timeout of communication between processes, in seconds'),
-    _flag('--synchronize-step', help='synchronise the device after each update'),
+    _value('--dist-timeout', type=float, default=600., metavar='SEC', help='timeout between processes in seconds'),
+    _flag('--synchronize-step', help='synchronize the device after each update'),
     _value('--local_rank', type=int, default=0, help='set by launchers'),
     _value('--device-modules', nargs='+', metavar='MODULE', help='Python modules of other device backends to import'),
-)
+))
 
-OPTIMIZER = (
+_OPTIMIZER = Group('Optimizer parameters', (
     _value('--opt', default='sgd', metavar='NAME', help='name of the timm optimizer'),
     _value('--opt-eps', type=float, metavar='EPS', help="optimizer epsilon (default: the optimizer's)"),
     _value('--opt-betas', type=float, nargs='+', metavar='BETA', help="optimizer betas (default: the optimizer's)"),
@@ -99,9 +96,9 @@ OPTIMIZER = (
     _value('--layer-decay-min-scale', type=float, default=0, help='minimum learning rate factor of --layer-decay'),
     _value('--layer-decay-no-opt-scale', type=float, help='freeze layers with a smaller --layer-decay factor'),
     _pairs('--opt-kwargs', help='additional keyword arguments of the optimizer'),
-)
+))
 
-SCHEDULE = (
+_SCHEDULE = Group('Learning rate schedule parameters', (
     _value('--sched', default='cosine', metavar='NAME',
            help='learning rate schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, '
                 'plateau or none'),
@@ -135,12 +132,11 @@ SCHEDULE = (
     _value('--warmup-epochs', type=int, default=5, metavar='N', help='number of warmup epochs'),
     _flag('--warmup-prefix', help='add the warmup before the schedule instead of including it'),
     _value('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at --min-lr after the schedule'),
-    _value('--patience-epochs', type=int, default=10, metavar='N',
-           help='epochs without improvement before a decay (plateau)'),
+    _value('--patience-epochs', type=int, default=10, metavar='N', help='epochs without improvement (plateau)'),
     _value('--decay-rate', '--dr', type=float, default=0.1, metavar='X', help='factor of each decay; power of poly'),
-)
+))
 
-LOSS = (
+_LOSS = Group('Loss parameters', (
     _value('--task', default='classification', choices=('classification', 'multilabel'),
            help='one class per image, or any number of labels per image'),
     _value('--loss', choices=LOSS_TYPES, help='loss (default: ce, or bce for multilabel)'),
@@ -148,7 +144,7 @@ LOSS = (
     _flag('--jsd-loss', help='same as --loss jsd'),
     _flag('--bce-loss', help='same as --loss bce'),
     _flag('--bce-sum', help='sum binary cross-entropy over classes instead of averaging'),
-    _value('--bce-target-thresh', type=float, metavar='X', help='threshold that binarises soft targets (bce)'),
+    _value('--bce-target-thresh', type=float, metavar='X', help='threshold that binarizes soft targets (bce)'),
     _value('--bce-pos-weight', type=float, metavar='X', help='same as --loss-pos-weight'),
     _value('--loss-pos-weight', metavar='W',
            help='weight of positive labels (bce, asl): a number, a list 1,2,3, a file, or neg_pos with --class-stats'),
@@ -172,9 +168,9 @@ LOSS = (
     _value('--db-neg-scale', type=float, default=2.0, help='scale of negative logits (db)'),
     _value('--db-init-bias', type=float, default=0.05, help='shift of logits by class frequency (db)'),
     _value('--db-focal-gamma', type=float, default=2.0, help='focusing parameter (db)'),
-)
+))
 
-AUGMENTATION = (
+_AUGMENTATION = Group('Augmentation and regularization parameters', (
     _flag('--no-aug', help='disable all training augmentation'),
     _value('--train-crop-mode', metavar='MODE', help='crop mode of training images: rrc, rkrc or rkrr (default: rrc)'),
     _value('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='PCT', help='area range of a random crop'),
@@ -182,8 +178,8 @@ AUGMENTATION = (
            help='aspect ratio range of a random crop'),
     _value('--hflip', type=float, default=0.5, help='probability of a horizontal flip'),
     _value('--vflip', type=float, default=0., help='probability of a vertical flip'),
-    _value('--color-jitter', type=float, default=0.4, metavar='X', help='strength of colour jitter'),
-    _value('--color-jitter-prob', type=float, metavar='P', help='probability of colour jitter (default: always)'),
+    _value('--color-jitter', type=float, default=0.4, metavar='X', help='strength of color jitter'),
+    _value('--color-jitter-prob', type=float, metavar='P', help='probability of color jitter (default: always)'),
     _value('--grayscale-prob', type=float, metavar='P', help='probability of grayscale conversion'),
     _value('--gaussian-blur-prob', type=float, metavar='P', help='probability of Gaussian blur'),
     _value('--aa', metavar='POLICY', help='AutoAugment policy, such as v0, original, rand-m9-mstd0.5, augmix-m5-w4-d2'),
@@ -207,35 +203,33 @@ AUGMENTATION = (
     _value('--drop-connect', type=float, metavar='P', help='deprecated, use --drop-path'),
     _value('--drop-path', type=float, metavar='P', help='stochastic depth rate'),
     _value('--drop-block', type=float, metavar='P', help='DropBlock rate'),
-)
+))
 
-BATCH_NORM = (
+_BATCH_NORM = Group('Batch norm parameters', (
     _value('--bn-momentum', type=float, help='BatchNorm momentum, for models that support it'),
     _value('--bn-eps', type=float, help='BatchNorm epsilon, for models that support it'),
-    _flag('--sync-bn', help='use synchronised BatchNorm'),
+    _flag('--sync-bn', help='use synchronized BatchNorm'),
     _value('--dist-bn', default='reduce', help="sync of running statistics after each epoch: broadcast, reduce or ''"),
     _flag('--split-bn', help='use separate BatchNorm layers for each of the --aug-splits'),
-)
+))
 
-EMA = (
+_EMA = Group('Model exponential moving average parameters', (
     _flag('--model-ema', help='track and validate an exponential moving average (EMA) of the weights'),
     _flag('--model-ema-force-cpu', help='keep the EMA on the CPU and do not validate it'),
     _value('--model-ema-decay', type=float, default=0.9998, help='EMA decay'),
     _flag('--model-ema-warmup', help='increase the EMA decay gradually at the start'),
-)
+))
 
-MISCELLANEOUS = (
+_MISCELLANEOUS = Group('Miscellaneous parameters', (
     _value('--seed', type=int, default=42, metavar='N', help='random seed'),
     _value('--worker-seeding', default='all', help='random generators seeded in loader workers: all or part'),
     _value('--log-interval', type=int, default=50, metavar='N', help='updates between log messages'),
     _value('--val-interval', type=int, default=1, metavar='N', help='epochs between validations and checkpoints'),
-    _value('--recovery-interval', type=int, default=0, metavar='N',
-           help='updates between recovery checkpoints, 0 to disable them'),
+    _value('--recovery-interval', type=int, default=0, metavar='N', help='updates between recovery checkpoints'),
     _value('--max-nonfinite', type=int, default=10, metavar='N',
            help='stop after this many consecutive updates with a non-finite loss, which are skipped; 0 applies all '
                 'updates, as timm does'),
-    _value('--save-epochs', type=int, nargs='+', default=[], metavar='N',
-           help='numbers of epochs after which a milestone checkpoint is kept'),
+    _value('--save-epochs', type=int, nargs='+', default=[], metavar='N', help='epochs with a milestone checkpoint'),
     _value('--calibrate', nargs='?', const='0.1', metavar='SHARE|SPLIT',
            help='after training, fit a temperature on this share of the training images, which is held out from '
                 'training (0.1 without a value), or on this split, and write model_calibrated.pth.tar: the same '
@@ -244,7 +238,7 @@ MISCELLANEOUS = (
     _value('-j', '--workers', type=int, default=4, metavar='N', help='number of data loading processes'),
     _flag('--save-images', help='save the images of a training batch at every log message'),
     _flag('--pin-mem', help='use pinned memory in the data loader'),
-    _flag('--no-prefetcher', help='normalise images on the CPU instead of the device'),
+    _flag('--no-prefetcher', help='normalize images on the CPU instead of the device'),
     _value('--output', default='', metavar='DIR', help='parent folder of the runs (default: ./output/train)'),
     _value('--experiment', default='', metavar='NAME', help='run folder in --output (default: time, model and size)'),
     _value('--eval-metric', default='top1', metavar='NAME',
@@ -266,9 +260,9 @@ MISCELLANEOUS = (
     _value('--wandb-resume-id', default='', metavar='ID', help='Weights & Biases run to continue, with --resume'),
     _flag('--dry-run', help='check options, data and model, print the options as a recipe, and write no files'),
     _value('--validate', metavar='FILE', help='validate this checkpoint and exit, without training or writing files'),
-)
+))
 
-HUB = (
+_HUB = Group('Hugging Face Hub parameters', (
     _flag('--push-to-hub', help='push the model to the Hugging Face Hub; log in with `hf auth login` or set HF_TOKEN'),
     _value('--hub-model-id', metavar='USER/NAME',
            help='repository to push to (default: the name of the run folder, in your account)'),
@@ -282,39 +276,34 @@ HUB = (
            help='weights to push: the weights with the metric of the checkpoint (best), the trained weights (student), '
                 'their average (ema), or the teacher weights (teacher)'),
     _flag('--hub-force', help='overwrite another architecture, or weights pushed by somebody else'),
-)
+))
 
-SCHEDULED_SIZES = (
+_SCHEDULED_SIZES = Group('Scheduled resolution parameters', (
     _value('--train-img-sizes', type=int, nargs='+', metavar='N', help='training image sizes, one per batch'),
-    _value('--train-batch-sizes', type=int, nargs='+', metavar='N',
-           help='batch size of each image size (default: --batch-size)'),
-    _value('--train-size-probs', type=float, nargs='+', metavar='P',
-           help='weight of each image size (default: uniform)'),
+    _value('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each image size'),
+    _value('--train-size-probs', type=float, nargs='+', metavar='P', help='weight of each image size'),
     _value('--train-size-schedule', default='constant', choices=('constant', 'progressive'),
            help='sampling of sizes: constant, or progressive from the first to the last'),
     _value('--train-size-schedule-spread', type=float, default=0.65, metavar='X',
            help='standard deviation of the progressive window, in sizes'),
-    _value('--train-size-random-mix', type=float, default=0.1, metavar='P',
-           help='fraction of random sizes in the progressive schedule'),
-    _value('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N',
-           help='batches per epoch (default: from the size of the dataset)'),
+    _value('--train-size-random-mix', type=float, default=0.1, metavar='P', help='fraction of random sizes'),
+    _value('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N', help='batches per epoch'),
     _value('--variable-batch-loss-scale', default='none', choices=_LOSS_SCALES,
            help='gradient scaling with the batch size'),
-)
+))
 
-NAFLEX = (
+_NAFLEX = Group('NaFlex parameters', (
     _flag('--naflex-loader', help='train on patch sequences of any aspect ratio (for NaFlex models)'),
     _value('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024], metavar='N',
            help='training sequence lengths'),
     _value('--naflex-max-seq-len', type=int, default=576, metavar='N', help='maximum validation sequence length'),
     _value('--naflex-patch-sizes', type=int, nargs='+', metavar='N', help="patch sizes (default: the model's)"),
-    _value('--naflex-patch-size-probs', type=float, nargs='+', metavar='P',
-           help='probability of each patch size (default: uniform)'),
+    _value('--naflex-patch-size-probs', type=float, nargs='+', metavar='P', help='probability of each patch size'),
     _value('--naflex-loss-scale', default='linear', choices=_LOSS_SCALES, help='gradient scaling with the batch size'),
     _flag('--naflex-patchify-channels-first', help='flatten patches with the channels first'),
-)
+))
 
-DISTILLATION = (
+_DISTILLATION = Group('Knowledge distillation parameters', (
     _value('--kd-model-name', metavar='MODEL', help='name of the timm model to use as the distillation teacher'),
     _value('--kd-distill-type', default='logit', choices=('logit', 'feature', 'token'),
            help='distillation of logits, of features, or with a distillation token'),
@@ -327,21 +316,9 @@ DISTILLATION = (
     _value('--kd-teacher-feature-dim', type=int, metavar='N', help='teacher feature dimension (default: detected)'),
     _value('--kd-token-distill-type', default='soft', choices=('soft', 'hard'),
            help='targets of token distillation: probabilities (soft) or the top class (hard)'),
-)
+))
 
 GROUPS = (
-    Group('Dataset parameters', DATASET),
-    Group('Model parameters', MODEL),
-    Group('Device parameters', DEVICE),
-    Group('Optimizer parameters', OPTIMIZER),
-    Group('Learning rate schedule parameters', SCHEDULE),
-    Group('Loss parameters', LOSS),
-    Group('Augmentation and regularization parameters', AUGMENTATION),
-    Group('Batch norm parameters', BATCH_NORM),
-    Group('Model exponential moving average parameters', EMA),
-    Group('Miscellaneous parameters', MISCELLANEOUS),
-    Group('Hugging Face Hub parameters', HUB),
-    Group('Scheduled resolution parameters', SCHEDULED_SIZES),
-    Group('NaFlex parameters', NAFLEX),
-    Group('Knowledge distillation parameters', DISTILLATION),
+    _DATASET, _MODEL, _DEVICE, _OPTIMIZER, _SCHEDULE, _LOSS, _AUGMENTATION, _BATCH_NORM,
+    _EMA, _MISCELLANEOUS, _HUB, _SCHEDULED_SIZES, _NAFLEX, _DISTILLATION,
 )

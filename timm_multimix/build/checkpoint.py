@@ -1,18 +1,120 @@
-"""Read and verify checkpoints."""
+"""Read checkpoints, and verify their checksums and the types of their entries."""
 import os
 import pickle
 import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from ..common.errors import UsageError
-from .checkpoint_format import wrong_entry
+from ..data.class_names import valid_classes
+from .saved_weights import WEIGHTS
 
 _NO_CHECKPOINT = 'it is not a PyTorch checkpoint'
 _OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # formats that timm also reads
+
+_NUMBER = (int, float)
+_OPTIONAL_NUMBER = (int, float, None)
+_WEIGHT_ENTRIES = ('state_dict', 'state_dict_ema', 'state_dict_teacher', 'model', 'model_ema')
+ANY = '*'
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    """Return whether a value fits a schema.
+
+    A schema is a type, None, a dict of schemas for the entries of a dict (the key ANY matches all other keys), a list
+    with the schema of the items, a tuple of alternatives, or a function that returns whether a value is valid. Entries
+    may be missing: the code that reads them raises KeyError.
+    """
+    if isinstance(schema, tuple):
+        return any(_fits(value, part) for part in schema)
+    if isinstance(schema, list):
+        return isinstance(value, (list, tuple)) and all(_fits(item, schema[0]) for item in value)
+    if isinstance(schema, dict):
+        return isinstance(value, Mapping) and all(
+            _fits(item, schema.get(key, schema.get(ANY, object))) for key, item in value.items())
+    if isinstance(schema, type):
+        return isinstance(value, schema) and not (isinstance(value, bool) and schema in (int, float))
+    return value is None if schema is None else schema(value)
+
+
+def _is_count(value: Any) -> bool:
+    return _fits(value, int) and value >= 0
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and (isinstance(item, torch.Tensor) or name.endswith('_extra_state'))
+        for name, item in value.items())
+
+
+def _is_arguments(value: Any) -> bool:
+    values = vars(value) if isinstance(value, Namespace) else value
+    return _fits(values, _ARGUMENTS) and all(isinstance(name, str) for name in values)
+
+
+def _is_saver(value: Any) -> bool:
+    return _fits(value, _SAVER) and value.keys() >= _SAVER.keys() and len(value['pending']) == 2 and all(
+        len(file) == 2 and isinstance(file[0], str) and not isinstance(file[1], str)
+        for file in value['checkpoint_files'])
+
+
+# Arguments that are compared or used when a checkpoint is read.
+_ARGUMENTS = {
+    'model': str, 'opt': str, 'opt_kwargs': ({ANY: object}, None), 'eval_metric': str, 'seed': int,
+    'lr': _OPTIONAL_NUMBER, 'weight_decay': _OPTIONAL_NUMBER, 'momentum': _OPTIONAL_NUMBER,
+    'opt_eps': _OPTIONAL_NUMBER, 'opt_betas': ([_NUMBER], None), 'layer_decay': _OPTIONAL_NUMBER,
+    'multimix': str, 'multimix_teacher': str, 'calibrate': (str, None), 'val_split': (str, None),
+}
+_RANDOM_STATE = {'python': [object], 'numpy': [object], 'torch': bytes}
+_LOADER = {
+    'consumed': int, 'epoch_start': (_RANDOM_STATE, None), 'before': (_RANDOM_STATE, None), 'now': _RANDOM_STATE,
+    'seed': (_RANDOM_STATE, None), 'workers': {ANY: _RANDOM_STATE}}
+_PROCESS = {
+    'random': _RANDOM_STATE, 'loader': (_LOADER, None), 'statistics': {ANY: torch.Tensor},
+    'averages': ({'sums': {ANY: _NUMBER}, 'counts': {ANY: int}}, None)}
+_PROGRESS = {
+    'in_epoch': bool, 'consumed': _is_count, 'processes': [_PROCESS], 'shape': {ANY: int}, 'validated': bool,
+    'scheduler': ({'inner': {ANY: object}, 'restore_lr': (None, [object]), 'lr': [_NUMBER]}, None),
+    'average': (torch.Tensor, None)}
+_SAVER = {
+    'checkpoint_files': [[(str, *_OPTIONAL_NUMBER)]], 'best_epoch': (int, None), 'best_metric': _OPTIONAL_NUMBER,
+    'pending': [_OPTIONAL_NUMBER]}
+
+_ENTRIES = {
+    **dict.fromkeys(_WEIGHT_ENTRIES, _is_weights),
+    'epoch': (lambda value: _fits(value, int) and value >= -1, None),
+    'arch': (str, None),
+    'args': (_is_arguments, None),
+    'version': int,
+    'task_state': ({ANY: object}, None),
+    'task_state_ema': ({ANY: object}, None),
+    'optimizer': {'state': {ANY: {ANY: object}}, 'param_groups': [{ANY: object}]},
+    'amp_scaler': {ANY: object},
+    'saver': (_is_saver, None),
+    'progress': (_PROGRESS, None),
+    'metric': _OPTIONAL_NUMBER,
+    'eval_weights': lambda value: value in (None, *WEIGHTS),
+    'metrics': ({ANY: {ANY: _NUMBER}}, None),
+    'temperature': _NUMBER,
+    'metric_of': lambda value: value in (None, *_WEIGHT_ENTRIES),  # before eval_weights
+    'weights_of': lambda value: value in (None, *_WEIGHT_ENTRIES),  # before eval_weights
+    'class_to_idx': lambda value: value is None or valid_classes(value) is not None,
+}
+
+
+def _wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the name of the first entry with an invalid type or value, None if all entries are valid."""
+    for name, schema in _ENTRIES.items():
+        is_read = name in checkpoint and not (name == 'model' and 'state_dict' in checkpoint)
+        if is_read and not _fits(checkpoint[name], schema):
+            return name
+    return None
 
 
 def _why_damaged(path: str) -> str | None:
@@ -42,11 +144,7 @@ def _read(path: str, verify: bool) -> tuple[Any, str | None]:
 
 
 def check_weights_file(path: str) -> None:
-    """Check that a file contains weights, after timm has failed to load it into the model.
-
-    Raises:
-        UsageError: if the file is damaged or contains no weights.
-    """
+    """Raise UsageError if a file that timm has failed to load into a model is damaged or contains no weights."""
     if path.endswith(_OTHER_WEIGHTS):
         return
     _, reason = _read(path, verify=True)
@@ -65,18 +163,14 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
         path: The file.
         verify: Read the whole file and verify its checksums. Otherwise damaged tensors are not detected.
 
-    Returns:
-        Content of the checkpoint.
-
     Raises:
         UsageError: if the file is not a checkpoint of a model, or is damaged.
     """
     checkpoint, reason = _read(path, verify)
-    if reason is None and (
-            not isinstance(checkpoint, dict) or not any(key in checkpoint for key in ('state_dict', 'model'))):
+    if reason is None and (not isinstance(checkpoint, dict) or not {'state_dict', 'model'} & checkpoint.keys()):
         reason = 'it has no state_dict'
-    if reason is None:
-        reason = wrong_entry(checkpoint)
+    elif reason is None and (entry := _wrong_entry(checkpoint)):
+        reason = f'its entry {entry} is invalid'
     if reason is not None:
         raise UsageError(f'{path} is not a training checkpoint: {reason}.')
     return checkpoint

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.utils import is_primary
@@ -15,7 +15,7 @@ from ..common.distributed import of_the_first
 from ..common.errors import UsageError, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets, valid_classes
 from ..data.dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
-from ..data.image_files import listed
+from ..data.image_files import image_root, listed
 from .arguments import DEFAULT_OUTPUT
 from .checkpoint import read_checkpoint
 from .hub_files import CONFIG_NAME, HubError, download, is_hub_name
@@ -23,17 +23,9 @@ from .saved_weights import arguments_of
 
 _logger = logging.getLogger(__name__)
 
-CLASSES_KEY = 'class_to_idx'  # entry of a checkpoint
-
 
 class StoredClasses(NamedTuple):
-    """The classes of the model in a checkpoint.
-
-    Attributes:
-        origin: Path or Hub name of the checkpoint.
-        names: Mapping from class names to indices, None if the checkpoint contains no class names.
-        count: Number of classes, None if unknown.
-    """
+    """Path or Hub name of a checkpoint, and the class names and number of classes of its model, None if unknown."""
     origin: str
     names: dict[str, int] | None
     count: int | None
@@ -50,34 +42,16 @@ def _config_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
 
 
 def stored_classes(path: str) -> StoredClasses:
-    """Read the classes of a model from its checkpoint, or from the config.json next to a safetensors file."""
+    """Read the classes of a model from its checkpoint, or from the config.json on the Hub or next to safetensors."""
     if path.endswith('.safetensors'):
         return StoredClasses(path, *_config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME)))
-    try:
+    with suppress(HubError, UsageError, OSError):  # reported when the weights are loaded
+        if is_hub_name(path):
+            return StoredClasses(path, *_config_classes(download(path, CONFIG_NAME)))
         checkpoint = read_checkpoint(path, verify=False)
-    except (UsageError, OSError):  # reported when the weights are loaded
-        return StoredClasses(path, None, None)
-    return StoredClasses(path, checkpoint_classes(checkpoint, path), arguments_of(checkpoint).get('num_classes'))
-
-
-def checkpoint_classes(checkpoint: dict[str, Any], path: str) -> dict[str, int] | None:
-    """Return the mapping from class names to indices in a checkpoint, None if there is none.
-
-    Raises:
-        UsageError: if the entry is not a mapping from names to indices.
-    """
-    if checkpoint.get(CLASSES_KEY) is None:
-        return None
-    names = valid_classes(checkpoint[CLASSES_KEY])
-    if names is None:
-        raise UsageError(f'{path}: its {CLASSES_KEY} does not map class names to indices. The file is damaged.')
-    return names
-
-
-def _stored_on_hub(name: str) -> StoredClasses:
-    with suppress(HubError):
-        return StoredClasses(name, *_config_classes(download(name, CONFIG_NAME)))
-    return StoredClasses(name, None, None)
+        names = valid_classes(checkpoint.get('class_to_idx'))
+        return StoredClasses(path, names, arguments_of(checkpoint).get('num_classes'))
+    return StoredClasses(path, None, None)
 
 
 def _stored(args: argparse.Namespace) -> tuple[str, StoredClasses] | None:
@@ -90,17 +64,8 @@ def _stored(args: argparse.Namespace) -> tuple[str, StoredClasses] | None:
             found = [stored_classes(path) for path in paths[:3]]  # checkpoints of the same run
             path = next((stored.origin for stored in found if stored.names or stored.count), '')
         if path:
-            return option, _stored_on_hub(path) if is_hub_name(path) else stored_classes(path)
+            return option, stored_classes(path)
     return None
-
-
-def _compare_numbers(option: str, stored: StoredClasses, own: dict[str, int]) -> None:
-    count = max(own.values()) + 1
-    if stored.count not in (None, count):
-        if option == 'initial_checkpoint':
-            return  # timm reports the mismatched weights
-        raise UsageError(f'{stored.origin} contains a model with {stored.count} classes, but the data have {count}.')
-    _logger.warning(f'{stored.origin} contains no class names: only the number of classes is compared.')
 
 
 def _known_classes(args: argparse.Namespace, own: dict[str, int] | None) -> tuple[dict[str, int] | None, str]:
@@ -111,13 +76,16 @@ def _known_classes(args: argparse.Namespace, own: dict[str, int] | None) -> tupl
     if found is None or own is None:
         return own, ''
     option, stored = found
-    if stored.names is None:
-        _compare_numbers(option, stored, own)
-        return own, ''
-    is_new = set(own) - set(stored.names) and len(own) != len(stored.names)
-    if option == 'initial_checkpoint' and is_new:
-        return own, ''  # the classifiers differ in size, which timm reports
-    return stored.names, stored.origin
+    count = max(own.values()) + 1
+    if stored.names is not None:
+        is_new = set(own) - set(stored.names) and len(own) != len(stored.names)
+        # timm reports classifiers of different sizes.
+        return (own, '') if option == 'initial_checkpoint' and is_new else (stored.names, stored.origin)
+    if stored.count in (None, count):
+        _logger.warning(f'{stored.origin} contains no class names: only the number of classes is compared.')
+    elif option != 'initial_checkpoint':
+        raise UsageError(f'{stored.origin} contains a model with {stored.count} classes, but the data have {count}.')
+    return own, ''
 
 
 def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str, known: dict, origin: str = '') -> None:
@@ -127,7 +95,7 @@ def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str,
         args: Arguments of the run.
         dataset: The dataset, changed in place. A dataset without class names is not changed.
         split: Name of the split.
-        known: Mapping from the model's class names to indices.
+        known: Class names of the model and their indices.
         origin: Checkpoint that contains these names, '' for the names of the training data.
 
     Raises:
@@ -157,12 +125,7 @@ def settle_classes(
         train: Dataset,
         evaluation: Dataset | None,
 ) -> tuple[dict[str, int] | None, str]:
-    """Compare the classes of the datasets with those of the model, and set the number of classes.
-
-    Args:
-        args: Arguments of the run. `num_classes` is set.
-        train: The training dataset.
-        evaluation: The validation dataset.
+    """Compare the classes of the datasets with those of the model, and set args.num_classes.
 
     Returns:
         The mapping from the model's class names to indices, None if unknown, and the checkpoint that contains the
@@ -208,11 +171,7 @@ def _check_teacher(args: argparse.Namespace, known: dict[str, int]) -> None:
 
 
 def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
-    """Check that a dataset has multi-label targets if the task is multilabel.
-
-    Raises:
-        UsageError: if it has one class per image, or targets of another format.
-    """
+    """Raise UsageError if the task is multilabel and a dataset has one class per image, or other invalid targets."""
     if args.task != 'multilabel':
         return
     source = getattr(dataset, 'reader', dataset)
@@ -232,23 +191,19 @@ def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
 
 def _compare_splits(args: argparse.Namespace, train: Dataset, evaluation: Dataset | None) -> None:
     """Warn if validation uses the training images. Raise an error if training uses the validation images."""
-    roots = [getattr(getattr(dataset, 'reader', None), 'root', None) for dataset in (train, evaluation)]
-    if not all(isinstance(root, str) and os.path.exists(root) for root in roots):
+    train_root, val_root = image_root(train), image_root(evaluation)
+    if train_root is None or val_root is None:
         return
-    whole, train_root, val_root = (os.path.realpath(path) for path in (args.data_dir, *roots))
-    common = os.path.commonpath([train_root, val_root])
+    whole, common = os.path.realpath(args.data_dir), os.path.commonpath([train_root, val_root])
     if common == val_root:
-        missing = val_root == whole
         reason = f'--val-split {args.val_split}:'
-        if os.path.isfile(whole):
-            reason = f'{args.data_dir} is a single file, so'
-        elif missing:
-            reason = f'{args.data_dir} has no folder {args.val_split}, so'
+        if val_root == whole:
+            reason = f'{args.data_dir} has no {args.val_split} split, so'
         _logger.warning(
-            f'{reason} validation uses the training images. {"Make one, name" if missing else "Name"} another split '
-            "with --val-split, or give --val-split '' to train without validation.")
+            f'{reason} validation uses the training images. Name another split with --val-split, or give '
+            "--val-split '' to train without validation.")
     elif common == train_root:
         synonyms = ' or '.join(TRAIN_SPLITS if train_root == whole else VALIDATION_SPLITS)
         raise UsageError(
             f'--train-split {args.train_split}: {args.data_dir} has no folder {synonyms}, and its images '
-            f'include the validation images in {roots[1]}. Name the folder of the training images with --train-split.')
+            f'include the validation images in {val_root}. Name the folder of the training images with --train-split.')

@@ -1,5 +1,6 @@
 """timm's criteria: their arguments from the options of a run, and the equivalent MultiMix loss options."""
 import argparse
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from timm.loss import (
     JsdCrossEntropy,
     LabelSmoothingCrossEntropy,
     SoftTargetCrossEntropy,
+    create_classification_loss,
     load_class_stats,
     resolve_class_weights,
 )
@@ -17,14 +19,6 @@ from torch import nn
 from ..common.errors import UsageError, usage_errors
 from .loaders import mixup_active
 
-# Options of each loss. create_classification_loss has arguments with the same names.
-_LOSS_OPTIONS = {
-    'asl': ('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction'),
-    'poly': ('poly_epsilon', 'poly_gamma', 'poly_alpha'),
-    'twoway': ('twoway_tp', 'twoway_tn'),
-    'db': ('db_neg_scale', 'db_init_bias', 'db_focal_gamma'),
-}
-
 
 def _class_weights(criterion: nn.Module) -> dict[str, torch.Tensor]:
     given = {name: getattr(criterion, name, None) for name in ('weight', 'pos_weight')}
@@ -32,13 +26,7 @@ def _class_weights(criterion: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
-    """Map a criterion to the equivalent options of MultiMixLoss.
-
-    Args:
-        criterion: The loss for unmixed examples.
-
-    Returns:
-        'loss_type', 'smoothing', and class weights of MultiMixLoss.
+    """Return the arguments of MultiMixLoss that are equivalent to a criterion: loss_type, smoothing and class weights.
 
     Raises:
         ValueError: If the criterion has no mixed form. The message gives the reason.
@@ -63,11 +51,7 @@ def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
 
 
 def check_num_classes(criterion: nn.Module | Callable, num_classes: int | None) -> None:
-    """Check that the criterion is not softmax cross-entropy of a single class, which is always 0.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """Raise ValueError if the criterion is softmax cross-entropy of a single class, which is always 0."""
     kinds = (nn.CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy, JsdCrossEntropy)
     if num_classes == 1 and isinstance(criterion, kinds):
         raise ValueError(
@@ -98,17 +82,15 @@ def criterion_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     with usage_errors('--class-stats, --loss-pos-weight or --loss-class-weight'):
         stats = load_class_stats(args.class_stats)
+        names = inspect.signature(create_classification_loss).parameters
         options = dict(
+            {name: getattr(args, name) for name in names if hasattr(args, name)},
             loss_type=args.loss,
-            smoothing=args.smoothing,
             soft_targets=mixup_active(args),
             class_weight=_weights_option(args, 'class_weight', stats),
             pos_weight=_weights_option(args, 'pos_weight', stats),
-            bce_target_thresh=args.bce_target_thresh,
-            bce_sum=args.bce_sum,
             jsd_splits=args.aug_splits,
         )
-    options.update((name, getattr(args, name)) for name in _LOSS_OPTIONS.get(args.loss, ()))
     if args.loss == 'db' and stats is not None:
         options.update(class_counts=stats[0], num_samples=stats[1])
     return options

@@ -13,7 +13,7 @@ _TORCH_DATASETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'q
 
 
 def dataset_suggestion(dataset: str) -> str:
-    """Suggest names for a misspelt torchvision dataset. Returns '' for other types and for existing names."""
+    """Suggest names similar to a misspelled torchvision dataset. Return '' for other types and for existing names."""
     kind, _, name = dataset.lower().partition('/')
     return near_names(name, _TORCH_DATASETS) if kind == 'torch' else ''
 
@@ -53,11 +53,7 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
 
 
 def build_datasets(args: argparse.Namespace, in_chans: int) -> tuple[Dataset, Dataset | None]:
-    """Create the training and validation datasets. The latter is None without a validation split.
-
-    Raises:
-        UsageError: if a dataset cannot be created or contains no images.
-    """
+    """Create the training and validation datasets. The latter is None without a validation split."""
     train = build_split(
         args, in_chans, args.train_split, 'Training', is_training=True, seed=args.seed, repeats=args.epoch_repeats,
         num_samples=args.train_num_samples)

@@ -97,11 +97,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, *filenames: str) -> str:
-    """Download the first of these files that the repository `hf-hub:user/name[@revision]` has. Return its local path.
-
-    Raises:
-        HubError: if the repository has none of the files or cannot be read.
-    """
+    """Download the first of these files that the repository `hf-hub:user/name[@revision]` has. Return its path."""
     repo_id, _, revision = name.partition(':')[2].partition('@')
     for filename in filenames:
         with hub_errors('Downloading from the Hub'), suppress(RemoteEntryNotFoundError):

@@ -6,14 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.data import (
-    AugMixDataset,
-    Mixup,
-    NaFlexMixup,
-    create_loader,
-    create_naflex_loader,
-)
-from torch.utils.data import DataLoader, Dataset
+from timm.data import AugMixDataset, Mixup, NaFlexMixup, create_loader, create_naflex_loader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..common.errors import UsageError, usage_errors
 from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
@@ -25,7 +19,11 @@ from .workers import IgnoreSignals
 _logger = logging.getLogger(__name__)
 
 TRAINING, VALIDATION = 'training', 'validation'
-_DEFAULT_PATCH_SIZE = (16, 16)
+# Options with the name of an argument of create_loader.
+_SAME_NAMES = (
+    'batch_size', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+    'grayscale_prob', 'gaussian_blur_prob', 'worker_seeding')
+_FEW_IMAGES = 100  # for a temperature
 
 
 @dataclass(frozen=True)
@@ -122,28 +120,17 @@ def _shared_options(
 def _train_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any]:
     own = args.train_interpolation and not args.no_aug
     return dict(
-        batch_size=args.batch_size,
+        {name: getattr(args, name) for name in _SAME_NAMES},
         is_training=True,
-        no_aug=args.no_aug,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
         re_split=args.resplit,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         num_aug_splits=args.aug_splits,
         interpolation=args.train_interpolation if own else data_config['interpolation'],
         num_workers=args.workers,
-        worker_seeding=args.worker_seeding,
     )
 
 
@@ -263,6 +250,10 @@ def build_calibration_loader(
         dtype: torch.dtype | None,
 ) -> Any:
     """Create a loader of the held-out images, with the transforms of validation. Every process loads all images."""
+    if not isinstance(dataset, IterableDataset) and len(dataset) < _FEW_IMAGES:
+        _logger.warning(
+            f'{len(dataset)} images are few to fit a temperature on. The temperature may depend strongly on the '
+            'selection of images.')
     shared = _shared_options(args, data_config, device, dtype)
     with usage_errors('Loader options of calibration'):
         return create_loader(
@@ -298,7 +289,7 @@ def build_loaders(
     train, evaluation = datasets
     shared = _shared_options(args, data_config, device, dtype)
     own = _train_options(args, data_config)
-    patch_size = patch_size or _DEFAULT_PATCH_SIZE
+    patch_size = patch_size or (16, 16)
     mixup_fn, batch_size = None, float(args.batch_size)
     with usage_errors(f'Loader options{f" such as --aa {args.aa}" if args.aa else ""}'):
         if args.naflex_loader:

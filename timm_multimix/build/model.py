@@ -1,6 +1,7 @@
 """Create the model of a run with timm."""
 import argparse
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,15 +27,12 @@ _logger = logging.getLogger(__name__)
 
 
 def check_model_name(model: str, option: str, others: tuple[str, ...] = ()) -> None:
-    """Check that timm has a model.
+    """Raise UsageError if timm does not have a model.
 
     Args:
         model: Name of the model.
         option: Option with the name, for messages.
         others: Further values of the option, for suggestions.
-
-    Raises:
-        UsageError: if timm has no such model.
     """
     with usage_errors(option):
         source, name = parse_model_name(model)
@@ -44,11 +42,7 @@ def check_model_name(model: str, option: str, others: tuple[str, ...] = ()) -> N
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return arguments for timm's create_model, with the input size if the architecture depends on it.
-
-    Raises:
-        UsageError: if options are contradictory, or the configuration of the model cannot be read.
-    """
+    """Return arguments for timm's create_model, with the input size if the architecture depends on it."""
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         # A file takes precedence over a URL. timm adapts the classifier if num_classes is -1.
@@ -69,19 +63,16 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     Raises:
         UsageError: if timm cannot create the model, or the model has no classifier.
     """
-    # `options` contains --model-kwargs, which take precedence.
-    options = {
-        **dict(
-            num_classes=args.num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
-            drop_block_rate=args.drop_block,
-            global_pool=args.gp,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-        ),
-        **options,
-    }
+    defaults = dict(
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path if args.drop_path is not None else args.drop_connect,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+    )
+    options = {**defaults, **options}  # --model-kwargs take precedence
     checkpoint_path = args.initial_checkpoint
     if is_hub_name(checkpoint_path):
         with usage_errors(f'--initial-checkpoint {checkpoint_path}'):
@@ -99,7 +90,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     if not getattr(model, 'num_classes', 0):
         raise UsageError(f'--model {args.model}: the model has no classifier, or does not report num_classes.')
     args.num_classes = model.num_classes
-    _initialise_head(args, model)
+    _initialize_head(args, model)
     if args.grad_checkpointing:
         with usage_errors('--grad-checkpointing'):
             model.set_grad_checkpointing(enable=True)
@@ -109,7 +100,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
 
 
 @torch.no_grad()
-def _initialise_head(args: argparse.Namespace, model: nn.Module) -> None:
+def _initialize_head(args: argparse.Namespace, model: nn.Module) -> None:
     classifier = model.get_classifier()
     with usage_errors('--head-init-scale, --head-init-bias'):
         if args.head_init_scale is not None:
@@ -124,9 +115,6 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
 
     If the number of channels differs from that of the pretrained weights, the pixel statistics are averaged over
     channels, as in timm's loaders.
-
-    Raises:
-        UsageError: if --mean or --std does not match the number of channels.
     """
     with usage_errors('--mean and --std take one value, or one for each channel'):
         config = resolve_data_config(vars(args), model=model)
@@ -139,41 +127,34 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     return config
 
 
+def blank_images(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Generate a black image (1, c, h, w) for each image size of a run, with the device and dtype of the model."""
+    channels, *size = data_config['input_size']
+    parameter = next(model.parameters())
+    for height, width in sorted({tuple(size), *((side, side) for side in args.train_img_sizes or ())}):
+        yield torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+
+
 @torch.no_grad()
 def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
-    """Run the model on a zero image of each size, so that an unsupported size is reported before training.
-
-    Raises:
-        UsageError: if the model does not accept a size.
-    """
-    channels, *size = data_config['input_size']
+    """Raise UsageError if the model does not accept an image size of the run."""
     model.eval()
-    for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
+    for images in blank_images(args, model, data_config):
+        height, width = images.shape[2:]
         with usage_errors(f'{args.model} does not accept images of {height} x {width} pixels (see --img-size)'):
-            parameter = next(model.parameters())
-            model(torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype))
+            model(images)
     model.train()
 
 
 @torch.no_grad()
 def report_positions(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
-    """Log the number of positions of dense MultiMix at each image size, and warn if there is only one.
-
-    With --naflex-loader, the number of positions is the sequence length, which is an option.
-
-    Args:
-        args: Arguments of the run.
-        model: A model that dense MultiMix can train. It is unchanged afterwards.
-        data_config: Data configuration with the input size.
-    """
+    """Log the number of positions of dense MultiMix at each image size, and warn if there is only one."""
     if args.multimix != 'dense' or args.naflex_loader:
         return
-    channels, *size = data_config['input_size']
-    parameter, is_training = next(model.parameters()), model.training
-    handle = None if hasattr(model, '_multimix') else attach(model)
+    is_training, handle = model.training, None if hasattr(model, '_multimix') else attach(model)
     model.eval()
-    for height, width in sorted({tuple(size), *((side, side) for side in args.train_img_sizes or ())}):
-        images = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    for images in blank_images(args, model, data_config):
+        height, width = images.shape[2:]
         with outputs_in_evaluation(model):
             positions = model(images).dense_logits.shape[1]
         _logger.info(f'Number of positions of dense MultiMix at {height} x {width} pixels: {positions}.')
@@ -192,11 +173,7 @@ def place_model(
         device: torch.device,
         dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Convert BatchNorm layers, and move the model to its device, dtype and memory format.
-
-    Raises:
-        UsageError: if the device does not support --sync-bn, or the model cannot be scripted.
-    """
+    """Convert BatchNorm layers, and move the model to its device, dtype and memory format."""
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
     model.to(device=device, dtype=dtype)
@@ -205,9 +182,9 @@ def place_model(
     if args.distributed and args.sync_bn:
         if device.type == 'cpu':
             raise UsageError('--sync-bn works on accelerators only.')
-        args.dist_bn = ''  # statistics are already synchronised
+        args.dist_bn = ''  # statistics are already synchronized
         model = convert_sync_batchnorm(model)
-        _logger.info('BatchNorm is synchronised. Zero-initialised BatchNorm scales, as in ResNets, may train worse.')
+        _logger.info('BatchNorm is synchronized. Zero-initialized BatchNorm scales, as in ResNets, may train worse.')
     if args.torchscript:
         with usage_errors('--torchscript'):
             model = torch.jit.script(model)

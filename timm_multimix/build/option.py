@@ -56,7 +56,7 @@ class Group(NamedTuple):
 
 
 def value(*names: str, type: Any = str, default: Any = None, help: str, **settings: Any) -> Option:
-    """Option with a value. The default is added to the help text."""
+    """Create an option with a value. The default is added to the help text."""
     suffix = '' if default in (None, '', []) else f' (default: {_format_default(default)})'
     return Option(names, dict(type=type, default=default, help=(help + suffix).replace('%', '%%'), **settings))
 
@@ -81,39 +81,33 @@ def to_arguments(options: Sequence[Option], given: Any) -> list[str]:
         given: The value, not None.
 
     Raises:
-        UsageError: if the value has another structure than the option.
+        UsageError: if the type of the value does not match the option.
     """
     name, settings = options[0].name, options[0].settings
     action, nargs = settings.get('action'), settings.get('nargs')
-
-    def check(is_valid: bool, expected: str) -> None:
-        if not is_valid:
-            raise UsageError(f'{name} must be {expected}, got {given!r}.')
-
     if action in _FLAGS:
-        check(isinstance(given, bool), 'true or false')
+        if not isinstance(given, bool):
+            raise UsageError(f'{name} must be true or false, got {given!r}.')
         return [option.name for option in options if _FLAGS[option.settings['action']] is given]
     if action is ParseKwargs:
-        check(isinstance(given, Mapping), 'a mapping')
+        if not isinstance(given, Mapping):
+            raise UsageError(f'{name} must be a mapping, got {given!r}.')
         return [name, *(f'{key}={item!r}' for key, item in given.items())]
     if isinstance(given, bool) and nargs == '?' and name.startswith('--'):
         return [name] if given else []
     if given is False and 'off' in settings.get('choices', ()):
         given = 'off'  # YAML reads a bare off as False
-    is_list = nargs not in (None, '?')
+    is_list, is_number = nargs not in (None, '?'), settings['type'] is not str
     items = given if is_list and isinstance(given, (list, tuple)) else [given]
-    kind = {int: 'an integer', float: 'a number'}.get(settings['type'], 'a string')
-    kind = f'one of {", ".join(map(str, settings["choices"]))}' if settings.get('choices') else kind
-    check(not any(isinstance(item, (bool, list, tuple, Mapping)) for item in items),
-          f'a list of values, each {kind}' if is_list else kind)
     texts = [str(item) for item in items]
+    # argparse takes a string that starts with - for an option.
+    is_ambiguous = is_list and not is_number and any(text.startswith('-') for text in texts)
+    if is_ambiguous or any(isinstance(item, (bool, list, tuple, Mapping)) for item in items):
+        raise UsageError(f'{name} has an invalid value: {given!r}.')
     if not name.startswith('--'):
         return ['--', *texts]
     if not is_list:
         return [f'{name}={texts[0]}']
     if not texts and not settings['default']:
         return []
-    # A space before a negative number, because argparse takes -1e-05 for an option.
-    is_number = settings['type'] is not str
-    check(is_number or not any(text.startswith('-') for text in texts), 'a list of strings that do not start with -')
-    return [name, *(f' {text}' if is_number and text.startswith('-') else text for text in texts)]
+    return [name, *(f' {text}' if text.startswith('-') else text for text in texts)]  # also -1e-05

@@ -14,10 +14,7 @@ _NOT_GIVEN = object()
 
 
 class TrainingParser(Parser):
-    """Parser of `timm-multimix train`. Its errors are UsageErrors without access tokens.
-
-    Args:
-        groups: Groups of options, in addition to timm's options, --config and --timm-script.
+    """Parser of `timm-multimix train`, with timm's options, --config, --timm-script and other groups of options.
 
     Attributes:
         options: The options of all groups by destination. Options with the same destination are opposite flags.
@@ -48,14 +45,7 @@ class TrainingParser(Parser):
         super().error(message)
 
     def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """Parse the command line, and return the values of the given options by destination, without defaults.
-
-        Args:
-            argv: Command-line arguments. Default: the arguments of the process.
-
-        Raises:
-            UsageError: if an option or a value is invalid.
-        """
+        """Parse the command line, and return the values of the given options by destination, without defaults."""
         blank = argparse.Namespace(**dict.fromkeys(('config', 'timm_script', *self.options), _NOT_GIVEN))
         try:
             values = vars(self.parse_args(argv, blank))
@@ -71,9 +61,6 @@ class TrainingParser(Parser):
 
         Args:
             values: Values by destination. Options with the value None and unknown options are skipped.
-
-        Raises:
-            UsageError: if a value is invalid, or if options exclude each other.
         """
         given = {name: value for name, value in values.items() if name in self.options and value is not None}
         arguments = [to_arguments(self.options[name], value) for name, value in given.items()]

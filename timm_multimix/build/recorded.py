@@ -8,6 +8,7 @@ import yaml
 
 from ..common.errors import UsageError, usage_errors
 from .parser import TrainingParser
+from .saved_weights import arguments_of
 
 # Options for the initial weights of a run: the checkpoint replaces them.
 _INITIAL_WEIGHTS = dict(
@@ -18,13 +19,8 @@ _INITIAL_WEIGHTS = dict(
 def check_recorded(values: Mapping[str, Any], parser: TrainingParser, path: str) -> None:
     """Check the arguments stored in a checkpoint like arguments of the command line. Unknown arguments are skipped.
 
-    Args:
-        values: Arguments by name.
-        parser: Parser with the options.
-        path: Checkpoint or run that is named in the error message.
-
     Raises:
-        UsageError: if an argument has an invalid value.
+        UsageError: if an argument has an invalid value. The message starts with `path`.
     """
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise UsageError(f'{path}: the arguments are not a mapping of names to values.')
@@ -41,24 +37,19 @@ def recorded_arguments(
 ) -> argparse.Namespace:
     """Return the arguments of the run that wrote a checkpoint, without its options for initial weights.
 
-    Args:
-        checkpoint: The checkpoint. Without arguments, they are read from args.yaml next to it.
-        path: Path of the checkpoint.
-        parser: Parser with the options.
+    If the checkpoint contains no arguments, they are read from args.yaml in its folder.
 
     Raises:
         UsageError: if there are no arguments, or an argument has an invalid value.
     """
-    values = checkpoint.get('args')
+    values = arguments_of(checkpoint)
     beside = os.path.join(os.path.dirname(path), 'args.yaml')
-    if isinstance(values, argparse.Namespace):  # as timm's own script writes it
-        values = vars(values)
-    elif not isinstance(values, dict) and os.path.isfile(beside):
+    if not values and os.path.isfile(beside):
         with usage_errors(beside), open(beside, encoding='utf-8') as file:
             values = yaml.safe_load(file)
     if not isinstance(values, dict) or not values.get('model'):
         raise UsageError(
-            f'{path} does not say what model it contains: neither the file nor an args.yaml in its folder gives '
-            'arguments with a model. Give the run folder, or the name of a model of timm or the Hub.')
+            f'{path} does not name its model: neither the file nor an args.yaml in its folder contains arguments. Give '
+            'the run folder, or the name of a model of timm or the Hub.')
     check_recorded(values, parser, path)
     return argparse.Namespace(**{**vars(parser.parse_args([])), **values, **_INITIAL_WEIGHTS})

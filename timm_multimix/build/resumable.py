@@ -8,7 +8,7 @@ uninterrupted run draws the same random numbers as with a plain DataLoader, so i
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.data.readers.shared_count import SharedCount
@@ -20,20 +20,12 @@ from ..data.image_files import unreadable_images
 
 @dataclass
 class _Report:
-    """Origin of a batch. Not a tuple, because the pin-memory thread would visit the items of a tuple.
+    """Worker of a batch and its random state after the batch, both None for the main process.
 
-    Attributes:
-        worker: Index of the worker, None for the main process.
-        random: Random state of the worker after the batch, None for the main process.
+    Not a tuple, because the pin-memory thread would visit the items of a tuple.
     """
     worker: int | None
     random: dict[str, Any] | None
-
-
-class _Fetched(NamedTuple):
-    """Report of a batch that was fetched but not trained on, and the random state of the main process before it."""
-    before: dict[str, Any]
-    report: _Report
 
 
 class _ReportingCollate:
@@ -68,38 +60,31 @@ class _WorkerStart:
             set_random_state(self.states[worker])
 
 
-class _Skip:
-    """Number of batches to skip at the start of an iteration, and the random state to restore after them."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self.count = 0
-        self.before: dict[str, Any] | None = None
-        self.device: torch.device | None = None
-
-    @property
-    def placeholders(self) -> int:
-        """Number of empty batches that preserve the order of the workers: worker i % workers loads batch i."""
-        return self.count % self.workers if self.workers else 0
-
-
 class _Batches:
-    """Batch sampler that skips the first batches of another one."""
+    """Batch sampler that skips the first batches of another one.
 
-    def __init__(self, batch_sampler: Any, skip: _Skip):
+    Attributes:
+        skip: Number of batches to skip.
+        before: Random state to restore after them, or None.
+    """
+
+    def __init__(self, batch_sampler: Any, workers: int, device: torch.device | None):
         self.batch_sampler = batch_sampler
-        self.skip = skip
+        self.workers = workers
+        self.device = device
+        self.skip = 0
+        self.before: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[list]:
         batches = list(self.batch_sampler)  # draws the random order before the first image is loaded
-        skip = self.skip
-        yield from [[]] * skip.placeholders
-        if skip.before is not None:
-            set_random_state(skip.before, skip.device)
-        yield from batches[skip.count:]
+        # Empty batches preserve the order of the workers: worker i % workers loads batch i.
+        yield from [[]] * (self.skip % self.workers if self.workers else 0)
+        if self.before is not None:
+            set_random_state(self.before, self.device)
+        yield from batches[self.skip:]
 
 
 class ResumableLoader:
@@ -116,18 +101,16 @@ class ResumableLoader:
     """
 
     def __init__(self, loader: DataLoader, device: torch.device | None = None):
-        if not self.can_wrap(loader):
-            raise ValueError('ResumableLoader needs a map-style dataset, and persistent workers or none.')
         self.dataset, self.sampler, self.batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
         self.collate_fn = loader.collate_fn
         self.num_workers = loader.num_workers
         self.device = device
         self._collate = _ReportingCollate(loader.collate_fn)
         self._start = _WorkerStart(loader.worker_init_fn)
-        self._skip = _Skip(loader.num_workers)
+        self._batches = _Batches(loader.batch_sampler, loader.num_workers, device)
         self._loader = DataLoader(
             loader.dataset,
-            batch_sampler=_Batches(loader.batch_sampler, self._skip),
+            batch_sampler=self._batches,
             num_workers=loader.num_workers,
             collate_fn=self._collate,
             pin_memory=loader.pin_memory,
@@ -138,7 +121,8 @@ class ResumableLoader:
         self._seed: dict[str, Any] | None = None  # random state from which the worker seeds were drawn
         self._workers: dict[int, dict[str, Any]] = {}
         self._unreadable = unreadable_images(loader.dataset)
-        self._fetched: deque[_Fetched] = deque()
+        # Reports of batches that were not trained on yet, with the random state of the main process before each.
+        self._fetched: deque[tuple[dict[str, Any], _Report]] = deque()
         self._epoch_start: dict[str, Any] | None = None
         self.consumed = 0
 
@@ -156,7 +140,7 @@ class ResumableLoader:
 
     def advance(self) -> None:
         """Record that one more batch was trained on."""
-        report = self._fetched.popleft().report
+        _, report = self._fetched.popleft()
         if report.worker is not None:
             self._workers[report.worker] = report.random
         self.consumed += 1
@@ -167,7 +151,7 @@ class ResumableLoader:
             consumed=self.consumed,
             epoch_start=self._epoch_start,
             # A fetched batch has to be made again: `before` is the state before it, `now` the state to continue from.
-            before=self._fetched[0].before if self._fetched else None,
+            before=self._fetched[0][0] if self._fetched else None,
             now=random_state(self.device),
             seed=self._seed,
             workers=dict(self._workers),
@@ -187,11 +171,10 @@ class ResumableLoader:
             self._workers = dict(state['workers'])
             self._start.states = dict(state['workers'])
         self._position = dict(state) if in_epoch else None
-        consumed = state['consumed']
-        self.consumed = consumed if in_epoch else 0
-        earlier = state.get('unreadable')
-        if in_epoch and self._unreadable is not None and isinstance(earlier, list):
-            self._unreadable.update(earlier)
+        self.consumed = state['consumed'] if in_epoch else 0
+        unreadable = state.get('unreadable')
+        if in_epoch and self._unreadable is not None and isinstance(unreadable, list):  # a number in version 0.1
+            self._unreadable.update(unreadable)
 
     def _draw_seed(self) -> None:
         """Draw the seed of the workers like DataLoader, from a saved state so that a resumed run draws it again."""
@@ -203,13 +186,13 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         position, self._position = self._position, None
         after = None
-        self.consumed, self._skip.count, self._skip.before, self._skip.device = 0, 0, None, self.device
+        self.consumed, self._batches.skip, self._batches.before = 0, 0, None
         self._fetched.clear()
         if position is not None:
             after = position['now'] if position['before'] is not None else None
             set_random_state(position['epoch_start'], self.device)
-            self.consumed = self._skip.count = position['consumed']
-            self._skip.before = position['before'] or position['now']
+            self.consumed = self._batches.skip = position['consumed']
+            self._batches.before = position['before'] or position['now']
         if self.num_workers:
             self._draw_seed()
         self._epoch_start = random_state(self.device)
@@ -222,7 +205,7 @@ class ResumableLoader:
                 break
             if batch is None:  # placeholder
                 continue
-            self._fetched.append(_Fetched(before, report))
+            self._fetched.append((before, report))
             yield batch
             if after is not None:  # the fetched batch was made again
                 set_random_state(after, self.device)

@@ -53,9 +53,6 @@ def selecting_weights(args: argparse.Namespace) -> str:
 def selection(args: Mapping[str, Any]) -> tuple[str | None, str, bool]:
     """Describe how the best checkpoint of a run is selected, to compare it with that of another run.
 
-    Args:
-        args: Arguments of the run.
-
     Returns:
         The weight set (None for runs before `eval_weights`, which selected the best of all sets), the metric, and
         whether it is a metric of the validation.
@@ -69,12 +66,7 @@ def selection(args: Mapping[str, Any]) -> tuple[str | None, str, bool]:
 
 
 def entries(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
-    """Return the checkpoint entry of each weight set.
-
-    Args:
-        names: Names of the checkpoint's entries.
-        args: Arguments of its run.
-    """
+    """Return the checkpoint entry of each weight set, from the names of the entries and the arguments of the run."""
     found = {weight_set: entry for weight_set, entry in _ENTRIES.items() if entry in names}
     if STUDENT not in found and 'model' in names:
         found[STUDENT] = 'model'
@@ -103,14 +95,11 @@ def saved_weights(checkpoint: Mapping[str, Any]) -> dict[str, str]:
 
 
 def weights_entry(checkpoint: Mapping[str, Any], weights: str = 'best') -> str | None:
-    """Return the entry of a weight set in a checkpoint.
+    """Return the entry of a weight set in a checkpoint, None if the checkpoint does not contain these weights.
 
     Args:
         checkpoint: The checkpoint.
         weights: 'student', 'ema', 'teacher', or 'best' for the weights that the checkpoint's metric belongs to.
-
-    Returns:
-        The entry; None if the checkpoint does not contain these weights.
     """
     saved = saved_weights(checkpoint)
     if weights != 'best':
@@ -119,7 +108,7 @@ def weights_entry(checkpoint: Mapping[str, Any], weights: str = 'best') -> str |
 
 
 def plain_weights(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the plain timm model, without wrapper prefixes and the auxiliary BatchNorms of --split-bn."""
+    """Return the weights of the plain timm model, without wrapper prefixes and the BatchNorms of --split-bn."""
     return {name: value for name, value in clean_state_dict(state_dict).items() if 'aux_bn' not in name}
 
 
@@ -146,24 +135,12 @@ def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '')
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Describe EMA and teacher weights of a checkpoint that a run does not continue unchanged.
-
-    Args:
-        before: Entries of the checkpoint, by weight set.
-        now: Entries of the run, by weight set.
-
-    Returns:
-        One line for each such weight set.
-    """
+    """Describe EMA and teacher weights of a checkpoint that a run does not continue, given the entries of both."""
     options = {AVERAGE: '--model-ema', TEACHER: '--multimix-teacher ema'}
     lines = []
-    for weight_set in (AVERAGE, TEACHER):
-        text = f'{_DESCRIPTIONS[weight_set]} ({before.get(weight_set)}) in the checkpoint'
-        if weight_set in before and weight_set not in now:
-            lines.append(f'{text} are not continued: add {options[weight_set]} to keep them.')
-        elif weight_set in before and before[weight_set] != now[weight_set]:
-            is_copy = now[weight_set] == _ENTRIES[TEACHER]
-            state = 'starts from the trained weights' if is_copy else 'is the average of --model-ema'
+    for weight_set, option in options.items():
+        if weight_set in before and before[weight_set] != now.get(weight_set):
+            remedy = f'this run uses {now[weight_set]}.' if weight_set in now else f'add {option} to keep them.'
             lines.append(
-                f'{text} are not continued: with its EMA options this run uses {now[weight_set]}, which {state}.')
+                f'{_DESCRIPTIONS[weight_set]} ({before[weight_set]}) in the checkpoint are not continued: {remedy}')
     return lines

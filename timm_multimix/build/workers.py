@@ -10,13 +10,10 @@ _JOIN_TIMEOUT = 5  # seconds to wait for a killed worker
 
 
 class IgnoreSignals:
-    """DataLoader worker_init_fn that makes a worker ignore SIGINT and SIGTERM.
+    """DataLoader worker_init_fn that ignores SIGINT and SIGTERM, then calls another worker_init_fn.
 
     Ctrl-C and job schedulers signal the whole process group. The run needs the next batch of its workers to stop
     between two updates, so workers must not exit on the signal. The run kills them itself, see ending_workers.
-
-    Args:
-        init: Another worker_init_fn to call, or None.
     """
 
     def __init__(self, init: Callable[[int], None] | None):

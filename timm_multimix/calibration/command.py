@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..build.checkpoint import read_checkpoint
-from ..build.classes import checkpoint_classes, match_classes
+from ..build.classes import match_classes
 from ..build.datasets import build_datasets, build_split
 from ..build.loaders import build_calibration_loader
 from ..build.model import create_run_model, input_channels, model_options, place_model, resolve_data
@@ -19,10 +19,10 @@ from ..build.recorded import recorded_arguments
 from ..common.command_line import Parser, exit_status, number, open_device, program
 from ..common.errors import RunError, UsageError, usage_errors
 from ..common.files import lock_folder, unlock_folders
+from ..data.class_names import valid_classes
 from ..data.dataset_types import code_danger
-from ..data.demo import Part
 from ..options import build_training_parser
-from .run import calibration_share, hold_out, share_images, share_split, warn_of_few, write_calibrated
+from .run import calibration_share, hold_out, share_images, share_split, write_calibrated
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _training_images(run: argparse.Namespace, in_chans: int) -> Dataset:
 
 
 def _check_unseen(run: argparse.Namespace, images: Dataset, split: str | None, in_chans: int) -> None:
-    """Check that images were not used for training. `split` is their split if they are of the same dataset."""
+    """Check that images were not used for training. `split` is None if they are of another dataset than the run's."""
     is_seen = split is not None and share_split(run.train_split, split)
     if not is_seen and not code_danger(run.dataset, run.data_dir, [run.train_split]):
         with suppress(UsageError):  # the training images may be on another machine
@@ -64,7 +64,7 @@ def _check_unseen(run: argparse.Namespace, images: Dataset, split: str | None, i
 
 
 def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Any, str]:
-    """Open the images to fit a temperature on. Returns them and the name of their split."""
+    """Open the images to fit a temperature on. Return the images and the name of their split."""
     is_own = args.data_dir is None and args.dataset is None
     if not is_own:
         source = argparse.Namespace(**{**vars(run), 'dataset': args.dataset or '', 'data_dir': args.data_dir})
@@ -110,10 +110,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
     options = model_options(run)
     images, split = _open_images(args, run, input_channels(options))
-    if not isinstance(images, Part):  # hold_out warns itself
-        warn_of_few(f'Split {split}', images)
-    if classes := checkpoint_classes(checkpoint, best):
-        match_classes(run, images.dataset if isinstance(images, Part) else images, split, classes, best)
+    if classes := valid_classes(checkpoint.get('class_to_idx')):
+        match_classes(run, images, split, classes, best)
     dtype = getattr(torch, run.model_dtype) if run.model_dtype else None
     model = place_model(run, create_run_model(run, options), device, dtype)
     loader = build_calibration_loader(run, images, resolve_data(run, model), device, dtype)
@@ -125,15 +123,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `timm-multimix calibrate`.
-
-    Args:
-        argv: Command-line arguments, by default those of the process.
-
-    Returns:
-        Exit status: 0; 1 if no temperature can be fitted or the file cannot be written; 2 for a usage error; 130 after
-        Ctrl-C.
-    """
+    """Run `timm-multimix calibrate` and return its exit status, see exit_status."""
     try:
         return exit_status(lambda: _calibrate(_build_parser().parse_args(argv)))
     finally:

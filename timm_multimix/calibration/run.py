@@ -4,13 +4,11 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.data.readers.reader_image_tar import ReaderImageTar
 from timm.models import clean_state_dict
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -29,22 +27,15 @@ from ..build.saved_weights import (
 from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_errors
 from ..common.files import replacing
 from ..data.demo import Part
-from ..data.image_files import DecodingReader
+from ..data.image_files import image_root
 from ..data.loading import batches_of
 from .temperature import calibrate, scalable_classifier
 
 _logger = logging.getLogger(__name__)
 
-_FEW = 100
-_FILE_READERS = (ReaderImageFolder, ReaderImageInTar, ReaderImageTar)
-
 
 def calibration_share(text: str) -> float | None:
-    """Parse the value of --calibrate as a share of the training images. Returns None for the name of a split.
-
-    Raises:
-        UsageError: if the value is a number outside of (0, 1).
-    """
+    """Parse the value of --calibrate as a share of the training images. Return None for the name of a split."""
     try:
         share = float(text)
     except ValueError:
@@ -52,13 +43,6 @@ def calibration_share(text: str) -> float | None:
     if not 0 < share < 1:
         raise UsageError(f'--calibrate {text}: a share of the training images must be between 0 and 1, such as 0.1.')
     return share
-
-
-def _root(dataset: Dataset) -> str | None:
-    """Return the folder or archive of a dataset, None for readers that do not have one for each split."""
-    reader = getattr(dataset, 'reader', None)
-    reader = reader.inner if isinstance(reader, DecodingReader) else reader
-    return os.path.realpath(reader.root) if isinstance(reader, _FILE_READERS) else None
 
 
 def share_split(first: str, second: str) -> bool:
@@ -72,19 +56,11 @@ def share_split(first: str, second: str) -> bool:
 
 def share_images(first: Dataset, second: Dataset) -> bool:
     """Return whether two datasets are known to share images: one folder contains the other, or the arrays are equal."""
-    roots = [_root(first), _root(second)]
+    roots = [image_root(first), image_root(second)]
     if all(roots):
         return os.path.commonpath(roots) in roots
     images = [getattr(dataset, 'images', None) for dataset in (first, second)]
     return all(isinstance(array, np.ndarray) for array in images) and np.array_equal(*images)
-
-
-def warn_of_few(what: str, held_out: Dataset) -> None:
-    """Warn if a dataset has few images to fit a temperature on. `what` is the start of the message."""
-    if not isinstance(held_out, IterableDataset) and len(held_out) < _FEW:
-        _logger.warning(
-            f'{what}: {len(held_out)} images are few to fit a temperature on. The temperature '
-            'may depend strongly on the selection of images.')
 
 
 def hold_out(
@@ -96,12 +72,6 @@ def hold_out(
     """Separate the images for temperature scaling from the training images.
 
     A share is selected with --seed, so that a continued run holds out the same images.
-
-    Args:
-        args: Arguments of the run.
-        train: The training dataset.
-        evaluation: The validation dataset, or None.
-        in_chans: Number of channels of the images.
 
     Returns:
         The dataset to train on and the dataset to calibrate on. The second is None without --calibrate.
@@ -120,7 +90,6 @@ def hold_out(
                     f'--calibrate {args.calibrate}: these are the images of --{"train" if other is train else "val"}-'
                     f'split {split}. Name another split, or give a share of the training images, such as 0.1, that is '
                     'kept out of training.')
-        warn_of_few(f'--calibrate {args.calibrate}', held_out)
         return train, held_out
     if isinstance(train, IterableDataset):
         raise UsageError(
@@ -132,17 +101,11 @@ def hold_out(
     if count < 2:
         raise UsageError(f'--calibrate {args.calibrate}: that share of {len(train)} training images is too small.')
     _logger.info(f'{count} of {len(train)} training images are held out to fit a temperature on (--calibrate).')
-    held_out = Part(train, sorted(order[:count]))
-    warn_of_few(f'--calibrate {args.calibrate}', held_out)
-    return Part(train, sorted(order[count:])), held_out
+    return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
 
 
 def check_continues(args: argparse.Namespace, path: str) -> None:
-    """Check that the run of a checkpoint held out the same share of images as this run.
-
-    Raises:
-        UsageError: if the weights may have been trained on the held-out images.
-    """
+    """Raise UsageError if the weights in a checkpoint may have been trained on the images that this run holds out."""
     if args.calibrate is None or calibration_share(args.calibrate) is None:
         return
     before = arguments_of(read_checkpoint(path, verify=False))
@@ -154,11 +117,7 @@ def check_continues(args: argparse.Namespace, path: str) -> None:
 
 
 def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Check before training with --calibrate that a temperature can be folded into the classifier of the model.
-
-    Raises:
-        UsageError: if the classifier cannot be scaled.
-    """
+    """Raise UsageError if --calibrate is given and no temperature can be folded into the classifier of the model."""
     if args.calibrate is None:
         return
     images = torch.rand(2, *input_size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
@@ -170,8 +129,8 @@ def check_classifier(args: argparse.Namespace, model: nn.Module, input_size: tup
 def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Callable[[], Any]) -> str | None:
     """Calibrate the best checkpoint of a run and write model_calibrated.pth.tar.
 
-    The calibrated checkpoint contains a single state_dict that timm can load. 'eval_weights' is the weight set that
-    was calibrated. 'metrics' contains its metrics except the loss, the only one that calibration changes.
+    It contains a single state_dict that timm can load. 'eval_weights' is the weight set that was calibrated. 'metrics'
+    contains its metrics except the loss, which calibration changes.
 
     Args:
         folder: Folder of the run.
@@ -181,9 +140,6 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
 
     Returns:
         Path of the calibrated checkpoint, None with a warning if no temperature can be fitted.
-
-    Raises:
-        RunError: if the checkpoint cannot be written.
     """
     best = read_checkpoint(os.path.join(folder, 'model_best.pth.tar'))
     model = copy.deepcopy(model)
@@ -197,7 +153,7 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
         _logger.warning(f'Not calibrated: {error}')
         return None
     names = ['epoch', 'arch', 'args', 'version', 'class_to_idx']
-    if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':  # calibration changes the loss
+    if split_metric(arguments_of(best).get('eval_metric', ''))[1] != 'loss':
         names.append('metric')
     checkpoint = dict(
         {name: best[name] for name in names if name in best},
@@ -219,5 +175,5 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
 
 def forget_calibrated(folder: str) -> None:
     """Remove the calibrated checkpoint of a run that continues, because its best weights may change."""
-    if os.path.exists(os.path.join(folder, CALIBRATED)):
+    with suppress(FileNotFoundError):
         os.remove(os.path.join(folder, CALIBRATED))

@@ -3,7 +3,7 @@
 The temperature is fitted on held-out data and folded into the weights of the last affine layer. The architecture and
 the predicted classes do not change.
 """
-import logging
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +18,9 @@ from tqdm import tqdm
 from ..dense.blueprint import watching
 from ..dense.heads import mean_of_heads
 
-_logger = logging.getLogger(__name__)
-
 # Limit of the ratio between the standard deviation of the logits and the temperature.
 _MAX_RATIO = 1e4
-# Factors on the classifier with which proportional logits are tested.
+# Factors on the parameters of a classifier, to test whether its logits are proportional to them.
 _TEST_FACTORS = (0.5, 3.0)
 # Relative tolerance of the test, at least _ROUNDINGS times the machine epsilon of the model's dtype.
 _TOLERANCE = 1e-4
@@ -30,7 +28,7 @@ _ROUNDINGS = 8
 
 
 def _slope(inverse: float, logits: np.ndarray, target: np.ndarray) -> float:
-    """Derivative of the mean cross-entropy of inverse * logits for inverse. It is non-decreasing."""
+    """Return the derivative of the mean cross-entropy of inverse * logits with respect to inverse."""
     scaled = logits * inverse
     probabilities = np.exp(scaled - scaled.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
@@ -87,10 +85,6 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
     return 1 / brentq(_slope, 0.0, _MAX_RATIO / spread, args=(values, target), xtol=1e-12 / spread, rtol=1e-12)
 
 
-def _is_affine(module: nn.Module, output: Any) -> bool:
-    return isinstance(output, torch.Tensor) and isinstance(getattr(module, 'weight', None), torch.Tensor)
-
-
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Set the model to evaluation mode, and restore the mode of every module on exit."""
@@ -112,23 +106,17 @@ def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @torch.enable_grad()
 def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
-    """Return the names of the last modules with a weight before the logits.
+    """Return the names of the last modules with a weight before the logits, in the order of model.named_modules().
 
     Usually this is the classifier. There are several modules if the model has several heads or streams. The model runs
-    on the images, and the autograd graph is traversed from the logits.
-
-    Args:
-        model: A classifier. Its mode and its gradients do not change.
-        images: One or more input images.
-
-    Returns:
-        Names of the modules, in the order of model.named_modules(). Empty if no module is found, for example in a model
-        compiled with torch.jit.
+    on the images, and the autograd graph is traversed from the logits. The list is empty if no module is found, for
+    example in a model compiled with torch.jit. The mode and the gradients of the model do not change.
     """
     names = {}
 
     def record(name: str, module: nn.Module, output: Any) -> None:
-        if _is_affine(module, output) and output.grad_fn is not None:
+        has_weight = isinstance(getattr(module, 'weight', None), torch.Tensor)
+        if has_weight and isinstance(output, torch.Tensor) and output.grad_fn is not None:
             names[output.grad_fn] = name
 
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -146,86 +134,52 @@ def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
     return [name for name, _ in model.named_modules() if name in found]
 
 
-def _affine_names(module: nn.Module) -> list[str]:
-    return [name for name in ('weight', 'bias') if getattr(module, name, None) is not None]
+_Scaled = list[tuple[nn.Module, str, torch.Tensor]]  # modules, names of their weights or biases, and the values
 
 
-@torch.no_grad()
-def _multiply(modules: list[nn.Module], factor: float) -> None:
-    """Multiply the weights and biases of the modules, each tensor once. Parametrized tensors use right_inverse."""
-    done = set()
-    for module in modules:
-        for name in _affine_names(module):
-            value = getattr(module, name)
-            if parametrize.is_parametrized(module, name):
-                setattr(module, name, value * factor)
-            elif id(value) not in done:
-                done.add(id(value))
-                value.mul_(factor)
+def _weights(model: nn.Module, names: Iterable[str]) -> _Scaled:
+    """Return the weights and biases of modules. A shared parameter is returned once."""
+    modules = [model.get_submodule(name) for name in names]
+    values = [(module, name, getattr(module, name, None)) for module in modules for name in ('weight', 'bias')]
+    unique = {id(value): (module, name, value) for module, name, value in values if isinstance(value, torch.Tensor)}
+    return [(module, name, value.clone()) for module, name, value in unique.values()]
 
 
-@contextmanager
-def _restored(modules: list[nn.Module]) -> Iterator[None]:
-    """Restore the exact state of the modules on exit."""
-    state = [{name: value.clone() for name, value in module.state_dict().items()} for module in modules]
+def _multiply(weights: _Scaled, factor: float) -> None:
+    """Set weights to their values times a factor. Parametrizations, such as weight norm, use right_inverse."""
+    for module, name, value in weights:
+        if parametrize.is_parametrized(module, name):
+            setattr(module, name, value * factor)
+        else:
+            getattr(module, name).copy_(value * factor)
+
+
+def _is_proportional(model: nn.Module, weights: _Scaled, images: torch.Tensor) -> bool:
+    """Return whether multiplying the weights multiplies the logits. The weights are restored."""
+    expected = _wide(_logits(model, images))
+    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
+    before = [copy.deepcopy(module.state_dict()) for module, _, _ in weights]
     try:
-        yield
-    finally:
-        for module, before in zip(modules, state, strict=True):
-            module.load_state_dict(before)
-
-
-def _are_proportional(model: nn.Module, modules: list[nn.Module], images: torch.Tensor) -> bool:
-    """Whether multiplying the modules' parameters multiplies the logits. Noise is added to the parameters first."""
-    generator = torch.Generator('cpu').manual_seed(0)
-    with _restored(modules):
-        for module in modules:  # parameters can be zero
-            for name in _affine_names(module):
-                value = getattr(module, name)
-                noise = torch.randn(value.shape, generator=generator, device='cpu').to(value)
-                noise = noise * value.std(correction=0).clamp_min(value[0].numel() ** -0.5)
-                if parametrize.is_parametrized(module, name):
-                    setattr(module, name, value + noise)
-                else:
-                    value.add_(noise)
-        expected = _wide(_logits(model, images))
-        tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
-        factors_so_far = 1.0
         for factor in _TEST_FACTORS:
-            _multiply(modules, factor / factors_so_far)
-            factors_so_far = factor
+            _multiply(weights, factor)
             error = (_wide(_logits(model, images)) / factor - expected).abs().max()
             if not error <= tolerance * expected.abs().max():
                 return False
+    except NotImplementedError:  # parametrization without right_inverse
+        return False
+    finally:
+        for (module, _, _), state in zip(weights, before, strict=True):
+            module.load_state_dict(state)
     return True
-
-
-def _check_untied(model: nn.Module, names: list[str]) -> None:
-    modules = {model.get_submodule(name) for name in names}
-    own = {id(parameter): name for name in names for parameter in model.get_submodule(name).parameters()}
-    for name, module in model.named_modules():
-        is_part = any(name == other or name.startswith(f'{other}.') for other in names)
-        for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in own and module not in modules and not is_part:
-                raise ValueError(
-                    f'The classifier {own[id(parameter)]!r} shares a parameter with {f"{name}.{key}".lstrip(".")!r}, '
-                    'so the temperature cannot be folded into it: use separate parameters for the classifier.')
 
 
 @torch.no_grad()
 def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
-    """Return the names of the layers that the logits are proportional to.
-
-    Args:
-        model: A classifier. It is not changed.
-        images: A few input images.
-
-    Returns:
-        Names of modules with a weight, and optionally a bias.
+    """Return the names of the layers that the logits are proportional to. The model is not changed.
 
     Raises:
-        ValueError: If there are no such layers. The message gives the reason: the last affine layer is followed by an
-            operation other than scaling, its weight is normalized, or it shares parameters with another module.
+        ValueError: If there are no such layers, because the last affine layer is followed by an operation other than
+            scaling, or its weight is normalized to a fixed norm.
     """
     names = last_layers(model, images)
     kind = type(model).__name__
@@ -233,14 +187,8 @@ def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
         raise ValueError(
             f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile or '
             'torch.jit.')
-    _check_untied(model, names)
     with _evaluation(model), torch.autocast(images.device.type, enabled=False):
-        modules = [model.get_submodule(name) for name in names]
-        try:
-            is_proportional = _are_proportional(model, modules, images)
-        except NotImplementedError as error:  # parametrization without right_inverse
-            raise ValueError(
-                f'The classifier {", ".join(names)} of {kind} has a parametrization without right_inverse.') from error
+        is_proportional = _is_proportional(model, _weights(model, names), images)
     if not is_proportional:
         raise ValueError(
             f'The logits of {kind} are not proportional to its last affine layer ({", ".join(names[:5])}'
@@ -265,34 +213,20 @@ def fold_temperature(model: nn.Module, temperature: float, images: torch.Tensor)
     """
     if not 0 < temperature < float('inf'):
         raise ValueError(f'The temperature must be a positive number, got {temperature}.')
-    names = scalable_classifier(model, images)
-    _multiply([model.get_submodule(name) for name in names], 1 / temperature)
-    _logger.debug(f'Temperature {temperature:.6g} folded into {", ".join(names)}.')
+    _multiply(_weights(model, scalable_classifier(model, images)), 1 / temperature)
 
 
 @torch.no_grad()
-def collect_logits(
-        model: nn.Module,
-        loader: Iterable,
-        description: str = 'Logits',
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collect_logits(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the logits of all images of a loader, in evaluation mode.
-
-    Args:
-        model: A classifier.
-        loader: Loader of batches (images, target, ...).
-        description: Text of the progress bar.
 
     Returns:
         Logits (n, c) in float32 or float64 and targets, both on the CPU, and the first two images.
-
-    Raises:
-        ValueError: If the loader is empty.
     """
     device = next(model.parameters()).device
     outputs, targets, example = [], [], None
     with _evaluation(model):
-        for images, target, *_ in tqdm(loader, desc=description, leave=False, disable=None):
+        for images, target, *_ in tqdm(loader, desc='Calibrating', leave=False, disable=None):
             images = images.to(device)
             example = images[:2].clone() if example is None else example
             logits = _logits(model, images)
@@ -324,7 +258,7 @@ def calibrate(model: nn.Module, loader: Iterable) -> float:
             changed.
     """
     model = unwrap_model(model)
-    logits, target, images = collect_logits(model, loader, 'Calibrating')
+    logits, target, images = collect_logits(model, loader)
     temperature = fit_temperature(logits, target)
     fold_temperature(model, temperature, images)
     return temperature

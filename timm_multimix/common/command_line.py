@@ -9,9 +9,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
-from .advice import DATASET_PACKAGES, missing_packages
 from .errors import RunError, UsageError, is_dead_worker, near_names, printable, usage_errors
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+# Packages that a type of dataset needs in addition to timm's.
+_DATASET_PACKAGES = {
+    'hfds': ('datasets',),
+    'hfids': ('datasets',),
+    'tfds': ('tensorflow', 'tensorflow-datasets'),
+    'wds': ('webdataset',),
+}
 # Subcommands of timm-multimix that other modules start too, with `python -m`.
 _MODULES = {
     'timm_multimix.training.main': 'train',
@@ -49,14 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(
         kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """Return a parser of finite numbers from `low` to `high`, for argparse.
-
-    Args:
-        kind: int or float.
-        low: Lowest value.
-        high: Highest value.
-        above: Whether `low` itself is excluded.
-    """
+    """Return a parser of finite numbers of a type from `low` (excluded if `above`) to `high`, for argparse."""
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -140,37 +140,39 @@ def program(subcommand: str = '', processes: int = 1) -> str:
     return shlex.join([_named(sys.executable), *words])
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package.replace('-', '_')) is not None
+    except (ImportError, ValueError):  # a blocked or incompletely imported package
+        return False
+
+
 def check_packages(purpose: str, packages: Sequence[str], extra: str | None = None) -> None:
-    """Check that packages are installed; see missing_packages.
+    """Check that packages are installed.
+
+    Args:
+        purpose: Option or feature that needs the packages.
+        packages: Names of the packages for pip.
+        extra: Extra of timm-multimix that installs the packages, if there is one.
 
     Raises:
-        UsageError: if a package is missing.
+        UsageError: if a package is missing. The message contains the command that installs it.
     """
-    message = missing_packages(purpose, packages, extra)
-    if message:
-        raise UsageError(message)
+    if missing := [package for package in packages if not _is_installed(package)]:
+        command = f"pip install 'timm-multimix[{extra}]'" if extra else f'pip install {" ".join(missing)}'
+        state = 'which is not installed' if len(missing) == 1 else 'which are not installed'
+        noun = 'package' if len(missing) == 1 else 'packages'
+        raise UsageError(f'{purpose} needs the {noun} {" and ".join(missing)}, {state}: {command}')
 
 
 def check_dataset_packages(option: str, dataset: str) -> None:
-    """Check that the packages for a type of dataset are installed.
-
-    Args:
-        option: Option of the dataset, for the message.
-        dataset: Name of the dataset, TYPE/NAME.
-
-    Raises:
-        UsageError: if a package is missing.
-    """
+    """Raise UsageError if packages for a type of dataset are missing, given its name TYPE/NAME and option."""
     kind = dataset.partition('/')[0].lower() if '/' in dataset else ''
-    check_packages(f'{option} {dataset}', DATASET_PACKAGES.get(kind, ()))
+    check_packages(f'{option} {dataset}', _DATASET_PACKAGES.get(kind, ()))
 
 
 def open_device(name: str | None) -> 'torch.device':
-    """Return the device of the option --device, by default CUDA if it is available, otherwise the CPU.
-
-    Raises:
-        UsageError: if the device does not exist.
-    """
+    """Return the device of the option --device, by default CUDA if it is available, otherwise the CPU."""
     import torch  # slow to import, and not needed for --help
 
     with usage_errors(f'--device {name}'):
@@ -180,11 +182,7 @@ def open_device(name: str | None) -> 'torch.device':
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
-    """Return short, unique names for paths of models, for tables.
-
-    Raises:
-        UsageError: if a model is given twice.
-    """
+    """Return short, unique names for paths of models, for tables. Raise UsageError if a model is given twice."""
     if len({os.path.normpath(spec) for spec in specs}) < len(specs):
         raise UsageError(f'A model is given twice: {", ".join(specs)}.')
     parts = [os.path.normpath(spec).split(os.sep) for spec in specs]

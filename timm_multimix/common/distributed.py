@@ -21,11 +21,7 @@ _logger = logging.getLogger(__name__)
 def choose_device(args: argparse.Namespace) -> torch.device:
     """Select the device of this process, as timm's init_distributed_device does, without creating the process group.
 
-    Args:
-        args: Arguments of the run. Sets distributed, world_size, rank, local_rank and device, as timm does.
-
-    Returns:
-        The device.
+    Sets distributed, world_size, rank, local_rank and device of the arguments, as timm does.
     """
     if not is_distributed_env():
         return init_distributed_device(args)
@@ -39,14 +35,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
 
 
 def join_processes(device: torch.device, rank: int, world_size: int, timeout: float) -> None:
-    """Initialize the process group. This also works after torchrun has restarted the processes.
-
-    Args:
-        device: Device of this process.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        timeout: Timeout of the initialization and of every collective, in seconds.
-    """
+    """Initialize the process group, with a timeout in seconds. This works after a restart by torchrun too."""
     timeout = timedelta(seconds=timeout)
     store, *_ = next(dist.rendezvous('env://', rank, world_size, timeout=timeout))
     # torchrun may keep its store over restarts. The prefix hides the addresses of the previous processes.

@@ -1,5 +1,6 @@
 """Exceptions with one-line messages, and conversion of library errors to them."""
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -10,13 +11,25 @@ from tarfile import TarError
 
 from safetensors import SafetensorError
 
-from .advice import for_command_line
 from .secrets import redact
 
 _logger = logging.getLogger(__name__)
 
 _LONGEST = 600
 _handlers: list = []  # handlers of PyTorch that suppress_worker_errors has replaced
+
+# Python code in messages of libraries, and the equivalent option of the command line.
+_OPTIONS = (
+    (r'`?\bdownload ?= ?True`?', '--dataset-download'),
+    (r'`?\btrust_remote_code ?= ?True`?', '--dataset-trust-remote-code'),
+    (r'Use `pretrained=False` for random init', 'Leave out --pretrained to start from random weights'),
+    (r"`?\bglobal_pool=''`?", "--gp ''"),
+    (r"\basl_reduction='(\w+)'", r'--asl-reduction \1'),
+    (r'\b(class_counts and num_samples|class stats) \(see class_weights\.py\)', '--class-stats'),
+    (r"\(loss(?:_type=| )'bce'\) with targets \(b, 1\)", '(--loss bce)'),
+    (r'(?s)`?\bweights_only=True`? blocked loading .*',
+     'the file contains objects that are not data, such as code. They are never loaded.'),
+)
 
 # Exceptions that libraries raise for invalid arguments and files.
 _LIBRARY_ERRORS = (
@@ -98,21 +111,23 @@ def usage_errors(what: str, hint: str = '') -> Iterator[None]:
     """Convert errors of a library call to a UsageError.
 
     Args:
-        what: Start of the message: the option and its value, or another name of the cause.
+        what: Start of the message: the option and its value, or another description of the cause.
         hint: End of the message, such as near_names(...).
     """
     try:
         yield
     except _LIBRARY_ERRORS as error:
         _logger.debug('', exc_info=True)
-        text = for_command_line(str(error)) or f'failed ({type(error).__name__}).'
+        text = str(error) or f'failed ({type(error).__name__}).'
+        for code, option in _OPTIONS:
+            text = re.sub(code, option, text)
         if hint and not text.endswith(('.', '?', '!')):
             text += '.'
         raise UsageError(f'{what}: {text}{hint}') from error
 
 
 def near_names(name: str, names: Iterable[str], count: int = 3, cutoff: float = 0.5) -> str:
-    """Suggest names similar to a misspelt one. Return '' if there are none, or if the name exists."""
+    """Suggest names similar to a misspelled one. Return '' if there are none, or if the name exists."""
     names = [str(name) for name in names]
     if name in names:
         return ''

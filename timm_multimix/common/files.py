@@ -32,11 +32,7 @@ _locks: dict[str, FileLock | None] = {}  # locks of this process by folder, None
 
 
 def make_folder(path: str) -> str:
-    """Create a new folder. If the path exists, append a number to it.
-
-    Returns:
-        Path of the new folder.
-    """
+    """Create a new folder and return its path. If the path exists, append a number to it."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     number = 1
     while True:
@@ -70,8 +66,7 @@ def _lock(folder: str, patience: float, option: str = '--experiment') -> bool:
         with open(path, errors='replace') as file:
             holder = file.read(1000) or 'another process'
         raise UsageError(
-            f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another '
-            f'{option}.') from None
+            f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another {option}.') from None
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             return False
@@ -82,10 +77,10 @@ def _lock(folder: str, patience: float, option: str = '--experiment') -> bool:
 
 
 def lock_folder(folder: str, option: str = '--experiment', patience: float = _PATIENCE) -> None:
-    """Lock a folder until unlock_folders is called or the process ends.
+    """Lock a folder until unlock_folders is called or the process ends. A folder can be locked several times.
 
     Args:
-        folder: The folder. It can be locked by this process already.
+        folder: The folder.
         option: Option that selects the folder, for the message.
         patience: Seconds to wait for another process that holds the lock.
 
@@ -100,8 +95,7 @@ def lock_folder(folder: str, option: str = '--experiment', patience: float = _PA
 
 
 def _unlock(name: str) -> None:
-    lock = _locks.pop(name, None)
-    if lock is not None:
+    if lock := _locks.pop(name, None):
         lock.release()
 
 
@@ -111,20 +105,15 @@ def unlock_folders() -> None:
         _unlock(name)
 
 
-def sync_folder(path: str) -> None:
-    """Write the entries of a folder to the disk, if the system supports it."""
-    with suppress(OSError):
-        handle = os.open(path or '.', os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def replace(source: str, target: str) -> None:
-    """Rename a flushed file. An existing target is replaced."""
+    """Rename a flushed file, and flush its folder if the system supports it. An existing target is replaced."""
     os.replace(source, target)
-    sync_folder(os.path.dirname(target))
+    with suppress(OSError):
+        folder = os.open(os.path.dirname(target) or '.', os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def create(path: str) -> IO[bytes]:
@@ -137,22 +126,24 @@ def create(path: str) -> IO[bytes]:
 def _copy(source: str, target: str) -> None:
     with open(source, 'rb') as old, create(target) as new:
         shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[str]:
+def replacing(path: str, copy: bool = False) -> Iterator[str]:
     """Replace a file atomically. A symbolic link is replaced and not followed.
 
+    Args:
+        path: The file. It does not need to exist.
+        copy: Start with a copy of the file, in order to change it.
+
     Yields:
-        Path of a temporary copy of the file, or of a new file if there is none. Without an error it replaces the file.
+        Path of a temporary file. It replaces the file if no exception is raised.
     """
     temporary = path + _TEMPORARY
     with suppress(FileNotFoundError):
         os.unlink(temporary)
     try:
-        if os.path.exists(path) and not os.path.islink(path):
+        if copy and os.path.exists(path) and not os.path.islink(path):
             _copy(path, temporary)
         yield temporary
         if os.path.exists(temporary):
@@ -160,24 +151,17 @@ def replacing(path: str) -> Iterator[str]:
                 os.fsync(file.fileno())
             replace(temporary, path)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # os.replace keeps both names if they are links to the same file
             os.unlink(temporary)
 
 
 def duplicate(source: str, target: str) -> None:
     """Create a hard link to a file, or a copy if links are not supported. An existing target is replaced."""
-    temporary = target + _TEMPORARY
-    with suppress(FileNotFoundError):
-        os.unlink(temporary)
-    try:
+    with replacing(target) as temporary:
         try:
             os.link(source, temporary)
         except (OSError, NotImplementedError):
             _copy(source, temporary)
-        replace(temporary, target)
-    finally:
-        with suppress(FileNotFoundError):  # os.replace keeps both names if they are links to the same file
-            os.unlink(temporary)
 
 
 def remove_temporary(folder: str) -> None:
@@ -190,12 +174,9 @@ def remove_temporary(folder: str) -> None:
 
 @contextmanager
 def work_folder(parent: str) -> Iterator[str]:
-    """Create a temporary folder in `parent`, or in the system's temporary folder if `parent` is not writable.
+    """Create an empty temporary folder in `parent`, or in the system's temporary folder if `parent` is not writable.
 
     The folder is locked while it is in use, so that remove_work_folders removes only folders of killed processes.
-
-    Yields:
-        Path of an empty folder with the default permissions of a new folder.
     """
     inside = parent if os.access(parent, os.W_OK) else None
     with TemporaryDirectory(prefix=_WORK_FOLDER, dir=inside, ignore_cleanup_errors=True) as path:
@@ -220,11 +201,7 @@ def remove_work_folders(parent: str) -> None:
 
 
 def check_output(folder: str) -> None:
-    """Check that an output folder exists or can be created, and is writable. Nothing is created.
-
-    Raises:
-        UsageError: if not.
-    """
+    """Raise UsageError unless an output folder is writable or can be created. Nothing is created."""
     parent = os.path.abspath(folder)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)

@@ -15,14 +15,7 @@ def _device_module(device: torch.device | None) -> Any:
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
-    """Get the random state of this process.
-
-    Args:
-        device: Device whose state is included. Reading it does not synchronize the device.
-
-    Returns:
-        Dict of numbers, strings, tuples and bytes, which can be loaded without running code.
-    """
+    """Return the random state of this process and of a device, as plain data that can be loaded safely."""
     kind, keys, *rest = np.random.get_state()
     state = dict(
         python=random.getstate(),
@@ -42,10 +35,6 @@ def _as_tensor(state: bytes) -> torch.Tensor:
 def set_random_state(state: dict[str, Any], device: torch.device | None = None) -> None:
     """Set the random state of this process. The state of another type of device is ignored.
 
-    Args:
-        state: Result of random_state.
-        device: Device whose state is set too.
-
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: if the state is invalid.
     """
@@ -59,11 +48,7 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
 
 
 def check_random_state(state: dict[str, Any]) -> None:
-    """Check a random state without setting it.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: if the state is invalid.
-    """
+    """Check a random state without setting it. Raise the errors of set_random_state."""
     random.Random().setstate(state['python'])
     kind, keys, *rest = state['numpy']
     np.random.RandomState().set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))

@@ -18,11 +18,7 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> str:
-    """Return the path of a recipe, given its path or its name. A file takes precedence over a name.
-
-    Raises:
-        ValueError: if there is neither a file nor a recipe with this name.
-    """
+    """Return the path of a recipe, given its path or its name. Raise ValueError if there is none."""
     if os.path.exists(name):
         return name
     known = recipes()
@@ -35,19 +31,12 @@ def find_recipe(name: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `timm-multimix recipes`: list the recipes, or print one.
-
-    Returns:
-        Exit status 0.
-
-    Raises:
-        UsageError: if there is no such recipe.
-    """
+    """Run `timm-multimix recipes`: list the recipes, or print one."""
     parser = Parser(
         prog=program('recipes'), description='List the recipes, or print the options of one.',
         epilog=f'example: {program("train")} --config digits_resnet18')
     commands = parser.add_subparsers(dest='command', required=True, metavar='{list,show}')
-    commands.add_parser('list', help='print the names of the recipes and what each trains')
+    commands.add_parser('list', help='print the names and descriptions of the recipes')
     show = commands.add_parser('show', help='print a recipe')
     show.add_argument('name', metavar='NAME', help='name of a recipe, or a YAML file')
     args = parser.parse_args(argv)

@@ -1,1 +1,1 @@
-"""Embedded datasets, image files, class names, two views and alternating batches."""
+"""Embedded datasets, image files, class names, two views, and the schedule of MultiMix batches."""

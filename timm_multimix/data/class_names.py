@@ -1,16 +1,13 @@
 """Class names of datasets and models, and the mapping between them."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .image_files import listed
 
 
 def dataset_classes(dataset: Any) -> dict[str, int] | None:
-    """Get the class names of a dataset and their indices; None if the dataset has no class names.
-
-    Args:
-        dataset: A dataset of timm, torchvision or this package, or a wrapper of one.
-    """
+    """Return the class names of a dataset or wrapped dataset and their indices, None if it has no class names."""
     while dataset is not None:
         for source in (dataset, getattr(dataset, 'reader', None)):
             for attribute in ('class_to_idx', 'class_name_to_idx'):
@@ -43,15 +40,10 @@ def valid_classes(value: Any) -> dict[str, int] | None:
 def class_mapping(classes: Mapping[str, int], known: Mapping[str, int]) -> dict[int, int]:
     """Map the class indices of a dataset to those of a model, by name.
 
-    Args:
-        classes: Class names of the dataset and their indices.
-        known: Class names of the model and their indices.
-
     Raises:
         ValueError: if the model lacks a class, or has different classes for two names of one class.
     """
-    unknown = [name for name in classes if name not in known]
-    if unknown:
+    if unknown := [name for name in classes if name not in known]:
         raise ValueError(f'the model lacks {len(unknown)} of the classes: {listed(unknown)}')
     mapping: dict[int, int] = {}
     for name, index in classes.items():
@@ -61,26 +53,14 @@ def class_mapping(classes: Mapping[str, int], known: Mapping[str, int]) -> dict[
 
 
 def map_targets(dataset: Any, mapping: Mapping[int, int]) -> None:
-    """Make a dataset return the class indices of a model.
-
-    Args:
-        dataset: Dataset, changed in place. For a wrapper, the wrapped dataset is changed.
-        mapping: Class index of the model for each class index of the dataset.
-    """
+    """Make a dataset, or the dataset in a wrapper, return mapped class indices. The dataset is changed in place."""
     if all(index == mapped for index, mapped in mapping.items()):
         return
     while not hasattr(dataset, 'target_transform') and hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
-    dataset.target_transform = _MapTarget(mapping, dataset.target_transform)
+    dataset.target_transform = partial(_map_target, dict(mapping), dataset.target_transform)
 
 
-class _MapTarget:
-    """Target transform that maps class indices and then applies another transform."""
-
-    def __init__(self, mapping: Mapping[int, int], transform: Any):
-        self.mapping = dict(mapping)
-        self.transform = transform
-
-    def __call__(self, target: Any) -> Any:
-        target = self.mapping[int(target)]
-        return target if self.transform is None else self.transform(target)
+def _map_target(mapping: Mapping[int, int], transform: Callable | None, target: Any) -> Any:
+    target = mapping[int(target)]
+    return target if transform is None else transform(target)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 DATASET_TYPES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 TRAIN_SPLITS = ('train', 'training')
 VALIDATION_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation')
-# Default splits, for which timm uses the whole folder if it has no such subfolder.
+# Default splits. timm uses the whole folder if these subfolders do not exist.
 _WHOLE_FOLDER = ('train', 'validation')
 _TORCH_FOLDERS = ('image_folder', 'folder')
 _TORCH_TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')
@@ -72,11 +72,7 @@ def _check_folder_split(root: str, split: str) -> None:
 
 
 def check_split(name: str, root: str | None, split: str) -> None:
-    """Check that a split exists, if timm would silently use other images instead.
-
-    Raises:
-        ValueError: if the split does not exist.
-    """
+    """Raise ValueError if a split does not exist and timm would silently use other images instead."""
     prefix, base = dataset_prefix(name), name.rpartition('/')[2].lower()
     if prefix == 'torch' and base in _TORCH_TWO_SPLITS:
         if split not in (*TRAIN_SPLITS, *VALIDATION_SPLITS, 'test'):

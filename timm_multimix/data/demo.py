@@ -8,43 +8,32 @@ import torch
 from PIL import Image
 from timm.data import create_dataset as create_timm_dataset
 
-from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split, dataset_prefix
+from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split
 from .glyphs import FIGURES, LETTERS, render_glyphs
-from .image_files import DecodingReader, as_image_files
+from .image_files import ImageFiles, as_image_files
 
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
 
 
 class EmbeddedDataset(torch.utils.data.Dataset):
-    """Dataset of greyscale images in memory, with timm's interface.
+    """Dataset of grayscale images in memory, enlarged to 32 x 32 pixels, with timm's interface.
 
     Args:
         images: uint8 images (n, h, w).
         targets: Class indices (n,).
-        names: Numbers in the file names of the images; the default is 0 to n - 1.
         img_mode: PIL mode of the images, such as 'RGB' or 'L'.
-        transform: Applied to the PIL image; timm's create_loader sets it.
         target_transform: Applied to the class index.
     """
     classes: tuple[str, ...]
-    # Smaller than usual input sizes, so that the loader does not reduce the resolution.
-    image_size = 32
+    transform: Callable | None = None  # timm's create_loader sets it
 
     def __init__(
-            self,
-            images: np.ndarray,
-            targets: np.ndarray,
-            names: Sequence[int] | None = None,
-            img_mode: str = 'RGB',
-            transform: Callable | None = None,
-            target_transform: Callable | None = None,
-    ):
+            self, images: np.ndarray, targets: np.ndarray, img_mode: str = 'RGB',
+            target_transform: Callable | None = None):
         self.images = images
         self.targets = targets.tolist()
-        self.indices = range(len(targets)) if names is None else names
         self.img_mode = img_mode
-        self.transform = transform
         self.target_transform = target_transform
 
     @property
@@ -56,7 +45,7 @@ class EmbeddedDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image = Image.fromarray(self.images[index])
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC).convert(self.img_mode)
+        image = image.resize((32, 32), Image.Resampling.BICUBIC).convert(self.img_mode)
         target = self.targets[index]
         if self.transform is not None:
             image = self.transform(image)
@@ -64,29 +53,17 @@ class EmbeddedDataset(torch.utils.data.Dataset):
             target = self.target_transform(target)
         return image, target
 
-    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """Return the file name of an image: class and number."""
-        name = f'{self.indices[index]:04d}.png'
-        return name if basename else f'{self.classes[self.targets[index]]}/{name}'
 
-    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        return [self.filename(index, basename, absolute) for index in range(len(self))]
+class Part(torch.utils.data.Subset):
+    """Subset of a dataset with its own transform. Only images of the subset replace its unreadable images.
 
-
-class Part(torch.utils.data.Dataset):
-    """Subset of a dataset with its own transform.
-
-    Args:
-        dataset: Dataset. It is copied, so that its transform does not change.
-        indices: Indices of the subset.
+    The dataset is copied, so that its transform does not change.
     """
 
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
-        self.dataset = copy.copy(dataset)
-        self.indices = list(indices)
-        reader = getattr(self.dataset, 'reader', None)
-        if isinstance(reader, DecodingReader):  # an image of the subset replaces an unreadable one
-            self.dataset.reader = reader.restricted(self.indices)
+        super().__init__(copy.copy(dataset), indices)
+        if isinstance(dataset, ImageFiles):
+            self.dataset.replacements = np.sort(indices)
 
     @property
     def transform(self) -> Callable | None:
@@ -95,12 +72,6 @@ class Part(torch.utils.data.Dataset):
     @transform.setter
     def transform(self, transform: Callable | None) -> None:
         self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self.dataset[self.indices[index]]
 
 
 def _canonical_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:
@@ -113,12 +84,11 @@ def _canonical_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:
 class DigitsDataset(EmbeddedDataset):
     """scikit-learn's digits: 1,797 handwritten digits of 8 x 8 pixels, enlarged to 32 x 32.
 
-    The split is fixed. Every fifth image of each class is held out, which balances classes and writers. The number in a
-    file name is the index in scikit-learn's dataset.
+    The split is fixed. Every fifth image of each class is held out, which balances classes and writers.
 
     Args:
         split: 'train' (1,442 images), 'validation' (355 images), or a synonym that timm accepts.
-        **options: img_mode, transform and target_transform of EmbeddedDataset.
+        **options: img_mode and target_transform of EmbeddedDataset.
 
     Raises:
         ValueError: if the split is unknown.
@@ -137,37 +107,35 @@ class DigitsDataset(EmbeddedDataset):
         held_out = rank_in_class % _VALIDATION_EVERY == _VALIDATION_EVERY - 1
         indices = np.flatnonzero(~held_out if split == 'train' else held_out)
         images = (digits.images[indices] * (255 / 16)).round().astype(np.uint8)  # stored as 0 to 16
-        super().__init__(images, digits.target[indices], indices, **options)
+        super().__init__(images, digits.target[indices], **options)
 
 
 class GlyphsDataset(EmbeddedDataset):
     """Synthetic dataset of distorted, noisy figures and letters, 32 x 32 pixels.
 
-    No font is in two splits, so that validation and test measure generalization to new fonts.
+    Each font belongs to one split, so that validation and test measure generalization to new fonts.
 
     Args:
         split: 'train', 'validation', 'test', or a synonym that timm accepts.
         num_samples: Number of images; the default is 2,000 for 'train', 1,000 for 'validation' and 3,000 for 'test'. A
             smaller dataset contains the first images of a larger one.
-        seed: Seed of the images.
-        **options: img_mode, transform and target_transform of EmbeddedDataset.
+        **options: img_mode and target_transform of EmbeddedDataset.
 
     Raises:
         ValueError: if the split is unknown or num_samples is below 1.
     """
     name = 'demo/glyphs'
     classes = tuple(FIGURES + LETTERS)
-    coarse = False
+    style = 'painted'
 
-    def __init__(self, split: str = 'train', num_samples: int | None = None, seed: int = 0, **options: Any):
+    def __init__(self, split: str = 'train', num_samples: int | None = None, **options: Any):
         split = _canonical_split(
             self.name, split, train=TRAIN_SPLITS, validation=VALIDATION_SPLITS, test=('test',))
         if num_samples is None:
             num_samples = dict(train=2000, validation=1000, test=3000)[split]
         if num_samples < 1:
             raise ValueError(f'The number of images of {self.name} must be at least 1, got {num_samples}.')
-        images, targets = render_glyphs(
-            split, num_samples, characters=''.join(self.classes), coarse=self.coarse, seed=seed)
+        images, targets = render_glyphs(split, num_samples, characters=''.join(self.classes), style=self.style)
         super().__init__(images, targets, **options)
 
 
@@ -175,28 +143,21 @@ class LettersDataset(GlyphsDataset):
     """Synthetic letters in the style of scikit-learn's digits, 8 x 8 pixels: out-of-distribution data for them."""
     name = 'demo/letters'
     classes = tuple(LETTERS)
-    coarse = True
+    style = 'coarse'
 
 
 class Demo(NamedTuple):
-    """Description of an embedded dataset.
-
-    Attributes:
-        dataset: Dataset class.
-        name: Displayed name.
-        size: Number of images, as text.
-        defaults: Default options for training on the dataset.
-    """
-    dataset: Callable[..., torch.utils.data.Dataset]
+    """Embedded dataset: its class, displayed name, number of images, and default options for training."""
+    dataset: Callable[..., EmbeddedDataset]
     name: str
     size: str
     defaults: dict[str, Any]
 
 
-# Options for small greyscale characters. Mirroring would change the class of some.
+# Options for small grayscale characters. Mirroring would change the class of some.
 _CHARACTERS = dict(
     img_size=64,
-    crop_pct=1.0,  # a centre crop would cut the characters, which fill the images
+    crop_pct=1.0,  # a center crop would cut the characters, which fill the images
     batch_size=64,
     opt='adamw',
     lr=1e-3,
@@ -244,8 +205,8 @@ def create_dataset(
         name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs: Any) -> Any:
     """Create an embedded dataset (`demo/...`) or a dataset of timm with additional checks.
 
-    The split of a folder must exist. Hidden folders are not classes. Images without a class are reported. Unreadable
-    images are recorded, and 16-bit images are scaled to 8 bits; see DecodingReader.
+    The split of a folder must exist. Hidden folders are ignored, and folders without images of a class are reported.
+    Unreadable images are recorded, and 16-bit images are scaled to 8 bits; see ImageFiles.
 
     Args:
         name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a dataset name of timm.
@@ -258,7 +219,11 @@ def create_dataset(
         ValueError: if the embedded dataset or the split does not exist, or if the class map is invalid.
     """
     if not name.lower().startswith(DEMO_PREFIX):
-        return _create_timm_dataset(name, split, input_img_mode, kwargs)
+        check_split(name, kwargs.get('root'), split)
+        if name.lower() in ('torch/image_folder', 'torch/folder'):
+            kwargs['allow_empty'] = True  # as_image_files removes hidden folders
+        dataset = create_timm_dataset(name, split=split, input_img_mode=input_img_mode, **kwargs)
+        return as_image_files(dataset, kwargs.get('class_map') or '', input_img_mode)
     if name.lower() not in DEMOS:
         raise ValueError(f'There is no embedded dataset {name!r}. Choose from {", ".join(DEMOS)}.')
     dataset = DEMOS[name.lower()].dataset
@@ -266,17 +231,3 @@ def create_dataset(
     if issubclass(dataset, GlyphsDataset):
         options['num_samples'] = kwargs.get('num_samples')
     return dataset(split=split, **options)
-
-
-def _create_timm_dataset(
-        name: str, split: str, input_img_mode: str, options: dict[str, Any]) -> torch.utils.data.Dataset:
-    check_split(name, options.get('root'), split)
-    prefix = dataset_prefix(name)
-    class_map = None
-    if prefix not in ('hfds', 'hfids', 'tfds', 'wds'):  # as_image_files applies the class map to image files
-        class_map = options.get('class_map') or None
-        options = {**options, 'class_map': None}
-    if prefix == 'torch' and name.rpartition('/')[2].lower() in ('image_folder', 'folder'):
-        options = {**options, 'allow_empty': True}  # as_image_files removes hidden folders
-    dataset = create_timm_dataset(name, split=split, input_img_mode=input_img_mode, **options)
-    return as_image_files(dataset, input_img_mode, class_map)

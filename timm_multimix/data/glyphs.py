@@ -1,6 +1,5 @@
 """Randomly distorted letters and figures, rendered with matplotlib's fonts."""
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 FIGURES = '0123456789'
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
-# No font is in two splits. Computer Modern is the only family in two splits, because its styles differ most.
+# Each font belongs to one split. Computer Modern is the only family in two splits, because its styles differ most.
 FONTS = {
     'train': (
         'DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold',
@@ -30,7 +29,7 @@ _BLOCK = 500  # images per random state; the first images do not depend on the n
 
 @lru_cache(maxsize=8)
 def _templates(split: str, characters: str) -> torch.Tensor:
-    """Centred, blurred glyphs (fonts, characters, canvas, canvas) in [0, 1]. A threshold converts them to strokes."""
+    """Draw centered, blurred glyphs (fonts, characters, canvas, canvas) in [0, 1]. A threshold makes them strokes."""
     folder = Path(matplotlib.get_data_path(), 'fonts', 'ttf')
     templates = []
     for name in FONTS[split]:
@@ -49,13 +48,13 @@ def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Ge
 
 
 def _smooth_noise(count: int, channels: int, knots: int, generator: torch.Generator) -> torch.Tensor:
-    """Random fields (count, channels, canvas, canvas): standard normal at knots x knots points, smooth in between."""
+    """Draw fields (count, channels, canvas, canvas), standard normal at knots x knots points and smooth in between."""
     field = torch.randn((count, channels, knots, knots), generator=generator)
     return F.interpolate(field, _CANVAS, mode='bicubic', align_corners=True)
 
 
 def _distort(templates: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Strokes (count, canvas, canvas) in [0, 1]: templates after a random affine and elastic map, with random width."""
+    """Apply random affine and elastic maps and stroke widths. Return strokes (count, canvas, canvas) in [0, 1]."""
     count = len(templates)
     angle = _uniform((count,), -math.pi / 9, math.pi / 9, generator)
     shear = _uniform((count,), -0.3, 0.3, generator)
@@ -74,7 +73,7 @@ def _distort(templates: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def _paint(strokes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images (count, size, size) in [0, 1]: light or dark strokes on an uneven background, with noise."""
+    """Draw light or dark strokes on uneven backgrounds with noise. Return images (count, size, size) in [0, 1]."""
     count = len(strokes)
     contrast = _uniform((count, 1, 1), 0.25, 0.8, generator)
     contrast = contrast * torch.where(torch.rand((count, 1, 1), generator=generator) < 0.5, -1, 1)
@@ -86,13 +85,13 @@ def _paint(strokes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _extent(inked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centre and half length of the inked part of lines (count, canvas), in the units of a sampling grid."""
+    """Return center and half length of the inked part of lines (count, canvas), in units of a sampling grid."""
     first, last = inked.int().argmax(dim=1), _CANVAS - inked.flip(1).int().argmax(dim=1)
     return (first + last) / _CANVAS - 1, (last - first) / _CANVAS
 
 
 def _coarsen(strokes: torch.Tensor) -> torch.Tensor:
-    """Images (count, 8, 8) in the style of scikit-learn's digits: cropped, averaged over blocks, light on black."""
+    """Crop strokes and average them over blocks, as in scikit-learn's digits. Return images (count, 8, 8) in [0, 1]."""
     inked = strokes > 0.5
     (y, half_height), (x, half_width) = _extent(inked.any(dim=2)), _extent(inked.any(dim=1))
     half = torch.maximum(half_height, half_width)
@@ -103,25 +102,12 @@ def _coarsen(strokes: torch.Tensor) -> torch.Tensor:
     return (F.adaptive_avg_pool2d(fitted, 8).squeeze(1) * 16).round() / 16  # 17 levels
 
 
-def _stroke_blocks(
-        split: str, count: int, characters: str, seed: int) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
-    """Strokes (_BLOCK, canvas, canvas) for each block of `count` images, and the random state to continue with."""
-    templates = _templates(split, characters)
-    for block in range(math.ceil(count / _BLOCK)):
-        state = np.random.SeedSequence([seed, list(FONTS).index(split), block]).generate_state(1)[0]
-        generator = torch.Generator('cpu').manual_seed(int(state))
-        fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
-        classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
-        yield _distort(templates[fonts, classes], generator), generator
-
-
-def _as_arrays(blocks: list[torch.Tensor], count: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read-only uint8 images and class indices: they are shared by all callers."""
-    images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
-    targets = np.arange(count) % num_classes
-    images.setflags(write=False)
-    targets.setflags(write=False)
-    return images, targets
+# Functions that convert strokes (_BLOCK, canvas, canvas) to images.
+_STYLES = {
+    'painted': _paint,
+    'coarse': lambda strokes, generator: _coarsen(strokes),
+    'strokes': lambda strokes, generator: strokes,
+}
 
 
 @lru_cache(maxsize=8)
@@ -130,7 +116,7 @@ def render_glyphs(
         count: int,
         *,
         characters: str = FIGURES + LETTERS,
-        coarse: bool = False,
+        style: str = 'painted',
         seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Render distorted characters.
@@ -138,41 +124,28 @@ def render_glyphs(
     The result is deterministic. A smaller `count` returns the first images of a larger one.
 
     Args:
-        split: 'train', 'validation' or 'test'. No font is in two splits.
+        split: 'train', 'validation' or 'test'. Each split has its own fonts.
         count: Number of images.
         characters: Classes in order. The classes alternate, so that any number of images is balanced.
-        coarse: Render 8 x 8 images in the style of scikit-learn's digits, light on black without noise.
+        style: 'painted' for 32 x 32 images with background and noise, 'coarse' for 8 x 8 images in the style of
+            scikit-learn's digits, light on black, 'strokes' for 64 x 64 masks of the strokes.
         seed: Seed of the images. Each split has its own random states.
 
     Returns:
-        Images (count, 32, 32), or (count, 8, 8) if coarse, uint8, and their class indices (count,).
+        Images (count, h, w), uint8, and their class indices (count,). They are read-only, because they are cached.
     """
+    blocks = []
     with torch.device('cpu'):
-        blocks = [
-            _coarsen(strokes) if coarse else _paint(strokes, generator)
-            for strokes, generator in _stroke_blocks(split, count, characters, seed)]
-    return _as_arrays(blocks, count, len(characters))
-
-
-@lru_cache(maxsize=8)
-def render_strokes(
-        split: str,
-        count: int,
-        *,
-        characters: str = FIGURES + LETTERS,
-        seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the strokes of distorted characters, without ground and noise: masks to paint with.
-
-    Args:
-        split: 'train', 'validation' or 'test'. It selects the fonts; no font is in two splits.
-        count: Number of masks.
-        characters: The classes, in order. Classes take turns.
-        seed: Seed of the masks.
-
-    Returns:
-        Masks (count, 64, 64), uint8, 255 inside the strokes, and their class indices (count,).
-    """
-    with torch.device('cpu'):
-        blocks = [strokes for strokes, _ in _stroke_blocks(split, count, characters, seed)]
-    return _as_arrays(blocks, count, len(characters))
+        templates = _templates(split, characters)
+        for block in range(math.ceil(count / _BLOCK)):
+            state = np.random.SeedSequence([seed, list(FONTS).index(split), block]).generate_state(1)[0]
+            generator = torch.Generator('cpu').manual_seed(int(state))
+            fonts = torch.randint(len(templates), (_BLOCK,), generator=generator)
+            classes = torch.arange(block * _BLOCK, (block + 1) * _BLOCK) % len(characters)
+            strokes = _distort(templates[fonts, classes], generator)
+            blocks.append(_STYLES[style](strokes, generator))
+    images = (torch.cat(blocks)[:count] * 255).round().to(torch.uint8).numpy()
+    targets = np.arange(count) % len(characters)
+    images.setflags(write=False)
+    targets.setflags(write=False)
+    return images, targets

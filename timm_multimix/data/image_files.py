@@ -1,8 +1,7 @@
-"""Datasets of image files, with handling of unreadable images, 16-bit images, hidden folders and class maps."""
-import copy
+"""Image files: unreadable images, 16-bit images, hidden folders, and folders that are not classes."""
 import logging
 import os
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.reader import Reader
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets import DatasetFolder
 
@@ -23,23 +21,14 @@ _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 _MAX_SHOWN = 10
 _MAX_IN_A_ROW = int(os.environ.get('TIMM_DATASET_MAX_RETRIES') or 10)  # as in timm
 _EARLIER, _CURRENT = 1, 2
+_IN_HIDDEN_FOLDER = re.compile(r'[/\\]\.[^/\\]+[/\\]')
 
 
 def listed(names: Sequence[str], count: int | None = None) -> str:
-    """Join the first names to a text.
-
-    Args:
-        names: Names.
-        count: Total number, if `names` contains only some of them.
-    """
+    """Join the first names to a text. `count` is the number of all names if `names` contains only some of them."""
     count = len(names) if count is None else count
     first = [' '.join(name.split()) for name in names[:_MAX_SHOWN]]
     return ', '.join(first) + (f' and {count - len(first)} more' if count > len(first) else '')
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception as one line, or its type if the message is empty."""
-    return ' '.join(str(error).split()) or type(error).__name__
 
 
 class UnreadableImages:
@@ -55,7 +44,7 @@ class UnreadableImages:
         self._flags = torch.zeros(count, dtype=torch.uint8, device='cpu').share_memory_()
 
     def __len__(self) -> int:
-        """Number of images in the dataset."""
+        """Return the number of images in the dataset."""
         return len(self._flags)
 
     def add(self, index: int) -> bool:
@@ -87,12 +76,17 @@ class UnreadableImages:
         return listed([self.filename(index) for index in indices[:_MAX_SHOWN]], len(indices))
 
 
-def unreadable_images(dataset: Any) -> UnreadableImages | None:
-    """Get the record of unreadable images of a dataset or wrapped dataset; None without a DecodingReader."""
-    while not isinstance(getattr(dataset, 'reader', None), DecodingReader) and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
+def image_root(dataset: Any) -> str | None:
+    """Return the folder or archive of a dataset of image files, None for others, whose splits have the same root."""
     reader = getattr(dataset, 'reader', None)
-    return reader.unreadable if isinstance(reader, DecodingReader) else None
+    return os.path.realpath(reader.root) if isinstance(reader, (ReaderImageFolder, ReaderImageInTar)) else None
+
+
+def unreadable_images(dataset: Any) -> UnreadableImages | None:
+    """Return the record of unreadable images of a dataset or wrapped dataset, None if it has no record."""
+    while not hasattr(dataset, 'unreadable') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return getattr(dataset, 'unreadable', None)
 
 
 def _is_sixteen_bit(image: Image.Image) -> bool:
@@ -105,13 +99,9 @@ def _is_sixteen_bit(image: Image.Image) -> bool:
 
 
 def open_image(file: Any, mode: str | None) -> Image.Image:
-    """Decode an image.
+    """Decode an image file and convert it to a PIL mode, if one is given.
 
-    16-bit greyscale images are scaled to 8 bits by 1/257. PIL's conversion would clip them to 255.
-
-    Args:
-        file: Open file or path.
-        mode: PIL mode of the result; empty or None for the mode of the file.
+    16-bit grayscale images are scaled to 8 bits by 1/257. PIL's conversion would clip them to 255.
     """
     image = Image.open(file)
     scales = bool(mode) and mode[0] not in 'IF' and _is_sixteen_bit(image)
@@ -122,235 +112,143 @@ def open_image(file: Any, mode: str | None) -> Image.Image:
     return image.convert(mode) if mode else image
 
 
-class _Decoded:
-    """Decoded image with the interface of the open file that ImageDataset reads."""
-    __slots__ = ('image',)
-
-    def __init__(self, image: Image.Image):
-        self.image = image
-
-    def read(self) -> Image.Image:
-        return self.image
-
-
-class DecodingReader(Reader):
-    """Reader that decodes the images of another reader, for ImageDataset with load_bytes=True.
+class ImageFiles(ImageDataset):
+    """timm's ImageDataset with a record of unreadable images.
 
     An image is unreadable if reading or decoding raises any exception. It is replaced by the next image, as in timm.
-    16-bit images are scaled to 8 bits. Other attributes are forwarded to the inner reader.
+    Part restricts the replacements to its own images. 16-bit images are scaled to 8 bits.
 
     Args:
-        inner: timm's reader of the files.
-        mode: PIL mode of the images.
+        dataset: Dataset of timm, whose reader, mode and transforms are used.
 
     Attributes:
         unreadable: Record of unreadable images.
+        replacements: Sorted indices of the images that may replace an unreadable one, None for all.
     """
+    replacements: np.ndarray | None = None
 
-    def __init__(self, inner: Reader, mode: str | None = 'RGB'):
-        super().__init__()
-        self.inner = inner
-        self.mode = mode
-        self.unreadable = UnreadableImages(self._name, len(inner))
-        self._allowed: np.ndarray | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__') or name == 'inner':  # looked up while the object is copied
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def restricted(self, indices: Sequence[int]) -> 'DecodingReader':
-        """Return a copy that replaces unreadable images only by the given images."""
-        reader = copy.copy(self)
-        reader._allowed = np.zeros(len(self), dtype=bool)
-        reader._allowed[indices] = True
-        return reader
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        return self.inner.filename(index, basename, absolute)
+    def __init__(self, dataset: ImageDataset):
+        super().__init__(
+            None, dataset.reader, input_img_mode=dataset.input_img_mode, target_transform=dataset.target_transform,
+            additional_features=dataset.additional_features)
+        self.unreadable = UnreadableImages(self._name, len(self.reader))
 
     def _name(self, index: int, absolute: bool = False) -> str:
         with suppress(Exception):  # images in tables can have no names
-            return self.inner.filename(index, absolute=absolute) or f'image {index}'
+            return self.reader.filename(index, absolute=absolute) or f'image {index}'
         return f'image {index}'
 
     def _next(self, index: int) -> int:
-        if self._allowed is None:
+        if self.replacements is None:
             return (index + 1) % len(self)
-        return (index + 1 + int(np.roll(self._allowed, -index - 1).argmax())) % len(self)
+        return int(self.replacements[np.searchsorted(self.replacements, index, 'right') % len(self.replacements)])
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def _load(self, index: int) -> tuple[Any, ...]:
+        """Return the decoded image, target and features of an index, or of the next one that is readable."""
         for _ in range(_MAX_IN_A_ROW):
             try:
-                file, *rest = self.inner[index]
-                return _Decoded(open_image(file, self.mode)), *rest
+                file, *rest = self.reader[index]
+                return open_image(file, self.input_img_mode), *rest
             except Exception as error:  # decoders raise exceptions of many types
-                name, reason = self._name(index, absolute=True), one_line(error)
+                name, reason = self._name(index, absolute=True), ' '.join(str(error).split()) or type(error).__name__
                 if self.unreadable.add(index):
                     _logger.warning(f'{name} cannot be read and is replaced by the next image: {reason}')
                 index = self._next(index)
         raise RuntimeError(
             f'{_MAX_IN_A_ROW} images in a row cannot be read. The last one is {listed([name])}: {reason}')
 
-
-class _SampleReader(Reader):
-    """Reader for the images of a torchvision folder dataset."""
-
-    def __init__(self, dataset: DatasetFolder):
-        super().__init__()
-        self.root = dataset.root
-        self.samples = list(dataset.samples)
-        self.class_to_idx = dict(dataset.class_to_idx)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        return open(path, 'rb'), target
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, target, *features = self._load(index)
+        if self.transform is not None:
+            image = self.transform(image)
+        if target is None:
+            target = -1
+        elif self.target_transform is not None:
+            target = self.target_transform(target)
+        return (image, target) if self.additional_features is None else (image, target, *features)
 
 
-class _Samples:
-    """Editable classes and images of a reader."""
+class _TorchvisionReader(ReaderImageFolder):
+    """Reader of the images of a torchvision folder dataset, with a class map if one is given."""
 
-    def __init__(self, reader: Reader):
-        self.reader = reader
-        self.in_tar = isinstance(reader, ReaderImageInTar)
-        self.class_to_idx: dict[str, int] = reader.class_name_to_idx if self.in_tar else reader.class_to_idx
-        self.targets = list(reader.targets) if self.in_tar else [target for _, target in reader.samples]
-
-    @property
-    def filenames(self) -> list[str]:
-        """Relative names of the images."""
-        if self.in_tar:
-            return self.reader.filenames()
-        start = len(self.reader.root)  # faster than os.path.relpath for millions of images
-        return [path[start:].lstrip(os.sep) for path, _ in self.reader.samples]
-
-    @property
-    def names(self) -> dict[int, str]:
-        """Name of each class index."""
-        return {index: name for name, index in self.class_to_idx.items()}
-
-    def set(self, class_to_idx: dict[str, int], targets: list[int | None]) -> None:
-        """Set the classes and the class of each image. Images with the class None are removed."""
-        selected = [index for index, target in enumerate(targets) if target is not None]
-        if not selected:
-            raise RuntimeError(f'Found 0 images of the classes in {self.reader.root}.')
-        self.class_to_idx, self.targets = class_to_idx, [targets[index] for index in selected]
-        if self.in_tar:
-            self.reader.samples = self.reader.samples[selected]
-            self.reader.targets = np.array(self.targets)
-            self.reader.class_name_to_idx, self.reader.class_idx_to_name = class_to_idx, self.names
-        else:
-            self.reader.samples = [(self.reader.samples[index][0], targets[index]) for index in selected]
-            self.reader.class_to_idx = class_to_idx
-
-
-def _is_hidden(filename: str) -> bool:
-    filename = filename.replace(os.sep, '/')
-    if '/.' not in filename and not filename.startswith('.'):
-        return False
-    folders = filename.split('/')[:-1]
-    return any(folder.startswith('.') and folder not in ('.', '..') for folder in folders)
-
-
-def _drop_hidden(samples: _Samples) -> None:
-    """Remove images in hidden folders, such as .ipynb_checkpoints, and classes without other images."""
-    hidden = [_is_hidden(name) for name in samples.filenames]
-    names = samples.names
-    visible = {target for target, is_hidden in zip(samples.targets, hidden, strict=True) if not is_hidden}
-    if not any(hidden) and len(visible) == len(names):
-        return
-    order = {old: new for new, old in enumerate(sorted(visible))}
-    if any(hidden):
-        _logger.info(f'{samples.reader.root}: {sum(hidden)} images in hidden folders are ignored.')
-    samples.set(
-        {names[old]: new for old, new in order.items()},
-        [None if is_hidden else order[target] for target, is_hidden in zip(samples.targets, hidden, strict=True)])
-
-
-def read_class_map(class_map: str, root: str) -> dict[str, int]:
-    """Read a file that maps class names to indices.
-
-    Raises:
-        ValueError: if the file cannot be read or does not map names to indices.
-    """
-    try:
-        classes = load_class_map(class_map, root)
-    except Exception as error:  # pickle raises exceptions of many types
-        raise ValueError(f'The class map {class_map} cannot be read: {one_line(error)}') from error
-    is_index = (isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in classes.values())
-    if not classes or not all(is_index) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f'The class map {class_map} must map names to indices from 0.')
-    return classes
-
-
-def _apply_class_map(samples: _Samples, class_map: str) -> None:
-    """Apply the class indices of a class map. Images of other classes are removed with a warning."""
-    root, names = samples.reader.root, samples.names
-    classes = read_class_map(class_map, root)
-    counts = Counter(names[target] for target in samples.targets)
-    missing = {name: counts[name] for name in sorted(counts) if name not in classes}
-    if missing:
-        examples = listed([f'{name or "(no folder)"} ({count} images)' for name, count in missing.items()])
-        _logger.warning(
-            f'The class map {class_map} lacks {len(missing)} of the {len(counts)} classes in {root}. Their '
-            f'{sum(missing.values())} images are ignored: {examples}.')
-    if empty := [name for name in classes if name not in counts]:
-        _logger.warning(
-            f'{len(empty)} of the {len(classes)} classes in the class map {class_map} have no images in {root}: '
-            f'{listed(empty)}.')
-    samples.set(classes, [classes.get(names[target]) for target in samples.targets])
-
-
-def _report_empty_folders(samples: _Samples) -> None:
-    """Warn about folders without images, which are not classes."""
-    if samples.in_tar or not os.path.isdir(samples.reader.root):
-        return
-    used = {name.split(os.sep)[0] for name in samples.filenames}
-    with os.scandir(samples.reader.root) as entries:
-        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
-    if empty := [name for name in folders if name not in used]:
-        _logger.warning(
-            f'{len(empty)} of the {len(folders)} folders in {samples.reader.root} contain no images and are ignored: '
-            f'{listed(empty)}.')
-
-
-def _clean(reader: Reader, class_map: str | None) -> Reader:
-    """Remove hidden folders, apply the class map, and report empty folders."""
-    if isinstance(reader, (ReaderImageFolder, ReaderImageInTar, _SampleReader)):
-        samples = _Samples(reader)
-        _report_empty_folders(samples)
-        _drop_hidden(samples)
+    def __init__(self, dataset: DatasetFolder, class_map: str):
+        self.root, self.samples, self.class_to_idx = dataset.root, dataset.samples, dataset.class_to_idx
         if class_map:
-            _apply_class_map(samples, class_map)
-    return reader
+            names = {index: name for name, index in self.class_to_idx.items()}
+            classes = self.class_to_idx = load_class_map(class_map, self.root)
+            self.samples = [(path, classes[names[index]]) for path, index in self.samples if names[index] in classes]
 
 
-def as_image_files(dataset: Any, input_img_mode: str | None = 'RGB', class_map: str | None = None) -> Any:
-    """Add a DecodingReader to a dataset of image files. Other datasets are returned unchanged.
+def _drop_hidden(reader: ReaderImageFolder | ReaderImageInTar, class_map: str) -> None:
+    """Remove images in hidden folders, such as .ipynb_checkpoints, and classes without other images."""
+    in_tar = isinstance(reader, ReaderImageInTar)
+    start = len(reader.root)  # faster than os.path.relpath for millions of images
+    names = reader.filenames() if in_tar else [path[start:] for path, _ in reader.samples]
+    targets = reader.targets.tolist() if in_tar else [target for _, target in reader.samples]
+    visible = [index for index, name in enumerate(names) if not _IN_HIDDEN_FOLDER.search(f'/{name}')]
+    if not visible:
+        raise RuntimeError(f'Found 0 images of the classes in {reader.root}.')
+    if hidden := len(names) - len(visible):
+        _logger.info(f'{reader.root}: {hidden} images in hidden folders are ignored.')
+    classes = reader.class_name_to_idx if in_tar else reader.class_to_idx
+    used = sorted(classes.values() if class_map else {targets[index] for index in visible})
+    order = {index: index if class_map else position for position, index in enumerate(used)}
+    classes = {name: order[index] for name, index in classes.items() if index in order}
+    targets = [order[targets[index]] for index in visible]
+    if in_tar:
+        reader.samples, reader.targets, reader.class_name_to_idx = reader.samples[visible], np.array(targets), classes
+    else:
+        reader.samples = [(reader.samples[index][0], target) for index, target in zip(visible, targets, strict=True)]
+        reader.class_to_idx = classes
 
-    Hidden folders are ignored. Empty folders, and images of classes that are not in the class map, are reported.
+
+def _report_unused(reader: ReaderImageFolder, class_map: str) -> None:
+    """Warn about folders that are not classes, and about classes of a class map without images."""
+    start = len(reader.root)
+    used = {path[start:].lstrip(os.sep).split(os.sep)[0] for path, _ in reader.samples}
+    with os.scandir(reader.root) as entries:
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+    if unused := [name for name in folders if name not in used]:
+        of_classes = f' of the classes in {class_map}' if class_map else ''
+        if class_map:
+            images = [find_images_and_targets(os.path.join(reader.root, name), sort=False)[0] for name in unused]
+            unused = [f'{name} ({len(found)} images)' for name, found in zip(unused, images, strict=True)]
+        _logger.warning(
+            f'{len(unused)} of the {len(folders)} folders in {reader.root} contain no images{of_classes} and are '
+            f'ignored: {listed(unused)}.')
+    targets = {target for _, target in reader.samples}
+    if empty := [name for name, index in reader.class_to_idx.items() if index not in targets]:
+        _logger.warning(
+            f'{len(empty)} of the {len(reader.class_to_idx)} classes in {class_map} have no images in {reader.root}: '
+            f'{listed(empty)}.')
+
+
+def as_image_files(dataset: Any, class_map: str = '', input_img_mode: str = 'RGB') -> Any:
+    """Convert a dataset of image files to ImageFiles. Other datasets are returned unchanged.
+
+    In folders and archives, hidden folders are ignored. Folders without images of a class are reported.
 
     Args:
         dataset: Dataset of timm or torchvision.
-        input_img_mode: PIL mode of the images.
-        class_map: File that maps class names to indices, for an image folder.
+        class_map: Class map of the dataset, '' for none.
+        input_img_mode: PIL mode of the images of torchvision.
+
+    Raises:
+        ValueError: if the class map does not map names to indices.
+        RuntimeError: if a folder or archive has no images.
     """
     if isinstance(dataset, DatasetFolder):
-        reader, features = _SampleReader(dataset), None
-    elif type(dataset) is ImageDataset:
-        reader, features = dataset.reader, dataset.additional_features
-    else:
+        dataset = ImageDataset(
+            None, _TorchvisionReader(dataset, class_map), input_img_mode=input_img_mode,
+            target_transform=dataset.target_transform)
+    if type(dataset) is not ImageDataset:
         return dataset
-    return ImageDataset(
-        root=None, reader=DecodingReader(_clean(reader, class_map), input_img_mode), load_bytes=True,
-        input_img_mode=input_img_mode, target_transform=dataset.target_transform, additional_features=features)
+    if isinstance(dataset.reader, (ReaderImageFolder, ReaderImageInTar)):
+        is_folder = isinstance(dataset.reader, ReaderImageFolder)
+        classes = dataset.reader.class_to_idx if is_folder else dataset.reader.class_name_to_idx
+        if not all(isinstance(name, str) and type(index) is int and index >= 0 for name, index in classes.items()):
+            raise ValueError(f'The class map {class_map} must map names to indices from 0.')
+        _drop_hidden(dataset.reader, class_map)
+        if is_folder:
+            _report_unused(dataset.reader, class_map)
+    return ImageFiles(dataset)

@@ -14,8 +14,7 @@ def batches_of(loader: Iterable) -> Iterator[Any]:
         batches = iter(loader)
     while True:
         with torch.device('cpu'):
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+            batch = next(batches, None)
+        if batch is None:
+            return
         yield batch

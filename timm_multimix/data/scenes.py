@@ -1,4 +1,4 @@
-"""Scenes for object detection: handwritten digits and printed glyphs on cluttered grounds, drawn from a seed."""
+"""Synthetic scenes for object detection: handwritten digits and printed glyphs on a cluttered background."""
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -6,19 +6,19 @@ import numpy as np
 from PIL import Image
 
 from .demo import DigitsDataset
-from .glyphs import FIGURES, FONTS, render_strokes
+from .glyphs import FIGURES, FONTS, render_glyphs
 
 SCENE_SIZE = 96
 OBJECT_SIZES = 16, 32  # pixels of the longer side of a box
-# A handwritten digit and the printed figure have one class. All letters have one class, because no letter is in two
-# splits. O and I are in none: they look like 0 and 1.
+# A handwritten digit and the printed figure have the same class. All letters have one class, because each split has its
+# own letters. O and I are not used: they look like 0 and 1.
 LETTERS = {'train': 'ACEGJLNQSUWY', 'validation': 'BFKPTX', 'test': 'DHMRVZ'}
 CLASSES = (*FIGURES, 'letter')
 _MAX_OBJECTS = 6
 _NUM_GLYPHS = 1000  # printed figures and letters of a split
 _DIGITS = 2 / 3  # share of handwritten digits among the objects
 _GLYPHS_SEED = 1  # demo/glyphs uses 0 by default
-_VALIDATION_EVERY = 5  # of the training digits, this one in so many is for validation scenes
+_VALIDATION_EVERY = 5  # every fifth training digit is used in validation scenes
 
 _Objects = list[tuple[Image.Image, int]]  # masks and class indices
 
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
     """An image and its objects.
 
     Attributes:
-        image: Grey image (96, 96), uint8.
+        image: Grayscale image (96, 96), uint8.
         boxes: Tight boxes (n, 4) as x1, y1, x2, y2 in pixels, float32.
         labels: Class indices (n,).
     """
@@ -37,18 +37,18 @@ class Scene(NamedTuple):
 
 
 def digit_images(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits of a split of the scenes, (n, 8, 8), uint8, and their classes. None is in two splits."""
+    """Return the handwritten digits (n, 8, 8), uint8, of a split of the scenes, and their classes (n,)."""
     dataset = DigitsDataset('validation' if split == 'test' else 'train')
     images, targets = dataset.images, np.array(dataset.targets)
-    if split != 'test':
-        for_validation = np.arange(len(targets)) % _VALIDATION_EVERY == 0
-        kept = for_validation if split == 'validation' else ~for_validation
-        images, targets = images[kept], targets[kept]
-    return images, targets
+    if split == 'test':
+        return images, targets
+    for_validation = np.arange(len(targets)) % _VALIDATION_EVERY == 0
+    kept = for_validation if split == 'validation' else ~for_validation
+    return images[kept], targets[kept]
 
 
 def _cropped(images: np.ndarray, labels: np.ndarray) -> _Objects:
-    """Masks of objects, cropped to their ink."""
+    """Crop masks to their strokes. Empty masks are dropped."""
     objects = []
     for image, label in zip(images, labels.tolist(), strict=True):
         rows, columns = (np.flatnonzero((image > 127).any(axis=axis)) for axis in (1, 0))
@@ -60,21 +60,22 @@ def _cropped(images: np.ndarray, labels: np.ndarray) -> _Objects:
 
 @lru_cache(maxsize=3)
 def _objects(split: str) -> tuple[_Objects, _Objects]:
-    """Handwritten digits, and printed figures and letters."""
+    """Return the masks of a split: handwritten digits, and printed figures and letters."""
     images, labels = digit_images(split)
     enlarged = np.stack([np.asarray(Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC)) for one in images])
-    glyphs, characters = render_strokes(split, _NUM_GLYPHS, characters=FIGURES + LETTERS[split], seed=_GLYPHS_SEED)
+    glyphs, characters = render_glyphs(
+        split, _NUM_GLYPHS, characters=FIGURES + LETTERS[split], style='strokes', seed=_GLYPHS_SEED)
     return _cropped(enlarged, labels), _cropped(glyphs, characters.clip(max=CLASSES.index('letter')))
 
 
 def _draw(objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> tuple[Image.Image, int]:
-    """A random handwritten digit or printed glyph."""
+    """Draw a random handwritten digit or printed glyph."""
     kind = objects[int(rng.random() >= _DIGITS)]
     return kind[rng.integers(len(kind))]
 
 
 def _resize(mask: Image.Image, longer_side: int) -> np.ndarray:
-    """A mask in [0, 1] with a longer side of so many pixels."""
+    """Resize a mask to the given longer side, and scale it to [0, 1]."""
     scale = longer_side / max(mask.size)
     size = [max(round(side * scale), 3) for side in mask.size]
     return np.asarray(mask.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
@@ -87,14 +88,14 @@ def _paint(image: np.ndarray, mask: np.ndarray, x: int, y: int, level: float) ->
     region += mask * (level - region)
 
 
-def _ground(rng: np.random.Generator) -> np.ndarray:
-    """A dark, uneven ground."""
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """Draw a dark, uneven background."""
     knots = rng.normal(rng.uniform(0.1, 0.3), rng.uniform(0, 0.1), (5, 5)).astype(np.float32)
     return np.array(Image.fromarray(knots).resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC))
 
 
 def _add_clutter(image: np.ndarray, objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> None:
-    """Draw small pieces of strokes, which are too small to be read."""
+    """Draw pieces of strokes that are too small to be recognized."""
     for _ in range(rng.integers(4, 13)):
         strokes = _resize(_draw(objects, rng)[0], int(rng.integers(24, 41)))
         side = int(rng.integers(5, 10))
@@ -105,7 +106,7 @@ def _add_clutter(image: np.ndarray, objects: tuple[_Objects, _Objects], rng: np.
 
 
 def _draw_scene(objects: tuple[_Objects, _Objects], rng: np.random.Generator) -> Scene:
-    image = _ground(rng)
+    image = _background(rng)
     _add_clutter(image, objects, rng)
     boxes: list[Any] = []
     labels: list[int] = []
@@ -126,20 +127,22 @@ def _draw_scene(objects: tuple[_Objects, _Objects], rng: np.random.Generator) ->
 
 
 def render_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    """Draw scenes. The same arguments give the same scenes, and more scenes begin with those of fewer.
+    """Draw scenes.
+
+    The result is deterministic. A smaller `count` returns the first scenes of a larger one.
 
     Args:
-        split: 'train', 'validation' or 'test'. No handwritten digit, no font and no letter is in two splits.
+        split: 'train', 'validation' or 'test'. Each split has its own handwritten digits, fonts and letters.
         count: Number of scenes.
         seed: Seed of the scenes.
 
     Raises:
-        ValueError: if the split is unknown, or the number of scenes below 1.
+        ValueError: if the split is unknown, or the number of scenes is below 1.
     """
     if split not in FONTS:
         raise ValueError(f'demo/scenes has the splits {", ".join(map(repr, FONTS))}, got {split!r}.')
     if count < 1:
-        raise ValueError(f'demo/scenes needs a number of scenes of at least 1, got {count}.')
+        raise ValueError(f'The number of scenes of demo/scenes must be at least 1, got {count}.')
     objects = _objects(split)
     return [_draw_scene(objects, np.random.default_rng([seed, list(FONTS).index(split), index]))
             for index in range(count)]

@@ -11,7 +11,6 @@ from timm.models import create_model, is_model_pretrained, parse_model_name
 from torch import nn
 
 from ..build.checkpoint import read_checkpoint
-from ..build.classes import checkpoint_classes
 from ..build.model import check_model_name, create_run_model, model_options
 from ..build.recorded import recorded_arguments
 from ..build.saved_weights import RUN_CHECKPOINTS, plain_weights, weights_entry
@@ -85,7 +84,7 @@ def _from_checkpoint(path: str) -> Candidate:
         model.load_state_dict(plain_weights(checkpoint[key]))
         config = resolve_data_config(vars(args), model=model, verbose=False)
     weights = f'{os.path.basename(path)}, {key}' if key != 'state_dict' else os.path.basename(path)
-    return _candidate(path, weights, model, config, checkpoint_classes(checkpoint, path), args)
+    return _candidate(path, weights, model, config, valid_classes(checkpoint.get('class_to_idx')), args)
 
 
 def is_pretrained(name: str, wanted: bool) -> bool:

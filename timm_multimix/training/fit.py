@@ -76,7 +76,7 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
     if setup.resumed_from and os.path.samefile(os.path.dirname(setup.resumed_from) or '.', folder):
         saver.outdated = set_aside(setup, start_epoch)
         saver.restore_history(setup.resumed_from, start_epoch)
-    with replacing(os.path.join(folder, SUMMARY_NAME)) as path:
+    with replacing(os.path.join(folder, SUMMARY_NAME), copy=True) as path:
         trim_summary(path, start_epoch)
     return saver
 
@@ -92,7 +92,7 @@ def _write_summary(setup: Setup, epoch: int, metrics: dict, eval_metrics: dict, 
     row['lr'] = learning_rate(setup)
     path = os.path.join(setup.folder, SUMMARY_NAME)
     try:
-        with replacing(path) as temporary:
+        with replacing(path, copy=True) as temporary:
             add_row(temporary, row)
     except (OSError, UsageError) as error:  # a full disk, or a file that another program has changed
         raise RunError(f'{path} could not be written: {error}') from error
