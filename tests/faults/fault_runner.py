@@ -120,15 +120,15 @@ class Sabotage:
         torch.save = halves
 
     def _kill_worker(self) -> None:
-        from timm.data.dataset import ImageDataset
-        get = ImageDataset.__getitem__
+        from PIL import Image
+        open_image = Image.open
 
-        def deadly(dataset, index):
+        def deadly(*args, **kwargs):
             self.loaded += os.getpid() != self.process
             if self.loaded == self.plan['worker']:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return get(dataset, index)
-        ImageDataset.__getitem__ = deadly
+            return open_image(*args, **kwargs)
+        Image.open = deadly
 
 
 def _run(job: dict, output: int) -> None:

@@ -129,7 +129,7 @@ def _source(args: argparse.Namespace, run: argparse.Namespace | None) -> Source:
     if danger := code_danger(run.dataset or '', run.data_dir, [split, args.calibration_split or '']):
         raise UsageError(
             f'{run.dataset} in {run.data_dir}, the data of the first run, can run code ({danger}) and is not opened '
-            'because a checkpoint names it. If you trust it, add --dataset and --data-dir.')
+            'because a checkpoint names it. If you trust it, give --dataset and --data-dir.')
     inherited = {name: value for name in keys if (value := getattr(run, name))}
     source = Source(run.dataset, run.data_dir, split, {**inherited, **options})
     _logger.info(f'Evaluating on {source}, the validation images of the first run.')

@@ -6,8 +6,8 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -142,20 +142,29 @@ def _export_folder(args: argparse.Namespace) -> None:
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
 
 
-def _exit(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)
+@contextmanager
+def _terminated_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, so that temporary copies of the weights are removed."""
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str] | None) -> None:
     args = _build_parser().parse_args(argv)
     if not os.path.isdir(args.folder):
         raise UsageError(f'{args.folder}: no such folder.')
-    for name in ('SIGTERM', 'SIGHUP'):  # an exception removes temporary copies of the weights
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _exit)
     remove_work_folders(args.folder)
     _complete(args)
-    dict(push=_push_folder, export=_export_folder, card=_show_card)[args.command](args)
+    with _terminated_by_signals():
+        dict(push=_push_folder, export=_export_folder, card=_show_card)[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
