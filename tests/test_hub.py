@@ -404,7 +404,7 @@ def test_repository_named_like_a_token_is_refused(server):
 
 def test_requests_time_out(server, model_folder, monkeypatch):
     """The Hub carries out a commit without a response. It is not made twice, and the next weights are accepted."""
-    limit_waiting(0.5)
+    limit_waiting(2)
     try:
         repository, folder = opened(), model_folder()
         server.fail('POST', '/commit/', 'mute')
