@@ -1,6 +1,7 @@
 """Console output of a run: logging, running averages and the progress of an epoch."""
 import logging
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,7 @@ def is_first_on_machine() -> bool:
 
 def setup_logging() -> None:
     """Log to stderr. Processes other than the first one log only errors."""
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with workers, and lost if one is killed that holds it
     handler = _ConsoleHandler()
     handler.setFormatter(_LineFormatter())
     logging.root.handlers[:] = [handler]
