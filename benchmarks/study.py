@@ -24,7 +24,7 @@ import yaml
 from study_plan import Study, load_results, load_study, run_missing
 from study_report import page_header, plot, ranking, section
 
-from timm_multimix.common.command_line import check_packages
+from timm_multimix.common.command_line import check_packages, number
 from timm_multimix.common.errors import UsageError
 
 RESULTS = Path(__file__).parent / 'results'
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add('study', type=Path, nargs='+', help='YAML file of a study')
     for kind in ('datasets', 'models', 'methods'):
         add(f'--{kind}', nargs='+', metavar='NAME', help=f'{kind} to include (default: all)')
-    add('--workers', type=int, default=os.cpu_count(), help='number of parallel runs (default: %(default)s)')
+    add('--workers', type=number(int, 1), default=os.cpu_count(), help='number of parallel runs (default: %(default)s)')
     add('--nice', type=int, default=0, help='niceness increment of the runs (default: %(default)s)')
     add('--report-only', action='store_true', help='report completed runs and start no runs')
     add('--baseline', metavar='METHOD', help='method to compare with (default: the best baseline)')
@@ -56,6 +56,8 @@ def load(args: argparse.Namespace) -> list[Study]:
         studies = [load_study(path, only) for path in args.study]
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(str(error))
+    if args.plot and args.plot.suffix not in ('.svg', '.png', '.pdf'):
+        sys.exit(f'--plot {args.plot}: the file name must end with .svg, .png or .pdf.')
     for study in studies:
         for option, names in (('compare', [name for name, *_ in study.columns]), ('baseline', study.methods)):
             if getattr(args, option) not in (None, *names):

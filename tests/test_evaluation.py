@@ -21,7 +21,7 @@ from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError, printable
 from timm_multimix.evaluation import main as cli
 from timm_multimix.evaluation.batches import InParts, embed, predict
-from timm_multimix.evaluation.comparison import short_names
+from timm_multimix.evaluation.comparison import abbreviate
 from timm_multimix.evaluation.images import Images, Source, parse_source
 from timm_multimix.evaluation.metrics import classification_metrics, reliability
 from timm_multimix.evaluation.models import load_candidate, load_candidates
@@ -553,12 +553,12 @@ def test_names_in_figures_table_and_page():
     header = render_table(results).splitlines()[0]
     for _, shown in NAMES.values():
         assert escape(shown) in page and escape(f'folder/{shown}') in page
-        assert f' {short_names([shown], 32)[0]}' in header
+        assert f' {abbreviate([shown], 32)[0]}' in header
     assert f'Images: {escape(str(source))}.' in page
 
 
-def test_short_names_differ():
+def test_abbreviated_names_differ():
     names = ['run-' + 'x' * 100 + f'-{k}-' + 'x' * 100 for k in range(3)]
-    short = short_names(names, 20)
+    short = abbreviate(names, 20)
     assert len(set(short)) == 3 and max(map(len, short)) <= 20
-    assert short_names(['one', 'two'], 20) == ['one', 'two']
+    assert abbreviate(['one', 'two'], 20) == ['one', 'two']

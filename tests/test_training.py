@@ -310,6 +310,28 @@ def test_naflex(script, image_folder, flags):
     assert len(script.summary()) == 2
 
 
+def test_killed_worker_does_not_block_the_log():
+    """A worker that is killed while it writes a line holds the lock of tqdm."""
+    code = '''if True:
+        import logging, os, signal
+        from tqdm import tqdm
+        from timm_multimix.common.console import setup_logging
+        setup_logging()
+        tqdm.get_lock()  # a progress bar creates it before the workers start
+        read, write = os.pipe()
+        worker = os.fork()
+        if worker == 0:
+            tqdm.get_lock().acquire()
+            os.write(write, b"1")
+            signal.pause()
+        os.read(read, 1)
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+        logging.error("the last line")'''
+    done = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.endswith('the last line\n')
+
+
 def test_second_signal_stops_at_once():
     with StopRequest() as stop:
         stop.check()

@@ -184,12 +184,13 @@ def _drop_hidden(reader: ReaderImageFolder | ReaderImageInTar, class_map: str) -
     in_tar = isinstance(reader, ReaderImageInTar)
     start = len(reader.root)  # faster than os.path.relpath for millions of images
     names = reader.filenames() if in_tar else [path[start:] for path, _ in reader.samples]
-    targets = reader.targets.tolist() if in_tar else [target for _, target in reader.samples]
     visible = [index for index, name in enumerate(names) if not _IN_HIDDEN_FOLDER.search(f'/{name}')]
     if not visible:
         raise RuntimeError(f'Found 0 images of the classes in {reader.root}.')
-    if hidden := len(names) - len(visible):
-        _logger.info(f'{reader.root}: {hidden} images in hidden folders are ignored.')
+    if len(visible) == len(names):
+        return
+    _logger.info(f'{reader.root}: {len(names) - len(visible)} images in hidden folders are ignored.')
+    targets = reader.targets.tolist() if in_tar else [target for _, target in reader.samples]
     classes = reader.class_name_to_idx if in_tar else reader.class_to_idx
     used = sorted(classes.values() if class_map else {targets[index] for index in visible})
     order = {index: index if class_map else position for position, index in enumerate(used)}

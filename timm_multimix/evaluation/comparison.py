@@ -14,7 +14,7 @@ _SOURCE_LENGTH = 40
 _Row = tuple[str, str, Any, str, int]
 
 
-def short_names(names: Sequence[str], length: int) -> list[str]:
+def abbreviate(names: Sequence[str], length: int) -> list[str]:
     """Replace the middle of long names by an ellipsis. Names that would become equal are numbered."""
     def shorten(name: str, length: int) -> str:
         end = (length - 1) // 2
@@ -57,7 +57,7 @@ def _rows(values: dict[str, Any]) -> Iterator[_Row]:
     for kind, accuracies in values.get('corruptions', {}).get('top1', {}).items():
         yield topic, f'{kind}, top-1 %', mean(accuracies), '.2f', 1
     sources = values.get('ood', {})
-    for source, shown in zip(sources, short_names(list(sources), _SOURCE_LENGTH), strict=True):
+    for source, shown in zip(sources, abbreviate(list(sources), _SOURCE_LENGTH), strict=True):
         for score in SCORES:
             for key, label, better in (
                     ('auroc', 'AUROC', 1), ('aupr_in', 'AUPR in', 1), ('aupr_out', 'AUPR out', 1),

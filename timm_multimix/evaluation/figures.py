@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..common.figures import as_png, panels
-from .comparison import short_names
+from .comparison import abbreviate
 from .suite import Result
 
 _WIDTH, _HEIGHT = 3.6, 3.2  # of one panel, in inches
@@ -20,7 +20,7 @@ _SCORE_LABELS = {'max_softmax': 'log-odds of max softmax', 'energy': 'energy'}
 
 
 def _names(results: Sequence[Result]) -> list[str]:
-    return short_names([result.name for result in results], _NAME_LENGTH)
+    return abbreviate([result.name for result in results], _NAME_LENGTH)
 
 
 def _panels(results: Sequence[Result]) -> tuple[Figure, list[tuple[Axes, Result]]]:
@@ -121,7 +121,7 @@ def ood_figure(results: Sequence[Result], score: str) -> Figure:
     figure, rows = _rows(_names(results), len(sources), min(_WIDTH, 14 / len(sources)), 2.4)
     for row, result in zip(rows, results, strict=True):
         scores = result.pictures['scores']
-        for axis, source, title in zip(row, sources, short_names(sources, _NAME_LENGTH), strict=True):
+        for axis, source, title in zip(row, sources, abbreviate(sources, _NAME_LENGTH), strict=True):
             inside, outside = scores['inside'][score], scores['outside'][source][score]
             both = torch.cat([inside, outside])
             bins = np.linspace(both.min().item(), both.max().item() + 1e-9, 41)

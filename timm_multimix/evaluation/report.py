@@ -5,7 +5,7 @@ from html import escape
 
 from ..common.errors import printable
 from . import figures
-from .comparison import compare, short_names
+from .comparison import abbreviate, compare
 from .suite import Result, Settings
 
 _NAME_LENGTH = 32
@@ -14,7 +14,7 @@ _ARROWS = '\N{UPWARDS ARROW} higher is better, \N{DOWNWARDS ARROW} lower is bett
 
 def render_table(results: Sequence[Result]) -> str:
     """Render the comparison for a terminal. The best value of each row is marked by *."""
-    rows = [('', short_names([result.name for result in results], _NAME_LENGTH))]
+    rows = [('', abbreviate([result.name for result in results], _NAME_LENGTH))]
     for topic, lines in compare(results).items():
         rows += [('', []), (topic.upper(), [])]
         rows += [(line.label, [cell + ' *'[best] for cell, best in zip(line.cells, line.best, strict=True)])

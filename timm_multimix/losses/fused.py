@@ -38,7 +38,7 @@ ELEMENTS_AT_A_TIME = 2 ** 24
 ELEMENTS_AT_A_TIME_CPU = 2 ** 19
 
 
-class Inputs(NamedTuple):
+class Inputs(NamedTuple):  # without _replace and properties, which torch.compile of PyTorch 2.6 does not trace
     """The inputs of the loss at p positions."""
     m: torch.Tensor                 # attended weights M (p, n, b)
     rows: torch.Tensor              # 1 for rows of M, 0 for rows that are left out (p, n, 1)

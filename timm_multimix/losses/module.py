@@ -338,7 +338,7 @@ class MultiMixLoss(nn.Module):
             teacher: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses of the examples, with logits (b, 1, c), and its divisor."""
-        loss = FusedLoss(
+        loss = FusedLoss(  # torch.compile of PyTorch 2.6 does not trace dataclasses.replace
             loss.is_binary, len(logits), self.balance, 1.0, self.tile_size, loss.distill_weight,
             loss.distill_temperature)
         identity = torch.eye(len(logits), device=logits.device)

@@ -7,6 +7,7 @@ import torch
 from .weights import is_eager_cpu
 
 
+# _replace and _asdict are not used below, because torch.compile of PyTorch 2.6 does not trace them.
 class Targets(NamedTuple):
     """Targets of the loss and their weights.
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..build.checkpoint import check_weights_file
 from ..build.criteria import check_num_classes, criterion_options
+from ..build.model import blank_images
 from ..common.errors import usage_errors
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
@@ -85,7 +86,6 @@ def _pretrained_teacher(
 ) -> PretrainedTeacher:
     """Create the teacher of --multimix-teacher, and run it on an image of each size to check that it accepts them."""
     path = args.multimix_teacher_path
-    channels, *size = data_config['input_size']
     with usage_errors(
             f'--multimix-teacher {args.multimix_teacher}' + (f', --multimix-teacher-path {path}' if path else '')):
         try:
@@ -96,6 +96,6 @@ def _pretrained_teacher(
             if path:
                 check_weights_file(path)
             raise
-        for height, width in {tuple(size), *((side, side) for side in args.train_img_sizes or ())}:
-            teacher(torch.zeros(1, channels, height, width, device=device, dtype=dtype))
+        for images in blank_images(args, model, data_config):
+            teacher(images)
     return teacher
