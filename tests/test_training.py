@@ -332,6 +332,20 @@ def test_killed_worker_does_not_block_the_log():
     assert done.returncode == 0 and done.stderr.endswith('the last line\n')
 
 
+def test_lines_of_workers_do_not_run_into_each_other():
+    code = """if True:
+        import logging, os
+        from timm_multimix.common.console import setup_logging
+        setup_logging()
+        for _ in range(2):
+            os.fork()
+        for _ in range(500):
+            logging.error('x' * 100)"""
+    done = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, timeout=120,
+                          env=dict(os.environ, PYTHONUNBUFFERED='1'))
+    assert set(done.stderr.splitlines()) == {f'ERROR: {"x" * 100}'}
+
+
 def test_second_signal_stops_at_once():
     with StopRequest() as stop:
         stop.check()

@@ -30,10 +30,10 @@ class _LineFormatter(logging.Formatter):
 
 
 class _ConsoleHandler(logging.Handler):
-    """Write log lines above the progress bar."""
+    """Write log lines above the progress bar. One write each, so that lines of workers do not run into each other."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(f'{self.format(record)}\n', file=sys.stderr, end='')
 
 
 def is_first_on_machine() -> bool:
