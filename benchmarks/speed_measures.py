@@ -147,6 +147,11 @@ def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     return torch.compile(model) if args.compile else model
 
 
+def compiled_loss(criterion: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Compile the loss as MultiMixTask.compile does: on a GPU only."""
+    return torch.compile(criterion) if args.compile and args.device != 'cpu' else criterion
+
+
 def cross_entropy(model: nn.Module, args: argparse.Namespace) -> Loss:
     run = compiled(model, args)
     return lambda images, target: F.cross_entropy(run(images), target)
@@ -166,7 +171,7 @@ def input_mixup(model: nn.Module, args: argparse.Namespace) -> Loss:
 def multimix(mode: str, **options: Any) -> Callable[..., Loss]:
     def method(model, args):
         attach(model, mode)
-        criterion = MultiMixLoss(args.num_mixes, **options)
+        criterion = compiled_loss(MultiMixLoss(args.num_mixes, **options), args)
         run = compiled(model, args)
         return lambda images, target: criterion(run(images), target)
 
@@ -176,7 +181,7 @@ def multimix(mode: str, **options: Any) -> Callable[..., Loss]:
 def with_teacher(model: nn.Module, args: argparse.Namespace) -> Loss:
     attach(model, 'dense')
     teacher = EMATeacher(model)
-    criterion = SelfDistillationLoss(MultiMixLoss(args.num_mixes))
+    criterion = compiled_loss(SelfDistillationLoss(MultiMixLoss(args.num_mixes)), args)
     run = compiled(model, args)
     if args.compile:
         teacher.compile()

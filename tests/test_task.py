@@ -119,6 +119,24 @@ def test_parts_switch_inside_a_compiled_task():
         assert task.get_eval_model()(_batch()[0]).shape == (4, CLASSES)
 
 
+@pytest.mark.parametrize('device,options,graphs', [
+    ('cuda', dict(), 2), ('cuda', dict(mode='pooled'), 2), ('cpu', dict(), 1),
+    ('cuda', dict(teacher='ema', distill_ramp_epochs=3), 2)])
+def test_compiles_the_loss_on_a_gpu(device, options, graphs):
+    torch._dynamo.reset()
+    task = _task(**options)
+    task.device = torch.device(device)
+    counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    task.compile(backend=counter)
+    expected = _task(**options)
+    expected.load_checkpoint_state(task.get_checkpoint_state()['state_dict'], task.get_task_state())
+    for epoch in range(6):
+        result = _at(task, epoch)
+        result['loss'].backward()
+        torch.testing.assert_close(result['loss'], _at(expected, epoch)['loss'], rtol=0.2, atol=0)  # other mixes
+    assert counter.frame_count == graphs
+
+
 def _at(task, epoch):
     task.set_epoch(epoch)
     return task(*_batch())

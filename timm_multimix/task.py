@@ -151,6 +151,7 @@ class MultiMixTask(ClassificationTask):
             if teacher != 'none':
                 self.distillation = distillation
                 self.teacher = self._make_teacher(teacher, teacher_decay, teacher_path)
+        self._terms = (self.distillation or loss).terms
         if verbose and mode != 'off':
             _logger.info(
                 f'{type(self).__name__}: mode={mode}, prob={prob}, attention={attention}, {self.loss.extra_repr()}')
@@ -236,10 +237,9 @@ class MultiMixTask(ClassificationTask):
             loss = self.criterion(output, target)
             parts = {'plain': loss.detach()} if self.schedule.alternates else {}
             return {'loss': loss, 'output': output, **parts}
-        loss = self.distillation or self.loss
         # The loss ignores the attention of the output if it computes its own. The output has it then for padding only.
         mask = output.attention > 0 if self.loss.attention == 'cam' and output.attention is not None else None
-        terms = loss.terms(output, self._mixable(target, output.logits), teacher_output, mask=mask)
+        terms = self._terms(output, self._mixable(target, output.logits), teacher_output, mask=mask)
         if getattr(self.criterion, 'sum_classes', False):
             terms = {name: term * output.logits.shape[-1] for name, term in terms.items()}
         parts = {name: term.detach() for name, term in terms.items() if name != 'loss'}
@@ -275,9 +275,13 @@ class MultiMixTask(ClassificationTask):
 
     def compile(  # type: ignore[override]  # as in timm's TrainingTask
             self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module:
-        """Compile the student and the teacher."""
+        """Compile the student and its teacher. Without a teacher, and not on a CPU, also compile the loss."""
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **kwargs)
+        elif self.device.type != 'cpu':  # on a CPU the loss has many small tiles, and the compiler unrolls the loop
+            # Not compiled with a teacher, because each new weight of the ramp would compile it again. Without `mode`,
+            # because the next replay of a CUDA graph would overwrite the terms.
+            self._terms = torch.compile(self._terms, backend=backend, **kwargs)
         return super().compile(backend, mode, **kwargs)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'MultiMixTask':
