@@ -6,6 +6,10 @@ import signal
 # Tests run in one process per core, so more threads would be slower. Subprocesses inherit the variable.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+# Tests compare runs bit by bit, and a GPU adds in no fixed order. TEST_CUDA=1 is for tests/test_cuda.py.
+if not os.environ.get('TEST_CUDA'):
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 # Shells ignore SIGINT in background jobs, and tests interrupt runs with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -177,7 +177,8 @@ class HubServer:
         self.hub = self._serve(_HubHandler)
         self.storage = self._serve(_StorageHandler)
         self.url = f'http://127.0.0.1:{self.hub.server_port}'
-        self.storage_url = f'http://127.0.0.1:{self.storage.server_port}'
+        # Another host than the Hub's. Some versions of the client compare hosts without ports.
+        self.storage_url = f'http://localhost:{self.storage.server_port}'
 
     def _serve(self, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (handler,), {'state': self}))

@@ -241,6 +241,18 @@ def test_modes_gradients_and_statistics_are_unchanged():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+class RoundingLinear(nn.Linear):
+    """Linear layer that rounds its operands, as a GPU does with TF32."""
+
+    def forward(self, x):
+        return nn.functional.linear(x.bfloat16().float(), self.weight.bfloat16().float(), self.bias)
+
+
+def test_products_that_round():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), RoundingLinear(6, 4))
+    assert scalable_classifier(model, torch.randn(8, 6)) == ['2']
+
+
 def test_frozen_models_and_half_precision():
     model = Net(nn.Linear(6, 4)).eval().requires_grad_(False)
     batches = labelled_by(model, loader())

@@ -245,6 +245,11 @@ def _ddp_and_sharded(model_name, **options):
     return [_train(model_name, how, **options) for how in ('ddp', 'sharded', 'sharded head')]
 
 
+shards = pytest.mark.skipif(
+    torch.__version__.startswith('2.6.'), reason='fully_shard of PyTorch 2.6 does not run on CPUs')
+
+
+@shards
 @pytest.mark.parametrize(('model_name', 'options'), [
     ('test_resnet', {}),
     ('test_vit', dict(gather=True, accumulation=2)),
@@ -272,6 +277,7 @@ def _attach_to_a_sharded_model():
     return str(caught.value)
 
 
+@shards
 def test_attaching_to_a_sharded_model_is_refused_in_dense_mode(tmp_path):
     assert on_ranks(tmp_path, 1, _attach_to_a_sharded_model)
 

@@ -45,6 +45,8 @@ OPTIONS = [
 @pytest.fixture
 def step_on_a_gpu():
     """Run an attached model and a loss on fake CUDA tensors. An operation that needs a value on the host raises."""
+    if torch.__version__.startswith('2.6.'):
+        pytest.skip('convolutions of fake CUDA tensors abort PyTorch 2.6')
     model = timm.create_model('test_resnet', num_classes=7)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
     trainable = {name for name, _ in model.named_parameters()}
