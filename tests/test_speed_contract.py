@@ -45,8 +45,11 @@ OPTIONS = [
 @pytest.fixture
 def step_on_a_gpu():
     """Run an attached model and a loss on fake CUDA tensors. An operation that needs a value on the host raises."""
-    if torch.__version__.startswith('2.6.'):
-        pytest.skip('convolutions of fake CUDA tensors abort PyTorch 2.6')
+    try:
+        with FakeTensorMode():
+            torch._standard_gamma(torch.ones(1, device='cuda'))
+    except (NotImplementedError, RuntimeError):
+        pytest.skip('this version of PyTorch needs a GPU for fake CUDA tensors')
     model = timm.create_model('test_resnet', num_classes=7)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
     trainable = {name for name, _ in model.named_parameters()}
@@ -148,7 +151,7 @@ PROBLEMS = [
     (32, 1, 1000, 1000, 1), (128, 1, 100, 1000, 3), (128, 2, 10, 1000, 1), (256, 1, 10, 1000, 10), (256, 1, 2, 1000, 1)]
 
 
-@pytest.mark.parametrize('bits, truncate, limit', [(10, False, 1e-3), (10, True, 1.5e-3), (7, False, 2e-2)])
+@pytest.mark.parametrize('bits, truncate, limit', [(10, False, 1e-3), (10, True, 2e-3), (7, False, 2e-2)])
 @pytest.mark.parametrize('b, r, c, n, scale', PROBLEMS)
 @pytest.mark.parametrize('alpha', [PAPERS_ALPHA, None])
 def test_balanced_gradient_is_precise_with_products_that_round(
