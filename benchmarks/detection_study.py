@@ -21,17 +21,17 @@ import torch
 from study_plan import Group, Job, Result, Study, key_of, run_classifier
 from study_run import IMAGE_SIZE, load_splits, train
 
-from timm_multimix.detection.backbones import Source
 from timm_multimix.detection.detectors import Settings, find_levels
 from timm_multimix.detection.metric import mean_average_precision
 from timm_multimix.detection.splits import image_bounds, scenes
 from timm_multimix.detection.training import transfer
+from timm_multimix.evaluation.models import Candidate
 
 RANDOM = 'random weights'
 SPLITS = ('train', 'validation', 'test')
 
 
-def _backbone(settings: dict[str, Any], is_random: bool) -> Source:
+def _backbone(settings: dict[str, Any], is_random: bool) -> Candidate:
     """Return the classifier with the settings of a study, untrained if is_random."""
     options = dict(settings['model'], in_chans=1)
     if is_random:
@@ -41,7 +41,8 @@ def _backbone(settings: dict[str, Any], is_random: bool) -> Source:
         data = load_splits(settings['dataset'], options.get('img_size', IMAGE_SIZE))['train']
         model = train(settings, data).trainable_module
     size = options.get('img_size', IMAGE_SIZE)
-    return Source('backbone', 'backbone', 'trained', options, (1, size, size), (0.5,), (0.5,), 'L', model.state_dict())
+    config = dict(input_size=(1, size, size), mean=(0.5,), std=(0.5,))
+    return Candidate('backbone', 'backbone', 'trained', options, model, config, 'L')
 
 
 def run_detectors(job: dict[str, Any]) -> list[Result]:

@@ -152,7 +152,6 @@ REFUSED = {
     'a constant': (lambda: Shifted(6, 4), 'not proportional'),
     'spectral norm': (lambda: parametrizations.spectral_norm(nn.Linear(6, 4)), 'not proportional'),
     'orthogonal': (lambda: parametrizations.orthogonal(nn.Linear(6, 4)), 'not proportional'),
-    'old weight norm': (lambda: torch.nn.utils.weight_norm(nn.Linear(6, 4)), 'not proportional'),
     'features too': (lambda: Sum(nn.Linear(6, 4), nn.AdaptiveAvgPool1d(4)), 'not proportional'),
 }
 
@@ -211,11 +210,6 @@ def test_two_heads_with_one_weight_are_scaled_once():
     before = model(images)
     fold_temperature(model, 2.0, images)
     torch.testing.assert_close(model(images), before / 2)
-
-
-def test_scripted_models_are_refused():
-    with pytest.raises(ValueError, match=r'before it is compiled'):
-        calibrate(torch.jit.script(Net(nn.Linear(6, 4))), loader())
 
 
 def test_compiled_models():

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +15,17 @@ from test_detection_data import write_coco
 from torch import nn
 
 from timm_multimix.common.errors import RunError, UsageError
-from timm_multimix.detection.backbones import Source, load_sources
-from timm_multimix.detection.detectors import DETECTORS, Settings, create_detector, find_levels
+from timm_multimix.detection.detectors import DETECTORS, Settings, create_detector, create_features, find_levels
 from timm_multimix.detection.main import main
 from timm_multimix.detection.training import predict, train_detector
+from timm_multimix.evaluation.models import RANDOM, Candidate, load_candidate
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+CONFIG = dict(input_size=(3, 224, 224), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 SMALL = dict(num_train=4, num_test=2, epochs=1, batch_size=2)
 
 
-def source(model_name, **options) -> Source:
-    return Source(model_name, model_name, 'random', dict(model_name=model_name, **options), mean=MEAN, std=STD)
+def source(model_name, **options) -> Candidate:
+    return Candidate(model_name, model_name, RANDOM, dict(model_name=model_name, **options), nn.Identity(), CONFIG)
 
 
 def batch(size=(64, 96)):
@@ -69,8 +70,8 @@ def test_families_train_and_predict(name, options, strides, kind):
     assert len(predictions) == 3 and all(one['boxes'].shape[1] == 4 for one in predictions)
     for one, stride in zip(maps, strides, strict=True):
         assert one.shape == (3, 32, *(side // stride for side in padded.shape[2:]))
-    assert padded[0, :, 0, 0].numpy() == pytest.approx(
-        ((images[0][:, 0, 0] - torch.tensor(MEAN)) / torch.tensor(STD)).numpy(), abs=1e-5)  # neither resized
+    # neither resized
+    torch.testing.assert_close(padded[0, :, :4, :4], model.normalize(images[0])[:, :4, :4])
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -85,7 +86,7 @@ def test_distances_to_the_sides_of_boxes_have_a_gradient_from_the_start(seed):
 def test_maps_of_one_stride_are_merged():
     model = source('test_resnet', output_stride=8)
     levels = find_levels(model, Settings(), [(96, 96)])
-    channels = model.features().feature_info.channels()
+    channels = create_features(model).feature_info.channels()
     assert [(level.stride, level.maps, level.channels) for level in levels] == [
         (2, (0,), channels[0]), (4, (1,), channels[1]), (8, (2, 3, 4), sum(channels[2:]))]
 
@@ -113,7 +114,7 @@ def test_large_images_get_coarser_levels():
 ])
 def test_unusable_models_are_refused(name, message):
     with pytest.raises(UsageError, match=message):
-        find_levels(load_sources([name], pretrained=False)[0], Settings(), [(96, 96)])
+        find_levels(load_candidate(name, pretrained=False), Settings(), [(96, 96)])
 
 
 class Noise(torch.utils.data.Dataset):
@@ -170,15 +171,14 @@ def save_run(folder, entry='state_dict'):
 def test_runs_give_their_weights_without_the_classifier(tmp_path, entry):
     model = save_run(tmp_path / 'run', entry).eval()
     for path in (tmp_path / 'run', tmp_path / 'run' / 'last.pth.tar'):
-        found = load_sources([str(path)], pretrained=False)[0]
-        assert (found.mean, found.std, found.img_mode) == ((0.3,), (0.6,), 'L') and found.input_size == (1, 32, 32)
+        found = load_candidate(str(path))
+        config = found.data_config
+        assert (config['mean'], config['std'], found.img_mode) == ((0.3,), (0.6,), 'L')
+        assert config['input_size'] == (1, 32, 32)
         images = torch.rand(1, 1, 64, 64)
-        maps = found.features().eval()(images)
+        maps = create_features(found).eval()(images)
         assert torch.equal(maps[-1], model.forward_features(images))
         assert ('ema' in found.weights) is ('ema' in entry)
-    first = found.digest
-    save_run(tmp_path / 'other')
-    assert load_sources([str(tmp_path / 'other')], pretrained=False)[0].digest != first
 
 
 class Detect:
@@ -222,7 +222,12 @@ def test_compares_backbones_and_continues(detect, tmp_path):
     assert second['models']['run']['seeds']['0'] == first['models']['run']['seeds']['0']
     assert list(second['models']['test_resnet']['seeds']) == ['0', '1'] and '±' in detect.out
     assert (tmp_path / 'out' / 'predictions-test_resnet.png').read_bytes().startswith(b'\x89PNG')
-    # Results of other options are not mixed.
+    # Results of other weights and of other options are not mixed.
+    shutil.rmtree(tmp_path / 'run')
+    save_run(tmp_path / 'run')
+    assert detect(tmp_path / 'run', **SMALL) == 0 and 'other weights' in detect.err
+    assert list(detect.results()['models']['run']['seeds']) == ['0']
+    second = detect.results()
     assert detect('test_resnet', **{**SMALL, 'epochs': 2}) == 2
     assert 'epochs was 1, is 2' in detect.err and detect.results() == second
 

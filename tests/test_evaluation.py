@@ -15,18 +15,18 @@ from html.parser import HTMLParser
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError, printable
 from timm_multimix.evaluation import main as cli
-from timm_multimix.evaluation.batches import InParts, embed, predict
 from timm_multimix.evaluation.comparison import abbreviate
-from timm_multimix.evaluation.images import Images, Source, parse_source
+from timm_multimix.evaluation.images import Images, Source, parse_source, predict
 from timm_multimix.evaluation.metrics import classification_metrics, reliability
 from timm_multimix.evaluation.models import load_candidate, load_candidates
 from timm_multimix.evaluation.report import render_html, render_table
-from timm_multimix.evaluation.suite import Result, Settings
+from timm_multimix.evaluation.suite import Result, evaluate_models
 
 pytest_plugins = ['training_helpers']
 
@@ -44,6 +44,10 @@ def runs(tmp_path_factory, image_folder):
         *common, '--model', 'test_vit', '--experiment', 'dense', '--multimix', 'dense', '--model-ema',
         '--model-ema-decay', '0.5', '--mean', '0.4', '--std', '0.3']) == 0
     return folder
+
+
+def images_of(source, candidate, batch_size=8, **options):
+    return Images(source, candidate, argparse.Namespace(batch_size=batch_size, workers=0, seed=0), **options)
 
 
 class Evaluate:
@@ -197,8 +201,8 @@ def test_temperature_from_a_named_split(evaluate, runs, image_folder):
     candidate = load_candidate(str(runs / 'plain'))
     logits, target = {}, {}
     for split in ('train', 'validation'):
-        images = Images(Source('', str(image_folder), split), candidate, 8)
-        logits[split], target[split] = predict(candidate, images, InParts(), split)
+        images = images_of(Source('', str(image_folder), split), candidate)
+        logits[split], target[split] = predict(candidate, images, split)
     assert temperature == pytest.approx(fit_temperature(logits['train'], target['train']), rel=1e-3)
     expected = classification_metrics(logits['validation'] / temperature, target['validation'])
     assert tempered['nll'] == pytest.approx(expected['nll'], rel=1e-4)
@@ -225,7 +229,7 @@ def test_the_best_of_each_row_is_starred():
 def test_images_are_resized_as_the_model_was_trained_with(runs, image_folder):
     candidate = load_candidate(str(runs / 'plain'))
     first, second = (
-        next(iter(Images(Source('', str(image_folder), 'validation'), replace(candidate, data_config={
+        next(iter(images_of(Source('', str(image_folder), 'validation'), replace(candidate, data_config={
             **candidate.data_config, 'input_size': (3, 48, 48), 'interpolation': interpolation}), 2)))[0]
         for interpolation in ('bicubic', 'nearest'))
     assert first.shape == second.shape == (2, 3, 48, 48) and not torch.equal(first, second)
@@ -286,10 +290,10 @@ def test_a_checkpoint_of_plain_timm_with_args_beside_it(runs, tmp_path):
         load_candidate(str(tmp_path / 'model.pth.tar'))
     (tmp_path / 'args.yaml').write_text('model: test_resnet\nnum_classes: 3\nimg_size: 48\n')
     candidate = load_candidate(str(tmp_path / 'model.pth.tar'))
-    assert candidate.data_config['input_size'] == (3, 48, 48) and candidate.num_classes == 3
+    assert candidate.data_config['input_size'] == (3, 48, 48) and candidate.model.num_classes == 3
     images = torch.rand(2, 3, 48, 48)
     mean, std = (torch.tensor(candidate.data_config[name]).view(3, 1, 1) for name in ('mean', 'std'))
-    torch.testing.assert_close(candidate.pixel_model(images), model.eval()((images - mean) / std))
+    torch.testing.assert_close(candidate(images), model.eval()((images - mean) / std))
 
 
 def test_names_are_short_and_differ(runs, tmp_path):
@@ -427,38 +431,46 @@ class Unlabeled(Dataset):
 def test_images_of_other_kinds_need_no_classes(runs, monkeypatch):
     monkeypatch.setattr(Source, 'open', lambda self, img_mode: Unlabeled())
     source, candidate = Source('', 'folder', 'test'), load_candidate(str(runs / 'plain'))
-    logits, target = predict(candidate, Images(source, candidate, 2, labeled=False), InParts(), 'others')
+    logits, target = predict(candidate, images_of(source, candidate, 2, labeled=False), 'others')
     assert logits.shape == (5, 3) and target.tolist() == [0] * 5
     with pytest.raises(UsageError, match='one class for each image is needed'):
-        predict(candidate, Images(source, candidate, 2), InParts(), 'images')
+        predict(candidate, images_of(source, candidate, 2), 'images')
     monkeypatch.setattr(Unlabeled, '__len__', lambda self: 0)
     with pytest.raises(UsageError, match='others: there are no images'):
-        predict(candidate, Images(source, candidate, 2, labeled=False), InParts(), 'others')
+        predict(candidate, images_of(source, candidate, 2, labeled=False), 'others')
 
 
-def test_halves_batches_that_memory_does_not_hold():
-    calls = []
+class Memory(nn.Module):
+    """Model that does not have enough memory for more than `limit` images."""
+    num_classes = 3
 
-    def function(images, target):
-        calls.append(len(images))
-        if len(images) > 3:
-            raise torch.OutOfMemoryError('CUDA out of memory.')
-        return images.sum(1) + target
+    def __init__(self, limit, message="DefaultCPUAllocator: can't allocate memory"):
+        super().__init__()
+        self.limit, self.message, self.sizes, self.fc = limit, message, [], nn.Linear(3, 3)
 
-    in_parts = InParts()
-    images, target = torch.rand(13, 4), torch.arange(13)
-    torch.testing.assert_close(in_parts(function, images, target), images.sum(1) + target)
-    assert calls == [13, 6, 3, 3, 3, 3, 1] and in_parts.limit == 3
-    in_parts(function, images[:7], target[:7])
-    assert calls[7:] == [3, 3, 1]
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self.limit:
+            raise RuntimeError(self.message)
+        return self.fc(images.mean((2, 3)))
 
-    def never(images):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
+def test_halves_batches_that_memory_does_not_hold(runs, image_folder):
+    def measured(model, batch_size):
+        source = Source('', str(image_folder), 'validation')
+        args = argparse.Namespace(
+            batch_size=batch_size, workers=0, seed=0, source=source, calibration=None, max_images=None, outside=(),
+            parts=())
+        candidate = replace(load_candidate(str(runs / 'plain')), model=model)
+        return next(evaluate_models([candidate], args, torch.device('cpu'))).values['metrics']
+
+    model = Memory(3)
+    assert measured(model, 12) == pytest.approx(measured(model, 3))
+    assert model.sizes == [12, 6, 3, 3, 3, 3, 3, 3, 3, 3]
     with pytest.raises(UsageError, match='not enough memory for one image'):
-        InParts()(never, images)
+        measured(Memory(0), 2)
     with pytest.raises(RuntimeError, match='something else'):
-        InParts()(lambda _: (_ for _ in ()).throw(RuntimeError('something else')), images)
+        measured(Memory(0, 'something else'), 2)
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet'])
@@ -468,14 +480,14 @@ def test_embeddings_are_the_input_of_the_classifier(tmp_path, name):
     (tmp_path / 'args.yaml').write_text(f'model: {name}\nnum_classes: 3\n')
     candidate = load_candidate(str(tmp_path / 'model.pth.tar'))
     images = torch.rand(2, *candidate.data_config['input_size'])
-    logits, embeddings = embed(candidate, images)
-    torch.testing.assert_close(logits, candidate.pixel_model(images))
+    logits, embeddings = candidate.embed(images)
+    torch.testing.assert_close(logits, candidate(images))
     torch.testing.assert_close(candidate.model.get_classifier()(embeddings), logits)
 
 
 def test_images_are_those_of_the_dataset_in_0_to_1(runs, image_folder):
     candidate = load_candidate(str(runs / 'plain'))
-    images = Images(Source('', str(image_folder), 'train'), candidate, 10)
+    images = images_of(Source('', str(image_folder), 'train'), candidate, 10)
     batches = list(images)
     assert [len(target) for _, target in batches] == [10, 10, 4] and len(images) == 3
     pixels, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -547,7 +559,7 @@ def test_names_in_figures_table_and_page():
     source = Source('', NAMES['control characters'][0], 'validation')
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        page = render_html(results, Settings(source))
+        page = render_html(results, str(source), 0)
     page.encode()
     assert _Page(page).pictures == 6 and '<b>' not in page and not set('\x1b\t\u202e') & set(page)
     header = render_table(results).splitlines()[0]

@@ -475,8 +475,8 @@ def test_evaluation_of_a_model_of_the_hub(server):
     candidate = load_candidate('hf-hub:user/model')
     images = torch.rand(2, 3, 64, 64)
     expected = model((images - torch.tensor([[[0.1]], [[0.2]], [[0.3]]])) / torch.tensor([[[0.4]], [[0.5]], [[0.6]]]))
-    torch.testing.assert_close(candidate.pixel_model(images), expected)
-    assert candidate.num_classes == 3
+    torch.testing.assert_close(candidate(images), expected)
+    assert candidate.model.num_classes == 3
     with pytest.raises(UsageError, match='hf-hub:user/nothing'):
         load_candidate('hf-hub:user/nothing')
 

@@ -5,7 +5,6 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -22,7 +21,7 @@ from ..common.files import lock_folder, unlock_folders
 from ..data.class_names import valid_classes
 from ..data.dataset_types import code_danger
 from ..options import build_training_parser
-from .run import calibration_share, hold_out, share_images, share_split, write_calibrated
+from .run import calibration_share, check_trusted, hold_out, share_images, share_split, write_calibrated
 
 _logger = logging.getLogger(__name__)
 
@@ -51,9 +50,24 @@ def _training_images(run: argparse.Namespace, in_chans: int) -> Dataset:
     return build_datasets(argparse.Namespace(**{**vars(run), 'val_split': ''}), in_chans)[0]
 
 
-def _check_unseen(run: argparse.Namespace, images: Dataset, split: str | None, in_chans: int) -> None:
-    """Check that images were not used for training. `split` is None if they are of another dataset than the run's."""
-    is_seen = split is not None and share_split(run.train_split, split)
+def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Dataset, str]:
+    """Open the images to fit a temperature on. Return them and the name of their split."""
+    is_own = args.data_dir is None and args.dataset is None
+    split = args.split or ((run.calibrate or run.val_split) if is_own else 'validation')
+    if not split:
+        raise UsageError('The run has no validation split: give --split or --data-dir.')
+    source = argparse.Namespace(**vars(run))
+    if is_own:
+        check_trusted(run, [run.train_split, split])
+        if args.split is None and run.calibrate and calibration_share(run.calibrate) is not None:
+            return hold_out(run, _training_images(run, in_chans), None, in_chans)[1], run.train_split
+        if run.val_split and share_split(run.val_split, split):
+            _logger.warning(
+                f'The split {split} has selected the best checkpoint. Evaluate the calibrated model on other images.')
+    else:
+        source.dataset, source.data_dir = args.dataset or '', args.data_dir
+    images = build_split(source, in_chans, split, 'Calibration')
+    is_seen = is_own and share_split(run.train_split, split)
     if not is_seen and not code_danger(run.dataset, run.data_dir, [run.train_split]):
         with suppress(UsageError):  # the training images may be on another machine
             is_seen = share_images(images, _training_images(run, in_chans))
@@ -61,32 +75,7 @@ def _check_unseen(run: argparse.Namespace, images: Dataset, split: str | None, i
         raise UsageError(
             f'The run was trained on these images (--train-split {run.train_split}), so a temperature fitted on them '
             'would be too low. Name another split with --split, or other images with --data-dir.')
-
-
-def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Any, str]:
-    """Open the images to fit a temperature on. Return the images and the name of their split."""
-    is_own = args.data_dir is None and args.dataset is None
-    if not is_own:
-        source = argparse.Namespace(**{**vars(run), 'dataset': args.dataset or '', 'data_dir': args.data_dir})
-        split = args.split or 'validation'
-        images = build_split(source, in_chans, split, 'Calibration')
-        _check_unseen(run, images, None, in_chans)
-        vars(run).update(vars(source))
-        return images, split
-    split = args.split or run.calibrate or run.val_split
-    if not split:
-        raise UsageError('The run has no validation split: give --split or --data-dir.')
-    if danger := code_danger(run.dataset, run.data_dir, [run.train_split, split]):
-        raise UsageError(
-            f'{run.dataset} in {run.data_dir}, the data of the run, can run code ({danger}) and is not opened because '
-            'a checkpoint names it. If you trust it, give --dataset and --data-dir.')
-    if args.split is None and run.calibrate and calibration_share(run.calibrate) is not None:
-        return hold_out(run, _training_images(run, in_chans), None, in_chans)[1], run.train_split
-    images = build_split(run, in_chans, split, 'Calibration')
-    _check_unseen(run, images, split, in_chans)
-    if run.val_split and share_split(run.val_split, split):
-        _logger.warning(
-            f'The split {split} has selected the best checkpoint. Evaluate the calibrated model on other images.')
+    vars(run).update(vars(source))
     return images, split
 
 

@@ -3,7 +3,7 @@ import argparse
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..build.saved_weights import (
 )
 from ..common.errors import RunError, UsageError, raise_if_interrupted, usage_errors
 from ..common.files import replacing
+from ..data.dataset_types import code_danger
 from ..data.demo import Part
 from ..data.image_files import image_root
 from ..data.loading import batches_of
@@ -52,6 +53,14 @@ def share_split(first: str, second: str) -> bool:
     """
     (name, _, part), (other_name, _, other_part) = first.partition('['), second.partition('[')
     return name == other_name and (part == other_part or not (part and other_part))
+
+
+def check_trusted(run: argparse.Namespace, splits: Sequence[str]) -> None:
+    """Raise UsageError if splits of the data that a checkpoint names can run code."""
+    if danger := code_danger(run.dataset or '', run.data_dir, splits):
+        raise UsageError(
+            f'{run.dataset} in {run.data_dir}, the data of the run, can run code ({danger}) and is not opened because '
+            'a checkpoint names it. If you trust it, give --dataset and --data-dir.')
 
 
 def share_images(first: Dataset, second: Dataset) -> bool:

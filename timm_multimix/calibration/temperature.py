@@ -4,12 +4,12 @@ The temperature is fitted on held-out data and folded into the weights of the la
 the predicted classes do not change.
 """
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.utils import parametrize
@@ -20,20 +20,12 @@ from ..dense.heads import mean_of_heads
 
 # Limit of the ratio between the standard deviation of the logits and the temperature.
 _MAX_RATIO = 1e4
-# Factors on the parameters of a classifier, to test whether its logits are proportional to them. Powers of 2, because
+# Factor on the parameters of a classifier, to test whether its logits are proportional to them. A power of 2, because
 # products that round their operands, such as TF32 on a GPU, round 3 * weight differently.
-_TEST_FACTORS = (0.5, 4.0)
+_TEST_FACTOR = 4.0
 # Relative tolerance of the test, at least _ROUNDINGS times the machine epsilon of the model's dtype.
 _TOLERANCE = 1e-4
 _ROUNDINGS = 8
-
-
-def _slope(inverse: float, logits: np.ndarray, target: np.ndarray) -> float:
-    """Return the derivative of the mean cross-entropy of inverse * logits with respect to inverse."""
-    scaled = logits * inverse
-    probabilities = np.exp(scaled - scaled.max(1, keepdims=True))
-    probabilities /= probabilities.sum(1, keepdims=True)
-    return float(((probabilities - target) * logits).sum(1).mean())
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
@@ -65,37 +57,29 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
         raise ValueError(
             'fit_temperature expects logits (n, c) of two or more classes and target (n,) or (n, c), got shapes '
             f'{tuple(logits.shape)} and {tuple(target.shape)}.')
-    logits, target = logits.detach().cpu(), target.detach().cpu()
+    logits, target = logits.detach().cpu().double(), target.detach().cpu()
     if not logits.isfinite().all():
         raise ValueError('The temperature cannot be fitted: the logits are not finite.')
     num_images, num_classes = logits.shape
     if target.ndim == 1 and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
             f'Targets must be class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
-    values = _wide(logits).numpy().astype(np.float64)
-    target = _wide(target).numpy().astype(np.float64) if target.ndim == 2 else np.eye(num_classes)[target.numpy()]
-    values -= values.mean(1, keepdims=True)  # softmax is invariant to it
-    spread = values.std(ddof=1).item()
-    if _slope(0.0, values, target) >= 0:
+    target = F.one_hot(target.long(), num_classes) if target.ndim == 1 else target.double()
+    logits = logits - logits.mean(1, keepdim=True)  # softmax is invariant to it
+
+    def slope(inverse: float) -> float:
+        """Return the derivative of the mean cross-entropy of inverse * logits with respect to inverse."""
+        return (((inverse * logits).softmax(1) - target) * logits).sum(1).mean().item()
+
+    if slope(0.0) >= 0:
         raise ValueError(
             f'The temperature cannot be fitted: the logits do not predict the targets of these {num_images} images. '
             'Check that the labels and the class order match the model.')
-    if _slope(_MAX_RATIO / spread, values, target) <= 0:
+    spread = logits.std().item()
+    if slope(_MAX_RATIO / spread) <= 0:
         error_rate = 1 / (num_images + 2)
         target = target * (1 - error_rate) + (1 - target) * (error_rate / (num_classes - 1))
-    return 1 / brentq(_slope, 0.0, _MAX_RATIO / spread, args=(values, target), xtol=1e-12 / spread, rtol=1e-12)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation mode, and restore the mode of every module on exit."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return 1 / brentq(slope, 0.0, _MAX_RATIO / spread, xtol=1e-12 / spread, rtol=1e-12)
 
 
 def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -109,9 +93,8 @@ def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
     """Return the names of the last modules with a weight before the logits, in the order of model.named_modules().
 
-    Usually this is the classifier. There are several modules if the model has several heads or streams. The model runs
-    on the images, and the autograd graph is traversed from the logits. The list is empty if no module is found, for
-    example in a model compiled with torch.jit. The mode and the gradients of the model do not change.
+    Usually this is the classifier. There are several modules if the model has several heads or streams. The model, in
+    evaluation mode, runs on the images, and the autograd graph is traversed from the logits.
     """
     names = {}
 
@@ -120,9 +103,7 @@ def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
         if has_weight and isinstance(output, torch.Tensor) and output.grad_fn is not None:
             names[output.grad_fn] = name
 
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return []
-    with watching(model, record), _evaluation(model):
+    with watching(model, record):
         logits = _logits(model, images.detach().clone().requires_grad_())
     found, seen, waiting = set(), set(), [logits.grad_fn]
     while waiting:
@@ -135,61 +116,37 @@ def last_layers(model: nn.Module, images: torch.Tensor) -> list[str]:
     return [name for name, _ in model.named_modules() if name in found]
 
 
-_Scaled = list[tuple[nn.Module, str, torch.Tensor]]  # modules, names of their weights or biases, and the values
-
-
-def _weights(model: nn.Module, names: Iterable[str]) -> _Scaled:
-    """Return the weights and biases of modules. A shared parameter is returned once."""
+def _multiply(model: nn.Module, names: Iterable[str], factor: float) -> None:
+    """Multiply the weights and biases of modules by a factor. A shared parameter is multiplied once."""
     modules = [model.get_submodule(name) for name in names]
     values = [(module, name, getattr(module, name, None)) for module in modules for name in ('weight', 'bias')]
     unique = {id(value): (module, name, value) for module, name, value in values if isinstance(value, torch.Tensor)}
-    return [(module, name, value.clone()) for module, name, value in unique.values()]
-
-
-def _multiply(weights: _Scaled, factor: float) -> None:
-    """Set weights to their values times a factor. Parametrizations, such as weight norm, use right_inverse."""
-    for module, name, value in weights:
+    for module, name, value in unique.values():
         if parametrize.is_parametrized(module, name):
-            setattr(module, name, value * factor)
+            setattr(module, name, value * factor)  # by right_inverse
         else:
-            getattr(module, name).copy_(value * factor)
-
-
-def _is_proportional(model: nn.Module, weights: _Scaled, images: torch.Tensor) -> bool:
-    """Return whether multiplying the weights multiplies the logits. The weights are restored."""
-    expected = _wide(_logits(model, images))
-    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
-    before = [copy.deepcopy(module.state_dict()) for module, _, _ in weights]
-    try:
-        for factor in _TEST_FACTORS:
-            _multiply(weights, factor)
-            error = (_wide(_logits(model, images)) / factor - expected).abs().max()
-            if not error <= tolerance * expected.abs().max():
-                return False
-    except NotImplementedError:  # parametrization without right_inverse
-        return False
-    finally:
-        for (module, _, _), state in zip(weights, before, strict=True):
-            module.load_state_dict(state)
-    return True
+            value.mul_(factor)
 
 
 @torch.no_grad()
 def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
-    """Return the names of the layers that the logits are proportional to. The model is not changed.
+    """Return the names of the layers that the logits are proportional to.
 
     Raises:
         ValueError: If there are no such layers, because the last affine layer is followed by an operation other than
             scaling, or its weight is normalized to a fixed norm.
     """
-    names = last_layers(model, images)
-    kind = type(model).__name__
+    kind, twin = type(model).__name__, copy.deepcopy(model).eval()
+    names = last_layers(twin, images)
     if not names:
         raise ValueError(
-            f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile or '
-            'torch.jit.')
-    with _evaluation(model), torch.autocast(images.device.type, enabled=False):
-        is_proportional = _is_proportional(model, _weights(model, names), images)
+            f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile.')
+    tolerance, is_proportional = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps), False
+    with torch.autocast(images.device.type, enabled=False), suppress(NotImplementedError):  # without right_inverse
+        expected = _wide(_logits(twin, images))
+        _multiply(twin, names, _TEST_FACTOR)
+        error = (_wide(_logits(twin, images)) / _TEST_FACTOR - expected).abs().max()
+        is_proportional = bool(error <= tolerance * expected.abs().max())
     if not is_proportional:
         raise ValueError(
             f'The logits of {kind} are not proportional to its last affine layer ({", ".join(names[:5])}'
@@ -214,7 +171,7 @@ def fold_temperature(model: nn.Module, temperature: float, images: torch.Tensor)
     """
     if not 0 < temperature < float('inf'):
         raise ValueError(f'The temperature must be a positive number, got {temperature}.')
-    _multiply(_weights(model, scalable_classifier(model, images)), 1 / temperature)
+    _multiply(model, scalable_classifier(model, images), 1 / temperature)
 
 
 @torch.no_grad()
@@ -224,15 +181,13 @@ def collect_logits(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, to
     Returns:
         Logits (n, c) in float32 or float64 and targets, both on the CPU, and the first two images.
     """
-    device = next(model.parameters()).device
+    device, model = next(model.parameters()).device, copy.deepcopy(model).eval()
     outputs, targets, example = [], [], None
-    with _evaluation(model):
-        for images, target, *_ in tqdm(loader, desc='Calibrating', leave=False, disable=None):
-            images = images.to(device)
-            example = images[:2].clone() if example is None else example
-            logits = _logits(model, images)
-            outputs.append(_wide(logits).cpu())
-            targets.append(torch.as_tensor(target, device='cpu'))
+    for images, target, *_ in tqdm(loader, desc='Calibrating', leave=False, disable=None):
+        images = images.to(device)
+        example = images[:2].clone() if example is None else example
+        outputs.append(_wide(_logits(model, images)).cpu())
+        targets.append(torch.as_tensor(target, device='cpu'))
     if example is None:
         raise ValueError('There are no images to calibrate on.')
     return torch.cat(outputs), torch.cat(targets), example

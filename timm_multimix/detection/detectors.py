@@ -1,16 +1,18 @@
 """torchvision's detectors on a timm backbone."""
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.models import create_model
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import MultiScaleRoIAlign, box_area
 
-from ..common.errors import UsageError
-from .backbones import Source
+from ..common.errors import UsageError, usage_errors
+from ..evaluation.models import RANDOM, Candidate
 from .datasets import Size
 from .pyramid import Level, PyramidBackbone, check_size, measure_levels
 
@@ -61,21 +63,45 @@ def _roi_align(strides: list[int]) -> MultiScaleRoIAlign:
     return align
 
 
+def create_features(source: Candidate, **options: Any) -> nn.Module:
+    """Create timm's feature extractor with the weights of a model, or new random weights if its weights are random.
+
+    Args:
+        source: The model.
+        **options: Further arguments of create_model.
+
+    Returns:
+        Module that returns a list of feature maps (b, c, h, w).
+
+    Raises:
+        UsageError: if timm cannot extract feature maps.
+    """
+    with usage_errors(f'{source.origin}: timm cannot extract feature maps from this model'):
+        # The getter returns (b, c, h, w) for every family; the default returns (b, h, w, c) for some.
+        features = create_model(**source.options, **options, features_only=True, feature_cls='getter')
+    if source.weights != RANDOM:
+        state = source.model.state_dict()
+        with usage_errors(f'{source.origin}, {source.weights}'):  # the extractor has no classifier
+            features.model.load_state_dict({name: state[name] for name in features.model.state_dict() if name in state})
+    return features
+
+
 def _backbone(features: nn.Module, levels: list[Level], settings: Settings) -> PyramidBackbone:
     return PyramidBackbone(
         features, levels, settings.fpn_channels, settings.min_size, settings.frozen, DETECTORS[settings.detector])
 
 
-def create_detector(source: Source, levels: list[Level], num_classes: int, settings: Settings) -> nn.Module:
+def create_detector(source: Candidate, levels: list[Level], num_classes: int, settings: Settings) -> nn.Module:
     """Create a detector with a new feature pyramid and head, for a number of classes without the background.
 
     Like torchvision's detectors, it returns losses in training mode and predictions in evaluation mode.
     """
-    backbone = _backbone(source.features(), levels, settings)
+    backbone = _backbone(create_features(source), levels, settings)
     strides = backbone.strides
     options = dict(
         num_classes=num_classes + 1, min_size=settings.min_size, max_size=settings.max_size,
-        image_mean=list(source.mean), image_std=list(source.std), size_divisible=math.lcm(*strides))
+        image_mean=list(source.data_config['mean']), image_std=list(source.data_config['std']),
+        size_divisible=math.lcm(*strides))
     if settings.detector == 'fcos':
         anchors = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
         head = FCOSHead(backbone.out_channels, 1, num_classes + 1, settings.head_convs)
@@ -98,7 +124,7 @@ def _input_shapes(sizes: list[Size], settings: Settings, multiple: int) -> list[
     return sorted({min(scaled, key=math.prod), (max(heights), max(widths))})
 
 
-def find_levels(source: Source, settings: Settings, sizes: list[Size]) -> list[Level]:
+def find_levels(source: Candidate, settings: Settings, sizes: list[Size]) -> list[Level]:
     """Measure a model's levels, and check that the model accepts images of these sizes.
 
     If the model needs an option of timm to accept other sizes than its own, the option is added to the source.
@@ -106,14 +132,14 @@ def find_levels(source: Source, settings: Settings, sizes: list[Size]) -> list[L
     Raises:
         UsageError: if the model cannot be the backbone of a detector of these images.
     """
-    errors = []
+    errors, input_size = [], source.data_config['input_size']
     for option in _SIZE_OPTIONS:
         try:
-            features = source.features(**option)
-            levels = measure_levels(features, source.input_size)
+            features = create_features(source, **option)
+            levels = measure_levels(features, input_size)
             strides = _backbone(features, levels, settings).strides
             for shape in _input_shapes(sizes, settings, math.lcm(*strides)):
-                check_size(features, levels, shape, source.input_size[0])
+                check_size(features, levels, shape, input_size[0])
         except UsageError as error:
             errors.append(error)
         else:

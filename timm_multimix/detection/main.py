@@ -15,7 +15,7 @@ from ..common.distributed import choose_device, join_processes, of_the_first
 from ..common.errors import UsageError, usage_errors
 from ..common.files import check_output, unlock_folders
 from ..common.results import default_folder, print_text, write_file
-from .backbones import load_sources
+from ..evaluation.models import load_candidates
 from .datasets import DetectionDataset
 from .detectors import DETECTORS, Settings, find_levels
 from .metric import mean_average_precision
@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = _settings(args, train)
     data = dict(train=train.name, test=test.name, num_train=len(train), num_test=len(test))
     conditions = dict(data=data, settings=dict(asdict(settings), processes=args.world_size))
-    sources = load_sources(args.models, args.pretrained)
+    sources = load_candidates(args.models, args.pretrained)
     levels = [find_levels(source, settings, train.sizes + test.sizes) for source in sources]
     rows = [(seed, index) for seed in range(args.seed, args.seed + args.seeds) for index in range(len(sources))]
     if args.rank == 0:
@@ -172,12 +172,5 @@ def _command(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `timm-multimix detect`.
-
-    Args:
-        argv: Command line arguments, by default sys.argv[1:].
-
-    Returns:
-        Exit status: 0 for success, 1 for a run that failed, 2 for a usage error, 130 after Ctrl-C.
-    """
+    """Run `timm-multimix detect` and return its exit status, see exit_status."""
     return exit_status(lambda: _command(argv))

@@ -1,9 +1,11 @@
 """Results of a comparison: rows in results.json, a table and figures."""
+import hashlib
 import json
 import logging
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +16,18 @@ from ..common.errors import UsageError, usage_errors
 from ..common.figures import as_png, panels
 from ..common.files import json_values, lock_folder
 from ..common.results import RESULTS, write_results
-from .backbones import Source
+from ..evaluation.models import Candidate
 from .datasets import DetectionDataset
 from .metric import MEASURES
 
 _logger = logging.getLogger(__name__)
 
 _FIGURE_IMAGES = 6
+
+
+def _checksum(path: str) -> str | None:
+    """Return a checksum of a checkpoint, None for a name of timm or the Hub."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if os.path.exists(path) else None
 
 
 class Comparison:
@@ -41,7 +48,7 @@ class Comparison:
         UsageError: if another process uses the folder, or if it contains results of other conditions.
     """
 
-    def __init__(self, folder: str, conditions: Mapping[str, Any], sources: Sequence[Source]):
+    def __init__(self, folder: str, conditions: Mapping[str, Any], sources: Sequence[Candidate]):
         self.folder = folder
         self.conditions = json.loads(json.dumps(conditions))
         with usage_errors(f'--output {folder}'):
@@ -49,7 +56,8 @@ class Comparison:
             lock_folder(folder, '--output')
         self.models = self._read()
         for source in sources:
-            about = dict(name=source.name, origin=source.origin, weights=source.weights, digest=source.digest)
+            digest = _checksum(source.origin)
+            about = dict(name=source.name, origin=source.origin, weights=source.weights, digest=digest)
             before = self.models.get(source.origin, dict(about, seeds={}))
             if any(before[name] != about[name] for name in ('weights', 'digest')):
                 _logger.warning(f'{source.origin} has other weights than in {folder}. It runs again.')
@@ -74,11 +82,11 @@ class Comparison:
                                  'Choose another folder, or the same options.')
         return {model['origin']: {**model, 'name': name} for name, model in content['models'].items()}
 
-    def has(self, source: Source, seed: int) -> bool:
+    def has(self, source: Candidate, seed: int) -> bool:
         """Return whether the row of a backbone and a seed exists."""
         return str(seed) in self.models[source.origin]['seeds']
 
-    def add(self, source: Source, seed: int, row: Mapping[str, float]) -> None:
+    def add(self, source: Candidate, seed: int, row: Mapping[str, float]) -> None:
         """Add a row and write the file."""
         self.models[source.origin]['seeds'][str(seed)] = json_values(dict(row))
         models = {}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..common.errors import RunError
 from ..data.loading import batches_of
-from .backbones import Source
+from ..evaluation.models import Candidate
 from .datasets import DetectionDataset
 from .detectors import Settings, create_detector
 from .pyramid import Level
@@ -117,7 +117,7 @@ def predict(
 
 
 def transfer(
-        source: Source, levels: list[Level], datasets: Sequence[DetectionDataset], settings: Settings,
+        source: Candidate, levels: list[Level], datasets: Sequence[DetectionDataset], settings: Settings,
         device: torch.device, *, seed: int = 0, workers: int = 0) -> Iterator[tuple[list[dict], list[dict]]]:
     """Train a detector on a model's backbone, and predict the objects of other images.
 

@@ -3,14 +3,11 @@
 Kinds and parameters follow Hendrycks & Dietterich (2019). They are applied to the model's input instead of the original
 image, so accuracies are not comparable to accuracies on ImageNet-C.
 """
-import io
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.transforms.v2.functional import gaussian_blur
+from torchvision.transforms.v2.functional import gaussian_blur, jpeg
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIZE = 224  # image size in pixels that the widths of the blur refer to
@@ -41,19 +38,11 @@ def _pixelate(images: torch.Tensor, factor: float, generator: torch.Generator) -
     return F.interpolate(small, size, mode='nearest-exact')
 
 
-def _jpeg(levels: np.ndarray, quality: int) -> np.ndarray:
-    """Compress and decompress an image (h, w) or (h, w, 3) of uint8."""
-    buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, 'JPEG', quality=quality)
-    return np.asarray(Image.open(buffer))
-
-
 def _compress(images: torch.Tensor, quality: int, generator: torch.Generator) -> torch.Tensor:
     levels = (images * 255).round().to('cpu', torch.uint8)
     in_color = images.shape[1] == 3  # JPEG supports one or three channels
-    levels = levels.movedim(1, -1) if in_color else levels.flatten(0, 1)
-    compressed = torch.from_numpy(np.stack([_jpeg(image, quality) for image in levels.numpy()])).to(images) / 255
-    return compressed.movedim(-1, 1) if in_color else compressed.view(images.shape)
+    compressed = jpeg(levels if in_color else levels.flatten(0, 1)[:, None], quality)
+    return compressed.view(images.shape).to(images) / 255
 
 
 # Function of each kind, and its parameter at each severity.

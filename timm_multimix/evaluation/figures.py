@@ -1,5 +1,5 @@
 """Figures of the report. Each function returns a PNG."""
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ _WIDTH, _HEIGHT = 3.6, 3.2  # of one panel, in inches
 _NAME_LENGTH = 40
 _SHARE = (-0.04, 1.04)  # limits of an axis from 0 to 1, with a margin
 _PERCENT = (-4, 104)
+_Curve = tuple[Sequence[float], Sequence[float]]
 _SCORE_LABELS = {'max_softmax': 'log-odds of max softmax', 'energy': 'energy'}
 
 
@@ -40,23 +41,15 @@ def _rows(titles: Sequence[str], columns: int, width: float, height: float) -> t
     return figure, [part.subplots(1, columns, squeeze=False)[0] for part in parts]
 
 
-def _curves(
-        results: Sequence[Result],
-        curve: Callable[[Result, str], tuple[Sequence[float], Sequence[float]]],
-        quantities: dict[str, dict[str, Any]],
-        height: float = _HEIGHT,
-) -> Figure:
-    """Return a figure with a panel for each quantity, with the curves of all models.
-
-    `quantities` contains the properties of the axes, and `curve` returns x and y of a quantity.
-    """
-    figure, axes = panels(len(quantities), _WIDTH, height)
-    for axis, (quantity, options) in zip(axes, quantities.items(), strict=True):
-        for result in results:
-            axis.plot(*curve(result, quantity), 'o-', markersize=3)
-        axis.set(**options)
+def _curves(results: Sequence[Result], curves: dict[str, list[_Curve]], height: float = _HEIGHT, **axes: Any) -> Figure:
+    """Return a figure with a panel for each title, with the curves of all models."""
+    figure, panel_axes = panels(len(curves), _WIDTH, height)
+    for axis, (title, of_models) in zip(panel_axes, curves.items(), strict=True):
+        for x, y in of_models:
+            axis.plot(x, y, 'o-', markersize=3)
+        axis.set(title=title, **axes)
     # matplotlib omits labels that start with an underscore
-    figure.legend(axes[0].lines, [f' {name}' for name in _names(results)], loc='outside upper left')
+    figure.legend(panel_axes[0].lines, [f' {name}' for name in _names(results)], loc='outside upper left')
     return figure
 
 
@@ -82,36 +75,30 @@ def reliability_figure(results: Sequence[Result]) -> Figure:
 @as_png
 def attacks_figure(results: Sequence[Result]) -> Figure:
     """Plot accuracy against the size of FGSM and PGD."""
-    def curve(result: Result, attack: str) -> Any:
-        return result.values['attacks']['epsilon_of_255'], result.values['attacks'][attack]
-
-    return _curves(results, curve, {
-        name: dict(title=name.upper(), xlabel='epsilon (of 255)', ylabel='top-1 accuracy, %', ylim=_PERCENT)
-        for name in ('fgsm', 'pgd')})
+    attacks = [result.values['attacks'] for result in results]
+    return _curves(
+        results, {name.upper(): [(one['epsilon_of_255'], one[name]) for one in attacks] for name in ('fgsm', 'pgd')},
+        xlabel='epsilon (of 255)', ylabel='top-1 accuracy, %', ylim=_PERCENT)
 
 
 @as_png
 def corruptions_figure(results: Sequence[Result]) -> Figure:
     """Plot accuracy against the severity of each kind of corruption."""
-    def curve(result: Result, kind: str) -> Any:
-        values = result.values['corruptions']
-        return [0, *values['severities']], [values['clean_top1'], *values['top1'][kind]]
-
-    return _curves(results, curve, {
-        kind: dict(title=kind, xlabel='severity', ylabel='top-1 accuracy, %', ylim=_PERCENT)
-        for kind in results[0].values['corruptions']['top1']}, 2.4)
+    parts = [result.values['corruptions'] for result in results]
+    return _curves(
+        results, {kind: [([0, *one['severities']], [one['clean_top1'], *one['top1'][kind]]) for one in parts]
+                  for kind in parts[0]['top1']},
+        height=2.4, xlabel='severity', ylabel='top-1 accuracy, %', ylim=_PERCENT)
 
 
 @as_png
 def between_figure(results: Sequence[Result]) -> Figure:
     """Plot confidence and entropy on mixes of two images against the weight of the first image."""
-    def curve(result: Result, quantity: str) -> Any:
-        return result.values['between']['shares'], result.values['between'][quantity]
-
-    label = 'weight of the first image'
-    return _curves(results, curve, dict(
-        confidence=dict(xlabel=label, ylabel='confidence', ylim=_SHARE),
-        entropy=dict(xlabel=label, ylabel='entropy, nats')))
+    parts = [result.values['between'] for result in results]
+    return _curves(
+        results, {title: [(one['shares'], one[name]) for one in parts]
+                  for name, title in dict(confidence='confidence', entropy='entropy, nats').items()},
+        xlabel='weight of the first image')
 
 
 @as_png

@@ -1,14 +1,16 @@
 """Images to evaluate on, resized and cropped like the validation images of each model, in [0, 1]."""
+import argparse
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from tqdm import tqdm
 
 from ..build.datasets import dataset_suggestion
 from ..common.command_line import check_dataset_packages
@@ -16,6 +18,7 @@ from ..common.errors import UsageError, near_names, printable, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, dataset_prefix
 from ..data.demo import DEMO_PREFIX, DEMOS, create_dataset
+from ..data.image_files import unreadable_images
 from ..data.loading import batches_of
 from .models import Candidate
 from .ood import NOISES
@@ -91,6 +94,7 @@ class Images:
     """Batches of images from a source, for one model.
 
     Attributes:
+        args: Options of the command: batch_size, workers and seed.
         limit: Maximum number of images, drawn at random. A stream is truncated.
         labeled: Whether labels are needed.
 
@@ -99,10 +103,8 @@ class Images:
     """
     source: Source
     candidate: Candidate
-    batch_size: int
-    workers: int = 0
+    args: argparse.Namespace
     limit: int | None = None
-    seed: int = 0
     labeled: bool = True
 
     def __post_init__(self) -> None:
@@ -113,21 +115,21 @@ class Images:
         self.dataset.transform = create_transform(
             config['input_size'], is_training=False, interpolation=config['interpolation'],
             crop_pct=config['crop_pct'], crop_mode=config.get('crop_mode'), normalize=False)
-        self.indices = choose(self.dataset, self.limit, self.seed)
+        self.indices = choose(self.dataset, self.limit, self.args.seed)
 
     def _match_classes(self) -> None:
         own, known = dataset_classes(self.dataset), self.candidate.class_to_idx
         if not own or own == known:
             return
-        count = max(own.values()) + 1
-        both = f'{self.candidate.name} has {self.candidate.num_classes} classes and {self.source} {count}'
+        count, num_classes = max(own.values()) + 1, self.candidate.model.num_classes
+        both = f'{self.candidate.name} has {num_classes} classes and {self.source} {count}'
         if known is not None:
             try:
                 map_targets(self.dataset, class_mapping(own, known))
             except ValueError as error:
                 raise UsageError(f'{both}. Labels would not match: {error}.') from error
             _logger.info(f'{both}. Labels are mapped by class name.')
-        elif count != self.candidate.num_classes:
+        elif count != num_classes:
             raise UsageError(f'{both}. Labels would not match.')
         else:
             _logger.warning(
@@ -138,20 +140,21 @@ class Images:
         """Return a random part of these images."""
         part = copy.copy(self)
         part.limit = limit if self.limit is None else min(limit, self.limit)
-        part.indices = choose(self.dataset, part.limit, self.seed)
+        part.indices = choose(self.dataset, part.limit, self.args.seed)
         return part
 
     def __len__(self) -> int:
         """Return the number of batches, 0 for a stream of unknown length."""
         count = len(self.dataset) if self.indices is None else len(self.indices)
-        return -(-count // self.batch_size)
+        return -(-count // self.args.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield images (b, c, h, w) in [0, 1] and class indices (b,), which are 0 for images without labels."""
         dataset = self.dataset if self.indices is None else Subset(self.dataset, self.indices)
         seen = 0
         try:
-            for images, target in batches_of(DataLoader(dataset, self.batch_size, num_workers=self.workers)):
+            for images, target in batches_of(
+                    DataLoader(dataset, self.args.batch_size, num_workers=self.args.workers)):
                 if not self.labeled:
                     target = torch.zeros(len(images), dtype=torch.long, device=images.device)
                 if not torch.is_tensor(target) or target.ndim != 1 or target.is_floating_point():
@@ -165,3 +168,36 @@ class Images:
         except Exception as error:  # readers and decoders raise exceptions of many types
             lines = str(error).strip().splitlines() or [type(error).__name__]  # a worker's message contains a traceback
             raise UsageError(f'Data {self.source}: {lines[-1]}') from error
+
+
+def progress(batches: Iterable, description: str) -> Iterator:
+    """Iterate over batches, with a progress bar on a terminal."""
+    return tqdm(batches, desc=description, leave=False, disable=None, dynamic_ncols=True)
+
+
+@torch.no_grad()
+def predict(candidate: Candidate, batches: Iterable, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits (n, c) and targets (n,) of batches of images, on the CPU. Log unreadable images.
+
+    Raises:
+        UsageError: if there are no images, or if logits are not finite.
+    """
+    device = next(candidate.model.parameters()).device
+    name = f'{candidate.name}: {what}'
+    outputs, targets = [], []
+    for images, target in progress(batches, name):
+        outputs.append(candidate(images.to(device)).float().cpu())
+        targets.append(target)
+    if not outputs:
+        raise UsageError(f'{name}: there are no images.')
+    record = unreadable_images(getattr(batches, 'dataset', None))
+    if record is not None and (indices := record.in_run()):
+        _logger.warning(
+            f'{name}: {len(indices)} images could not be read and were replaced by the next images: '
+            f'{record.names(indices)}')
+    logits = torch.cat(outputs)
+    if bad := int((~logits.isfinite().all(1)).sum()):
+        raise UsageError(
+            f'{name}: the outputs for {bad} of {len(logits)} images are not finite. The model diverged, or its weights '
+            'are damaged.')
+    return logits, torch.cat(targets)

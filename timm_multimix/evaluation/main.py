@@ -4,24 +4,23 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 
 from ..build.saved_weights import CALIBRATED
-from ..calibration.run import share_split
+from ..calibration.run import check_trusted, share_split
 from ..common.command_line import Parser, check_packages, exit_status, number, open_device, program
 from ..common.errors import UsageError
 from ..common.files import check_output
 from ..common.results import default_folder, print_text, write_file, write_results
-from ..data.dataset_types import code_danger
 from ..data.demo import DEMO_PREFIX
 from .images import Source, parse_source
 from .models import Candidate, load_candidates
 from .ood import NOISES
 from .report import render_html, render_table
 from .robustness import ATTACK_LOSSES, PIXEL_LEVELS
-from .suite import PARTS, Settings, evaluate_models
+from .suite import PARTS, evaluate_models
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add('--class-map', metavar='FILE', help='file that maps class names to indices')
     add('--input-key', metavar='KEY', help='field of a sample that contains the image')
     add('--target-key', metavar='KEY', help='field of a sample that contains the target')
-    add('--dataset-download', action='store_true', help='download the dataset if it is missing')
+    add('--dataset-download', dest='download', action='store_true', help='download the dataset if it is missing')
     add('--max-images', type=number(int, 1), metavar='N', help='evaluate on at most N images, drawn at random')
     add('--sample', type=number(int, 1), default=2000, metavar='N',
         help='number of images for measurements that take many passes: attacks, corruptions, embeddings, mixed images '
@@ -115,10 +114,9 @@ def _add_part_options(parser: argparse.ArgumentParser) -> None:
 
 def _source(args: argparse.Namespace, run: argparse.Namespace | None) -> Source:
     """Return the images of the options, by default the validation images of the first run."""
-    keys = ('class_map', 'input_key', 'target_key')
-    options = {name: value for name in keys if (value := getattr(args, name))}
-    if args.dataset_download:
-        options['download'] = True
+    options, inherited = (
+        {name: value for name in ('class_map', 'input_key', 'target_key', 'download')
+         if (value := getattr(given, name, None))} for given in (args, run))
     if args.data_dir or args.dataset:
         return Source(args.dataset, args.data_dir, args.split or 'validation', options)
     if run is None or not (run.data_dir or run.dataset):
@@ -126,35 +124,31 @@ def _source(args: argparse.Namespace, run: argparse.Namespace | None) -> Source:
     split = args.split or run.val_split
     if not split:
         raise UsageError('The first run has no validation split. Add --split.')
-    if danger := code_danger(run.dataset or '', run.data_dir, [split, args.calibration_split or '']):
-        raise UsageError(
-            f'{run.dataset} in {run.data_dir}, the data of the first run, can run code ({danger}) and is not opened '
-            'because a checkpoint names it. If you trust it, give --dataset and --data-dir.')
-    inherited = {name: value for name in keys if (value := getattr(run, name))}
+    check_trusted(run, [split, args.calibration_split or ''])
     source = Source(run.dataset, run.data_dir, split, {**inherited, **options})
     _logger.info(f'Evaluating on {source}, the validation images of the first run.')
     return source
 
 
-def _settings(args: argparse.Namespace, candidates: Sequence[Candidate], device: torch.device) -> Settings:
+def _complete(args: argparse.Namespace, candidates: Sequence[Candidate], device: torch.device) -> None:
+    """Set the sources of images, and options whose defaults depend on the first run and the device."""
     runs = {candidate.name: candidate.args for candidate in candidates if candidate.args is not None}
     run = next(iter(runs.values()), None)
-    source, calibration = _source(args, run), None
+    args.source, args.calibration = _source(args, run), None
     if args.calibration_split:
-        calibration = Source(source.dataset, source.root, args.calibration_split, source.options)
+        args.calibration = replace(args.source, split=args.calibration_split)
         if trained := [name for name in runs if share_split(runs[name].train_split, args.calibration_split)]:
             _logger.warning(
                 f'--calibration-split {args.calibration_split}: {", ".join(trained)} may have been trained on these '
                 'images and be more confident on them than on other images. Choose another split, or leave out the '
                 'option.')
+    args.outside = [
+        name if name in NOISES else parse_source(name, 'validation', args.download) for name in args.ood]
     if args.workers is None:
-        is_demo = source.dataset.lower().startswith(DEMO_PREFIX)
+        is_demo = args.source.dataset.lower().startswith(DEMO_PREFIX)
         args.workers = 0 if is_demo else min(run.workers if run else 4, os.cpu_count() or 1)
     args.batch_size = args.batch_size or (256 if device.type == 'cuda' else 32)
     args.eps = sorted(set(args.eps))
-    outside = (name if name in NOISES else parse_source(name, 'validation', args.dataset_download) for name in args.ood)
-    options = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
-    return Settings(source, calibration, tuple(outside), **options)
 
 
 def _run(argv: Sequence[str] | None) -> None:
@@ -164,30 +158,23 @@ def _run(argv: Sequence[str] | None) -> None:
     folder = args.output or default_folder('evaluate')
     check_output(folder)
     candidates = load_candidates(args.models)
-    settings = _settings(args, candidates, device)
+    _complete(args, candidates, device)
     calibrated = [candidate.name for candidate in candidates if candidate.weights == CALIBRATED]
     if 0 < len(calibrated) < len(candidates):
         _logger.warning(
             f'{", ".join(calibrated)}: calibrated, but the other models are not. Compare the rows "at temperature".')
     results = []
-    for result in evaluate_models(candidates, settings, device):
+    for result in evaluate_models(candidates, args, device):
         results.append(result)
         write_results(  # after each model, because the next one may fail
-            folder, source=str(settings.source), max_images=settings.max_images, sample=settings.sample,
-            seed=settings.seed, models={result.name: result.values for result in results})
+            folder, source=str(args.source), max_images=args.max_images, sample=args.sample, seed=args.seed,
+            models={result.name: result.values for result in results})
     print_text(render_table(results))
-    _logger.info(f'Report: {write_file(folder, "report.html", render_html(results, settings))}')
+    _logger.info(f'Report: {write_file(folder, "report.html", render_html(results, str(args.source), args.seed))}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `timm-multimix evaluate`.
-
-    Args:
-        argv: Command line arguments, by default sys.argv[1:].
-
-    Returns:
-        Exit status: 0 for success, 2 for a usage error, 130 after Ctrl-C.
-    """
+    """Run `timm-multimix evaluate` and return its exit status, see exit_status."""
     return exit_status(lambda: _run(argv))
 
 

@@ -6,7 +6,7 @@ from html import escape
 from ..common.errors import printable
 from . import figures
 from .comparison import abbreviate, compare
-from .suite import Result, Settings
+from .suite import Result
 
 _NAME_LENGTH = 32
 _ARROWS = '\N{UPWARDS ARROW} higher is better, \N{DOWNWARDS ARROW} lower is better'
@@ -27,20 +27,16 @@ def render_table(results: Sequence[Result]) -> str:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem 2rem; color: #222; overflow-wrap: anywhere; }
-.report { display: flex; flex-wrap: wrap; gap: 2rem 3rem; align-items: flex-start; }
-.comparison { flex: 1 1 30rem; min-width: 0; overflow-x: auto; }
-.figures { flex: 2 1 45rem; min-width: 0; display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; }
-.figures section { flex: 1 1 36rem; min-width: 0; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem 2rem; overflow-wrap: anywhere; }
+.report, .figures { display: flex; flex-wrap: wrap; gap: 2rem 3rem; align-items: flex-start; }
+.comparison { flex: 1 1 30rem; overflow-x: auto; }
+.figures { flex: 2 1 45rem; }
+.figures section { flex: 1 1 36rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-td { white-space: nowrap; } thead th { vertical-align: bottom; min-width: 5rem; }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 tbody th { font-weight: 400; text-align: left; min-width: 14rem; }
-tbody th.topic { font-weight: 700; padding-top: 1.2rem; border-bottom: 2px solid #888; }
-tbody tr:hover td, tbody tr:hover th[scope=row] { background: #f3f3f3; }
-.best { font-weight: 700; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 0 0 .5rem; }
-figure { margin: 0 0 1.5rem; } img { max-width: 100%; height: auto; } figcaption, .note { color: #555; }
+tbody th.topic, .best { font-weight: 700; }
+figure { margin: 0; } img { max-width: 100%; } figcaption, .note { color: #555; }
 """
 
 
@@ -94,13 +90,8 @@ def _table(results: Sequence[Result]) -> str:
     return f'<table><thead><tr><td></td>{names}</tr></thead>{"".join(bodies)}</table>'
 
 
-def render_html(results: Sequence[Result], settings: Settings) -> str:
-    """Render the report, with the figures embedded.
-
-    Args:
-        results: Results of the models.
-        settings: Settings of the evaluation.
-    """
+def render_html(results: Sequence[Result], source: str, seed: int) -> str:
+    """Render the report with the figures embedded. `source` describes the evaluated images."""
     title = escape(f'Evaluation of {", ".join(result.name for result in results)}')
     best = 'Bold: best value of the row. ' if len(results) > 1 else ''
     sections = ''.join(
@@ -111,6 +102,6 @@ def render_html(results: Sequence[Result], settings: Settings) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>'
-        f'<p class="note">Images: {escape(str(settings.source))}. Seed: {settings.seed}. {best}{_ARROWS}.</p>'
+        f'<p class="note">Images: {escape(source)}. Seed: {seed}. {best}{_ARROWS}.</p>'
         f'<div class="report"><div class="comparison" style="flex-basis: {18 + 6 * len(results)}rem">'
         f'{_table(results)}</div><div class="figures">{sections}</div></div></body></html>\n')

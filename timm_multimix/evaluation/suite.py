@@ -1,4 +1,5 @@
 """All measurements of a model."""
+import argparse
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,8 @@ from ..common.errors import UsageError
 from ..dense.hook import attach, outputs_in_evaluation
 from ..dense.layouts import grid_size
 from . import between, geometry, ood
-from .batches import InParts, embed, predict, progress
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from .images import Images, Source
+from .images import Images, predict, progress
 from .metrics import classification_metrics, cross_fit, reliability
 from .models import Candidate
 from .robustness import PIXEL_LEVELS, fgsm, pgd
@@ -26,33 +26,6 @@ _logger = logging.getLogger(__name__)
 PARTS = ('attacks', 'corruptions', 'ood', 'embeddings', 'between', 'attention')
 _NUM_ATTENTION_IMAGES = 8
 _NUM_PICTURED = 1000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of an evaluation. Fields without a description are options of the command.
-
-    Attributes:
-        source: Images to evaluate on.
-        calibration: Images to fit a temperature on; None for cross-fitting on halves of the evaluated images.
-        outside: Sources of out-of-distribution images, and names of noises.
-        eps: Sizes of attacks, as fractions of the range of a pixel.
-        pgd_step: Size of a step, in the same units; None for 2.5 eps / pgd_steps, with which PGD can reach every point
-            of the ball.
-    """
-    source: Source
-    calibration: Source | None = None
-    outside: tuple[Source | str, ...] = ()
-    parts: Sequence[str] = PARTS
-    eps: Sequence[float] = ()
-    pgd_steps: int = 10
-    pgd_step: float | None = None
-    attack_loss: str = 'log-odds'
-    batch_size: int = 32
-    workers: int = 0
-    max_images: int | None = None
-    sample: int = 2000
-    seed: int = 0
 
 
 @dataclass
@@ -71,40 +44,55 @@ class Result:
 
 
 class _Evaluation:
-    """Evaluation of one model.
+    """Evaluation of one model. See evaluate_models for the arguments.
 
     Raises:
         UsageError: if the images do not suit the model, or if the temperature would be fitted on the evaluated images.
     """
 
-    def __init__(self, candidate: Candidate, settings: Settings, device: torch.device):
+    def __init__(self, candidate: Candidate, args: argparse.Namespace, device: torch.device):
         self.candidate = candidate
-        self.settings = settings
+        self.args = args
         self.device = device
-        self.in_parts = InParts()
-        self.images = self._images(settings.source, settings.max_images)
+        if (count := getattr(candidate.model, 'num_classes', 0)) < 2:
+            raise UsageError(
+                f'{candidate.origin}: the model has {count} classes, but evaluation needs two or more.')
+        self.images = Images(args.source, candidate, args, args.max_images)
         self.calibration = None
-        if settings.calibration is not None:
-            self.calibration = self._images(settings.calibration, None)
+        if args.calibration is not None:
+            self.calibration = Images(args.calibration, candidate, args)
             if share_images(self.calibration.dataset, self.images.dataset):
                 raise UsageError(
-                    f'--calibration-split {settings.calibration.split}: these are the images that are evaluated. Leave '
+                    f'--calibration-split {args.calibration_split}: these are the images that are evaluated. Leave '
                     'out the option to fit the temperature of each half of the images on the other half.')
         self.outside: dict[str, Images | str] = {
-            str(source): source if isinstance(source, str) else self._images(source, settings.max_images, False)
-            for source in settings.outside if 'ood' in settings.parts}
-
-    def _images(self, source: Source, limit: int | None, labeled: bool = True) -> Images:
-        settings = self.settings
-        return Images(source, self.candidate, settings.batch_size, settings.workers, limit, settings.seed, labeled)
+            str(source): source if isinstance(source, str) else Images(source, candidate, args, args.max_images, False)
+            for source in args.outside if 'ood' in args.parts}
 
     def run(self) -> Result:
-        candidate, parts = self.candidate, self.settings.parts
-        logits, target = predict(candidate, self.images, self.in_parts, 'images')
-        if len(bad := target[(target < 0) | (target >= candidate.num_classes)]):
+        """Measure the model. If memory does not suffice, try again with half of the batch size."""
+        self.candidate.model.to(self.device)
+        try:
+            return self._measure()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and 'allocate memory' not in str(error):
+                raise
+            if self.args.batch_size == 1:
+                raise UsageError(f'There is not enough memory for one image: {error}') from error
+        finally:
+            self.candidate.model.to('cpu')
+        # Outside the handler, because the exception keeps the tensors of the failed call alive.
+        self.args.batch_size //= 2
+        _logger.warning(f'{self.candidate.name}: out of memory. Next batch size: {self.args.batch_size}.')
+        return self.run()
+
+    def _measure(self) -> Result:
+        candidate, parts = self.candidate, self.args.parts
+        logits, target = predict(candidate, self.images, 'images')
+        if len(bad := target[(target < 0) | (target >= logits.shape[1])]):
             raise UsageError(
-                f'Data {self.settings.source}: label {int(bad[0])} is not a class of {candidate.name}, which has the '
-                f'classes 0 to {candidate.num_classes - 1}.')
+                f'Data {self.args.source}: label {int(bad[0])} is not a class of {candidate.name}, which has the '
+                f'classes 0 to {logits.shape[1] - 1}.')
         result = Result(candidate.name, dict(
             origin=candidate.origin, weights=candidate.weights, input_size=list(candidate.data_config['input_size']),
             num_images=len(target), metrics=classification_metrics(logits, target),
@@ -112,7 +100,7 @@ class _Evaluation:
         if self.outside:
             self._ood(result, logits)
         if {'attacks', 'corruptions', 'embeddings', 'between'} & set(parts):
-            sample = [torch.cat(batches) for batches in zip(*self.images.part(self.settings.sample), strict=True)]
+            sample = [torch.cat(batches) for batches in zip(*self.images.part(self.args.sample), strict=True)]
             if 'attacks' in parts:
                 result.values['attacks'] = self._attacks(*sample)
             if 'corruptions' in parts:
@@ -127,11 +115,11 @@ class _Evaluation:
         fitted_on = 'the other half of the evaluated images, for each half'
         try:
             if self.calibration is None:
-                logits, temperatures = cross_fit(logits, target, self.settings.seed)
+                logits, temperatures = cross_fit(logits, target, self.args.seed)
             else:
                 fitted_on = str(self.calibration.source)
-                temperature = fit_temperature(*predict(self.candidate, self.calibration, self.in_parts, 'calibration'))
-                logits, temperatures = logits.double() / temperature, [temperature]
+                temperatures = [fit_temperature(*predict(self.candidate, self.calibration, 'calibration'))]
+                logits = logits.double() / temperatures[0]
         except ValueError as error:
             _logger.warning(f'{self.candidate.name}: {error}')
             return dict(reason=str(error))
@@ -143,75 +131,65 @@ class _Evaluation:
 
     def _embed(self, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits (n, c) and the embeddings (n, d) of batches of images, on the CPU."""
-        def joined(images: torch.Tensor) -> torch.Tensor:
-            return torch.cat(embed(self.candidate, images), dim=1)
-
-        rows = torch.cat([self.in_parts(joined, batch.to(self.device)).cpu() for batch in batches])
-        return rows[:, :self.candidate.num_classes], rows[:, self.candidate.num_classes:]
+        parts = [[part.cpu() for part in self.candidate.embed(batch.to(self.device))] for batch in batches]
+        logits, embeddings = map(torch.cat, zip(*parts, strict=True))
+        return logits, embeddings
 
     def _accuracy(
             self, what: str, images: torch.Tensor, target: torch.Tensor,
-            change: Callable[[torch.Tensor], torch.Tensor] | None = None, attack: Callable | None = None) -> float:
-        """Return the top-1 accuracy in percent.
-
-        `change` is applied once to the images of a batch, on the CPU. `attack` is applied to images and classes on the
-        device, and is repeated with a smaller batch if memory does not suffice.
-        """
-        def is_correct(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            images = attack(images, target) if attack else images
-            with torch.no_grad():
-                return self.candidate.pixel_model(images).argmax(1) == target
-
+            change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None) -> float:
+        """Return the top-1 accuracy in percent, after change(images, target) of each batch on the device."""
         hits = []
-        size = self.settings.batch_size
-        batches = list(zip(images.split(size), target.split(size), strict=True))
+        batches = list(zip(images.split(self.args.batch_size), target.split(self.args.batch_size), strict=True))
         for batch, labels in progress(batches, f'{self.candidate.name}: {what}'):
-            batch = change(batch) if change else batch
-            hits.append(self.in_parts(is_correct, batch.to(self.device), labels.to(self.device)).cpu())
+            batch, labels = batch.to(self.device), labels.to(self.device)
+            batch = change(batch, labels) if change else batch
+            with torch.no_grad():
+                hits.append((self.candidate(batch).argmax(1) == labels).cpu())
         return 100 * torch.cat(hits).double().mean().item()
 
     def _attacks(self, images: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-        settings, model, loss = self.settings, self.candidate.pixel_model, self.settings.attack_loss
+        args, model, loss = self.args, self.candidate, self.args.attack_loss
         clean = self._accuracy('sample', images, target)
         curves = dict(fgsm=[clean], pgd=[clean])
-        step_sizes = [settings.pgd_step or 2.5 * epsilon / settings.pgd_steps for epsilon in settings.eps]
-        for epsilon, step_size in zip(settings.eps, step_sizes, strict=True):
+        # By default PGD can reach every point of the ball.
+        step_sizes = [args.pgd_step or 2.5 * epsilon / args.pgd_steps for epsilon in args.eps]
+        for epsilon, step_size in zip(args.eps, step_sizes, strict=True):
             shown = f'{epsilon * PIXEL_LEVELS:g}/{PIXEL_LEVELS}'
-            torch.manual_seed(settings.seed)  # for the random start
+            torch.manual_seed(args.seed)  # for the random start
             for name, attack in dict(
                     fgsm=partial(fgsm, model, epsilon=epsilon, loss=loss),
-                    pgd=partial(pgd, model, epsilon=epsilon, step_size=step_size, num_steps=settings.pgd_steps,
+                    pgd=partial(pgd, model, epsilon=epsilon, step_size=step_size, num_steps=args.pgd_steps,
                                 loss=loss)).items():
-                curves[name].append(self._accuracy(f'{name.upper()} {shown}', images, target, attack=attack))
+                curves[name].append(self._accuracy(f'{name.upper()} {shown}', images, target, attack))
         return dict(
             num_images=len(target),
             loss=loss,
-            epsilon_of_255=[0.0, *(epsilon * PIXEL_LEVELS for epsilon in settings.eps)],
-            pgd_steps=settings.pgd_steps,
+            epsilon_of_255=[0.0, *(epsilon * PIXEL_LEVELS for epsilon in args.eps)],
+            pgd_steps=args.pgd_steps,
             pgd_step_size_of_255=[size * PIXEL_LEVELS for size in step_sizes],
             **curves)
 
+    def _corrupted_accuracy(self, kind: str, severity: int, images: torch.Tensor, target: torch.Tensor) -> float:
+        generator = torch.Generator('cpu').manual_seed(self.args.seed)
+        return self._accuracy(
+            f'{kind} {severity}', images, target, lambda batch, _: corrupt(batch, kind, severity, generator))
+
     def _corruptions(self, images: torch.Tensor, target: torch.Tensor) -> dict[str, Any]:
-        top1: dict[str, list[float]] = {}
-        for kind in CORRUPTIONS:
-            for severity in SEVERITIES:
-                generator = torch.Generator('cpu').manual_seed(self.settings.seed)
-                top1.setdefault(kind, []).append(self._accuracy(
-                    f'{kind} {severity}', images, target,
-                    change=partial(corrupt, kind=kind, severity=severity, generator=generator)))
-        accuracies = [accuracy for curve in top1.values() for accuracy in curve]
+        top1 = {kind: [self._corrupted_accuracy(kind, severity, images, target) for severity in SEVERITIES]
+                for kind in CORRUPTIONS}
         return dict(
             num_images=len(target), severities=list(SEVERITIES), clean_top1=self._accuracy('sample', images, target),
-            mean_top1=sum(accuracies) / len(accuracies), top1=top1)
+            mean_top1=fmean(accuracy for curve in top1.values() for accuracy in curve), top1=top1)
 
     def _ood(self, result: Result, logits: torch.Tensor) -> None:
-        settings = self.settings
+        args = self.args
         result.values['ood'], scores = {}, {}
         inside = {name: score(logits) for name, score in ood.SCORES.items()}
         for name, images in self.outside.items():
             batches = images if isinstance(images, Images) else ood.noise_batches(
-                images, len(logits), self.candidate.data_config['input_size'], settings.batch_size, settings.seed)
-            outside_logits, _ = predict(self.candidate, batches, self.in_parts, name)
+                images, len(logits), self.candidate.data_config['input_size'], args.batch_size, args.seed)
+            outside_logits, _ = predict(self.candidate, batches, name)
             scores[name] = {kind: score(outside_logits) for kind, score in ood.SCORES.items()}
             result.values['ood'][name] = dict(
                 num_images=len(outside_logits),
@@ -219,9 +197,9 @@ class _Evaluation:
         result.pictures['scores'] = dict(inside=inside, outside=scores)
 
     def _embeddings_and_pairs(self, result: Result, images: torch.Tensor, target: torch.Tensor) -> None:
-        parts = images.split(self.settings.batch_size)
+        parts = images.split(self.args.batch_size)
         _, embeddings = self._embed(progress(parts, f'{self.candidate.name}: embeddings'))
-        if 'embeddings' in self.settings.parts:
+        if 'embeddings' in self.args.parts:
             ratio, by_class = geometry.compactness(embeddings, target)
             result.values['embeddings'] = dict(
                 num_images=len(target),
@@ -232,9 +210,9 @@ class _Evaluation:
             step = -(-len(target) // _NUM_PICTURED)
             if len(target) > 3:
                 result.pictures.update(
-                    points=geometry.project(embeddings[::step], self.settings.seed), classes=target[::step])
-        pairs = between.sample_pairs(target, len(target), self.settings.seed)
-        if 'between' in self.settings.parts and len(pairs):
+                    points=geometry.project(embeddings[::step], self.args.seed), classes=target[::step])
+        pairs = between.sample_pairs(target, len(target), self.args.seed)
+        if 'between' in self.args.parts and len(pairs):
             result.values['between'] = self._between(images, target, embeddings, pairs)
 
     def _between(
@@ -247,7 +225,7 @@ class _Evaluation:
         for share in progress(between.SHARES, f'{self.candidate.name}: mixed images'):
             logits, mixed = self._embed(
                 torch.lerp(images[part[:, 1]], images[part[:, 0]], share)
-                for part in pairs.split(self.settings.batch_size))
+                for part in pairs.split(self.args.batch_size))
             for values, value in zip((confidence, entropy), between.confidence_and_entropy(logits), strict=True):
                 values.append(value)
             if 0 < share < 1:  # otherwise the mixes are the images themselves
@@ -266,10 +244,10 @@ class _Evaluation:
     @torch.no_grad()
     def _attention(self, result: Result) -> None:
         images, _ = next(iter(self.images.part(_NUM_ATTENTION_IMAGES)))
-        model, normalized = self.candidate.model, self.candidate.pixel_model.normalize(images.to(self.device))
+        model = self.candidate.model
         try:
             with attach(model), outputs_in_evaluation(model):
-                attention = model(normalized).attention
+                attention = model(self.candidate.normalize(images.to(self.device))).attention
         except (TypeError, ValueError, AttributeError) as error:
             _logger.info(f'{self.candidate.name}: no attention maps. {error}')
             return
@@ -277,15 +255,19 @@ class _Evaluation:
         result.pictures.update(images=images, maps=maps.cpu())
 
 
-def evaluate_models(candidates: Sequence[Candidate], settings: Settings, device: torch.device) -> Iterator[Result]:
+def evaluate_models(
+        candidates: Sequence[Candidate], args: argparse.Namespace, device: torch.device) -> Iterator[Result]:
     """Evaluate models one after the other on the device. The images of all models are checked first.
+
+    Args:
+        candidates: The models.
+        args: Options of the command, and the sources of images: `source` to evaluate on; `calibration` to fit a
+            temperature on, None for cross-fitting on halves of the evaluated images; `outside`, sources of
+            out-of-distribution images and names of noises.
+        device: Device to evaluate on.
 
     Raises:
         UsageError: if the images do not suit a model.
     """
-    for evaluation in [_Evaluation(candidate, settings, device) for candidate in candidates]:
-        pixel_model = evaluation.candidate.pixel_model.to(device)
-        try:
-            yield evaluation.run()
-        finally:
-            pixel_model.to('cpu')
+    for evaluation in [_Evaluation(candidate, args, device) for candidate in candidates]:
+        yield evaluation.run()
