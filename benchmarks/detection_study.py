@@ -1,14 +1,8 @@
-#!/usr/bin/env python3
 """Study of detection: backbones trained by each method, transferred frozen to demo/scenes.
 
 The learning rate of each classifier is tuned on the validation images of its dataset. The learning rate and the number
 of epochs of the detector are tuned on validation scenes. `tuning_seeds` seeds are used for both. The metrics are those
-of the test scenes. The backbone of the method `random weights` is not trained.
-
-The options are those of benchmarks/study.py, which also runs these studies.
-
-    python benchmarks/detection_study.py benchmarks/studies/detection.yaml               # run missing runs and report
-    python benchmarks/detection_study.py benchmarks/studies/detection.yaml --report-only
+of the test scenes. The backbone of the method `random weights` is not trained. benchmarks/study.py runs the study.
 """
 import itertools
 import statistics
@@ -116,11 +110,8 @@ class DetectionStudy(Study):
                     yield run_detectors, dict(job, points=points)
 
     def jobs(self, results: dict[str, dict]) -> list[Job]:
-        settings = [
-            self.settings(group, lr, seed) for group in self.groups() if self.best_lr(group, results) is None
-            for lr in self.group_lrs(group) for seed in range(self.tuning_seeds)]
-        return [*((run_classifier, one) for one in settings if key_of(one) not in results),
-                *self._detector_jobs(results)]
+        tuning = [(run_classifier, settings) for settings in self.missing(results, only_tuning=True)]
+        return [*tuning, *self._detector_jobs(results)]
 
     def table(self, results: dict[str, dict]) -> dict[Group, dict[str, Any]]:
         rows = {}
@@ -133,8 +124,3 @@ class DetectionStudy(Study):
                     lr='{lr:g}, {epochs} epochs'.format(**points[0]),
                     runs={seed: results[key] for seed, key in keys.items() if key in results})
         return rows
-
-
-if __name__ == '__main__':
-    from study import main
-    main()

@@ -54,7 +54,9 @@ def load(args: argparse.Namespace) -> list[Study]:
     only = {kind: getattr(args, kind) for kind in ('datasets', 'models', 'methods')}
     try:
         studies = [load_study(path, only) for path in args.study]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if not args.report_only:
+            check_packages('A study', ['captum', 'torchmetrics'], extra='eval')
+    except (OSError, ValueError, yaml.YAMLError, UsageError) as error:
         sys.exit(str(error))
     if args.plot and args.plot.suffix not in ('.svg', '.png', '.pdf'):
         sys.exit(f'--plot {args.plot}: the file name must end with .svg, .png or .pdf.')
@@ -73,11 +75,6 @@ def main() -> None:
     results = load_results(args.results)
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # shut down the worker processes too
-    if not args.report_only:
-        try:
-            check_packages('A study', ['captum', 'torchmetrics'], extra='eval')
-        except UsageError as error:
-            sys.exit(str(error))
     try:
         for study in studies if not args.report_only else ():
             run_missing(study, results, args.results, args.workers, args.nice)

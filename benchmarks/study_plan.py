@@ -110,13 +110,13 @@ class Study:
             scores[lr] = statistics.mean(results[key]['validation'] for key in keys)
         return max(lrs, key=scores.get)
 
-    def missing(self, results: dict[str, dict]) -> list[dict[str, Any]]:
+    def missing(self, results: dict[str, dict], only_tuning: bool = False) -> list[dict[str, Any]]:
         """Return the settings of the missing runs, sorted by seed, so that methods can be compared early."""
         runs = []
         for group in self.groups():
             best = self.best_lr(group, results)
             wanted = ([(lr, seed) for seed in range(self.tuning_seeds) for lr in self.group_lrs(group)] if best is None
-                      else [(best, seed) for seed in range(self.seeds)])
+                      else [(best, seed) for seed in range(0 if only_tuning else self.seeds)])
             runs += [self.settings(group, lr, seed) for lr, seed in wanted]
         unique = {key_of(settings): settings for settings in runs}
         return sorted((s for key, s in unique.items() if key not in results), key=lambda s: s['seed'])
@@ -159,17 +159,6 @@ class Study:
                 raise ValueError(f'{group.model} with {group.method}: {error}') from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML loader that rejects duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if key.tag != 'tag:yaml.org,2002:merge']
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f'duplicate key {name}', node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _check_names(section: str, names: Iterable[str], known: Iterable[str]) -> None:
     unknown = set(names) - set(known)
     if unknown:
@@ -189,7 +178,7 @@ def load_study(path: Path, only: dict[str, list[str] | None] | None = None) -> S
     Raises:
         ValueError: If the file is not a valid study, or contains an unknown name.
     """
-    content = yaml.load(path.read_text(), _UniqueKeys)
+    content = yaml.safe_load(path.read_text())
     known = {part.name: part for part in fields(Study) if part.name != 'name'}
     needed = {name for name, part in known.items() if part.default is part.default_factory is MISSING}
     if not isinstance(content, dict) or not needed <= set(content) <= set(known):

@@ -40,7 +40,6 @@ RESOLVED_OPTIONS = (
     'clean_weight', 'logit_scale', 'start_epoch', 'off_epoch')
 # Additional options stored for a run with a teacher.
 TEACHER_OPTIONS = ('teacher_decay', 'distill_weight', 'distill_temperature', 'distill_ramp_epochs', 'views')
-METRICS = ('accuracy', 'nll', 'ece', 'fgsm', 'temperature', 'nll_at_t', 'ece_at_t')
 
 
 class Split(NamedTuple):

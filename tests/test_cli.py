@@ -128,7 +128,7 @@ def test_calibrate_on_other_images_but_not_on_those_of_training(script, image_fo
     folder, calibrated = str(script.run_folder()), script.run_folder() / 'model_calibrated.pth.tar'
     for data in (['--split', 'train'], ['--data-dir', str(root), '--split', 'train']):
         assert main(['calibrate', folder, *data]) == 2
-        assert 'The run was trained on these images' in script.capsys.readouterr().err and not calibrated.exists()
+        assert 'these are the images of --train-split' in script.capsys.readouterr().err and not calibrated.exists()
     assert main(['calibrate', folder]) == 0
     assert 'The split validation has selected the best checkpoint' in script.capsys.readouterr().err
     first = temperature(script)

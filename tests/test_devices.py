@@ -26,7 +26,7 @@ from timm_multimix.calibration.temperature import fit_temperature, fold_temperat
 from timm_multimix.common.console import Averages
 from timm_multimix.data.demo import DEMOS, create_dataset
 from timm_multimix.data.glyphs import render_glyphs
-from timm_multimix.evaluation import between, geometry, metrics, ood
+from timm_multimix.evaluation import geometry, metrics, ood
 from timm_multimix.evaluation.images import choose
 from timm_multimix.evaluation.main import main as evaluate
 from timm_multimix.losses import manifold_mixup_weights
@@ -156,16 +156,16 @@ def test_averages_do_not_hold_all_values():
 
 
 def _measure(logits, target):
-    pairs = between.sample_pairs(target, 9)
+    pairs = geometry.sample_pairs(target, 9)
     return dict(
         classification=metrics.classification_metrics(logits, target),
         reliability=metrics.reliability(logits, target)['count'],
         tempered=metrics.cross_fit(logits, target)[0].tolist(),
         ood=ood.detection_metrics(*(score(logits) for score in ood.SCORES.values())),
         pairs=pairs.tolist(),
-        between=between.confidence_and_entropy(logits),
-        nearest=between.nearest_classes(logits[:2], logits, target).tolist(),
-        third=between.count_third_class(target[:2], torch.stack([target[:2]] * 2, dim=1)),
+        between=geometry.confidence_and_entropy(logits),
+        nearest=geometry.nearest_classes(logits[:2], logits, target).tolist(),
+        third=geometry.count_third_class(target[:2], torch.stack([target[:2]] * 2, dim=1)),
         geometry=(geometry.alignment(logits, target), geometry.uniformity(logits)),
         compactness=geometry.compactness(logits, target),
         projection=geometry.project(logits).tolist(),

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from timm_multimix.calibration.temperature import fit_temperature
 from timm_multimix.common.errors import UsageError
 from timm_multimix.evaluation import (
-    between,
     classification_metrics,
     cross_fit,
     detection_metrics,
@@ -21,9 +20,9 @@ from timm_multimix.evaluation import (
     pgd,
     reliability,
 )
-from timm_multimix.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from timm_multimix.evaluation.main import build_parser
 from timm_multimix.evaluation.metrics import calibration_errors, selective_metrics
+from timm_multimix.evaluation.robustness import CORRUPTIONS, SEVERITIES, corrupt
 
 
 @pytest.fixture(params=[(1, 2), (50, 2), (300, 7), (200, 30)])
@@ -469,22 +468,22 @@ def test_picture_keeps_neighbours(shape):
 
 def test_pairs_are_of_different_classes():
     target = torch.tensor([0] * 50 + [1, 2])
-    pairs = between.sample_pairs(target, 200)
+    pairs = geometry.sample_pairs(target, 200)
     assert pairs.shape == (200, 2) and (target[pairs[:, 0]] != target[pairs[:, 1]]).all()
-    assert torch.equal(pairs, between.sample_pairs(target, 200)) and pairs.unique().numel() > 40
-    assert between.sample_pairs(torch.zeros(9).long(), 5).shape == (0, 2)
+    assert torch.equal(pairs, geometry.sample_pairs(target, 200)) and pairs.unique().numel() > 40
+    assert geometry.sample_pairs(torch.zeros(9).long(), 5).shape == (0, 2)
 
 
 def test_confidence_and_entropy_of_known_distributions():
     logits = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]).log()
-    assert between.confidence_and_entropy(logits) == pytest.approx(
+    assert geometry.confidence_and_entropy(logits) == pytest.approx(
         ((0.5 + 1 / 3) / 2, (1.5 * math.log(2) + math.log(3)) / 2))
-    assert between.confidence_and_entropy(torch.tensor([[0.0, -200.0]])) == pytest.approx((1, 0))
+    assert geometry.confidence_and_entropy(torch.tensor([[0.0, -200.0]])) == pytest.approx((1, 0))
 
 
 def test_counts_of_a_third_class():
     targets = torch.tensor([[0, 1], [1, 2], [0, 1], [2, 1]])
-    assert between.count_third_class(torch.tensor([1, 0, 2, 2]), targets) == 2
+    assert geometry.count_third_class(torch.tensor([1, 0, 2, 2]), targets) == 2
 
 
 def test_intrusions_of_a_hand_made_plane():
@@ -495,6 +494,6 @@ def test_intrusions_of_a_hand_made_plane():
         torch.lerp(real[j], real[i], share)
         for share, (i, j) in zip((0.1, 0.1, 0.5, 0.5, 0.9, 0.9), pairs.tolist(), strict=True)])
     for scale in (1, 5):
-        assert between.count_third_class(between.nearest_classes(scale * mixed, real, torch.arange(3)), pairs) == 1
-    nearest = between.nearest_classes(mixed, real, torch.tensor([0, 1, 1]))
-    assert between.count_third_class(nearest, pairs.clamp(max=1)) == 0
+        assert geometry.count_third_class(geometry.nearest_classes(scale * mixed, real, torch.arange(3)), pairs) == 1
+    nearest = geometry.nearest_classes(mixed, real, torch.tensor([0, 1, 1]))
+    assert geometry.count_third_class(nearest, pairs.clamp(max=1)) == 0

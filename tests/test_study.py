@@ -26,6 +26,7 @@ STUDY = dict(
     seeds=3,
     tuning_seeds=1,
 )
+METRICS = [name for name, *_ in studies.Study.columns]
 
 
 def write(tmp_path, **changes) -> Path:
@@ -38,7 +39,7 @@ def fake_results(study, score) -> dict:
     """Results of all tuning runs, with validation accuracy score(group, lr, seed)."""
     return {
         studies.key_of(study.settings(group, lr, seed)): dict(
-            {metric: 1.0 for metric in study_run.METRICS}, validation=score(group, lr, seed))
+            {metric: 1.0 for metric in METRICS}, validation=score(group, lr, seed))
         for group in study.groups() for lr in study.group_lrs(group) for seed in range(study.tuning_seeds)}
 
 
@@ -57,13 +58,6 @@ def test_settings_contain_the_defaults_of_a_method():
     assert study_run.resolve_method(dict(multimix=False))['multimix'] == 'off'
     with pytest.raises(ValueError, match='tuple_lenght'):
         study_run.resolve_method(dict(multimix='dense', tuple_lenght=3))
-
-
-def test_duplicate_method_is_refused(tmp_path):
-    path = tmp_path / 'twice.yaml'
-    path.write_text('methods:\n  dense: {multimix: dense}\n  dense: {multimix: dense, alpha: 1.0}\n')
-    with pytest.raises(yaml.YAMLError, match='duplicate key dense'):
-        studies.load_study(path)
 
 
 def test_specific_settings_take_precedence(tmp_path):
@@ -207,7 +201,7 @@ def test_report_compares_with_the_best_baseline_on_validation(tmp_path):
     validation = {'a': 80, 'b': 90, 'dense': 70}
     table = {
         group: dict(lr='0.1*', runs={seed: dict(
-            dict.fromkeys(study_run.METRICS, 1.0), accuracy=value, validation=validation[group.method])
+            dict.fromkeys(METRICS, 1.0), accuracy=value, validation=validation[group.method])
             for seed, value in enumerate(accuracy[group.method])}) for group in study.groups()}
     text = study_report.report(study, table)
     assert 'accuracy over b' in text and '| a | 0.1* | 3 | 97.00 ± 1.00' in text
@@ -236,7 +230,7 @@ def test_report_omits_undefined_values(tmp_path, baseline, ours):
     study = studies.load_study(write(tmp_path))
     table = {
         group: dict(lr='0.1', runs={seed: dict(
-            dict.fromkeys(study_run.METRICS, math.inf), accuracy=value, validation=value)
+            dict.fromkeys(METRICS, math.inf), accuracy=value, validation=value)
             for seed, value in (ours if group.method == 'dense' else baseline).items()}) for group in study.groups()}
     cells = study_report.report(study, table).splitlines()[-1].split('|')
     assert cells[1] == ' dense ' and cells[-2].strip() == ''
@@ -280,3 +274,30 @@ def test_terminated_study_ends_its_processes(tmp_path):
     study.terminate()
     output, errors = study.communicate(timeout=600)  # returns when all processes have ended
     assert study.returncode == 130 and 'Stopped' in errors and '| cross-entropy | 0.1 |' in output
+
+
+DETECTION_STUDY = dict(
+    datasets={'digits': dict(name='scene digits', train=50, validation=50, test=50, epochs=1)},
+    models={'resnet': dict(model_name='test_resnet', output_stride=8)},
+    methods={'random weights': {}, 'cross-entropy': {}, 'dense': dict(multimix='dense', num_mixes=20)},
+    lrs=[0.1, 0.2],
+    seeds=2,
+    tuning_seeds=1,
+    detection=dict(lrs=[1e-3, 2e-3], epochs=[1], train=8, validation=4, test=4),
+)
+
+
+@pytest.mark.slow
+def test_a_study_of_detection_from_end_to_end(tmp_path):
+    path, folder = tmp_path / 'small.yaml', tmp_path / 'results'
+    path.write_text(yaml.safe_dump(DETECTION_STUDY))
+    done = command(path, '--results', folder, '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (folder / 'small.jsonl').read_text().splitlines()]
+    detectors = [one for one in records if 'detector' in one['settings']]
+    # Two learning rates of two classifiers; a grid of two and another seed for three backbones.
+    assert len(records) - len(detectors) == 4 and len(detectors) == 9
+    assert len({one['key'] for one in records}) == 13
+    assert '| dense |' in done.stdout and '**digits, resnet**' in done.stdout
+    again = command(path, '--results', folder, '--workers', 1)
+    assert again.stdout == done.stdout and len((folder / 'small.jsonl').read_text().splitlines()) == 13

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..build.checkpoint import read_checkpoint
 from ..build.classes import match_classes
-from ..build.datasets import build_datasets, build_split
+from ..build.datasets import build_datasets
 from ..build.loaders import build_calibration_loader
 from ..build.model import create_run_model, input_channels, model_options, place_model, resolve_data
 from ..build.recorded import recorded_arguments
@@ -21,7 +21,7 @@ from ..common.files import lock_folder, unlock_folders
 from ..data.class_names import valid_classes
 from ..data.dataset_types import code_danger
 from ..options import build_training_parser
-from .run import calibration_share, check_trusted, hold_out, share_images, share_split, write_calibrated
+from .run import calibration_share, check_trusted, hold_out, share_split, write_calibrated
 
 _logger = logging.getLogger(__name__)
 
@@ -46,37 +46,32 @@ def _build_parser() -> Parser:
     return parser
 
 
-def _training_images(run: argparse.Namespace, in_chans: int) -> Dataset:
-    return build_datasets(argparse.Namespace(**{**vars(run), 'val_split': ''}), in_chans)[0]
+def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> Dataset:
+    """Open the images to fit a temperature on. Set the data options of the run to them, and run.calibrate to a split.
 
-
-def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> tuple[Dataset, str]:
-    """Open the images to fit a temperature on. Return them and the name of their split."""
+    A share of the training images, the value of --calibrate, is held out again.
+    """
+    if args.split and calibration_share(args.split) is not None:
+        raise UsageError(f'--split {args.split}: must be the name of a split. `train --calibrate` holds out a share.')
     is_own = args.data_dir is None and args.dataset is None
-    split = args.split or ((run.calibrate or run.val_split) if is_own else 'validation')
-    if not split:
+    calibrate = args.split or ((run.calibrate or run.val_split) if is_own else 'validation')
+    if not calibrate:
         raise UsageError('The run has no validation split: give --split or --data-dir.')
-    source = argparse.Namespace(**vars(run))
     if is_own:
-        check_trusted(run, [run.train_split, split])
-        if args.split is None and run.calibrate and calibration_share(run.calibrate) is not None:
-            return hold_out(run, _training_images(run, in_chans), None, in_chans)[1], run.train_split
-        if run.val_split and share_split(run.val_split, split):
-            _logger.warning(
-                f'The split {split} has selected the best checkpoint. Evaluate the calibrated model on other images.')
-    else:
-        source.dataset, source.data_dir = args.dataset or '', args.data_dir
-    images = build_split(source, in_chans, split, 'Calibration')
-    is_seen = is_own and share_split(run.train_split, split)
-    if not is_seen and not code_danger(run.dataset, run.data_dir, [run.train_split]):
-        with suppress(UsageError):  # the training images may be on another machine
-            is_seen = share_images(images, _training_images(run, in_chans))
-    if is_seen:
-        raise UsageError(
-            f'The run was trained on these images (--train-split {run.train_split}), so a temperature fitted on them '
-            'would be too low. Name another split with --split, or other images with --data-dir.')
-    vars(run).update(vars(source))
-    return images, split
+        check_trusted(run, [run.train_split, calibrate])
+    train = None
+    if not code_danger(run.dataset, run.data_dir, [run.train_split]):
+        with nullcontext() if is_own else suppress(UsageError):  # they may be on another machine
+            train, _ = build_datasets(argparse.Namespace(**{**vars(run), 'val_split': ''}), in_chans)
+    if not is_own:
+        run.dataset, run.data_dir = args.dataset or '', args.data_dir
+    elif run.val_split and share_split(run.val_split, calibrate):
+        _logger.warning(
+            f'The split {calibrate} has selected the best checkpoint. Evaluate the calibrated model on other images.')
+    run.calibrate = calibrate
+    _, images = hold_out(run, train, None, in_chans)
+    assert images is not None
+    return images
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -98,9 +93,9 @@ def _calibrate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size or run.validation_batch_size or run.batch_size, validation_batch_size=None,
         workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
     options = model_options(run)
-    images, split = _open_images(args, run, input_channels(options))
+    images = _open_images(args, run, input_channels(options))
     if classes := valid_classes(checkpoint.get('class_to_idx')):
-        match_classes(run, images, split, classes, best)
+        match_classes(run, images, run.calibrate, classes, best)
     dtype = getattr(torch, run.model_dtype) if run.model_dtype else None
     model = place_model(run, create_run_model(run, options), device, dtype)
     loader = build_calibration_loader(run, images, resolve_data(run, model), device, dtype)

@@ -97,8 +97,8 @@ def hold_out(
             if other is not None and (share_split(split, args.calibrate) or share_images(held_out, other)):
                 raise UsageError(
                     f'--calibrate {args.calibrate}: these are the images of --{"train" if other is train else "val"}-'
-                    f'split {split}. Name another split, or give a share of the training images, such as 0.1, that is '
-                    'kept out of training.')
+                    f'split {split}. Name another split, or train with --calibrate 0.1, which keeps a share of the '
+                    'training images out of training.')
         return train, held_out
     if isinstance(train, IterableDataset):
         raise UsageError(

@@ -39,27 +39,19 @@ class DetectionDataset(torch.utils.data.Dataset):
     Args:
         name: Name for messages and results.
         images: Path or pixels (h, w), size and objects of each image.
-        classes: Names of the classes in these images.
-        known: Class names of the training images; the first one has the label 1. None for `classes`.
+        classes: Names of the classes. The first one has the label 1.
 
     Raises:
-        UsageError: if files are missing, a class is not known, or a box is not in its image.
+        UsageError: if files are missing, or a box is not in its image.
     """
 
     def __init__(
-            self,
-            name: str,
-            images: Iterable[tuple[str | np.ndarray, Size, list[Object]]],
-            classes: Sequence[str],
-            known: Sequence[str] | None = None,
-    ):
+            self, name: str, images: Iterable[tuple[str | np.ndarray, Size, list[Object]]], classes: Sequence[str]):
         self.name = name
-        self.classes = tuple(classes if known is None else known)
+        self.classes = tuple(classes)
         self.img_mode = 'RGB'
         self.hflip = 0.0
         self.training = False
-        if unknown := sorted(set(classes) - set(self.classes)):
-            raise UsageError(f'{name}: the training data have no class {", ".join(unknown[:5])}.')
         images = list(images)
         missing = [image for image, *_ in images if isinstance(image, str) and not os.path.isfile(image)]
         if missing:
@@ -67,6 +59,15 @@ class DetectionDataset(torch.utils.data.Dataset):
         labels = {class_name: index for index, class_name in enumerate(self.classes, 1)}
         self.items = [
             (image, size, _target(objects, labels, size, f'{name}: {image}')) for image, size, objects in images]
+
+    def match_classes(self, known: Sequence[str]) -> None:
+        """Change the labels to those of the training data. Raise UsageError if these lack a class."""
+        if unknown := sorted(set(self.classes) - set(known)):
+            raise UsageError(f'{self.name}: the training data have no class {", ".join(unknown[:5])}.')
+        labels = torch.tensor([0, *(known.index(name) + 1 for name in self.classes)])
+        for *_, target in self.items:
+            target['labels'] = labels[target['labels']]
+        self.classes = tuple(known)
 
     def view(self, img_mode: str, training: bool = False, hflip: float = 0.0) -> 'DetectionDataset':
         """Return the same images in a PIL mode, without crowds and difficult objects for training."""

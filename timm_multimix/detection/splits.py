@@ -2,7 +2,6 @@
 import json
 import os
 import statistics
-from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,14 +17,13 @@ SCENES = f'{DEMO_PREFIX}scenes'
 _NUM_SCENES = dict(train=800, validation=300, test=300)
 
 
-def scenes(
-        split: str, count: int | None = None, seed: int = 0, known: Sequence[str] | None = None) -> DetectionDataset:
+def scenes(split: str, count: int | None = None, seed: int = 0) -> DetectionDataset:
     """Return the embedded scenes of a split."""
     images = []
     for scene in render_scenes(split, count or _NUM_SCENES[split], seed):
         objects = [Object(box, CLASSES[label]) for box, label in zip(scene.boxes, scene.labels, strict=True)]
         images.append((scene.image, (SCENE_SIZE, SCENE_SIZE), objects))
-    return DetectionDataset(f'{SCENES} ({split})', images, CLASSES, known)
+    return DetectionDataset(f'{SCENES} ({split})', images, CLASSES)
 
 
 def image_bounds(dataset: DetectionDataset, min_size: int | None = None) -> tuple[int, int]:
@@ -34,7 +32,7 @@ def image_bounds(dataset: DetectionDataset, min_size: int | None = None) -> tupl
     return shorter, round(shorter * 1333 / 800)
 
 
-def _read_coco(where: str, spec: str, known: Sequence[str] | None) -> DetectionDataset:
+def _read_coco(where: str, spec: str) -> DetectionDataset:
     """Read 'IMAGES:ANNOTATIONS.json', a folder of images and a COCO file. Classes are sorted by id."""
     folder, _, path = spec.rpartition(':')
     if not os.path.isdir(folder):
@@ -59,7 +57,7 @@ def _read_coco(where: str, spec: str, known: Sequence[str] | None) -> DetectionD
             images[annotation['image_id']][2].append(Object(
                 (x, y, x + width, y + height), names[annotation['category_id']], float(annotation.get('area') or 0),
                 bool(annotation.get('iscrowd', 0))))
-    return DetectionDataset(where, images.values(), list(names.values()), known)
+    return DetectionDataset(where, images.values(), list(names.values()))
 
 
 def _voc_folder(root: str, year: str) -> str:
@@ -109,7 +107,7 @@ def _read_voc_annotation(path: str) -> tuple[Size, list[Object]]:
     return size, objects
 
 
-def _read_voc(where: str, spec: str, is_training: bool, known: Sequence[str] | None) -> DetectionDataset:
+def _read_voc(where: str, spec: str, is_training: bool) -> DetectionDataset:
     """Read 'ROOT[:YEAR]', a folder that contains VOCdevkit."""
     root, years = _voc_years(where, spec)
     images = []
@@ -119,18 +117,17 @@ def _read_voc(where: str, spec: str, is_training: bool, known: Sequence[str] | N
         images += [
             (image, *_read_voc_annotation(path)) for image, path in zip(voc.images, voc.annotations, strict=True)]
     classes = sorted({one.name for _, _, objects in images for one in objects})
-    return DetectionDataset(where, images, classes, known)
+    return DetectionDataset(where, images, classes)
 
 
-def _load(
-        option: str, data: str, is_training: bool, count: int | None, known: Sequence[str] | None) -> DetectionDataset:
+def _load(option: str, data: str, is_training: bool, count: int | None) -> DetectionDataset:
     where = f'{option} {data}'
     kind, _, rest = data.partition(':')
     if data == SCENES:
-        return scenes('train' if is_training else 'test', count, known=known)
+        return scenes('train' if is_training else 'test', count)
     if kind not in ('coco', 'voc') or not rest:
         raise UsageError(f'{where}: choose from {SCENES}, coco:IMAGES:ANNOTATIONS.json and voc:ROOT[:YEAR].')
-    dataset = _read_coco(where, rest, known) if kind == 'coco' else _read_voc(where, rest, is_training, known)
+    dataset = _read_coco(where, rest) if kind == 'coco' else _read_voc(where, rest, is_training)
     dataset.items = dataset.items[:count]
     if not dataset.has_objects:
         raise UsageError(f'{where} has no boxes to {"train" if is_training else "test"} on.')
@@ -153,6 +150,7 @@ def load_splits(
     """
     if data.startswith('coco:') and test_data is None:
         raise UsageError(f'--data {data} has no test split. Add --test-data coco:IMAGES:ANNOTATIONS.json.')
-    train = _load('--data', data, True, num_train, None)
-    option = '--data' if test_data is None else '--test-data'
-    return train, _load(option, test_data or data, False, num_test, train.classes)
+    train = _load('--data', data, True, num_train)
+    test = _load('--data' if test_data is None else '--test-data', test_data or data, False, num_test)
+    test.match_classes(train.classes)
+    return train, test

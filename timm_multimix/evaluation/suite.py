@@ -14,12 +14,11 @@ from ..calibration.temperature import fit_temperature
 from ..common.errors import UsageError
 from ..dense.hook import attach, outputs_in_evaluation
 from ..dense.layouts import grid_size
-from . import between, geometry, ood
-from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from . import geometry, ood
 from .images import Images, predict, progress
 from .metrics import classification_metrics, cross_fit, reliability
 from .models import Candidate
-from .robustness import PIXEL_LEVELS, fgsm, pgd
+from .robustness import CORRUPTIONS, PIXEL_LEVELS, SEVERITIES, corrupt, fgsm, pgd
 
 _logger = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ class _Evaluation:
             if len(target) > 3:
                 result.pictures.update(
                     points=geometry.project(embeddings[::step], self.args.seed), classes=target[::step])
-        pairs = between.sample_pairs(target, len(target), self.args.seed)
+        pairs = geometry.sample_pairs(target, len(target), self.args.seed)
         if 'between' in self.args.parts and len(pairs):
             result.values['between'] = self._between(images, target, embeddings, pairs)
 
@@ -219,25 +218,23 @@ class _Evaluation:
             self, images: torch.Tensor, target: torch.Tensor, embeddings: torch.Tensor, pairs: torch.Tensor,
     ) -> dict[str, Any]:
         targets = target[pairs]
-        confidence: list[float] = []
-        entropy: list[float] = []
-        counts = dict(misses=0, intrusions_of_images=0, intrusions_of_embeddings=0)
-        for share in progress(between.SHARES, f'{self.candidate.name}: mixed images'):
+        curve, counts = [], dict(misses=0, intrusions_of_images=0, intrusions_of_embeddings=0)
+        nearest = partial(geometry.nearest_classes, embeddings=embeddings, target=target)
+        for share in progress(geometry.SHARES, f'{self.candidate.name}: mixed images'):
             logits, mixed = self._embed(
                 torch.lerp(images[part[:, 1]], images[part[:, 0]], share)
                 for part in pairs.split(self.args.batch_size))
-            for values, value in zip((confidence, entropy), between.confidence_and_entropy(logits), strict=True):
-                values.append(value)
+            curve.append(geometry.confidence_and_entropy(logits))
             if 0 < share < 1:  # otherwise the mixes are the images themselves
                 mixed_embeddings = torch.lerp(embeddings[pairs[:, 1]], embeddings[pairs[:, 0]], share)
                 for name, classes in dict(
-                        misses=logits.argmax(1),
-                        intrusions_of_images=between.nearest_classes(mixed, embeddings, target),
-                        intrusions_of_embeddings=between.nearest_classes(mixed_embeddings, embeddings, target)).items():
-                    counts[name] += between.count_third_class(classes, targets)
-        num_mixes = (len(between.SHARES) - 2) * len(pairs)
+                        misses=logits.argmax(1), intrusions_of_images=nearest(mixed),
+                        intrusions_of_embeddings=nearest(mixed_embeddings)).items():
+                    counts[name] += geometry.count_third_class(classes, targets)
+        num_mixes = (len(geometry.SHARES) - 2) * len(pairs)
+        confidence, entropy = map(list, zip(*curve, strict=True))
         return dict(
-            num_pairs=len(pairs), num_mixes=num_mixes, shares=list(between.SHARES), confidence=confidence,
+            num_pairs=len(pairs), num_mixes=num_mixes, shares=list(geometry.SHARES), confidence=confidence,
             entropy=entropy, mean_confidence=fmean(confidence[1:-1]), mean_entropy=fmean(entropy[1:-1]),
             **counts, **{f'{name}_percent': 100 * count / num_mixes for name, count in counts.items()})
 
