@@ -15,7 +15,7 @@ import torch
 from study_plan import Group, Job, Result, Study, key_of, run_classifier
 from study_run import IMAGE_SIZE, load_splits, train
 
-from timm_multimix.detection.detectors import Settings, find_levels
+from timm_multimix.detection.detectors import Settings
 from timm_multimix.detection.metric import mean_average_precision
 from timm_multimix.detection.splits import image_bounds, scenes
 from timm_multimix.detection.training import transfer
@@ -53,9 +53,8 @@ def run_detectors(job: dict[str, Any]) -> list[Result]:
     for point in job['points']:
         start = time.process_time()
         settings = Settings(min_size=min_size, max_size=max_size, **point)
-        levels = find_levels(source, settings, data[0].sizes)
         tuned, tested = (mean_average_precision(*predicted) for predicted in transfer(
-            source, levels, data, settings, torch.device('cpu'), seed=classifier['seed']))
+            source, data, settings, torch.device('cpu'), seed=classifier['seed']))
         metrics = dict(validation=tuned['mAP'], **{name: tested[name] for name, *_ in DetectionStudy.columns})
         results.append((run_settings(job, point), metrics, time.process_time() - start))
     return results

@@ -129,6 +129,8 @@ def test_calibrate_on_other_images_but_not_on_those_of_training(script, image_fo
     for data in (['--split', 'train'], ['--data-dir', str(root), '--split', 'train']):
         assert main(['calibrate', folder, *data]) == 2
         assert 'these are the images of --train-split' in script.capsys.readouterr().err and not calibrated.exists()
+    assert main(['calibrate', folder, '--split', '0.5']) == 2  # this run held out nothing
+    assert 'must be the name of a split' in script.capsys.readouterr().err
     assert main(['calibrate', folder]) == 0
     assert 'The split validation has selected the best checkpoint' in script.capsys.readouterr().err
     first = temperature(script)

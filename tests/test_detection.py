@@ -15,7 +15,7 @@ from test_detection_data import write_coco
 from torch import nn
 
 from timm_multimix.common.errors import RunError, UsageError
-from timm_multimix.detection.detectors import DETECTORS, Settings, create_detector, create_features, find_levels
+from timm_multimix.detection.detectors import DETECTORS, Settings, create_detector, create_features
 from timm_multimix.detection.main import main
 from timm_multimix.detection.training import predict, train_detector
 from timm_multimix.evaluation.models import RANDOM, Candidate, load_candidate
@@ -51,10 +51,8 @@ FAMILIES = [
     *((*family, 'fcos') for family in FAMILIES), *((*FAMILIES[index], 'fasterrcnn') for index in (0, 4))])
 def test_families_train_and_predict(name, options, strides, kind):
     model = source(name, **options)
-    sizes = [(96, 64), (64, 64)]
     settings = Settings(kind, frozen=False, fpn_channels=32, min_size=64)
-    levels = find_levels(model, settings, sizes)
-    detector = create_detector(model, levels, 1, settings)
+    detector = create_detector(model, 1, settings)
     strides = [stride for stride in strides if stride >= DETECTORS[kind]]  # FCOS starts at 8
     assert detector.backbone.strides == strides
     images, targets = batch()
@@ -78,43 +76,42 @@ def test_families_train_and_predict(name, options, strides, kind):
 def test_distances_to_the_sides_of_boxes_have_a_gradient_from_the_start(seed):
     torch.manual_seed(seed)
     model, settings = source('test_resnet'), Settings(fpn_channels=32, min_size=64)
-    detector = create_detector(model, find_levels(model, settings, [(64, 64)]), 1, settings)
+    detector = create_detector(model, 1, settings)
     distances = detector.head.regression_head(list(detector.backbone(torch.rand(2, 3, 64, 64)).values()))[0]
     assert (distances > 0).float().mean() > 0.9
 
 
 def test_maps_of_one_stride_are_merged():
     model = source('test_resnet', output_stride=8)
-    levels = find_levels(model, Settings(), [(96, 96)])
+    levels = create_detector(model, 1, Settings('fasterrcnn')).backbone.levels
     channels = create_features(model).feature_info.channels()
     assert [(level.stride, level.maps, level.channels) for level in levels] == [
-        (2, (0,), channels[0]), (4, (1,), channels[1]), (8, (2, 3, 4), sum(channels[2:]))]
+        (4, (1,), channels[1]), (8, (2, 3, 4), sum(channels[2:]))]
 
 
 def test_boxes_are_pooled_from_levels_of_their_size():
     model = source('eva02_tiny_patch14_224', depth=3)
     settings = Settings('fasterrcnn', min_size=56, max_size=96)
-    align = create_detector(model, find_levels(model, settings, [(56, 56)]), 1, settings).roi_heads.box_roi_pool
+    align = create_detector(model, 1, settings).roi_heads.box_roi_pool
     boxes = [torch.tensor([[0.0, 0, side, side] for side in (5, 98, 196, 400)])]
     assert align.scales == [1 / 7, 1 / 14, 1 / 28] and align.map_levels(boxes).tolist() == [0, 0, 1, 2]
 
 
 def test_large_images_get_coarser_levels():
     model = source('test_resnet')
-    levels = find_levels(model, Settings(), [(96, 96)])
-    detector = create_detector(model, levels, 1, Settings(min_size=800, fpn_channels=32))
+    detector = create_detector(model, 1, Settings(min_size=800, max_size=800, fpn_channels=32))
     assert detector.backbone.strides == [8, 16, 32, 64, 128]
 
 
 @pytest.mark.parametrize('name, message', [
-    ('mixer_s32_224', 'does not accept images of 128 x 128 pixels'),  # it accepts images of one size only
+    ('mixer_s32_224', 'does not accept images of 128 x 192 pixels'),  # it accepts images of one size only
     pytest.param('inception_v3', 'cannot be located exactly', marks=pytest.mark.slow),
     ('test_resnetttt', 'timm has no such model. Did you mean'),
     ('folder/missing', 'no such folder or file'),
 ])
 def test_unusable_models_are_refused(name, message):
     with pytest.raises(UsageError, match=message):
-        find_levels(load_candidate(name, pretrained=False), Settings(), [(96, 96)])
+        create_detector(load_candidate(name, pretrained=False), 1, Settings())
 
 
 class Noise(torch.utils.data.Dataset):
@@ -131,8 +128,7 @@ class Noise(torch.utils.data.Dataset):
 def test_frozen_backbones_do_not_change(frozen):
     model = source('test_resnet')
     settings = Settings(frozen=frozen, epochs=1, batch_size=2, fpn_channels=32, min_size=64)
-    levels = find_levels(model, settings, [(64, 64)])
-    detector = create_detector(model, levels, 1, settings)
+    detector = create_detector(model, 1, settings)
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     train_detector(detector, Noise(), settings, torch.device('cpu'))
     changed = {name for name, value in detector.state_dict().items() if not value.equal(before[name])}
@@ -148,8 +144,7 @@ def test_frozen_backbones_do_not_change(frozen):
 def test_bfloat16_and_losses_that_are_not_finite():
     model = source('test_resnet')
     settings = Settings(epochs=1, batch_size=2, fpn_channels=32, min_size=64, amp=True)
-    levels = find_levels(model, settings, [(64, 64)])
-    detector = create_detector(model, levels, 1, settings)
+    detector = create_detector(model, 1, settings)
     train_detector(detector, Noise(), settings, torch.device('cpu'))
     nn.init.constant_(detector.head.regression_head.bbox_reg.bias, math.nan)
     with pytest.raises(RunError, match='lower --lr'):

@@ -13,8 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_area
 
 from ..common.errors import UsageError, usage_errors
 from ..evaluation.models import RANDOM, Candidate
-from .datasets import Size
-from .pyramid import Level, PyramidBackbone, check_size, measure_levels
+from .pyramid import PyramidBackbone, check_size, measure_levels
 
 # Detectors, and the finest stride of their feature pyramid, as in their papers.
 DETECTORS = dict(fcos=8, fasterrcnn=4)
@@ -86,17 +85,35 @@ def create_features(source: Candidate, **options: Any) -> nn.Module:
     return features
 
 
-def _backbone(features: nn.Module, levels: list[Level], settings: Settings) -> PyramidBackbone:
-    return PyramidBackbone(
-        features, levels, settings.fpn_channels, settings.min_size, settings.frozen, DETECTORS[settings.detector])
+def _create_backbone(source: Candidate, settings: Settings) -> PyramidBackbone:
+    """Create the backbone, and check that it accepts images of the shorter and longer side that the settings allow."""
+    channels, *_ = source.data_config['input_size']
+    errors = []
+    for option in _SIZE_OPTIONS:
+        try:
+            features = create_features(source, **option)
+            levels = measure_levels(features, source.data_config['input_size'])
+            backbone = PyramidBackbone(
+                features, levels, settings.fpn_channels, settings.min_size, settings.frozen,
+                DETECTORS[settings.detector])
+            multiple = math.lcm(*backbone.strides)
+            height, width = (math.ceil(side / multiple) * multiple for side in (settings.min_size, settings.max_size))
+            check_size(features, levels, (height, width), channels)
+            return backbone
+        except UsageError as error:
+            errors.append(error)
+    raise UsageError(f'{source.origin} cannot be the backbone of a detector. {errors[0]}') from errors[0]
 
 
-def create_detector(source: Candidate, levels: list[Level], num_classes: int, settings: Settings) -> nn.Module:
+def create_detector(source: Candidate, num_classes: int, settings: Settings) -> nn.Module:
     """Create a detector with a new feature pyramid and head, for a number of classes without the background.
 
     Like torchvision's detectors, it returns losses in training mode and predictions in evaluation mode.
+
+    Raises:
+        UsageError: if the model cannot be the backbone of a detector.
     """
-    backbone = _backbone(create_features(source), levels, settings)
+    backbone = _create_backbone(source, settings)
     strides = backbone.strides
     options = dict(
         num_classes=num_classes + 1, min_size=settings.min_size, max_size=settings.max_size,
@@ -112,37 +129,3 @@ def create_detector(source: Candidate, levels: list[Level], num_classes: int, se
     return FasterRCNN(
         backbone, rpn_anchor_generator=AnchorGenerator(sizes, (_ASPECT_RATIOS,) * len(sizes)),
         box_roi_pool=_roi_align(strides[:backbone.num_own_levels]), box_score_thresh=_SCORE_THRESHOLD, **options)
-
-
-def _input_shapes(sizes: list[Size], settings: Settings, multiple: int) -> list[tuple[int, int]]:
-    """Return the smallest and the largest height and width of the batches that a detector builds from images."""
-    scaled = []
-    for width, height in set(sizes):
-        scale = min(settings.min_size / min(width, height), settings.max_size / max(width, height))
-        scaled.append(tuple(math.ceil(int(side * scale) / multiple) * multiple for side in (height, width)))
-    heights, widths = zip(*scaled, strict=True)
-    return sorted({min(scaled, key=math.prod), (max(heights), max(widths))})
-
-
-def find_levels(source: Candidate, settings: Settings, sizes: list[Size]) -> list[Level]:
-    """Measure a model's levels, and check that the model accepts images of these sizes.
-
-    If the model needs an option of timm to accept other sizes than its own, the option is added to the source.
-
-    Raises:
-        UsageError: if the model cannot be the backbone of a detector of these images.
-    """
-    errors, input_size = [], source.data_config['input_size']
-    for option in _SIZE_OPTIONS:
-        try:
-            features = create_features(source, **option)
-            levels = measure_levels(features, input_size)
-            strides = _backbone(features, levels, settings).strides
-            for shape in _input_shapes(sizes, settings, math.lcm(*strides)):
-                check_size(features, levels, shape, input_size[0])
-        except UsageError as error:
-            errors.append(error)
-        else:
-            source.options |= option
-            return levels
-    raise UsageError(f'{source.origin} cannot be the backbone of a detector. {errors[0]}') from errors[0]

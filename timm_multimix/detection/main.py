@@ -17,7 +17,7 @@ from ..common.files import check_output, unlock_folders
 from ..common.results import default_folder, print_text, write_file
 from ..evaluation.models import load_candidates
 from .datasets import DetectionDataset
-from .detectors import DETECTORS, Settings, find_levels
+from .detectors import DETECTORS, Settings, create_detector
 from .metric import mean_average_precision
 from .report import Comparison, predictions_figure
 from .splits import SCENES, image_bounds, load_splits
@@ -126,7 +126,8 @@ def _run(args: argparse.Namespace) -> None:
     data = dict(train=train.name, test=test.name, num_train=len(train), num_test=len(test))
     conditions = dict(data=data, settings=dict(asdict(settings), processes=args.world_size))
     sources = load_candidates(args.models, args.pretrained)
-    levels = [find_levels(source, settings, train.sizes + test.sizes) for source in sources]
+    for source in sources:
+        create_detector(source, len(train.classes), settings)  # raises an error if the backbone cannot be used
     rows = [(seed, index) for seed in range(args.seed, args.seed + args.seeds) for index in range(len(sources))]
     if args.rank == 0:
         comparison = Comparison(args.output, conditions, sources)
@@ -142,7 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     for seed, index in rows:
         started = time.perf_counter()
         [(predictions, targets)] = transfer(
-            sources[index], levels[index], datasets, settings, device, seed=seed, workers=args.workers)
+            sources[index], datasets, settings, device, seed=seed, workers=args.workers)
         if args.rank == 0:
             row = mean_average_precision(predictions, targets)
             row['seconds'] = round(time.perf_counter() - started, 1)

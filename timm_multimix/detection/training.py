@@ -15,7 +15,6 @@ from ..data.loading import batches_of
 from ..evaluation.models import Candidate
 from .datasets import DetectionDataset
 from .detectors import Settings, create_detector
-from .pyramid import Level
 
 _MAX_GRADIENT_NORM = 10.0
 _WARMUP = 0.1  # fraction of the updates
@@ -117,13 +116,12 @@ def predict(
 
 
 def transfer(
-        source: Candidate, levels: list[Level], datasets: Sequence[DetectionDataset], settings: Settings,
+        source: Candidate, datasets: Sequence[DetectionDataset], settings: Settings,
         device: torch.device, *, seed: int = 0, workers: int = 0) -> Iterator[tuple[list[dict], list[dict]]]:
     """Train a detector on a model's backbone, and predict the objects of other images.
 
     Args:
         source: The model.
-        levels: Its levels, from find_levels.
         datasets: Training images, and one or several sets of other images.
         settings: Settings.
         device: Device to train on.
@@ -135,7 +133,7 @@ def transfer(
     """
     torch.manual_seed(seed)
     train, *others = datasets
-    detector = create_detector(source, levels, len(train.classes), settings)
+    detector = create_detector(source, len(train.classes), settings)
     title = f'{source.name}, seed {seed}'
     train_detector(detector, train.view(source.img_mode, training=True, hflip=settings.hflip), settings, device,
                    seed=seed, workers=workers, description=title)
