@@ -73,17 +73,11 @@ def share_images(first: Dataset, second: Dataset) -> bool:
 
 
 def hold_out(
-        args: argparse.Namespace,
-        train: Dataset,
-        evaluation: Dataset | None,
-        in_chans: int,
+        args: argparse.Namespace, train: Dataset, evaluation: Dataset | None, in_chans: int,
 ) -> tuple[Dataset, Dataset | None]:
-    """Separate the images for temperature scaling from the training images.
+    """Return the images to train on, and the images to calibrate on or None without --calibrate.
 
     A share is selected with --seed, so that a continued run holds out the same images.
-
-    Returns:
-        The dataset to train on and the dataset to calibrate on. The second is None without --calibrate.
 
     Raises:
         UsageError: if images cannot be held out, or the split is also used for training or validation.
@@ -139,16 +133,10 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     """Calibrate the best checkpoint of a run and write model_calibrated.pth.tar.
 
     It contains a single state_dict that timm can load. 'eval_weights' is the weight set that was calibrated. 'metrics'
-    contains its metrics except the loss, which calibration changes.
+    contains its metrics except the loss, which calibration changes. The model is not changed: the weights are loaded
+    into a copy. `loader` contains the held-out images, and `autocast` returns the context of a forward pass.
 
-    Args:
-        folder: Folder of the run.
-        model: The model. It is not changed: the weights are loaded into a copy.
-        loader: Batches of held-out images.
-        autocast: Returns the autocast context of a forward pass, as in validation.
-
-    Returns:
-        Path of the calibrated checkpoint, None with a warning if no temperature can be fitted.
+    Return the path of the calibrated checkpoint, or None with a warning if no temperature can be fitted.
     """
     best = read_checkpoint(os.path.join(folder, 'model_best.pth.tar'))
     model = copy.deepcopy(model)

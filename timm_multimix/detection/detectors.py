@@ -65,12 +65,7 @@ def _roi_align(strides: list[int]) -> MultiScaleRoIAlign:
 def create_features(source: Candidate, **options: Any) -> nn.Module:
     """Create timm's feature extractor with the weights of a model, or new random weights if its weights are random.
 
-    Args:
-        source: The model.
-        **options: Further arguments of create_model.
-
-    Returns:
-        Module that returns a list of feature maps (b, c, h, w).
+    It returns a list of feature maps (b, c, h, w). `options` are further arguments of create_model.
 
     Raises:
         UsageError: if timm cannot extract feature maps.

@@ -36,11 +36,9 @@ def _maps(features: nn.Module, size: tuple[int, int], in_chans: int) -> list[tor
 
 
 def measure_levels(features: nn.Module, input_size: tuple[int, int, int]) -> list[Level]:
-    """Group a model's feature maps by stride. Strides are measured, because some models report wrong ones.
+    """Group the maps of a feature extractor by stride. Strides are measured, because some models report wrong ones.
 
-    Args:
-        features: timm's feature extractor.
-        input_size: Channels, height and width of the images that the model was trained on.
+    `input_size` is the size (channels, height, width) of the images that the model was trained on.
     """
     in_chans, *native = input_size
     even = [math.lcm(side, _USUAL_STRIDE) for side in native]

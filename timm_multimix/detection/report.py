@@ -34,15 +34,8 @@ class Comparison:
     """Rows of a comparison, one for each backbone and seed, in the file results.json of a folder.
 
     The folder is locked until the process ends. A comparison in it is continued, except for rows of a backbone that now
-    has other weights.
-
-    Args:
-        folder: The folder.
-        conditions: Data and settings of all rows.
-        sources: Backbones to compare.
-
-    Attributes:
-        models: For each origin of a backbone its name, description and rows by seed.
+    has other weights. `conditions` are the data and settings of all rows. `models` contains for each origin of a
+    backbone its name, description and rows by seed.
 
     Raises:
         UsageError: if another process uses the folder, or if it contains results of other conditions.

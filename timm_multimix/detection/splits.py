@@ -60,34 +60,23 @@ def _read_coco(where: str, spec: str) -> DetectionDataset:
     return DetectionDataset(where, images.values(), list(names.values()))
 
 
-def _voc_folder(root: str, year: str) -> str:
-    return os.path.join(root, DATASET_YEAR_DICT[year]['base_dir'])
+def _voc_parts(where: str, spec: str, is_training: bool) -> tuple[str, list[tuple[str, str]]]:
+    """Parse 'ROOT[:YEAR[+YEAR]]'. Return the root, and the years and image sets of a split.
 
-
-def _voc_years(where: str, spec: str) -> tuple[str, list[str]]:
-    """Parse 'ROOT[:YEAR[+YEAR]]'. Without a year, the year is 2007 if it is there, else 2012."""
+    They are trainval and test of 2007 with its test split, otherwise train and val. With several years, the training
+    split is trainval of all if 2007 is one of them, as usual. Without a year, it is 2007 if it is there, else 2012.
+    """
     root, _, given = spec.rpartition(':')
     if not root or not given[:4].isdigit():
         root, given = spec, ''
-    years = given.split('+')
-    if not given:
-        years = ['2007' if os.path.isdir(_voc_folder(root, '2007')) else '2012']
+    folders = {year: os.path.join(root, entry['base_dir']) for year, entry in DATASET_YEAR_DICT.items()}
+    years = given.split('+') if given else ['2007' if os.path.isdir(folders['2007']) else '2012']
     for year in years:
-        if year not in DATASET_YEAR_DICT or not os.path.isdir(_voc_folder(root, year)):
+        if not os.path.isdir(folders.get(year, '')):
             raise UsageError(f'{where}: {root} does not contain VOCdevkit/VOC{year}.')
-    return root, years
-
-
-def _voc_image_sets(root: str, years: list[str], is_training: bool) -> list[tuple[str, str]]:
-    """Return years and image sets of a split: trainval and test for 2007 with its test split, else train and val.
-
-    With several years, the training split is trainval of all if one has a test split, as is usual with 2007+2012.
-    """
-    tested = [year for year in years if year == '2007' and os.path.isfile(
-        os.path.join(_voc_folder(root, year), 'ImageSets', 'Main', 'test.txt'))]
-    if tested:
-        return [(year, 'trainval') for year in years] if is_training else [(year, 'test') for year in tested]
-    return [(year, 'train' if is_training else 'val') for year in years]
+    if '2007' in years and os.path.isfile(os.path.join(folders['2007'], 'ImageSets', 'Main', 'test.txt')):
+        return root, [(year, 'trainval') for year in years] if is_training else [('2007', 'test')]
+    return root, [(year, 'train' if is_training else 'val') for year in years]
 
 
 def _read_voc_annotation(path: str) -> tuple[Size, list[Object]]:
@@ -109,9 +98,9 @@ def _read_voc_annotation(path: str) -> tuple[Size, list[Object]]:
 
 def _read_voc(where: str, spec: str, is_training: bool) -> DetectionDataset:
     """Read 'ROOT[:YEAR]', a folder that contains VOCdevkit."""
-    root, years = _voc_years(where, spec)
+    root, parts = _voc_parts(where, spec, is_training)
     images = []
-    for year, image_set in _voc_image_sets(root, years, is_training):
+    for year, image_set in parts:
         with usage_errors(f'{where}, {image_set} of {year}'):
             voc = VOCDetection(root, year=year, image_set=image_set)
         images += [
@@ -137,13 +126,7 @@ def _load(option: str, data: str, is_training: bool, count: int | None) -> Detec
 def load_splits(
         data: str, test_data: str | None, num_train: int | None = None, num_test: int | None = None,
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """Load and check training and test images.
-
-    Args:
-        data: 'demo/scenes', 'coco:IMAGES:ANNOTATIONS.json' or 'voc:ROOT[:YEAR]'.
-        test_data: The same for the test images. None for the test split of `data`, which COCO files do not have.
-        num_train: Number of scenes, or maximum number of images; None for the default number of scenes, or all images.
-        num_test: The same for the test images.
+    """Load and check training and test images from the values of --data and --test-data.
 
     Raises:
         UsageError: if the data do not exist or are invalid, or if there is nothing to train or test on.

@@ -118,18 +118,9 @@ def predict(
 def transfer(
         source: Candidate, datasets: Sequence[DetectionDataset], settings: Settings,
         device: torch.device, *, seed: int = 0, workers: int = 0) -> Iterator[tuple[list[dict], list[dict]]]:
-    """Train a detector on a model's backbone, and predict the objects of other images.
+    """Train a detector on a model's backbone and the first dataset. Yield predictions and true objects of the others.
 
-    Args:
-        source: The model.
-        datasets: Training images, and one or several sets of other images.
-        settings: Settings.
-        device: Device to train on.
-        seed: Seed of the head, of random weights and of the order of the images.
-        workers: Number of processes that read images.
-
-    Yields:
-        Predictions and true objects of each set of other images.
+    `seed` determines the head, random weights and the order of the images.
     """
     torch.manual_seed(seed)
     train, *others = datasets

@@ -104,9 +104,7 @@ def _from_name(name: str, pretrained: bool) -> Candidate:
 def load_candidate(spec: str, pretrained: bool = True) -> Candidate:
     """Load a run folder, a checkpoint, a model of the Hub ('hf-hub:user/name') or a model of timm, on the CPU.
 
-    Args:
-        spec: Path or name.
-        pretrained: Whether a model of timm has pretrained weights instead of random weights.
+    `pretrained` is whether a model of timm has pretrained weights instead of random weights.
 
     Raises:
         UsageError: if there is no such model, or if the checkpoint is damaged or has no architecture.

@@ -58,12 +58,7 @@ def noise_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield batches of noise images with independent pixels, and the label 0. The batch size does not change the noise.
 
-    Args:
-        kind: 'uniform' in [0, 1], or 'gaussian' with mean 0.5 and standard deviation 1, clipped to [0, 1].
-        num_images: Total number of images.
-        input_size: Channels, height and width.
-        batch_size: Images per batch.
-        seed: Seed of the noise.
+    It is 'uniform' in [0, 1], or 'gaussian' with mean 0.5 and standard deviation 1, clipped to [0, 1].
     """
     generator = torch.Generator('cpu').manual_seed(seed)
     draw = torch.rand if kind == 'uniform' else torch.randn

@@ -124,13 +124,9 @@ CORRUPTIONS = {
 
 
 def corrupt(images: torch.Tensor, kind: str, severity: int, generator: torch.Generator) -> torch.Tensor:
-    """Corrupt images (b, c, h, w) in [0, 1].
+    """Corrupt images (b, c, h, w) in [0, 1] with a key of CORRUPTIONS and a severity from 1 to 5.
 
-    Args:
-        images: The images.
-        kind: A key of CORRUPTIONS.
-        severity: 1 to 5.
-        generator: CPU generator of the noise. Splitting the images into batches does not change the noise.
+    The CPU generator draws noise. Splitting the images into batches does not change the noise.
     """
     function, parameters = CORRUPTIONS[kind]
     return function(images, parameters[SEVERITIES.index(severity)], generator).clamp(0, 1)

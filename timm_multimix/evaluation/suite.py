@@ -256,12 +256,9 @@ def evaluate_models(
         candidates: Sequence[Candidate], args: argparse.Namespace, device: torch.device) -> Iterator[Result]:
     """Evaluate models one after the other on the device. The images of all models are checked first.
 
-    Args:
-        candidates: The models.
-        args: Options of the command, and the sources of images: `source` to evaluate on; `calibration` to fit a
-            temperature on, None for cross-fitting on halves of the evaluated images; `outside`, sources of
-            out-of-distribution images and names of noises.
-        device: Device to evaluate on.
+    `args` contains the options of the command and sources of images: `source` to evaluate on; `calibration` to fit a
+    temperature on, None for cross-fitting on halves of the evaluated images; `outside`, sources of out-of-distribution
+    images and names of noises.
 
     Raises:
         UsageError: if the images do not suit a model.
