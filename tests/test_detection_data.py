@@ -116,7 +116,8 @@ def test_classes_of_test_data_are_those_of_the_training_data(tmp_path):
     test = write_coco(tmp_path / 'test', IMAGES, [dict(image_id=10, category_id=1, bbox=[0, 0, 9, 9])],
                       categories=[dict(id=1, name='dog')])
     assert load_splits(train, test)[1].view('RGB')[0][1]['labels'].tolist() == [2]
-    other = write_coco(tmp_path / 'other', IMAGES, [], categories=[dict(id=1, name='bird')])
+    other = write_coco(tmp_path / 'other', IMAGES, [dict(image_id=10, category_id=1, bbox=[0, 0, 9, 9])],
+                       categories=[dict(id=1, name='bird')])
     with pytest.raises(UsageError, match='no class bird'):
         load_splits(train, other)
 
