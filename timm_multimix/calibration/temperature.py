@@ -158,12 +158,7 @@ def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
 
 @torch.no_grad()
 def fold_temperature(model: nn.Module, temperature: float, images: torch.Tensor) -> None:
-    """Divide the weights of a model's last affine layer by a temperature.
-
-    Args:
-        model: A classifier, changed in place.
-        temperature: Positive number.
-        images: A few input images, used to find the last layer.
+    """Divide the weights of a model's last affine layer by a temperature, in place. The images are used to find it.
 
     Raises:
         ValueError: If the temperature is not positive, or the logits are not proportional to the last affine layer.

@@ -29,13 +29,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Source of images.
+    """Split of a dataset, named as for --dataset of `timm-multimix train`, or of a folder if `dataset` is ''.
 
-    Attributes:
-        dataset: Name of a dataset, as for --dataset of `timm-multimix train`; '' for a folder of images.
-        root: Folder.
-        split: Name of the split.
-        options: Further arguments of timm's create_dataset.
+    `options` are further arguments of timm's create_dataset.
     """
     dataset: str
     root: str | None

@@ -32,7 +32,6 @@ class Result:
     """Measurements of a model.
 
     Attributes:
-        name: Name of the model.
         values: Content of results.json, by section.
         pictures: Data of figures only: 'scores' of OOD detection, 'points' and 'classes' of the embeddings, 'images'
             and 'maps' of attention.
