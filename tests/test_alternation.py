@@ -211,7 +211,6 @@ def test_task_uses_the_decision_of_the_loader():
     expected = F.cross_entropy(plain['output'], target, label_smoothing=0.1)
     torch.testing.assert_close(plain['loss'], expected)
     assert task.loss.smoothing == 0.1 and task.num_batches == 0
-    assert set(task.loss_names) == {'dense', 'pooled', 'plain'}
 
 
 def test_task_decides_from_its_seed_and_state():

@@ -13,7 +13,6 @@ import yaml
 from hub_server import metadata_errors
 from huggingface_hub import ModelCard
 
-from timm_multimix.build.recorded import check_recorded
 from timm_multimix.common.errors import UsageError
 from timm_multimix.data.class_names import dataset_classes, ordered_names
 from timm_multimix.hub import HubError
@@ -281,7 +280,7 @@ def texts_of(secret: str) -> dict:
     for name in vars(parser.parse_args([])):
         for value in (secret, [secret], {'key': secret}):
             try:
-                check_recorded({name: value}, parser, 'test')
+                parser.parse_values({name: value})
             except UsageError:  # a number, a flag, or a choice
                 continue
             values[name] = value

@@ -328,7 +328,6 @@ def test_names_are_short_and_differ(runs, tmp_path):
     (['{runs}/plain', '--ood', 'demo/nope'], 'Choose from demo/digits'),
     (['{runs}/plain', '--ood', 'unifrom'], 'Did you mean uniform'),
     (['{runs}/plain', '--dataset', 'torhc/cifar10'], 'Did you mean torch?'),
-    (['{runs}/plain', '--dataset', 'torch/cifr10', '--data-dir', '{tmp}'], 'Did you mean cifar10'),
     (['{runs}/plain', '--dataset', 'torch/cifar10', '--data-dir', '{tmp}'], 'You can use --dataset-download to'),
     (['{runs}/plain', '--parts', 'atacks'], 'Did you mean attacks?'),
     (['{runs}/plain', '--atack-loss', 'x'], 'Did you mean --attack-loss'),

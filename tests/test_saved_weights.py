@@ -1,12 +1,10 @@
-"""Named weight sets in a checkpoint: their entries and metrics, and changes when a run is resumed."""
+"""Named weight sets in a checkpoint: their entries and metrics."""
 import argparse
 
 import pytest
 
 from timm_multimix.build.saved_weights import (
-    changes,
     described,
-    entries,
     metrics_of,
     saved_weights,
     selection,
@@ -62,20 +60,6 @@ def test_metrics_of_an_entry():
     of_timm = dict(state_dict={}, state_dict_ema={}, metric=40.0)
     assert metrics_of(of_timm, 'state_dict_ema', 'top1') == dict(top1=40.0)
     assert metrics_of(of_timm, 'state_dict', 'top1') == {} == metrics_of(dict(state_dict={}), 'state_dict', 'top1')
-
-
-@pytest.mark.parametrize('before, now, words', [
-    (ALL, ALL, []),
-    (dict(state_dict={}), ALL, []),
-    (ALL, dict(state_dict={}), ['add --model-ema', 'add --multimix-teacher ema']),
-    (('state_dict', 'state_dict_ema'), ALL, ['this run uses state_dict_teacher']),
-    (('state_dict', 'state_dict_teacher'), ('state_dict', 'state_dict_ema'), ['this run uses state_dict_ema']),
-])
-def test_changes_on_resuming(before, now, words):
-    kept = entries(now, TEACHER if len(now) > 1 else {})
-    lines = changes(entries(before, TEACHER), kept)
-    assert bool(lines) == bool(words) and all(word in '\n'.join(lines) for word in words)
-    assert not lines or "the teacher's weights" in lines[-1]
 
 
 @pytest.mark.parametrize('checkpoint, weights, expected', [

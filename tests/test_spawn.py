@@ -2,6 +2,7 @@
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from timm.data import create_transform
 from training_helpers import make_images
 
 from timm_multimix import TwoViews
-from timm_multimix.build.workers import IgnoreSignals
+from timm_multimix.build.workers import ignore_signals
 from timm_multimix.data.alternation import AlternatingCollateMixup, BatchSchedule
 from timm_multimix.data.class_names import map_targets
 from timm_multimix.data.demo import DEMOS, Part, create_dataset
@@ -55,13 +56,14 @@ def test_loader_functions():
     assert views.shape == (6, 8, 8)
     collate = _pickled(AlternatingCollateMixup(mixup_alpha=0.2, num_classes=2))
     assert collate([(np.zeros((3, 8, 8), dtype=np.uint8), 0)] * 2)[1].shape == (2, 2)
-    assert isinstance(_pickled(IgnoreSignals(None)), IgnoreSignals)
+    assert _pickled(partial(ignore_signals, None)).func is ignore_signals
     assert _pickled(BatchSchedule(0.5)) == BatchSchedule(0.5)
 
 
 SCRIPT = """
 import multiprocessing
 import sys
+from functools import partial
 
 from timm_multimix.training import main
 

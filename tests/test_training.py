@@ -167,7 +167,7 @@ def test_multimix_epochs(script, image_folder):
 
 def test_no_accuracy_on_soft_targets(script, image_folder):
     script.train(image_folder, multimix='dense', mixup=0.2)
-    assert script.summary()[0]['train_top1'] == '' and 'Acc@1' not in script.text
+    assert 'train_top1' not in script.summary()[0] and 'Acc@1' not in script.text
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='signals')

@@ -17,7 +17,7 @@ from .build.parser import TrainingParser
 from .common.errors import UsageError, usage_errors
 from .data.alternation import BatchSchedule
 from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
-from .losses.module import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
+from .losses.module import PRESETS, MultiMixLoss
 from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
 
@@ -86,15 +86,6 @@ def _balance(name: str, action: str, help: str) -> Option:
     return Option((name,), dict(action=action, dest='no_multimix_balance', default=None, help=help))
 
 
-def _logit_scale(text: str) -> float:
-    if text == 'auto':
-        raise argparse.ArgumentTypeError(name_options(AUTO_SCALE_REMOVED))
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a number, got {text!r}') from None
-
-
 MULTIMIX = Group('MultiMix parameters', (
     _value('--multimix', default='off', choices=TASK_MODES,
            help='dense mixes the logits at every position of the feature map. pooled mixes the ordinary logits: it '
@@ -130,14 +121,12 @@ MULTIMIX = Group('MultiMix parameters', (
                  'softmax. softmax spreads the attention over all positions.'),
     _flag('--multimix-attention-grad',
           help='backpropagate through the attention. It gave no improvement in our experiments.'),
-    [
-        _balance('--multimix-balance', 'store_false',
-                 help='use the balanced gradient (docs/method.md). This is the default, except with --multimix-preset '
-                      'paper. In YAML: no_multimix_balance: false.'),
-        _balance('--no-multimix-balance', 'store_true',
-                 help='use the literal gradient of the papers. With --multimix-alpha 0.5 2 on every batch the model '
-                      'hardly trains (docs/method.md): combine it with --multimix-prob 0.5.'),
-    ],
+    _balance('--multimix-balance', 'store_false',
+             help='use the balanced gradient (docs/method.md). This is the default, except with --multimix-preset '
+                  'paper. In YAML: no_multimix_balance: false.'),
+    _balance('--no-multimix-balance', 'store_true',
+             help='use the literal gradient of the papers. With --multimix-alpha 0.5 2 on every batch the model '
+                  'hardly trains (docs/method.md): combine it with --multimix-prob 0.5.'),
     _option('--multimix-pooled-weight', type=float, metavar='W',
             help='weight of the pooled loss relative to the dense loss, from 0 to 1. Keep it above 0 for a model that '
                  'predicts from a class token: the dense loss does not train the class token. (default: 0.5, or 0 '
@@ -145,7 +134,7 @@ MULTIMIX = Group('MultiMix parameters', (
     _option('--multimix-clean-weight', type=float, metavar='W',
             help='weight of the plain loss on unmixed images, from 0 to 1. It did not improve accuracy in our '
                  'studies.'),
-    _option('--multimix-logit-scale', type=_logit_scale, metavar='S',
+    _option('--multimix-logit-scale', type=float, metavar='S',
             help='factor on the mixed logits inside the loss, above 0. A value above 1 lowers the confidence of the '
                  'trained model, a value below 1 raises it.'),
     _flag('--multimix-gather',
@@ -175,7 +164,7 @@ MULTIMIX = Group('MultiMix parameters', (
                  'the model and for the teacher. With 1, both use the same view.'),
 ), _DESCRIPTION)
 
-_DEFAULTS = {option.dest: option.settings['default'] for option in MULTIMIX.all_options}
+_DEFAULTS = {option.dest: option.settings['default'] for option in MULTIMIX.options}
 # Options that set one keyword argument of MultiMixTask, without conversion.
 _KEYWORDS = {dest: _keyword(dest) for dest in _DEFAULTS if dest.startswith('multimix_')}
 # Options that replace keyword arguments in error messages.

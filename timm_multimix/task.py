@@ -177,19 +177,6 @@ class MultiMixTask(ClassificationTask):
         """Whether the current epoch can have MultiMix batches."""
         return self.schedule.is_active(self.epoch)
 
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """Loss terms that forward returns: 'dense', 'pooled', 'clean' on MultiMix batches, 'plain' on others."""
-        if self.schedule.prob == 0:
-            return ()
-        dense = self.mode == 'dense' and self.loss.pooled_weight < 1
-        pooled = self.mode == 'pooled' or self.loss.pooled_weight > 0
-        clean_weight = self.loss.clean_weight
-        used = dict(
-            dense=dense and clean_weight < 1, pooled=pooled and clean_weight < 1, clean=clean_weight > 0,
-            plain=self.schedule.alternates)
-        return tuple(name for name, is_used in used.items() if is_used)
-
     def set_epoch(self, epoch: int) -> None:
         """Set the current epoch, for start_epoch, off_epoch and the distillation ramp. Call it before every epoch."""
         self.epoch = epoch
@@ -221,8 +208,8 @@ class MultiMixTask(ClassificationTask):
             multimix: Whether this is a MultiMix batch. If None, the task decides.
 
         Returns:
-            'loss', 'output' (the ordinary logits), and the loss terms of this batch (see loss_names), detached, for
-            logging.
+            'loss', 'output' (the ordinary logits), and the loss terms of this batch, detached, for logging: 'dense',
+            'pooled' and 'clean' on a MultiMix batch, 'plain' on the other batches if prob < 1.
         """
         input, teacher_input = split_views(input) if self.views == 2 else (input, input)
         is_multimix = self._decide(multimix)

@@ -65,11 +65,9 @@ _MODEL = Group('Model parameters', (
     _value('--head-init-scale', type=float, help='scale factor for the initial weights and biases of the classifier'),
     _value('--head-init-bias', type=float, help='initial bias of the classifier'),
     _value('--torchcompile-mode', metavar='MODE', help='mode of torch.compile'),
-    [
-        _flag('--torchscript', help='script the model with torch.jit'),
-        _value('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
-               help='compile the model with this torch.compile backend (default: inductor)'),
-    ],
+    _flag('--torchscript', help='script the model with torch.jit'),
+    _value('--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+           help='compile the model with this torch.compile backend (default: inductor)'),
 ))
 
 _DEVICE = Group('Device parameters', (

@@ -1,22 +1,17 @@
 """Read checkpoints, and verify their checksums and the types of their entries."""
 import os
-import pickle
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
-from timm.models import load_state_dict
 from timm.utils import load_checkpoint_metadata
 
 from ..common.errors import UsageError
+from ..common.random_state import check_random_state
 from ..data.class_names import valid_classes
 from .saved_weights import WEIGHTS
-
-_NO_CHECKPOINT = 'it is not a PyTorch checkpoint'
-_OTHER_WEIGHTS = ('.safetensors', '.npz', '.npy')  # formats that timm also reads
 
 _NUMBER = (int, float)
 _OPTIONAL_NUMBER = (int, float, None)
@@ -58,10 +53,12 @@ def _is_arguments(value: Any) -> bool:
     return _fits(values, _ARGUMENTS) and all(isinstance(name, str) for name in values)
 
 
-def _is_saver(value: Any) -> bool:
-    return _fits(value, _SAVER) and value.keys() >= _SAVER.keys() and len(value['pending']) == 2 and all(
-        len(file) == 2 and isinstance(file[0], str) and not isinstance(file[1], str)
-        for file in value['checkpoint_files'])
+def _is_random_state(value: Any) -> bool:
+    try:
+        check_random_state(value)
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 # Arguments that are compared or used when a checkpoint is read.
@@ -71,20 +68,16 @@ _ARGUMENTS = {
     'opt_eps': _OPTIONAL_NUMBER, 'opt_betas': ([_NUMBER], None), 'layer_decay': _OPTIONAL_NUMBER,
     'multimix': str, 'multimix_teacher': str, 'calibrate': (str, None), 'val_split': (str, None),
 }
-_RANDOM_STATE = {'python': [object], 'numpy': [object], 'torch': bytes}
 _LOADER = {
-    'consumed': int, 'epoch_start': (_RANDOM_STATE, None), 'before': (_RANDOM_STATE, None), 'now': _RANDOM_STATE,
-    'seed': (_RANDOM_STATE, None), 'workers': {ANY: _RANDOM_STATE}}
+    'consumed': int, 'epoch_start': (_is_random_state, None), 'before': (_is_random_state, None),
+    'now': _is_random_state, 'seed': (_is_random_state, None), 'workers': {ANY: _is_random_state}}
 _PROCESS = {
-    'random': _RANDOM_STATE, 'loader': (_LOADER, None), 'statistics': {ANY: torch.Tensor},
+    'random': _is_random_state, 'loader': (_LOADER, None), 'statistics': {ANY: torch.Tensor},
     'averages': ({'sums': {ANY: _NUMBER}, 'counts': {ANY: int}}, None)}
 _PROGRESS = {
     'in_epoch': bool, 'consumed': _is_count, 'processes': [_PROCESS], 'shape': {ANY: int}, 'validated': bool,
     'scheduler': ({'inner': {ANY: object}, 'restore_lr': (None, [object]), 'lr': [_NUMBER]}, None),
     'average': (torch.Tensor, None)}
-_SAVER = {
-    'checkpoint_files': [[(str, *_OPTIONAL_NUMBER)]], 'best_epoch': (int, None), 'best_metric': _OPTIONAL_NUMBER,
-    'pending': [_OPTIONAL_NUMBER]}
 
 _ENTRIES = {
     **dict.fromkeys(_WEIGHT_ENTRIES, _is_weights),
@@ -96,7 +89,7 @@ _ENTRIES = {
     'task_state_ema': ({ANY: object}, None),
     'optimizer': {'state': {ANY: {ANY: object}}, 'param_groups': [{ANY: object}]},
     'amp_scaler': {ANY: object},
-    'saver': (_is_saver, None),
+    'saver': (lambda value: _fits(value, dict) and len(value) > 0, None),
     'progress': (_PROGRESS, None),
     'metric': _OPTIONAL_NUMBER,
     'eval_weights': lambda value: value in (None, *WEIGHTS),
@@ -131,31 +124,6 @@ def _why_damaged(path: str) -> str | None:
     return None  # the format before PyTorch 1.6, or another format
 
 
-def _read(path: str, verify: bool) -> tuple[Any, str | None]:
-    """Load a file as plain data and return (content, None), or (None, reason) if that fails."""
-    try:
-        reason = _why_damaged(path) if verify else None
-        return (load_checkpoint_metadata(path) if reason is None else None), reason
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        is_foreign = 'weights' in str(error).replace(path, '').lower()  # in PyTorch's message
-        return None, 'it contains objects that are not data' if is_foreign else _NO_CHECKPOINT
-    except Exception:  # unpickling other formats raises errors of many types
-        return None, 'it is not a PyTorch checkpoint, or it is incomplete'
-
-
-def check_weights_file(path: str) -> None:
-    """Raise UsageError if a file that timm has failed to load into a model is damaged or contains no weights."""
-    if path.endswith(_OTHER_WEIGHTS):
-        return
-    _, reason = _read(path, verify=True)
-    if reason == _NO_CHECKPOINT:  # maybe the format before PyTorch 1.6
-        with suppress(Exception):
-            load_state_dict(path)
-            return
-    if reason is not None:
-        raise UsageError(f'{path} contains no weights: {reason}.')
-
-
 def read_checkpoint(path: str, verify: bool = True) -> dict:
     """Load a checkpoint as plain data.
 
@@ -166,7 +134,11 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
     Raises:
         UsageError: if the file is not a checkpoint of a model, or is damaged.
     """
-    checkpoint, reason = _read(path, verify)
+    try:
+        reason = _why_damaged(path) if verify else None
+        checkpoint = load_checkpoint_metadata(path) if reason is None else None
+    except Exception:  # unpickling other formats raises errors of many types
+        reason = 'it is not a PyTorch checkpoint, or it contains objects that are not data'
     if reason is None and (not isinstance(checkpoint, dict) or not {'state_dict', 'model'} & checkpoint.keys()):
         reason = 'it has no state_dict'
     elif reason is None and (entry := _wrong_entry(checkpoint)):

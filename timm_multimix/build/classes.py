@@ -1,6 +1,5 @@
 """Compare the class names of the datasets with the class names stored in a checkpoint."""
 import argparse
-import glob
 import json
 import logging
 import os
@@ -8,15 +7,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from timm.utils import is_primary
 from torch.utils.data import Dataset
 
-from ..common.distributed import of_the_first
 from ..common.errors import UsageError, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets, valid_classes
 from ..data.dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS
 from ..data.image_files import image_root, listed
-from .arguments import DEFAULT_OUTPUT
 from .checkpoint import read_checkpoint
 from .hub_files import CONFIG_NAME, HubError, download, is_hub_name
 from .saved_weights import arguments_of
@@ -25,8 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class StoredClasses(NamedTuple):
-    """Path or Hub name of a checkpoint, and the class names and number of classes of its model, None if unknown."""
-    origin: str
+    """Class names and number of classes of a model, None if unknown."""
     names: dict[str, int] | None
     count: int | None
 
@@ -44,59 +39,37 @@ def _config_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
 def stored_classes(path: str) -> StoredClasses:
     """Read the classes of a model from its checkpoint, or from the config.json on the Hub or next to safetensors."""
     if path.endswith('.safetensors'):
-        return StoredClasses(path, *_config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME)))
+        return StoredClasses(*_config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME)))
     with suppress(HubError, UsageError, OSError):  # reported when the weights are loaded
         if is_hub_name(path):
-            return StoredClasses(path, *_config_classes(download(path, CONFIG_NAME)))
+            return StoredClasses(*_config_classes(download(path, CONFIG_NAME)))
         checkpoint = read_checkpoint(path, verify=False)
         names = valid_classes(checkpoint.get('class_to_idx'))
-        return StoredClasses(path, names, arguments_of(checkpoint).get('num_classes'))
-    return StoredClasses(path, None, None)
+        return StoredClasses(names, arguments_of(checkpoint).get('num_classes'))
+    return StoredClasses(None, None)
 
 
-def _stored(args: argparse.Namespace) -> tuple[str, StoredClasses] | None:
-    """Return the option that names the initial checkpoint of a run, and the classes in the checkpoint."""
-    for option in ('validate', 'resume', 'initial_checkpoint'):
-        path = getattr(args, option)
-        if path == 'auto' and option == 'resume':
-            folder = glob.escape(os.path.join(args.output or DEFAULT_OUTPUT, args.experiment))
-            paths = sorted(glob.glob(os.path.join(folder, '*.pth.tar')), key=os.path.getmtime, reverse=True)
-            found = [stored_classes(path) for path in paths[:3]]  # checkpoints of the same run
-            path = next((stored.origin for stored in found if stored.names or stored.count), '')
-        if path:
-            return option, stored_classes(path)
-    return None
-
-
-def _known_classes(args: argparse.Namespace, own: dict[str, int] | None) -> tuple[dict[str, int] | None, str]:
+def _known_classes(
+        args: argparse.Namespace, own: dict[str, int] | None, path: str) -> tuple[dict[str, int] | None, str]:
     """Return the classes of the model, and the checkpoint that contains them or ''."""
-    found = _stored(args) if is_primary(args) else None
-    if args.distributed:
-        found = of_the_first(found)
-    if found is None or own is None:
+    if not path or own is None:
         return own, ''
-    option, stored = found
+    stored, starts_new = stored_classes(path), not (args.validate or args.resume)
     count = max(own.values()) + 1
     if stored.names is not None:
         is_new = set(own) - set(stored.names) and len(own) != len(stored.names)
-        # timm reports classifiers of different sizes.
-        return (own, '') if option == 'initial_checkpoint' and is_new else (stored.names, stored.origin)
+        return (own, '') if starts_new and is_new else (stored.names, path)  # timm reports other sizes of classifiers
     if stored.count in (None, count):
-        _logger.warning(f'{stored.origin} contains no class names: only the number of classes is compared.')
-    elif option != 'initial_checkpoint':
-        raise UsageError(f'{stored.origin} contains a model with {stored.count} classes, but the data have {count}.')
+        _logger.warning(f'{path} contains no class names: only the number of classes is compared.')
+    elif not starts_new:
+        raise UsageError(f'{path} contains a model with {stored.count} classes, but the data have {count}.')
     return own, ''
 
 
 def match_classes(args: argparse.Namespace, dataset: Dataset | None, split: str, known: dict, origin: str = '') -> None:
-    """Map the targets of a dataset to the class indices of the model, by class name.
+    """Map the targets of a dataset to the class indices of the model by class name, in place.
 
-    Args:
-        args: Arguments of the run.
-        dataset: The dataset, changed in place. A dataset without class names is not changed.
-        split: Name of the split.
-        known: Class names of the model and their indices.
-        origin: Checkpoint that contains these names, '' for the names of the training data.
+    `known` contains the class names of the model, from the checkpoint `origin` or, without it, from the training data.
 
     Raises:
         UsageError: if the dataset has a class that the model does not have.
@@ -124,8 +97,9 @@ def settle_classes(
         args: argparse.Namespace,
         train: Dataset,
         evaluation: Dataset | None,
+        checkpoint: str,
 ) -> tuple[dict[str, int] | None, str]:
-    """Compare the classes of the datasets with those of the model, and set args.num_classes.
+    """Compare the classes of the datasets with those of the initial checkpoint, if any, and set args.num_classes.
 
     Returns:
         The mapping from the model's class names to indices, None if unknown, and the checkpoint that contains the
@@ -137,7 +111,7 @@ def settle_classes(
     """
     _compare_splits(args, train, evaluation)
     own = dataset_classes(train)
-    known, origin = _known_classes(args, own)
+    known, origin = _known_classes(args, own, checkpoint)
     if args.task == 'multilabel':
         if known and own and known != own:
             raise UsageError(f'{origin} was trained on different labels: {listed(list(known))}.')

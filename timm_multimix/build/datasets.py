@@ -5,28 +5,12 @@ from typing import Any
 from timm.data import MultiLabelTarget
 from torch.utils.data import Dataset
 
-from ..common.errors import near_names, usage_errors
+from ..common.errors import usage_errors
 from ..data.demo import create_dataset, default_img_mode
-
-_TORCH_DATASETS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist', 'image_folder', 'folder',
-                   'inaturalist', 'places365', 'imagenet')
-
-
-def dataset_suggestion(dataset: str) -> str:
-    """Suggest names similar to a misspelled torchvision dataset. Return '' for other types and for existing names."""
-    kind, _, name = dataset.lower().partition('/')
-    return near_names(name, _TORCH_DATASETS) if kind == 'torch' else ''
 
 
 def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, **own: Any) -> Dataset:
-    """Create the dataset of one split.
-
-    Args:
-        args: Arguments of the run.
-        in_chans: Number of image channels.
-        split: Name of the split.
-        what: Purpose of the split, for error messages.
-        **own: Additional arguments of create_dataset.
+    """Create the dataset of one split. `what` is used in messages, `own` are further arguments of create_dataset.
 
     Raises:
         UsageError: if the dataset cannot be created or contains no images.
@@ -48,7 +32,7 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
         trust_remote_code=args.dataset_trust_remote_code,
         **target_options,
     )
-    with usage_errors(f'{what} data {args.data_dir or args.dataset}', dataset_suggestion(args.dataset)):
+    with usage_errors(f'{what} data {args.data_dir or args.dataset}'):
         return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
 
 

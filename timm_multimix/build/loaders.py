@@ -2,6 +2,7 @@
 import argparse
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchS
 from ..data.image_files import UnreadableImages, unreadable_images
 from ..data.views import add_second_view
 from .resumable import ResumableLoader
-from .workers import IgnoreSignals
+from .workers import ignore_signals
 
 _logger = logging.getLogger(__name__)
 
@@ -310,7 +311,7 @@ def build_loaders(
     for outer in (loader, loader_eval):
         inner = getattr(outer, 'loader', outer)  # the DataLoader inside timm's prefetcher
         if isinstance(inner, DataLoader):
-            inner.worker_init_fn = IgnoreSignals(inner.worker_init_fn)
+            inner.worker_init_fn = partial(ignore_signals, inner.worker_init_fn)
     loader, resumable = _make_resumable(loader, device)
     records = {TRAINING: unreadable_images(train), VALIDATION: unreadable_images(evaluation)}
     unreadable = {part: record for part, record in records.items() if record is not None}

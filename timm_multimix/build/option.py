@@ -32,26 +32,16 @@ class Option(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Argument group. A list in `options` contains mutually exclusive options."""
+    """Argument group."""
     title: str
-    options: Sequence[Option | list[Option]]
+    options: Sequence[Option]
     description: str | None = None
-
-    @property
-    def all_options(self) -> list[Option]:
-        """All options in one list."""
-        return [option for item in self.options for option in (item if isinstance(item, list) else [item])]
 
     def add_to(self, parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         """Add the group to a parser."""
         group = parser.add_argument_group(self.title, self.description)
-        for item in self.options:
-            if isinstance(item, list):
-                exclusive = group.add_mutually_exclusive_group()
-                for option in item:
-                    exclusive.add_argument(*option.names, **option.settings)
-            else:
-                group.add_argument(*item.names, **item.settings)
+        for option in self.options:
+            group.add_argument(*option.names, **option.settings)
         return group
 
 

@@ -1,7 +1,7 @@
 """Parser of `timm-multimix train`."""
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from timm.utils import ParseKwargs
 
@@ -35,14 +35,8 @@ class TrainingParser(Parser):
         self.options: dict[str, list[Option]] = {}
         for group in (*groups, *GROUPS):
             group.add_to(self)
-            for option in group.all_options:
+            for option in group.options:
                 self.options.setdefault(option.dest, []).append(option)
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith('unrecognized arguments') and 'token' in message:
-            raise UsageError(
-                f'{message}. Do not pass a Hub token on the command line: use `hf auth login` or set HF_TOKEN.')
-        super().error(message)
 
     def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Parse the command line, and return the values of the given options by destination, without defaults."""

@@ -16,20 +16,6 @@ _INITIAL_WEIGHTS = dict(
     grad_checkpointing=False, torchscript=False)
 
 
-def check_recorded(values: Mapping[str, Any], parser: TrainingParser, path: str) -> None:
-    """Check the arguments stored in a checkpoint like arguments of the command line. Unknown arguments are skipped.
-
-    Raises:
-        UsageError: if an argument has an invalid value. The message starts with `path`.
-    """
-    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise UsageError(f'{path}: the arguments are not a mapping of names to values.')
-    try:
-        parser.parse_values(values)
-    except UsageError as error:
-        raise UsageError(f'{path} contains invalid arguments: {error}') from error
-
-
 def recorded_arguments(
         checkpoint: Mapping[str, Any],
         path: str,
@@ -51,5 +37,8 @@ def recorded_arguments(
         raise UsageError(
             f'{path} does not name its model: neither the file nor an args.yaml in its folder contains arguments. Give '
             'the run folder, or the name of a model of timm or the Hub.')
-    check_recorded(values, parser, path)
+    try:
+        parser.parse_values(values)
+    except UsageError as error:
+        raise UsageError(f'{path} contains invalid arguments: {error}') from error
     return argparse.Namespace(**{**vars(parser.parse_args([])), **values, **_INITIAL_WEIGHTS})

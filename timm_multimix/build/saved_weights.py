@@ -132,15 +132,3 @@ def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '')
     if 'temperature' in checkpoint:
         metrics.pop('loss', None)  # calibration changes the loss but not the accuracies
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Describe EMA and teacher weights of a checkpoint that a run does not continue, given the entries of both."""
-    options = {AVERAGE: '--model-ema', TEACHER: '--multimix-teacher ema'}
-    lines = []
-    for weight_set, option in options.items():
-        if weight_set in before and before[weight_set] != now.get(weight_set):
-            remedy = f'this run uses {now[weight_set]}.' if weight_set in now else f'add {option} to keep them.'
-            lines.append(
-                f'{_DESCRIPTIONS[weight_set]} ({before[weight_set]}) in the checkpoint are not continued: {remedy}')
-    return lines

@@ -9,21 +9,16 @@ from ..common.errors import suppress_worker_errors
 _JOIN_TIMEOUT = 5  # seconds to wait for a killed worker
 
 
-class IgnoreSignals:
-    """DataLoader worker_init_fn that ignores SIGINT and SIGTERM, then calls another worker_init_fn.
+def ignore_signals(init: Callable[[int], None] | None, worker: int) -> None:
+    """Ignore SIGINT and SIGTERM in a DataLoader worker, then call another worker_init_fn.
 
     Ctrl-C and job schedulers signal the whole process group. The run needs the next batch of its workers to stop
     between two updates, so workers must not exit on the signal. The run kills them itself, see ending_workers.
     """
-
-    def __init__(self, init: Callable[[int], None] | None):
-        self.init = init
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.init is not None:
-            self.init(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -66,13 +66,12 @@ class Averages:
 
     Args:
         device: Device of the scalars.
-        names: Names of the first scalars, in order. Other names are appended.
     """
 
-    def __init__(self, device: torch.device, names: Iterable[str] = ()):
+    def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, float] = dict.fromkeys(names, 0.0)
-        self.counts = dict.fromkeys(self.sums, 0)
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.latest: dict[str, torch.Tensor] = {}
         self._pending: list[tuple[str, torch.Tensor, int]] = []
 

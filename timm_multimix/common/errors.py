@@ -28,7 +28,7 @@ _OPTIONS = (
     (r'\b(class_counts and num_samples|class stats) \(see class_weights\.py\)', '--class-stats'),
     (r"\(loss(?:_type=| )'bce'\) with targets \(b, 1\)", '(--loss bce)'),
     (r'(?s)`?\bweights_only=True`? blocked loading .*',
-     'the file contains objects that are not data, such as code. They are never loaded.'),
+     'the file is not a PyTorch checkpoint, or it contains objects that are not data, such as code.'),
 )
 
 # Exceptions that libraries raise for invalid arguments and files.

@@ -12,7 +12,6 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
-from ..build.datasets import dataset_suggestion
 from ..common.command_line import check_dataset_packages
 from ..common.errors import UsageError, near_names, printable, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets
@@ -57,7 +56,7 @@ class Source:
         if self.root is None and dataset_prefix(self.dataset) in NEED_FOLDER:
             raise UsageError(
                 f'Data {self} is read from a folder. Specify it with --data-dir, or as NAME=FOLDER in --ood.')
-        with usage_errors(f'Data {self}', dataset_suggestion(self.dataset)):
+        with usage_errors(f'Data {self}'):
             return create_dataset(
                 self.dataset, root=self.root, split=self.split, input_img_mode=img_mode, **self.options)
 

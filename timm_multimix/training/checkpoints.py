@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any
@@ -61,7 +61,6 @@ class RunSaver(CheckpointSaver):
     an epoch and therefore stores the previous epoch.
 
     Attributes:
-        outdated: Function to call once after the next checkpoint is written (see set_aside), or None.
         class_to_idx: Index of each class name, None if the class names are unknown.
     """
     _replace = staticmethod(replace)
@@ -70,7 +69,6 @@ class RunSaver(CheckpointSaver):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._entries: dict[str, Any] = {}  # entries of the checkpoint that is being written
-        self.outdated: Callable[[], None] | None = None
         # Buffers that are not finite by design, such as an attention mask with -inf.
         module = self.unwrap_fn(self.model)
         self._masks = {*_not_finite(dict(module.named_buffers()))} - normalization_statistics(module).keys()
@@ -129,7 +127,6 @@ class RunSaver(CheckpointSaver):
         """Save a recovery checkpoint as timm does, then remove recovery checkpoints of earlier processes."""
         self._entries = dict(progress=progress)
         super().save_recovery(epoch, batch_idx)
-        self._remove_outdated()
         pattern = os.path.join(glob.escape(self.recovery_dir), f'{self.recovery_prefix}-*{self.extension}')
         for path in {*glob.glob(pattern)} - {self.curr_recovery_file, self.prev_recovery_file}:
             with suppress(OSError):
@@ -146,14 +143,7 @@ class RunSaver(CheckpointSaver):
         if metric is not None and math.isnan(metric):
             metric, entries = None, {}
         self._entries = dict(entries, progress=progress)
-        best = super().save_checkpoint(epoch, metric)
-        self._remove_outdated()
-        return best
-
-    def _remove_outdated(self) -> None:
-        if self.outdated is not None:
-            self.outdated()
-        self.outdated = None
+        return super().save_checkpoint(epoch, metric)
 
     def latest(self) -> str | None:
         """Return the checkpoint that --resume auto would select. Checksums are not verified."""
@@ -251,42 +241,25 @@ def newest_checkpoint(folder: str) -> str | None:
     return None
 
 
-def set_aside(setup: Setup, start_epoch: int) -> Callable[[], None] | None:
+def set_aside(setup: Setup, start_epoch: int) -> None:
     """Move the checkpoints that a continued run will replace to a subfolder, so that they are not selected any more.
 
-    These are the checkpoints later than its start. They are moved to superseded-1 (superseded-2, ...) in the run
-    folder, with a copy of summary.csv.
-
-    Returns:
-        A function that moves the checkpoint that the run continues from, to call after the next checkpoint is written.
-        None if that checkpoint stays: it is moved only with an earlier --start-epoch.
+    These are the checkpoints later than its start: with --start-epoch also the one that it continues from. They are
+    moved to superseded-1 (superseded-2, ...) in the run folder, with a copy of summary.csv.
     """
-    names = (f'superseded-{number}' for number in itertools.count(1))
-    folder = next(path for path in (os.path.join(setup.folder, name) for name in names) if not os.path.exists(path))
     start = position(setup.resumed_from)
     if setup.args.start_epoch is not None:
         start = start_epoch - 1, False, 0, math.inf
     later = [path for place, path in _by_progress(find_checkpoints(setup.folder)) if place > start]
-    resumed_from = os.path.realpath(setup.resumed_from or '')
-    source = next((path for path in later if os.path.realpath(path) == resumed_from), None)
-    others = [path for path in later if path != source]
-    if others:
-        os.mkdir(folder)
-        summary = os.path.join(setup.folder, SUMMARY_NAME)
-        if os.path.exists(summary):
-            shutil.copyfile(summary, os.path.join(folder, SUMMARY_NAME))
-        for path in others:
-            os.replace(path, os.path.join(folder, os.path.basename(path)))
-        _logger.warning(
-            f'{len(others)} checkpoints in {setup.folder} are later than the start of this run. They are moved to '
-            f'{folder}.')
-    if source is None:
-        return None
-    stat = os.stat(source)
-
-    def move_source() -> None:
-        if os.path.exists(source) and os.path.samestat(stat, os.stat(source)):  # not replaced by the next checkpoint
-            os.makedirs(folder, exist_ok=True)
-            os.replace(source, os.path.join(folder, os.path.basename(source)))
-
-    return move_source
+    if not later:
+        return
+    paths = (os.path.join(setup.folder, f'superseded-{number}') for number in itertools.count(1))
+    folder = next(path for path in paths if not os.path.exists(path))
+    os.mkdir(folder)
+    summary = os.path.join(setup.folder, SUMMARY_NAME)
+    if os.path.exists(summary):
+        shutil.copyfile(summary, os.path.join(folder, SUMMARY_NAME))
+    for path in later:
+        os.replace(path, os.path.join(folder, os.path.basename(path)))
+    _logger.warning(
+        f'{len(later)} checkpoints in {setup.folder} are later than the start of this run. They are moved to {folder}.')

@@ -74,7 +74,7 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
     )
     saver.class_to_idx = setup.class_to_idx
     if setup.resumed_from and os.path.samefile(os.path.dirname(setup.resumed_from) or '.', folder):
-        saver.outdated = set_aside(setup, start_epoch)
+        set_aside(setup, start_epoch)
         saver.restore_history(setup.resumed_from, start_epoch)
     with replacing(os.path.join(folder, SUMMARY_NAME), copy=True) as path:
         trim_summary(path, start_epoch)
@@ -82,12 +82,8 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
 
 
 def _write_summary(setup: Setup, epoch: int, metrics: dict, eval_metrics: dict, trackers: Trackers) -> None:
-    # Loss terms that are absent in some epochs keep their column, so that all rows match the header.
-    others = ('loss', 'top1', 'unreadable')
-    parts = getattr(setup.task, 'loss_names', [name for name in metrics if name not in others])
-    top1 = ['top1'] if setup.args.task == 'classification' else []
     row = dict(epoch=epoch)
-    row.update((f'train_{name}', metrics.get(name, '')) for name in ('loss', *parts, *top1, 'unreadable'))
+    row.update((f'train_{name}', value) for name, value in metrics.items())
     row.update((f'eval_{name}', value) for name, value in eval_metrics.items())
     row['lr'] = learning_rate(setup)
     path = os.path.join(setup.folder, SUMMARY_NAME)
@@ -96,7 +92,7 @@ def _write_summary(setup: Setup, epoch: int, metrics: dict, eval_metrics: dict, 
             add_row(temporary, row)
     except (OSError, UsageError) as error:  # a full disk, or a file that another program has changed
         raise RunError(f'{path} could not be written: {error}') from error
-    trackers.log({name: value for name, value in row.items() if value != ''})
+    trackers.log(row)
 
 
 def _finish_epoch(state: RunState, train_metrics: dict[str, float], trackers: Trackers | None) -> bool:

@@ -42,8 +42,7 @@ def _begin_epoch(state: RunState) -> None:
         elif getattr(loader, 'mixup_enabled', False):
             loader.mixup_enabled = False
     if state.averages is None:  # not a resumed epoch
-        state.averages = Averages(
-            setup.device, ('loss', *setup.task.loss_names) if setup.loaders.schedule.alternates else ())
+        state.averages = Averages(setup.device)
         setup.loaders.begin_epoch()
 
 

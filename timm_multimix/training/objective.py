@@ -14,7 +14,6 @@ from timm.task import (
 )
 from torch import nn
 
-from ..build.checkpoint import check_weights_file
 from ..build.criteria import check_num_classes, criterion_options
 from ..build.model import blank_images
 from ..common.errors import usage_errors
@@ -88,14 +87,9 @@ def _pretrained_teacher(
     path = args.multimix_teacher_path
     with usage_errors(
             f'--multimix-teacher {args.multimix_teacher}' + (f', --multimix-teacher-path {path}' if path else '')):
-        try:
-            teacher = PretrainedTeacher(
-                args.multimix_teacher, model, path=path, mean=data_config['mean'], std=data_config['std'],
-                device=device, dtype=dtype)
-        except Exception:
-            if path:
-                check_weights_file(path)
-            raise
+        teacher = PretrainedTeacher(
+            args.multimix_teacher, model, path=path, mean=data_config['mean'], std=data_config['std'],
+            device=device, dtype=dtype)
         for images in blank_images(args, model, data_config):
             teacher(images)
     return teacher

@@ -18,9 +18,10 @@ from .state import RunState
 
 _logger = logging.getLogger(__name__)
 
-# Prefixes of the loss options. The model card lists them for each part of a run that was trained with other values.
-_OBJECTIVE = ('multimix', 'no_multimix', 'mixup', 'cutmix', 'loss', 'smoothing', 'bce_', 'jsd_', 'asl_', 'poly_',
-              'twoway_', 'db_', 'kd_', 'distill_loss', 'task_loss')
+# Prefixes of the options of the loss and of the averages. The model card lists them for each part of a run that was
+# trained with other values.
+_OBJECTIVE = ('model_ema', 'multimix', 'no_multimix', 'mixup', 'cutmix', 'loss', 'smoothing', 'bce_', 'jsd_', 'asl_',
+              'poly_', 'twoway_', 'db_', 'kd_', 'distill_loss', 'task_loss')
 # Options that are part of the optimizer state. timm's schedulers read them from its parameter groups.
 _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
 _REMEDY = 'or give --no-resume-opt, which resets the optimizer'
@@ -36,8 +37,8 @@ def check_architecture(args: argparse.Namespace, checkpoint: dict[str, Any], pat
 def _settle_changes(setup: Setup, checkpoint: dict[str, Any], epoch: int | None) -> None:
     """Warn about options that differ from the checkpoint.
 
-    Changed loss options are used, and args.earlier records the previous values. Changed optimizer options are reset to
-    the values in the checkpoint, because they are part of the optimizer state.
+    Changed options of the loss and the averages are used, and args.earlier records the previous values. Changed
+    optimizer options are reset to the values in the checkpoint, because they are part of the optimizer state.
     """
     args, before = setup.args, arguments_of(checkpoint)
     changed = {name: before[name] for name, value in vars(args).items() if name in before and before[name] != value}
@@ -48,7 +49,7 @@ def _settle_changes(setup: Setup, checkpoint: dict[str, Any], epoch: int | None)
         return ', '.join(f'{option_name(name)} was {old} and is {getattr(args, name)}' for name, old in options.items())
 
     if objective:
-        _logger.warning(f'This run continues with another objective: {listed(objective)}.')
+        _logger.warning(f'This run continues with another objective or average: {listed(objective)}.')
     if reset:
         _logger.warning(
             f'The optimizer keeps the options in the checkpoint: {listed(reset)}. To use the new values, give '

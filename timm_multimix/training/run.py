@@ -34,7 +34,6 @@ from ..build.model import (
     report_positions,
     resolve_data,
 )
-from ..build.saved_weights import changes, entries, saved_weights
 from ..calibration.run import check_classifier, check_continues, hold_out
 from ..common.distributed import choose_device, join_processes, of_the_first
 from ..common.errors import UsageError, usage_errors
@@ -115,23 +114,22 @@ def _settle_learning_rate(args: argparse.Namespace, batch_size: float) -> None:
         f'({args.lr_base_scale}) to {global_batch_size:g}.')
 
 
-def _run_folder(args: argparse.Namespace, image_size: int) -> str:
+def _run_folder(args: argparse.Namespace, image_size: int = 0) -> str:
     name = args.experiment or '-'.join(
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(image_size)])
     return os.path.normpath(os.path.join(args.output or DEFAULT_OUTPUT, name))
 
 
-def _build_setup(args: argparse.Namespace) -> Setup:
-    """Build device, data, model and task."""
-    options = {name: value for name, value in vars(args).items() if name not in (*COMMAND_LINE_ONLY, 'dry_run')}
-    device = _setup_device(args)
+def _build_setup(args: argparse.Namespace, options: dict[str, Any], device: torch.device, resume_path: str) -> Setup:
+    """Build data, model and task."""
     dtype, autocast, loss_scaler = _setup_precision(args, device)
     model_args = model_options(args)
     in_chans = input_channels(model_args)
     _check_channels(args, in_chans)
     train, evaluation = build_datasets(args, in_chans)
     check_targets(args, train)
-    classes, origin = settle_classes(args, train, evaluation)
+    resume_path = args.resume if is_hub_name(args.resume) else resume_path  # class names on the Hub are in config.json
+    classes, origin = settle_classes(args, train, evaluation, args.validate or resume_path or args.initial_checkpoint)
     held_out = None
     if not args.validate:
         train, held_out = hold_out(args, train, evaluation, in_chans)
@@ -160,19 +158,19 @@ def _build_setup(args: argparse.Namespace) -> Setup:
         folder=_run_folder(args, data_config['input_size'][-1]))
 
 
-def _checkpoint_to_resume(args: argparse.Namespace, folder: str) -> str | None:
-    """Return the path that --resume selects, the same in all processes. The folder of the run is locked."""
-    path = args.resume or None
+def _checkpoint_to_resume(args: argparse.Namespace) -> str:
+    """Return the path that --resume selects, '' for none, the same in all processes. Lock the folder of the run."""
+    path, folder = args.resume, _run_folder(args)
     if path and utils.is_primary(args) and os.path.isdir(folder) and not args.dry_run:
         with usage_errors(f'--output {folder}'):
             lock_folder(folder)  # before its checkpoints are read
     if args.resume == 'auto':
-        path = newest_checkpoint(folder) if utils.is_primary(args) else None
-        if path is None and os.path.exists(os.path.join(folder, 'args.yaml')):
+        path = (newest_checkpoint(folder) or '') if utils.is_primary(args) else ''
+        if not path and os.path.exists(os.path.join(folder, 'args.yaml')):
             _logger.info(f'No checkpoint in {folder}: the run begins again.')
     if args.distributed:
         path = of_the_first(path)
-    if path and is_hub_name(path):
+    if is_hub_name(path):
         with usage_errors(f'--resume {path}'):
             return download(path, 'last.pth.tar', WEIGHTS_NAME)
     if path and args.distributed and not os.path.isfile(path):
@@ -191,7 +189,7 @@ def compile_task(args: argparse.Namespace, task: TrainingTask) -> None:
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
 
 
-def _prepare_task(setup: Setup, checkpoint: dict[str, Any]) -> None:
+def _prepare_task(setup: Setup) -> None:
     """Set up the EMA, compile and distribute the model, after its weights have been loaded."""
     args, task = setup.args, setup.task
     if args.distributed:
@@ -200,9 +198,6 @@ def _prepare_task(setup: Setup, checkpoint: dict[str, Any]) -> None:
             torch.distributed.broadcast(tensor, 0)
     if args.model_ema:
         setup_ema(args, task, setup.resumed_from)
-    names = [*task.get_checkpoint_state(), *task.get_checkpoint_state(ema=True)]
-    for line in changes(saved_weights(checkpoint), entries(names, vars(args))) if checkpoint else ():
-        _logger.warning(f'--resume: {line}')
     compile_task(args, task)
     if args.distributed:
         options = dict(broadcast_buffers=False) if args.no_ddp_bb else {}
@@ -239,19 +234,21 @@ def build_run(args: argparse.Namespace) -> RunState:
     Raises:
         UsageError: if options, data, model or checkpoint are invalid.
     """
-    setup = _build_setup(args)
+    options = {name: value for name, value in vars(args).items() if name not in (*COMMAND_LINE_ONLY, 'dry_run')}
+    device = _setup_device(args)
+    path, checkpoint = '' if args.validate else _checkpoint_to_resume(args), {}
+    setup = _build_setup(args, options, device, path)
     if args.validate:
         return RunState(setup)
     with usage_errors(f'--opt {args.opt}'):
         setup.optimizer = create_optimizer_v2(
             setup.task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
-    path, checkpoint = _checkpoint_to_resume(args, setup.folder), {}
-    if path and path.endswith('.safetensors'):
+    if path.endswith('.safetensors'):
         load_weights(setup.task, path, args.resume)
     elif path:
         check_continues(args, path)
         checkpoint = resume(setup, path)
-    _prepare_task(setup, checkpoint)
+    _prepare_task(setup)
     _build_schedule(setup)
     state = RunState(setup)
     if args.distributed:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from ..common.console import Averages
 from ..common.distributed import Watchdog
-from ..common.random_state import check_random_state, random_state, set_random_state
+from ..common.random_state import random_state, set_random_state
 from .checkpoints import RunSaver
 from .interrupt import StopRequest
 from .loss_guard import LossGuard, normalization_statistics
@@ -122,14 +122,6 @@ class RunState:
         Raises:
             LookupError, TypeError, ValueError, RuntimeError: if the state is invalid.
         """
-        for process in state['processes']:  # of all processes, so that all raise the same error
-            states, loader = [process['random']], process['loader']
-            if loader is not None:
-                states += [loader[name] for name in ('epoch_start', 'before', 'now', 'seed')]
-                states += loader['workers'].values()
-            for random in states:
-                if random is not None:
-                    check_random_state(random)
         args, loaders = self.setup.args, self.setup.loaders
         own = state['processes'][args.rank]
         if state['in_epoch']:
