@@ -7,10 +7,11 @@ from timm_multimix.build.saved_weights import (
     described,
     metrics_of,
     saved_weights,
-    selection,
+    selects_alike,
     split_metric,
     weights_entry,
 )
+from timm_multimix.training.config import parse_args
 
 TEACHER = dict(multimix='dense', multimix_teacher='ema')
 ALL = dict(state_dict={}, state_dict_ema={}, state_dict_teacher={})
@@ -79,17 +80,19 @@ def test_entry_of_weights(checkpoint, weights, expected):
     assert weights_entry(checkpoint, weights) == expected
 
 
-@pytest.mark.parametrize('args, expected', [
-    (dict(), ('student', '', True)),  # of timm
-    (dict(model_ema=True, eval_metric='top1'), ('ema', 'top1', True)),
-    (dict(TEACHER, eval_metric='top1'), (None, 'top1', True)),  # the best of all sets
-    (dict(TEACHER, eval_metric='teacher_top1'), ('teacher', 'top1', True)),
-    (dict(TEACHER, eval_metric='top1', eval_weights=None), ('teacher', 'top1', True)),
-    (dict(TEACHER, eval_metric='top5', eval_weights='student'), ('student', 'top5', True)),
-    (dict(eval_metric='loss', val_split='', eval_weights=None), ('student', 'loss', False)),
+@pytest.mark.parametrize('checkpoint, expected', [
+    (dict(state_dict={}), True),  # of timm
+    (dict(state_dict={}, args=dict(eval_metric='top5')), False),
+    (dict(ALL, eval_weights='teacher', args=dict(TEACHER, eval_metric='top1')), False),
+    (dict(ALL, metric_of='state_dict', args=dict(TEACHER, eval_metric='top1')), True),  # of version 0.1
+    (dict(ALL, metric_of='state_dict_teacher', args=dict(TEACHER, eval_metric='teacher_top1')), False),
+    (dict(state_dict={}, args=dict(eval_metric='loss', val_split='')), False),
 ])
-def test_selection_of_the_best_checkpoint(args, expected):
-    assert selection(args) == expected
+def test_selection_of_the_best_checkpoint(checkpoint, expected):
+    assert selects_alike(checkpoint, parse_args(['--eval-weights', 'student'])) == expected
+    without_validation = parse_args(['--val-split', ''])
+    assert selects_alike(dict(checkpoint, args=dict(eval_metric='loss', val_split='')), without_validation)
+    assert not selects_alike(dict(checkpoint, args=dict(eval_metric='loss', val_split='a')), without_validation)
 
 
 def test_a_run_resumed_with_another_selection_selects_a_new_best(script, image_folder):

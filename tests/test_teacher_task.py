@@ -312,7 +312,7 @@ def test_teacher_of_another_type_is_refused(teacher):
 
 @pytest.mark.parametrize('options, message', [
     (dict(views=3), 'views must be 1 or 2, got 3'), (dict(teacher='none', views=2), 'views=2 requires a teacher'),
-    (dict(teacher_decay=-0.1), 'teacher decay must be in'), (dict(distill_weight=-0.1), 'distill_weight must be in'),
+    (dict(teacher_decay=-0.1), 'teacher_decay must be in'), (dict(distill_weight=-0.1), 'distill_weight must be in'),
 ])
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -66,7 +66,7 @@ WRONG_OPTIONS = {
         ['--model', 'test_resnet', '--torchcompile', 'inductr'], '--torchcompile inductr: Invalid backend'),
     'no position to train': (
         ['--model', 'test_vit', '--multimix', 'dense', '--multimix-pooled-weight', '0'],
-        'set --multimix-pooled-weight or --multimix-clean-weight above 0, or --multimix-prob below 1'),
+        'set --multimix-pooled-weight or --multimix-clean-weight above 0, or for example --multimix-prob 0.5'),
     'schedule longer than the run': (
         ['--sched', 'wsd', '--epochs', '3', '--decay-epochs', '9'], '--sched wsd: wsd schedule requires'),
     'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),

@@ -29,33 +29,18 @@ _DESCRIPTION = (
 
 # Values of timm options for each preset.
 _PRESET_RECIPES = {'default': {}, 'paper': dict(mixup=1.0, smoothing=0.0)}
-# Replacements for advice that applies to Python code only.
-_ADVICE = (
-    (r"\battach with mode='(\w+)'", r'use --multimix \1'),
-    (r"`?\bglobal_pool=''`?", "--gp ''"),
-    (r'\bor None for\b', 'or be left out for'),
-    (r'\bor prob below\b', 'or --multimix-prob below'),
-    (r'^The teacher decay\b', '--multimix-teacher-decay'),
-    (r' as teacher, got\b', ' in --multimix-teacher, got'),
-)
 # Options that need several positions. Pooled MultiMix has one.
 _DENSE_ONLY = ('multimix_attention', 'multimix_shared_weights', 'multimix_pooled_weight')
 _LOSS_PARAMETERS = inspect.signature(MultiMixLoss).parameters
 _PARAMETERS = {**_LOSS_PARAMETERS, **inspect.signature(MultiMixTask).parameters}
 
 
-def name_options(message: str) -> str:
-    """Replace keyword arguments in an error message by the corresponding command-line options."""
-    def option(match: re.Match) -> str:
-        keyword, _, value = match.groups()
-        # Keywords without an underscore are also ordinary words.
-        if value is None and '_' not in keyword and match.start() > 0:
-            return match[0]
-        return _OPTION_OF[keyword] + (f' {value}' if value else '')
-
-    for advice, replacement in _ADVICE:
-        message = re.sub(advice, replacement, message)
-    return re.sub(rf"(?<![\w-])({'|'.join(_OPTION_OF)})\b(?:=('?)([\w.-]+)\2)?", option, message)
+def _name_option(match: re.Match) -> str:
+    keyword, _, value = match.groups()
+    # Keywords without an underscore are also ordinary words.
+    if value is None and '_' not in keyword and match.start() > 0:
+        return match[0]
+    return _OPTION_OF[keyword] + (f' {value}' if value else '')
 
 
 @contextmanager
@@ -68,7 +53,8 @@ def errors_name_options() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise ValueError(name_options(str(error))) from error
+        keywords = rf"(?<![\w-])({'|'.join(_OPTION_OF)})\b(?:=('?)([\w.-]+)\2)?"
+        raise ValueError(re.sub(keywords, _name_option, str(error))) from error
 
 
 def _keyword(name: str) -> str:

@@ -17,7 +17,7 @@ import timm
 
 from .build.saved_weights import split_metric
 from .common.command_line import program
-from .common.errors import UsageError
+from .common.errors import UsageError, usage_errors
 from .data.alternation import AlternatingCollateMixup, AlternatingMixup, alternate
 from .data.views import add_second_view
 from .losses.module import PRESETS
@@ -160,11 +160,8 @@ class _Patch:
 
         class BoundTask(task_cls):  # type: ignore[valid-type]  # the class is chosen by the script
             def __init__(self, *positional: Any, **keywords: Any):
-                try:
-                    with errors_name_options():
-                        super().__init__(*positional, **keywords, **multimix_kwargs(args))
-                except ValueError as error:
-                    raise UsageError(f'--multimix {args.multimix}: {error}') from error
+                with usage_errors(f'--multimix {args.multimix}'), errors_name_options():
+                    super().__init__(*positional, **keywords, **multimix_kwargs(args))
                 patch.task = self
 
             def forward(self, input: Any, target: Any) -> Any:

@@ -26,7 +26,7 @@ TASK_MODES = ('off', 'pooled', 'dense')
 PRESET_PROB = {'default': 1.0, 'paper': 0.5}
 _UNTRAINED_TOKEN = (
     'The dense loss does not train the class token that this model predicts from: set pooled_weight or clean_weight '
-    'above 0, or prob below 1.')
+    'above 0, or for example prob=0.5.')
 
 
 def _check_mode(mode: str, teacher: str | nn.Module) -> None:

@@ -18,7 +18,7 @@ def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, view
         raise TypeError(
             f"teacher must be 'none', 'ema', the name of a timm model or a torch.nn.Module, got {teacher!r}.")
     if not 0 <= decay < 1:
-        raise ValueError(f'The teacher decay must be in [0, 1), got {decay}.')
+        raise ValueError(f'teacher_decay must be in [0, 1), got {decay}.')
     if views not in (1, 2):
         raise ValueError(f'views must be 1 or 2, got {views}.')
     if views == 2 and teacher == 'none':

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.data import AugMixDataset, Mixup, NaFlexMixup, create_loader, create_naflex_loader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..common.errors import UsageError, usage_errors
 from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
@@ -24,7 +24,6 @@ TRAINING, VALIDATION = 'training', 'validation'
 _SAME_NAMES = (
     'batch_size', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
     'grayscale_prob', 'gaussian_blur_prob', 'worker_seeding')
-_FEW_IMAGES = 100  # for a temperature
 
 
 @dataclass(frozen=True)
@@ -251,10 +250,6 @@ def build_calibration_loader(
         dtype: torch.dtype | None,
 ) -> Any:
     """Create a loader of the held-out images, with the transforms of validation. Every process loads all images."""
-    if not isinstance(dataset, IterableDataset) and len(dataset) < _FEW_IMAGES:
-        _logger.warning(
-            f'{len(dataset)} images are few to fit a temperature on. The temperature may depend strongly on the '
-            'selection of images.')
     shared = _shared_options(args, data_config, device, dtype)
     with usage_errors('Loader options of calibration'):
         return create_loader(

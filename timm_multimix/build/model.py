@@ -18,7 +18,7 @@ from timm.models import (
 from torch import nn
 
 from ..common.errors import UsageError, near_names, usage_errors
-from ..dense.hook import attach, outputs_in_evaluation
+from ..dense.hook import outputs_in_evaluation
 from .hub_files import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, download, is_hub_name
 from .option import option_name
 
@@ -26,13 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_model_name(model: str, option: str, others: tuple[str, ...] = ()) -> None:
-    """Raise UsageError if timm does not have a model.
-
-    Args:
-        model: Name of the model.
-        option: Option with the name, for messages.
-        others: Further values of the option, for suggestions.
-    """
+    """Raise UsageError if timm does not have a model. `others` are further values of the option, for suggestions."""
     with usage_errors(option):
         source, name = parse_model_name(model)
     if source is None and not is_model(name):
@@ -142,10 +136,9 @@ def check_input_sizes(args: argparse.Namespace, model: nn.Module, data_config: d
 
 @torch.no_grad()
 def report_positions(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> None:
-    """Log the number of positions of dense MultiMix at each image size, and warn if there is only one."""
+    """Log the number of positions of an attached model at each image size, and warn if there is only one."""
     if args.multimix != 'dense' or args.naflex_loader:
         return
-    is_training, handle = model.training, None if hasattr(model, '_multimix') else attach(model)
     model.eval()
     for images in blank_images(args, model, data_config):
         height, width = images.shape[2:]
@@ -156,9 +149,7 @@ def report_positions(args: argparse.Namespace, model: nn.Module, data_config: di
             _logger.warning(
                 f'--multimix dense: images of {height} x {width} pixels have a single position, so dense is the '
                 'same as pooled. Raise --img-size, or choose a model with a smaller stride.')
-    model.train(is_training)
-    if handle is not None:
-        handle.remove()
+    model.train()
 
 
 def place_model(

@@ -6,7 +6,7 @@ checkpoint is the set that its 'metric' belongs to, 'metrics' contains the metri
 """
 import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,32 +50,6 @@ def selecting_weights(args: argparse.Namespace) -> str:
     return args.eval_weights or validated_weights(args)[0]
 
 
-def selection(args: Mapping[str, Any]) -> tuple[str | None, str, bool]:
-    """Describe how the best checkpoint of a run is selected, to compare it with that of another run.
-
-    Returns:
-        The weight set (None for runs before `eval_weights`, which selected the best of all sets), the metric, and
-        whether it is a metric of the validation.
-    """
-    weight_set, metric = split_metric(args.get('eval_metric') or '')
-    defaults = dict(eval_weights=None, model_ema=False, model_ema_force_cpu=False, multimix='off')
-    run = argparse.Namespace(**{**defaults, 'multimix_teacher': 'none', **args})
-    if weight_set is None and ('eval_weights' in args or TEACHER not in validated_weights(run)):
-        weight_set = selecting_weights(run)
-    return weight_set, metric, bool(args.get('val_split', 'validation'))
-
-
-def entries(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, str]:
-    """Return the checkpoint entry of each weight set, from the names of the entries and the arguments of the run."""
-    found = {weight_set: entry for weight_set, entry in _ENTRIES.items() if entry in names}
-    if STUDENT not in found and 'model' in names:
-        found[STUDENT] = 'model'
-    teaches = args.get('multimix', 'off') != 'off' and args.get('multimix_teacher') == 'ema'
-    if teaches and TEACHER not in found and AVERAGE in found:
-        found[TEACHER] = found[AVERAGE]
-    return found
-
-
 def eval_weights_of(checkpoint: Mapping[str, Any]) -> str:
     """Return the weight set that a checkpoint's metric belongs to, without a metric the one that timm would load."""
     if checkpoint.get('eval_weights') is not None:
@@ -88,10 +62,24 @@ def eval_weights_of(checkpoint: Mapping[str, Any]) -> str:
 
 def saved_weights(checkpoint: Mapping[str, Any]) -> dict[str, str]:
     """Return the entry of each weight set in a checkpoint. A calibrated checkpoint contains one set as 'state_dict'."""
-    args = arguments_of(checkpoint)
-    if 'temperature' not in checkpoint:
-        return entries(checkpoint, args)
-    return {weight_set: 'state_dict' for weight_set in entries([_ENTRIES[eval_weights_of(checkpoint)]], args)}
+    args, is_calibrated = arguments_of(checkpoint), 'temperature' in checkpoint
+    names = [_ENTRIES[eval_weights_of(checkpoint)]] if is_calibrated else checkpoint
+    found = {weight_set: entry for weight_set, entry in _ENTRIES.items() if entry in names}
+    if STUDENT not in found and 'model' in names:
+        found[STUDENT] = 'model'
+    teaches = args.get('multimix', 'off') != 'off' and args.get('multimix_teacher') == 'ema'
+    if teaches and TEACHER not in found and AVERAGE in found:
+        found[TEACHER] = found[AVERAGE]
+    return dict.fromkeys(found, 'state_dict') if is_calibrated else found
+
+
+def selects_alike(checkpoint: Mapping[str, Any], args: argparse.Namespace) -> bool:
+    """Return whether a run selects the best checkpoint by the weights and the metric of a checkpoint."""
+    before = {'eval_metric': args.eval_metric, 'val_split': args.val_split, **arguments_of(checkpoint)}
+    if not (before['val_split'] and args.val_split):
+        return not (before['val_split'] or args.val_split)
+    metric = split_metric(before['eval_metric'])[1]
+    return (eval_weights_of(checkpoint), metric) == (selecting_weights(args), args.eval_metric)
 
 
 def weights_entry(checkpoint: Mapping[str, Any], weights: str = 'best') -> str | None:

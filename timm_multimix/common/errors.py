@@ -24,6 +24,7 @@ _OPTIONS = (
     (r'`?\btrust_remote_code ?= ?True`?', '--dataset-trust-remote-code'),
     (r'Use `pretrained=False` for random init', 'Leave out --pretrained to start from random weights'),
     (r"`?\bglobal_pool=''`?", "--gp ''"),
+    (r"\battach with mode='(\w+)'", r'use --multimix \1'),
     (r"\basl_reduction='(\w+)'", r'--asl-reduction \1'),
     (r'\b(class_counts and num_samples|class stats) \(see class_weights\.py\)', '--class-stats'),
     (r"\(loss(?:_type=| )'bce'\) with targets \(b, 1\)", '(--loss bce)'),

@@ -24,8 +24,7 @@ def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
     are_numbers = len(values) in (1, 2) and all(isinstance(a, (int, float)) and 0 < a < math.inf for a in values)
     if not are_numbers or values[0] > values[-1]:
         raise ValueError(
-            'alpha must be a positive number, a pair (low, high) with 0 < low <= high, or None for '
-            f'1 / (examples in a mix), got {alpha!r}.')
+            f'alpha must be a positive number or a pair (low, high) with 0 < low <= high, got {alpha!r}.')
     return float(values[0]), float(values[-1])
 
 

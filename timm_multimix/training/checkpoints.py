@@ -14,7 +14,7 @@ import torch
 from timm.utils import CheckpointSaver
 
 from ..build.checkpoint import read_checkpoint
-from ..build.saved_weights import arguments_of, selection
+from ..build.saved_weights import selects_alike
 from ..common.errors import RunError, UsageError, causes, raise_if_interrupted
 from ..common.files import create, duplicate, replace
 from ..hub.summary import SUMMARY_NAME
@@ -185,9 +185,8 @@ class RunSaver(CheckpointSaver):
 
     def _metric(self, checkpoint: Mapping[str, Any]) -> float | None:
         """Return the metric of a checkpoint; None if it has none, or if the run selects by another metric."""
-        before, metric = arguments_of(checkpoint), checkpoint.get('metric')
-        is_comparable = not before or selection(before) == selection(vars(self.args))
-        return None if metric is None or math.isnan(metric) or not is_comparable else metric
+        metric = checkpoint.get('metric')
+        return None if metric is None or math.isnan(metric) or not selects_alike(checkpoint, self.args) else metric
 
 
 def position(path: str) -> tuple[int, bool, int, float]:
