@@ -96,7 +96,7 @@ def test_errors_of_a_tracker_are_reported_before_training(script, image_folder, 
 
     monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(__spec__=object(), init=init))
     assert script.train(image_folder, '--log-wandb', epochs=1) == 2
-    assert script.lines[-1] == 'ERROR: --log-wandb: no API key'
+    assert script.lines[-1] == 'ERROR: --report-to wandb: no API key'
     assert not list(script.run_folder().glob('*.pth.tar'))
 
 

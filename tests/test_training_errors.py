@@ -137,7 +137,7 @@ def test_misspelt_choice_in_a_config_file(script, tmp_path):
      'pip install tensorflow tensorflow-datasets'),
     (['--dataset', 'wds/x', '--data-dir', '.'], '--dataset wds/x needs the package webdataset,',
      'pip install webdataset'),
-    (['--log-wandb'], '--log-wandb needs the package wandb,', 'pip install wandb'),
+    (['--log-wandb'], '--report-to wandb needs the package wandb,', 'pip install wandb'),
 ])
 def test_missing_package_is_named_with_the_command_that_installs_it(script, monkeypatch, argv, purpose, command):
     for package in ('datasets', 'tensorflow', 'tensorflow_datasets', 'webdataset', 'wandb'):

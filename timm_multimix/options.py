@@ -220,14 +220,7 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def preset_options(preset: str) -> dict[str, Any]:
-    """Return the values that `--multimix-preset` sets, by attribute name of the parsed arguments.
-
-    Args:
-        preset: 'default' or 'paper'.
-
-    Returns:
-        Values of MultiMix options. For 'paper' also timm's `mixup` and `smoothing`.
-    """
+    """Return the values of MultiMix options and of timm's `mixup` and `smoothing` that `--multimix-preset` sets."""
     values = PRESETS[preset]
     return dict(
         multimix_prob=PRESET_PROB[preset],
@@ -239,10 +232,7 @@ def preset_options(preset: str) -> dict[str, Any]:
 
 
 def check_multimix(args: argparse.Namespace) -> None:
-    """Check that the other options can be combined with MultiMix. Warn of MultiMix options without effect.
-
-    Args:
-        args: Parsed arguments with the options of `add_multimix_args` and timm's options.
+    """Check that timm's options can be combined with MultiMix. Warn of MultiMix options without effect.
 
     Raises:
         UsageError: for the first invalid combination, with the reason.
@@ -309,12 +299,7 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
 
 
 def describe_batches(args: argparse.Namespace) -> str:
-    """Describe in one line which batches are MultiMix batches and which have mixed images.
-
-    Args:
-        args: Parsed arguments with the options of `add_multimix_args`, and timm's mixup and CutMix options if the
-            script has them.
-    """
+    """Describe in one line which batches are MultiMix batches and which have mixed images."""
     schedule = batch_schedule(args)
     mixup, cutmix = getattr(args, 'mixup', 0), getattr(args, 'cutmix', 0) or getattr(args, 'cutmix_minmax', None)
     kinds = [*([f'mixup (alpha {mixup:g})'] if mixup else []), *(['CutMix'] if cutmix else [])]

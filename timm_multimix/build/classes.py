@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from contextlib import suppress
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -20,12 +19,6 @@ from .saved_weights import arguments_of
 _logger = logging.getLogger(__name__)
 
 
-class StoredClasses(NamedTuple):
-    """Class names and number of classes of a model, None if unknown."""
-    names: dict[str, int] | None
-    count: int | None
-
-
 def _config_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
     """Read the class names and the number of classes from timm's config.json."""
     try:
@@ -36,17 +29,19 @@ def _config_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
         return None, None
 
 
-def stored_classes(path: str) -> StoredClasses:
-    """Read the classes of a model from its checkpoint, or from the config.json on the Hub or next to safetensors."""
+def stored_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
+    """Read the class names and the number of classes of a model, None if unknown.
+
+    They are in the checkpoint, or in the config.json on the Hub or next to safetensors.
+    """
     if path.endswith('.safetensors'):
-        return StoredClasses(*_config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME)))
+        return _config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME))
     with suppress(HubError, UsageError, OSError):  # reported when the weights are loaded
         if is_hub_name(path):
-            return StoredClasses(*_config_classes(download(path, CONFIG_NAME)))
+            return _config_classes(download(path, CONFIG_NAME))
         checkpoint = read_checkpoint(path, verify=False)
-        names = valid_classes(checkpoint.get('class_to_idx'))
-        return StoredClasses(names, arguments_of(checkpoint).get('num_classes'))
-    return StoredClasses(None, None)
+        return valid_classes(checkpoint.get('class_to_idx')), arguments_of(checkpoint).get('num_classes')
+    return None, None
 
 
 def _known_classes(
@@ -54,15 +49,15 @@ def _known_classes(
     """Return the classes of the model, and the checkpoint that contains them or ''."""
     if not path or own is None:
         return own, ''
-    stored, starts_new = stored_classes(path), not (args.validate or args.resume)
-    count = max(own.values()) + 1
-    if stored.names is not None:
-        is_new = set(own) - set(stored.names) and len(own) != len(stored.names)
-        return (own, '') if starts_new and is_new else (stored.names, path)  # timm reports other sizes of classifiers
-    if stored.count in (None, count):
+    names, num_classes = stored_classes(path)
+    starts_new, count = not (args.validate or args.resume), max(own.values()) + 1
+    if names is not None:
+        is_new = set(own) - set(names) and len(own) != len(names)
+        return (own, '') if starts_new and is_new else (names, path)  # timm reports other sizes of classifiers
+    if num_classes in (None, count):
         _logger.warning(f'{path} contains no class names: only the number of classes is compared.')
     elif not starts_new:
-        raise UsageError(f'{path} contains a model with {stored.count} classes, but the data have {count}.')
+        raise UsageError(f'{path} contains a model with {num_classes} classes, but the data have {count}.')
     return own, ''
 
 
@@ -137,7 +132,7 @@ def settle_classes(
 
 def _check_teacher(args: argparse.Namespace, known: dict[str, int]) -> None:
     path = args.multimix_teacher_path
-    names = stored_classes(path).names if path and args.multimix != 'off' else None
+    names = stored_classes(path)[0] if path and args.multimix != 'off' else None
     if names and names != known:
         raise UsageError(
             f'--multimix-teacher-path {path}: the teacher has the classes {listed(list(names))}, and the student has '

@@ -28,26 +28,15 @@ _SAME_NAMES = (
 
 @dataclass(frozen=True)
 class Loaders:
-    """Data loaders of a run.
-
-    Attributes:
-        train: Loader of training batches.
-        evaluation: Loader of validation batches, None without a validation split.
-        mixup_fn: Mixup of batches on the device, None if the loader mixes images or mixup is disabled.
-        batch_size: Average size of a training batch per device.
-        schedule: Schedule that selects the MultiMix batches.
-        resumable: The part of `train` that can resume within an epoch, None if it cannot.
-        calibration: Loader of batches for temperature fitting, the same in every process. None without --calibrate.
-        unreadable: Records of unreadable images in training and validation.
-    """
+    """Data loaders of a run."""
     train: Any
-    evaluation: Any
-    mixup_fn: Mixup | None
-    batch_size: float
+    evaluation: Any  # None without a validation split
+    mixup_fn: Mixup | None  # mixup of batches on the device, None if the loader mixes images or mixup is disabled
+    batch_size: float  # average size of a training batch per device
     schedule: BatchSchedule
-    resumable: ResumableLoader | None = None
-    calibration: Any = None
-    unreadable: dict[str, UnreadableImages] = field(default_factory=dict)
+    resumable: ResumableLoader | None = None  # the part of `train` that can resume within an epoch
+    calibration: Any = None  # the same batches in every process
+    unreadable: dict[str, UnreadableImages] = field(default_factory=dict)  # by TRAINING and VALIDATION
 
     def begin_epoch(self) -> None:
         """Reset the counts of unreadable images for a new epoch."""
@@ -268,16 +257,9 @@ def build_loaders(
         patch_size: tuple[int, int] | None,
         schedule: BatchSchedule,
 ) -> Loaders:
-    """Create the data loaders of a run.
+    """Create the data loaders of a run from its training and validation datasets.
 
-    Args:
-        args: Arguments of the run.
-        datasets: Training and validation datasets.
-        data_config: Input size, pixel statistics and interpolation, from timm's resolve_data_config.
-        device: Device of the batches.
-        dtype: Dtype of the images, None for float32.
-        patch_size: Patch size of the model, for NaFlex.
-        schedule: Schedule that selects the MultiMix batches.
+    `dtype` is None for float32. `patch_size` is that of the model, for NaFlex.
 
     Raises:
         UsageError: if timm rejects the options, or the training images do not fill one batch.

@@ -83,11 +83,9 @@ def selects_alike(checkpoint: Mapping[str, Any], args: argparse.Namespace) -> bo
 
 
 def weights_entry(checkpoint: Mapping[str, Any], weights: str = 'best') -> str | None:
-    """Return the entry of a weight set in a checkpoint, None if the checkpoint does not contain these weights.
+    """Return the entry of 'student', 'ema' or 'teacher' weights in a checkpoint, None if it does not contain them.
 
-    Args:
-        checkpoint: The checkpoint.
-        weights: 'student', 'ema', 'teacher', or 'best' for the weights that the checkpoint's metric belongs to.
+    'best' are the weights that the metric of the checkpoint belongs to.
     """
     saved = saved_weights(checkpoint)
     if weights != 'best':
@@ -109,10 +107,7 @@ def described(checkpoint: Mapping[str, Any], entry: str) -> str:
 def metrics_of(checkpoint: Mapping[str, Any], entry: str, eval_metric: str = '') -> dict[str, float]:
     """Return the finite metrics that a checkpoint stores for the weights in an entry, by timm's names.
 
-    Args:
-        checkpoint: The checkpoint.
-        entry: The entry.
-        eval_metric: Name of the checkpoint's 'metric', for checkpoints of timm without 'metrics'.
+    `eval_metric` is the name of its 'metric', for checkpoints of timm without 'metrics'.
     """
     metrics = dict((checkpoint.get('metrics') or {}).get(entry, {}))
     if 'metrics' not in checkpoint and checkpoint.get('metric') is not None and entry == weights_entry(checkpoint):

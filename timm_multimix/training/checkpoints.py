@@ -150,11 +150,9 @@ class RunSaver(CheckpointSaver):
         return next((path for _, path in _by_progress(find_checkpoints(self.checkpoint_dir))), None)
 
     def restore_history(self, source: str, start_epoch: int) -> None:
-        """Rank the checkpoints in the folder of a run that continues, and restore a lost or damaged model_best.
+        """Rank the checkpoints before start_epoch in the folder of a run, and restore a lost or damaged model_best.
 
-        Args:
-            source: The checkpoint that the run continues from. It may be the only one of its epoch.
-            start_epoch: First epoch to train. Later checkpoints are ignored.
+        `source`, the checkpoint that the run continues from, may be the only one of its epoch.
         """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
         pattern = os.path.join(glob.escape(self.checkpoint_dir), f'{self.save_prefix}-*{self.extension}')

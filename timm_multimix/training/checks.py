@@ -24,7 +24,6 @@ from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, datase
 from ..data.demo import DEMOS
 from ..options import check_multimix
 from .checkpoints import holds_checkpoints
-from .trackers import selected_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -249,8 +248,8 @@ def check_args(args: argparse.Namespace) -> None:
     _check_optimizer(args)
     _check_schedule(args)
     _check_augmentation(args)
-    for name, option in selected_trackers(args).items():
-        check_packages(option, [name])
+    for name in args.report_to:
+        check_packages(f'--report-to {name}', [name])
     _check_dataset(args)
     _check_files(args)
     _check_hub(args)

@@ -141,6 +141,8 @@ def _resolve_defaults(args: argparse.Namespace, values: dict[str, Any]) -> None:
         unless_given('decay_epochs', None)  # timm's default for these schedules
     if not args.val_split:
         unless_given('eval_metric', 'loss')
+    if args.log_wandb:
+        args.report_to = list(dict.fromkeys([*args.report_to, 'wandb']))
     for flag, loss in (('jsd_loss', 'jsd'), ('bce_loss', 'bce')):
         if getattr(args, flag):
             if args.loss not in (None, loss):

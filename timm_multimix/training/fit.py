@@ -195,11 +195,7 @@ def _log_best(setup: Setup, saver: RunSaver) -> None:
 
 
 def fit(state: RunState, hub: HubPush | None = None) -> None:
-    """Train a run to its last epoch and write its output folder.
-
-    Args:
-        state: State of the run, from build_run.
-        hub: Pushes the run to the Hub; None to push nothing.
+    """Train a run to its last epoch, write its output folder and, with `hub`, push it to the Hub.
 
     Raises:
         KeyboardInterrupt: if the user stopped the run. A checkpoint has been saved.

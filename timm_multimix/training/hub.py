@@ -23,18 +23,12 @@ from .setup import Setup
 
 _logger = logging.getLogger(__name__)
 
-_STRATEGIES = {'end': 'the best checkpoint at the end', 'best': 'every new best checkpoint',
-               'every_save': 'every checkpoint'}
-
 
 class HubPush:
     """Push checkpoints of a run in a daemon thread, and its result at the end.
 
     huggingface_hub's own background uploads (`run_as_future`) would block the exit of the interpreter. Create it with
     `start`. Only the first process pushes. Errors after the start of training are logged and do not stop the run.
-
-    Args:
-        args: Arguments of the run.
     """
     patience: float = PATIENCE  # seconds to wait for the last upload
 
@@ -84,8 +78,8 @@ class HubPush:
             check_rebuilds(self.folder, plain_weights(setup.task.get_checkpoint_state()['state_dict']))
             with open(os.path.join(self.folder, CONFIG_NAME), encoding='utf-8') as file:
                 self.repository.open(json.load(file)['architecture'])
-        _logger.info(f'Pushing {_STRATEGIES[self.args.hub_strategy]} to '
-                     f'{self.repository.api.endpoint}/{self.repository.repo_id}')
+        url = f'{self.repository.api.endpoint}/{self.repository.repo_id}'
+        _logger.info(f'Pushing to {url} with --hub-strategy {self.args.hub_strategy}.')
         disable_progress_bars()  # they would overwrite the progress bar of the epoch
         self._thread.start()
 

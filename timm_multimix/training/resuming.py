@@ -170,12 +170,7 @@ def _set_schedule(state: RunState, checkpoint: dict[str, Any]) -> None:
 
 
 def set_start(state: RunState, checkpoint: dict[str, Any]) -> None:
-    """Set a new state and the schedule to the start of training.
-
-    Args:
-        state: The state.
-        checkpoint: Return value of `resume`, empty for a new run.
-    """
+    """Set a new state and the schedule to the start of training. `checkpoint` is from `resume`, empty for a new run."""
     args = state.setup.args
     resume_epoch = checkpoint.get('epoch') or 0
     state.epoch = resume_epoch if args.start_epoch is None else args.start_epoch

@@ -223,13 +223,9 @@ def _build_schedule(setup: Setup) -> None:
 
 
 def build_run(args: argparse.Namespace) -> RunState:
-    """Build a run. Nothing is written, but an existing output folder is locked in order to continue in it.
+    """Build a run, ready to start or continue. With --validate it has no optimizer and no schedule.
 
-    Args:
-        args: Arguments, from parse_args.
-
-    Returns:
-        State of the run, ready to start or continue. With --validate there is no optimizer and no schedule.
+    Nothing is written, but an existing output folder is locked in order to continue in it.
 
     Raises:
         UsageError: if options, data, model or checkpoint are invalid.

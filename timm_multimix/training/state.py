@@ -19,26 +19,14 @@ class RunState:
     """Everything of a run that changes during training, besides the weights, the optimizer and the loss scaler.
 
     A checkpoint contains state_dict() as 'progress', and the epoch as in timm.
-
-    Args:
-        setup: The fixed parts of the run.
-
-    Attributes:
-        epoch: Epoch in progress or, between epochs, the next epoch.
-        averages: Metric averages of the epoch in progress, None between epochs.
-        validated: Whether validation ran, in this process or before the run was resumed.
-        saver: Writes the checkpoints; None on all processes but the first.
-        guard: Skips updates whose loss is not finite.
-        stop: Stop request of the user (SIGINT or SIGTERM).
-        watchdog: Current place of this process in the run.
     """
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.epoch = 0
-        self.averages: Averages | None = None
-        self.validated = False
-        self.saver: RunSaver | None = None
+        self.epoch = 0  # in progress or, between epochs, the next one
+        self.averages: Averages | None = None  # of the epoch in progress, None between epochs
+        self.validated = False  # whether validation ran, also before the run was resumed
+        self.saver: RunSaver | None = None  # None on all processes but the first
         self.guard = LossGuard(
             setup.task.get_trainable_module(), setup.args.max_nonfinite, setup.args.distributed)
         self.stop = StopRequest()

@@ -1,5 +1,4 @@
 """Metrics of a run in Weights & Biases, TensorBoard and Trackio (--report-to)."""
-import argparse
 import os
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,18 +10,8 @@ from .setup import Setup
 _TRACKIO_PROJECT = 'timm-multimix'
 
 
-def selected_trackers(args: argparse.Namespace) -> dict[str, str]:
-    """Map each selected tracker to the option that selects it."""
-    options = {'wandb': '--log-wandb'} if args.log_wandb else {}
-    return options | {name: f'--report-to {name}' for name in args.report_to}
-
-
 class Trackers:
-    """Trackers that are selected with --report-to.
-
-    Args:
-        setup: Setup of the run. TensorBoard writes to its folder.
-        start_epoch: First epoch to train. TensorBoard discards its events and later ones of an earlier run.
+    """Trackers that are selected with --report-to. TensorBoard discards events of an earlier run from start_epoch on.
 
     Raises:
         UsageError: if a tracker cannot be started.
@@ -31,11 +20,11 @@ class Trackers:
     def __init__(self, setup: Setup, start_epoch: int):
         self._writer: Any = None
         self._services: list[Any] = []
-        for name, option in selected_trackers(setup.args).items():
+        for name in setup.args.report_to:
             try:
                 self._start(name, setup, start_epoch)
             except Exception as error:  # wandb has its own types
-                raise UsageError(f'{option}: {error or type(error).__name__}') from error
+                raise UsageError(f'--report-to {name}: {error or type(error).__name__}') from error
 
     def _start(self, name: str, setup: Setup, start_epoch: int) -> None:
         if name == 'tensorboard':
