@@ -16,7 +16,7 @@ from training_helpers import make_images, on_update, same, spoiling, stopping
 
 from timm_multimix.build.checkpoint import read_checkpoint
 from timm_multimix.common.errors import UsageError
-from timm_multimix.common.files import duplicate, lock_folder, make_folder, replacing, unlock_folders
+from timm_multimix.common.files import duplicate, lock_folder, replacing, unlock_folders
 from timm_multimix.training.checkpoints import newest_checkpoint
 from timm_multimix.training.interrupt import StopRequest
 
@@ -55,11 +55,6 @@ def test_names_are_replaced_at_once(tmp_path, monkeypatch, links):
         assert target.read_text() == 'new' and len(os.listdir(tmp_path)) == 2
     source.write_text('newer'), os.unlink(source)
     assert target.exists()
-
-
-def test_new_folders_are_new(tmp_path):
-    path = str(tmp_path / 'runs' / 'run')
-    assert [make_folder(path) for _ in range(3)] == [path, f'{path}-2', f'{path}-3']
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from ..common.errors import UsageError, usage_errors
 from ..data.alternation import AlternatingCollateMixup, AlternatingMixup, BatchSchedule, alternate
 from ..data.image_files import UnreadableImages, unreadable_images
 from ..data.views import add_second_view
+from .model import model_dtype
 from .resumable import ResumableLoader
 from .workers import ignore_signals
 
@@ -43,8 +44,11 @@ class Loaders:
         for record in self.unreadable.values():
             record.begin_epoch()
 
-    def count_unreadable(self, part: str) -> int:
-        """Count the unreadable images of this epoch in TRAINING or VALIDATION. All processes must call it."""
+    def warn_of_unreadable(self, part: str, when: str = '') -> int:
+        """Log the names of the unreadable images of this epoch in TRAINING or VALIDATION. Return their number.
+
+        All processes must call it.
+        """
         record = self.unreadable.get(part)
         if record is None:
             return 0
@@ -53,16 +57,12 @@ class Loaders:
             dist.all_gather_object(found, record.in_epoch())
             for indices in found:
                 record.update(indices)
-        return len(record.in_epoch())
-
-    def warn_of_unreadable(self, part: str, when: str = '') -> None:
-        """Log a warning with the names of the unreadable images of this epoch. All processes must call it."""
-        count = self.count_unreadable(part)
-        if count:
-            record = self.unreadable[part]
+        images = record.in_epoch()
+        if images:
             _logger.warning(
-                f'{when}{count} images could not be read in {part} and were replaced by the next images: '
-                f'{record.names(record.in_epoch())}')
+                f'{when}{len(images)} images could not be read in {part} and were replaced by the next images: '
+                f'{record.names(images)}')
+        return len(images)
 
     def report_unreadable(self) -> None:
         """Log the number of unreadable images of the whole run, if there are any."""
@@ -93,14 +93,15 @@ def _mixup_options(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _shared_options(
-        args: argparse.Namespace, data_config: dict, device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def _shared_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any]:
+    size = {} if args.naflex_loader else dict(input_size=data_config['input_size'])
     return dict(
+        size,
         mean=data_config['mean'],
         std=data_config['std'],
         pin_memory=args.pin_mem,
-        img_dtype=dtype or torch.float32,
-        device=device,
+        img_dtype=model_dtype(args) or torch.float32,
+        device=torch.device(args.device),
         distributed=args.distributed,
         use_prefetcher=not args.no_prefetcher,
     )
@@ -110,6 +111,7 @@ def _train_options(args: argparse.Namespace, data_config: dict) -> dict[str, Any
     own = args.train_interpolation and not args.no_aug
     return dict(
         {name: getattr(args, name) for name in _SAME_NAMES},
+        **_shared_options(args, data_config),
         is_training=True,
         re_prob=args.reprob,
         re_mode=args.remode,
@@ -128,6 +130,7 @@ def _evaluation_options(args: argparse.Namespace, data_config: dict) -> dict[str
     if args.distributed and args.dataset.partition('/')[0].lower() in ('tfds', 'wds'):
         workers = min(2, workers)  # each worker of these readers pads its samples
     return dict(
+        _shared_options(args, data_config),
         batch_size=args.validation_batch_size or args.batch_size,
         is_training=False,
         interpolation=data_config['interpolation'],
@@ -137,13 +140,7 @@ def _evaluation_options(args: argparse.Namespace, data_config: dict) -> dict[str
 
 
 def _standard_train_loader(
-        args: argparse.Namespace,
-        dataset: Dataset,
-        input_size: tuple[int, int, int],
-        schedule: BatchSchedule,
-        shared: dict[str, Any],
-        own: dict[str, Any],
-) -> tuple[Any, Mixup | None]:
+        args: argparse.Namespace, dataset: Dataset, schedule: BatchSchedule, options: dict) -> tuple[Any, Mixup | None]:
     """Create the standard loader, with scheduled sizes, augmentation splits and image mixup."""
     mixup_fn = collate_fn = None
     if mixup_active(args):
@@ -156,7 +153,6 @@ def _standard_train_loader(
     progressive = args.train_size_schedule == 'progressive'
     loader = create_loader(
         dataset,
-        input_size=input_size,
         input_size_choices=args.train_img_sizes,
         batch_size_choices=args.train_batch_sizes,
         batch_choice_weights=args.train_size_probs,
@@ -168,8 +164,7 @@ def _standard_train_loader(
         num_batches=args.train_batches_per_epoch,
         collate_fn=collate_fn,
         use_multi_epochs_loader=args.use_multi_epochs_loader,
-        **shared,
-        **own,
+        **options,
     )
     if args.multimix != 'off' and args.multimix_views == 2:
         add_second_view(loader)
@@ -183,12 +178,12 @@ def _standard_train_loader(
     return loader, mixup_fn
 
 
-def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size: Any, shared: dict, own: dict) -> Any:
+def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size: Any, options: dict) -> Any:
     mixup_fn = None
     if mixup_active(args):
-        options = _mixup_options(args)
-        del options['mode'], options['cutmix_minmax']  # not supported by NaFlexMixup
-        mixup_fn = NaFlexMixup(mixup_off_epoch=args.mixup_off_epoch, **options)
+        mixing = _mixup_options(args)
+        del mixing['mode'], mixing['cutmix_minmax']  # not supported by NaFlexMixup
+        mixup_fn = NaFlexMixup(mixup_off_epoch=args.mixup_off_epoch, **mixing)
     patches = dict(patch_size=patch_size)
     if args.naflex_patch_sizes:
         patches = dict(patch_size_choices=args.naflex_patch_sizes, patch_size_choice_probs=args.naflex_patch_size_probs)
@@ -200,22 +195,19 @@ def _naflex_train_loader(args: argparse.Namespace, dataset: Dataset, patch_size:
         world_size=args.world_size,
         patchify_channels_last=not args.naflex_patchify_channels_first,
         **patches,
-        **shared,
-        **own,
+        **options,
     )
 
 
-def _evaluation_loader(
-        args: argparse.Namespace, dataset: Dataset, input_size: Any, patch_size: Any, shared: dict, own: dict) -> Any:
+def _evaluation_loader(args: argparse.Namespace, dataset: Dataset, patch_size: Any, options: dict) -> Any:
     if not args.naflex_loader:
-        return create_loader(dataset, input_size=input_size, **shared, **own)
+        return create_loader(dataset, **options)
     return create_naflex_loader(
         dataset=dataset,
         patch_size=patch_size,
         max_seq_len=args.naflex_max_seq_len,
         patchify_channels_last=not args.naflex_patchify_channels_first,
-        **shared,
-        **own,
+        **options,
     )
 
 
@@ -231,49 +223,35 @@ def _make_resumable(loader: Any, device: torch.device) -> tuple[Any, ResumableLo
     return loader, resumable
 
 
-def build_calibration_loader(
-        args: argparse.Namespace,
-        dataset: Dataset,
-        data_config: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> Any:
+def build_calibration_loader(args: argparse.Namespace, dataset: Dataset, data_config: dict[str, Any]) -> Any:
     """Create a loader of the held-out images, with the transforms of validation. Every process loads all images."""
-    shared = _shared_options(args, data_config, device, dtype)
     with usage_errors('Loader options of calibration'):
-        return create_loader(
-            dataset,
-            input_size=data_config['input_size'],
-            **{**shared, 'distributed': False},
-            **_evaluation_options(args, data_config))
+        return create_loader(dataset, **{**_evaluation_options(args, data_config), 'distributed': False})
 
 
 def build_loaders(
         args: argparse.Namespace,
         datasets: tuple[Dataset, Dataset | None],
         data_config: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype | None,
         patch_size: tuple[int, int] | None,
         schedule: BatchSchedule,
 ) -> Loaders:
     """Create the data loaders of a run from its training and validation datasets.
 
-    `dtype` is None for float32. `patch_size` is that of the model, for NaFlex.
+    `patch_size` is that of the model, for NaFlex.
 
     Raises:
         UsageError: if timm rejects the options, or the training images do not fill one batch.
     """
     train, evaluation = datasets
-    shared = _shared_options(args, data_config, device, dtype)
-    own = _train_options(args, data_config)
+    options = _train_options(args, data_config)
     patch_size = patch_size or (16, 16)
     mixup_fn, batch_size = None, float(args.batch_size)
     with usage_errors(f'Loader options{f" such as --aa {args.aa}" if args.aa else ""}'):
         if args.naflex_loader:
-            loader = _naflex_train_loader(args, train, patch_size, shared, own)
+            loader = _naflex_train_loader(args, train, patch_size, options)
         else:
-            loader, mixup_fn = _standard_train_loader(args, train, data_config['input_size'], schedule, shared, own)
+            loader, mixup_fn = _standard_train_loader(args, train, schedule, options)
     if args.train_img_sizes:
         batch_size = loader.batch_sampler.average_batch_size
     if len(loader) == 0:
@@ -283,13 +261,12 @@ def build_loaders(
     loader_eval = None
     if evaluation is not None:
         with usage_errors('Loader options of validation'):
-            loader_eval = _evaluation_loader(
-                args, evaluation, data_config['input_size'], patch_size, shared, _evaluation_options(args, data_config))
+            loader_eval = _evaluation_loader(args, evaluation, patch_size, _evaluation_options(args, data_config))
     for outer in (loader, loader_eval):
         inner = getattr(outer, 'loader', outer)  # the DataLoader inside timm's prefetcher
         if isinstance(inner, DataLoader):
             inner.worker_init_fn = partial(ignore_signals, inner.worker_init_fn)
-    loader, resumable = _make_resumable(loader, device)
+    loader, resumable = _make_resumable(loader, torch.device(args.device))
     records = {TRAINING: unreadable_images(train), VALIDATION: unreadable_images(evaluation)}
     unreadable = {part: record for part, record in records.items() if record is not None}
     return Loaders(loader, loader_eval, mixup_fn, batch_size, schedule, resumable, unreadable=unreadable)

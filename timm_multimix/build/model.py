@@ -152,16 +152,17 @@ def report_positions(args: argparse.Namespace, model: nn.Module, data_config: di
     model.train()
 
 
-def place_model(
-        args: argparse.Namespace,
-        model: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> nn.Module:
+def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """Return the dtype of the model and the images, None for float32."""
+    return getattr(torch, args.model_dtype) if args.model_dtype else None
+
+
+def place_model(args: argparse.Namespace, model: nn.Module) -> nn.Module:
     """Convert BatchNorm layers, and move the model to its device, dtype and memory format."""
+    device = torch.device(args.device)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    model.to(device=device, dtype=dtype)
+    model.to(device=device, dtype=model_dtype(args))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 
-import torch
 from torch.utils.data import Dataset
 
 from ..build.checkpoint import read_checkpoint
@@ -87,18 +86,17 @@ def _calibrate(args: argparse.Namespace) -> None:
                          'calibrated.')
     with usage_errors(args.run):
         lock_folder(args.run, 'run folder')
-    device = open_device(args.device)
     vars(run).update(  # a checkpoint never decides to run code or to download
         distributed=False, dataset_trust_remote_code=False, dataset_download=False,
+        device=str(open_device(args.device)),
         batch_size=args.batch_size or run.validation_batch_size or run.batch_size, validation_batch_size=None,
         workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
     options = model_options(run)
     images = _open_images(args, run, input_channels(options))
     if classes := valid_classes(checkpoint.get('class_to_idx')):
         match_classes(run, images, run.calibrate, classes, best)
-    dtype = getattr(torch, run.model_dtype) if run.model_dtype else None
-    model = place_model(run, create_run_model(run, options), device, dtype)
-    loader = build_calibration_loader(run, images, resolve_data(run, model), device, dtype)
+    model = place_model(run, create_run_model(run, options))
+    loader = build_calibration_loader(run, images, resolve_data(run, model))
     with usage_errors(best):
         path = write_calibrated(args.run, model, loader, nullcontext)
     if path is None:

@@ -31,19 +31,6 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # 
 _locks: dict[str, FileLock | None] = {}  # locks of this process by folder, None if the file system has none
 
 
-def make_folder(path: str) -> str:
-    """Create a new folder and return its path. If the path exists, append a number to it."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    number = 1
-    while True:
-        folder = path if number == 1 else f'{path}-{number}'
-        try:
-            os.mkdir(folder)
-            return folder
-        except FileExistsError:
-            number += 1
-
-
 def _write_holder(path: str) -> None:
     """Write the process into its lock file, for the message in _lock."""
     def opener(name: str, flags: int) -> int:

@@ -10,14 +10,13 @@ import yaml
 from timm import utils
 
 from ..build.checkpoint import read_checkpoint
-from ..build.loaders import TRAINING
 from ..build.option import option_name
 from ..build.saved_weights import described, saved_weights, weights_entry
 from ..calibration.run import forget_calibrated, write_calibrated
 from ..common.command_line import program
 from ..common.distributed import lost_contact_errors
 from ..common.errors import RunError, UsageError, is_dead_worker, suppress_worker_errors, usage_errors
-from ..common.files import lock_folder, make_folder, remove_temporary, replacing
+from ..common.files import lock_folder, remove_temporary, replacing
 from ..hub.export import write_config
 from ..hub.summary import SUMMARY_NAME, add_row, read_summary, trim_summary
 from .checkpoints import RunSaver, set_aside
@@ -52,7 +51,7 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
         if args.experiment:
             os.makedirs(setup.folder, exist_ok=True)
         else:  # another run may have started in the same second
-            setup.folder = make_folder(setup.folder)
+            setup.folder = utils.get_outdir(setup.folder, inc=True)
         folder = setup.folder
         lock_folder(folder)
         check_run_folder(args)  # again: another run may have written here before the lock
@@ -100,7 +99,6 @@ def _finish_epoch(state: RunState, train_metrics: dict[str, float], trackers: Tr
     setup, epoch, done, metric = state.setup, state.epoch, state.epoch + 1, None
     state.averages = None
     share_batch_norm(setup, setup.task.get_trainable_module())
-    setup.loaders.warn_of_unreadable(TRAINING, f'Epoch {epoch}: ')
     is_milestone = done in setup.args.save_epochs
     is_due = done % setup.args.val_interval == 0 or done == setup.stop_epoch or is_milestone
     if is_due:

@@ -12,6 +12,7 @@ import torchvision
 from timm import utils
 
 from ..build.loaders import TRAINING
+from ..build.model import model_dtype
 from ..common.console import Averages, EpochReporter
 from ..common.errors import RunError
 from ..common.files import create
@@ -71,7 +72,7 @@ def to_device(setup: Setup, input: Any, target: torch.Tensor) -> tuple[Any, torc
                 name: value.to(setup.device) if isinstance(value, torch.Tensor) else value
                 for name, value in input.items()}
         else:
-            input = input.to(device=setup.device, dtype=setup.dtype)
+            input = input.to(device=setup.device, dtype=model_dtype(setup.args))
         target = target.to(setup.device)
     if setup.args.channels_last and not isinstance(input, dict):
         input = input.contiguous(memory_format=torch.channels_last)
@@ -204,7 +205,8 @@ def _epoch_metrics(state: RunState, images_per_second: float) -> dict[str, float
             'check the inputs for NaN.',
             is_shared=True)
     _logger.info(f'Epoch {state.epoch}: training  {shown(metrics)}  ({images_per_second:.1f} images/s)')
-    return {**metrics, 'unreadable': state.setup.loaders.count_unreadable(TRAINING)}
+    unreadable = state.setup.loaders.warn_of_unreadable(TRAINING, f'Epoch {state.epoch}: ')
+    return {**metrics, 'unreadable': unreadable}
 
 
 def train_epoch(state: RunState) -> dict[str, float]:

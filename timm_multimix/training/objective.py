@@ -15,7 +15,7 @@ from timm.task import (
 from torch import nn
 
 from ..build.criteria import check_num_classes, criterion_options
-from ..build.model import blank_images
+from ..build.model import blank_images, model_dtype
 from ..common.errors import usage_errors
 from ..options import describe_batches, errors_name_options, multimix_kwargs
 from ..task import MultiLabelMultiMixTask, MultiMixTask
@@ -40,19 +40,15 @@ def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared: Any
         distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **shared)
 
 
-def build_task(
-        args: argparse.Namespace,
-        model: nn.Module,
-        data_config: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> TrainingTask:
+def build_task(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> TrainingTask:
     """Create the training task, which computes the loss of a batch.
 
     Raises:
         UsageError: if the loss, teacher or MultiMix options are invalid, or do not fit the model.
     """
-    shared = dict(criterion_kwargs=criterion_options(args), device=device, dtype=dtype, verbose=False)
+    shared = dict(
+        criterion_kwargs=criterion_options(args), device=torch.device(args.device), dtype=model_dtype(args),
+        verbose=False)
     if args.kd_model_name:
         with usage_errors(f'--kd-model-name {args.kd_model_name}'):
             task = _distillation_task(args, model, **shared)
@@ -70,26 +66,20 @@ def build_task(
     with usage_errors(f'--multimix {args.multimix}'):
         options = multimix_kwargs(args)
         if args.multimix_teacher not in ('none', 'ema'):
-            options.update(teacher=_pretrained_teacher(args, model, data_config, device, dtype), teacher_path=None)
+            options.update(teacher=_pretrained_teacher(args, model, data_config), teacher_path=None)
         _logger.info(describe_batches(args))
         with errors_name_options():
             return (MultiLabelMultiMixTask if multi_label else MultiMixTask)(model, **shared, **options)
 
 
-def _pretrained_teacher(
-        args: argparse.Namespace,
-        model: nn.Module,
-        data_config: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype | None,
-) -> PretrainedTeacher:
+def _pretrained_teacher(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> PretrainedTeacher:
     """Create the teacher of --multimix-teacher, and run it on an image of each size to check that it accepts them."""
     path = args.multimix_teacher_path
     with usage_errors(
             f'--multimix-teacher {args.multimix_teacher}' + (f', --multimix-teacher-path {path}' if path else '')):
         teacher = PretrainedTeacher(
             args.multimix_teacher, model, path=path, mean=data_config['mean'], std=data_config['std'],
-            device=device, dtype=dtype)
+            device=torch.device(args.device), dtype=model_dtype(args))
         for images in blank_images(args, model, data_config):
             teacher(images)
     return teacher

@@ -76,19 +76,16 @@ def _setup_device(args: argparse.Namespace) -> torch.device:
 
 
 def _setup_precision(
-        args: argparse.Namespace,
-        device: torch.device,
-) -> tuple[torch.dtype | None, Callable[[], Any], utils.NativeScaler | None]:
-    """Return the dtype of the model, a function that returns the autocast context, and the loss scaler if needed."""
-    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
-    if dtype == torch.float16:
+        args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], Any], utils.NativeScaler | None]:
+    """Return a function that returns the autocast context, and the loss scaler if it is needed."""
+    if args.model_dtype == 'float16':
         _logger.warning('Training with --model-dtype float16 is often unstable. bfloat16 has a larger range.')
     if not args.amp:
-        return dtype, nullcontext, None
+        return nullcontext, None
     amp_dtype = getattr(torch, args.amp_dtype)
     needs_scaler = device.type == 'cuda' and amp_dtype == torch.float16
     autocast = partial(torch.autocast, device_type=device.type, dtype=amp_dtype)
-    return dtype, autocast, utils.NativeScaler(device=device.type) if needs_scaler else None
+    return autocast, utils.NativeScaler(device=device.type) if needs_scaler else None
 
 
 def _check_channels(args: argparse.Namespace, in_chans: int) -> None:
@@ -122,7 +119,7 @@ def _run_folder(args: argparse.Namespace, image_size: int = 0) -> str:
 
 def _build_setup(args: argparse.Namespace, options: dict[str, Any], device: torch.device, resume_path: str) -> Setup:
     """Build data, model and task."""
-    dtype, autocast, loss_scaler = _setup_precision(args, device)
+    autocast, loss_scaler = _setup_precision(args, device)
     model_args = model_options(args)
     in_chans = input_channels(model_args)
     _check_channels(args, in_chans)
@@ -140,20 +137,18 @@ def _build_setup(args: argparse.Namespace, options: dict[str, Any], device: torc
     model = create_run_model(args, model_args)
     data_config = resolve_data(args, model)
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else None
-    model = place_model(args, model, device, dtype)
+    model = place_model(args, model)
     if not args.naflex_loader:
         check_input_sizes(args, model, data_config)
     check_classifier(args, model, data_config['input_size'])
-    loaders = build_loaders(
-        args, (train, evaluation), data_config, device, dtype, patch_size, batch_schedule(args))
+    loaders = build_loaders(args, (train, evaluation), data_config, patch_size, batch_schedule(args))
     if held_out is not None:
-        calibration = build_calibration_loader(args, held_out, data_config, device, dtype)
-        loaders = replace(loaders, calibration=calibration)
+        loaders = replace(loaders, calibration=build_calibration_loader(args, held_out, data_config))
     _settle_learning_rate(args, loaders.batch_size)
-    task = build_task(args, model, data_config, device, dtype)
+    task = build_task(args, model, data_config)
     report_positions(args, model, data_config)
     return Setup(
-        args, options, device, dtype, autocast, loss_scaler, task, loaders, data_config, classes,
+        args, options, device, autocast, loss_scaler, task, loaders, data_config, classes,
         eval_metric=args.eval_metric if evaluation is not None else 'loss',
         folder=_run_folder(args, data_config['input_size'][-1]))
 

@@ -19,7 +19,6 @@ class Setup:
     args: argparse.Namespace
     options: dict[str, Any]  # options for args.yaml: as given, except for optimizer options of the checkpoint
     device: torch.device
-    dtype: torch.dtype | None  # dtype of the model and the images, None for float32
     autocast: Callable[[], Any]  # returns the autocast context of a forward pass
     loss_scaler: utils.NativeScaler | None  # for float16 autocast on CUDA
     task: TrainingTask
