@@ -3,10 +3,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.utils import ParseKwargs
-
 from ..common.command_line import Parser, program
-from ..common.errors import UsageError
+from ..common.errors import usage_errors
 from .arguments import GROUPS
 from .option import Group, Option, to_arguments
 
@@ -41,12 +39,9 @@ class TrainingParser(Parser):
     def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Parse the command line, and return the values of the given options by destination, without defaults."""
         blank = argparse.Namespace(**dict.fromkeys(('config', 'timm_script', *self.options), _NOT_GIVEN))
-        try:
+        # timm's ParseKwargs does not check its arguments.
+        with usage_errors('--model-kwargs, --opt-kwargs and --pretrained-cfg-overlay take arguments KEY=VALUE'):
             values = vars(self.parse_args(argv, blank))
-        except ValueError as error:  # timm's ParseKwargs does not check its arguments
-            names = [options[0].name for options in self.options.values()
-                     if options[0].settings.get('action') is ParseKwargs]
-            raise UsageError(f'{", ".join(names)} take arguments KEY=VALUE: {error}.') from error
         # argparse sets a missing positional argument to None.
         return {name: value for name, value in values.items() if value is not _NOT_GIVEN and value is not None}
 

@@ -16,11 +16,7 @@ _INITIAL_WEIGHTS = dict(
     grad_checkpointing=False, torchscript=False)
 
 
-def recorded_arguments(
-        checkpoint: Mapping[str, Any],
-        path: str,
-        parser: TrainingParser,
-) -> argparse.Namespace:
+def recorded_arguments(checkpoint: Mapping[str, Any], path: str, parser: TrainingParser) -> argparse.Namespace:
     """Return the arguments of the run that wrote a checkpoint, without its options for initial weights.
 
     If the checkpoint contains no arguments, they are read from args.yaml in its folder.

@@ -92,13 +92,8 @@ def _gradient_scale(setup: Setup, num_images: int) -> float | torch.Tensor:
     return scale
 
 
-def _mix(
-        state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor, dict[str, bool]]:
-    """Decide whether a batch uses MultiMix, and mix its images unless the loader has mixed them.
-
-    Returns:
-        Input, target, and keyword arguments of the task.
-    """
+def _mix(state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor, dict[str, bool]]:
+    """Mix the images of a batch unless the loader has. Return input, target and keyword arguments of the task."""
     loaders, options = state.setup.loaders, {}
     if loaders.schedule.alternates:
         options = dict(multimix=loaders.schedule.is_multimix(state.epoch, index))

@@ -36,8 +36,7 @@ def _distillation_task(args: argparse.Namespace, model: nn.Module, **shared: Any
     if args.kd_distill_type == 'feature':
         return FeatureDistillationTask(
             student_feature_dim=args.kd_student_feature_dim, teacher_feature_dim=args.kd_teacher_feature_dim, **shared)
-    return TokenDistillationTask(
-        distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **shared)
+    return TokenDistillationTask(distill_type=args.kd_token_distill_type, temperature=args.kd_temperature, **shared)
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, data_config: dict[str, Any]) -> TrainingTask:

@@ -27,8 +27,7 @@ class RunState:
         self.averages: Averages | None = None  # of the epoch in progress, None between epochs
         self.validated = False  # whether validation ran, also before the run was resumed
         self.saver: RunSaver | None = None  # None on all processes but the first
-        self.guard = LossGuard(
-            setup.task.get_trainable_module(), setup.args.max_nonfinite, setup.args.distributed)
+        self.guard = LossGuard(setup.task.get_trainable_module(), setup.args.max_nonfinite, setup.args.distributed)
         self.stop = StopRequest()
         self.watchdog = Watchdog()
         self._random: dict[str, Any] | None = None  # restored by begin_training
