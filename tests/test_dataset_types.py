@@ -198,7 +198,7 @@ def test_training_on_the_validation_images_is_refused(script, tmp_path):
 def test_multi_label_task_on_classes_is_refused(script, image_folder, argv):
     argv = ['--dataset', 'demo/digits'] if argv == ['demo'] else ['--data-dir', image_folder, *argv]
     assert script(*argv, '--task', 'multilabel', '--num-classes', '10', '--model', 'test_resnet', '--workers', '0') == 2
-    assert 'one class for each image' in script.lines[-1] and 'Traceback' not in script.text
+    assert 'must be a 1-D sequence of class indices' in script.lines[-1] and 'Traceback' not in script.text
     assert script.written() == []
 
 

@@ -98,7 +98,7 @@ def test_off_epochs_are_plain_classification():
     plain = _train(ClassificationTask(_model(), criterion_kwargs=dict(smoothing=0.1), verbose=False))
     for epoch, on in enumerate([False, True, True, False]):
         task.set_epoch(epoch)
-        assert task.active == on
+        assert task.schedule.is_active(task.epoch) == on
         result = task(*_batch())
         assert ('dense' in result) == on
         if not on:  # no additional operations

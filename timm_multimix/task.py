@@ -172,11 +172,6 @@ class MultiMixTask(ClassificationTask):
             raise ValueError("The teacher shares parameters with the model: pass a copy of the model, or 'ema'.")
         return teacher if isinstance(teacher, (EMATeacher, PretrainedTeacher)) else FrozenTeacher(teacher)
 
-    @property
-    def active(self) -> bool:
-        """Whether the current epoch can have MultiMix batches."""
-        return self.schedule.is_active(self.epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Set the current epoch, for start_epoch, off_epoch and the distillation ramp. Call it before every epoch."""
         self.epoch = epoch
@@ -188,7 +183,7 @@ class MultiMixTask(ClassificationTask):
         if multimix is not None:
             return multimix
         if not self.schedule.alternates:
-            return self.active
+            return self.schedule.is_active(self.epoch)
         if not unwrap_model(self.trainable_module).training:
             return False
         self.num_batches += 1

@@ -5,8 +5,7 @@ import logging
 import os
 from contextlib import suppress
 
-import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from ..common.errors import UsageError, usage_errors
 from ..data.class_names import class_mapping, dataset_classes, map_targets, valid_classes
@@ -140,22 +139,10 @@ def _check_teacher(args: argparse.Namespace, known: dict[str, int]) -> None:
 
 
 def check_targets(args: argparse.Namespace, dataset: Dataset) -> None:
-    """Raise UsageError if the task is multilabel and a dataset has one class per image, or other invalid targets."""
-    if args.task != 'multilabel':
-        return
-    source = getattr(dataset, 'reader', dataset)
-    target = None
-    with suppress(Exception):  # unreadable image or stream
-        target = source[0][1] if source is not dataset else dataset.targets[0]
-    if target is None:
-        return
-    data = args.data_dir or args.dataset
-    if torch.as_tensor(target).ndim == 0:
-        raise UsageError(
-            f'--task multilabel: {data} has one class for each image. Choose --task classification, or a dataset with '
-            'lists of labels as targets.')
-    with usage_errors(f'--task multilabel: the targets of {data}'):
-        dataset.target_transform(target)
+    """Raise UsageError if the task is multilabel and the first image has an invalid target, such as a class index."""
+    if args.task == 'multilabel' and not isinstance(dataset, IterableDataset):
+        with usage_errors(f'--task multilabel: the targets of {args.data_dir or args.dataset}'):
+            dataset[0]
 
 
 def _compare_splits(args: argparse.Namespace, train: Dataset, evaluation: Dataset | None) -> None:

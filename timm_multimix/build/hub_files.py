@@ -57,11 +57,8 @@ def _explain(error: HfHubHTTPError) -> str:
     if status == 403:
         return ('the token does not permit this. Create a token with write access to this repository at '
                 f'{TOKENS_PAGE} and log in with it, or choose a repository in your own namespace.')
-    if status == 429:
-        return 'too many requests (429).'
-    if status in _CONFLICT:
-        return f'the repository was changed by another commit at the same time ({status}).'
-    return f'the Hub responded with status {status}.'
+    reasons = {429: 'too many requests', **dict.fromkeys(_CONFLICT, 'another commit changed the repository meanwhile')}
+    return f'{reasons.get(status, "the request failed")} (status {status}).'
 
 
 def _as_hub_error(error: Exception, operation: str) -> HubError:

@@ -39,11 +39,6 @@ class Loaders:
     calibration: Any = None  # the same batches in every process
     unreadable: dict[str, UnreadableImages] = field(default_factory=dict)  # by TRAINING and VALIDATION
 
-    def begin_epoch(self) -> None:
-        """Reset the counts of unreadable images for a new epoch."""
-        for record in self.unreadable.values():
-            record.begin_epoch()
-
     def warn_of_unreadable(self, part: str, when: str = '') -> int:
         """Log the names of the unreadable images of this epoch in TRAINING or VALIDATION. Return their number.
 

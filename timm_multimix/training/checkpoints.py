@@ -59,20 +59,20 @@ class RunSaver(CheckpointSaver):
 
     timm continues with the epoch after the 'epoch' of a checkpoint. A recovery checkpoint is written in the middle of
     an epoch and therefore stores the previous epoch.
-
-    Attributes:
-        class_to_idx: Index of each class name, None if the class names are unknown.
     """
     _replace = staticmethod(replace)
     _duplicate = staticmethod(duplicate)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, setup: Setup):
+        super().__init__(
+            model=setup.task.get_trainable_module(), optimizer=setup.optimizer, args=setup.args,
+            amp_scaler=setup.loss_scaler, checkpoint_dir=setup.folder, recovery_dir=setup.folder,
+            decreasing=setup.decreasing, max_history=setup.args.checkpoint_hist, task=setup.task)
+        self.class_to_idx = setup.class_to_idx
         self._entries: dict[str, Any] = {}  # entries of the checkpoint that is being written
         # Buffers that are not finite by design, such as an attention mask with -inf.
         module = self.unwrap_fn(self.model)
         self._masks = {*_not_finite(dict(module.named_buffers()))} - normalization_statistics(module).keys()
-        self.class_to_idx: dict[str, int] | None = None
 
     def _state(self, epoch: int, metric: float | None) -> dict[str, Any]:
         state = dict(

@@ -168,13 +168,6 @@ def _check_files(args: argparse.Namespace) -> None:
     check_run_folder(args)
 
 
-def _check_hub(args: argparse.Namespace) -> None:
-    given = [name for name in ('hub_model_id', 'hub_revision', 'hub_private_repo', 'hub_always_push', 'hub_force')
-             if getattr(args, name)]
-    if given and not args.push_to_hub:
-        _logger.warning(f'{", ".join(map(option_name, given))}: without effect, add --push-to-hub.')
-
-
 def check_run_folder(args: argparse.Namespace) -> None:
     """Check that the run folder is inside --output and contains no checkpoints that the run does not continue."""
     if os.path.isabs(args.experiment) or '..' in args.experiment.replace('\\', '/').split('/'):
@@ -215,6 +208,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
         (args.calibrate is not None and args.task != 'classification',
          '--calibrate is for --task classification: it fits a temperature to one class per image.'),
         (args.validate and not args.val_split, '--validate needs a --val-split.'),
+        (args.hub_model_id and not args.push_to_hub, '--hub-model-id needs --push-to-hub.'),
     )
     for is_wrong, message in rules:
         if is_wrong:
@@ -252,7 +246,6 @@ def check_args(args: argparse.Namespace) -> None:
         check_packages(f'--report-to {name}', [name])
     _check_dataset(args)
     _check_files(args)
-    _check_hub(args)
     _check_combinations(args)
     _check_eval_metric(args)
     check_multimix(args)

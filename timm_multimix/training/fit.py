@@ -46,7 +46,7 @@ def train_command(args: argparse.Namespace, folder: str, *options: str) -> str:
 
 def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
     """Create and lock the output folder, and return the saver of its checkpoints."""
-    args, module = setup.args, setup.task.get_trainable_module()
+    args = setup.args
     with usage_errors(f'--output {setup.folder}'):
         if args.experiment:
             os.makedirs(setup.folder, exist_ok=True)
@@ -59,19 +59,8 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
         remove_temporary(folder)
         with replacing(os.path.join(folder, 'args.yaml')) as path, open(path, 'w') as file:
             yaml.safe_dump(setup.options, file, default_flow_style=False)
-        write_config(folder, args, module, setup.data_config, setup.class_to_idx)
-    saver = RunSaver(
-        model=module,
-        optimizer=setup.optimizer,
-        args=args,
-        amp_scaler=setup.loss_scaler,
-        checkpoint_dir=folder,
-        recovery_dir=folder,
-        decreasing=setup.decreasing,
-        max_history=args.checkpoint_hist,
-        task=setup.task,
-    )
-    saver.class_to_idx = setup.class_to_idx
+        write_config(folder, args, setup.task.get_trainable_module(), setup.data_config, setup.class_to_idx)
+    saver = RunSaver(setup)
     if setup.resumed_from and os.path.samefile(os.path.dirname(setup.resumed_from) or '.', folder):
         set_aside(setup, start_epoch)
         saver.restore_history(setup.resumed_from, start_epoch)

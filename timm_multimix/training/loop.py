@@ -44,7 +44,8 @@ def _begin_epoch(state: RunState) -> None:
             loader.mixup_enabled = False
     if state.averages is None:  # not a resumed epoch
         state.averages = Averages(setup.device)
-        setup.loaders.begin_epoch()
+        for record in setup.loaders.unreadable.values():
+            record.begin_epoch()
 
 
 def read_batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
