@@ -209,13 +209,13 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     )
     # Check before a model is created. MultiMixTask checks the other options.
     with errors_name_options():
-        batch_schedule(args)
         # The attention argument of the task accepts more values than the one of the loss.
         names = _LOSS_PARAMETERS.keys() - {'attention'}
         loss = MultiMixLoss(**{name: value for name, value in options.items() if name in names})
         SelfDistillationLoss(
             loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
         check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
+        batch_schedule(args)
     return options
 
 
@@ -290,8 +290,6 @@ def batch_schedule(args: argparse.Namespace) -> BatchSchedule:
     Raises:
         ValueError: If a value is out of range.
     """
-    if args.multimix_preset not in PRESETS:
-        raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {args.multimix_preset!r}.')
     prob = PRESET_PROB[args.multimix_preset] if args.multimix_prob is None else args.multimix_prob
     schedule = BatchSchedule(
         prob, getattr(args, 'seed', None) or 0, args.multimix_start_epoch, args.multimix_off_epoch)

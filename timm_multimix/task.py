@@ -206,6 +206,10 @@ class MultiMixTask(ClassificationTask):
             'loss', 'output' (the ordinary logits), and the loss terms of this batch, detached, for logging: 'dense',
             'pooled' and 'clean' on a MultiMix batch, 'plain' on the other batches if prob < 1.
         """
+        if self.multi_label and (target.ndim != 2 or not target.is_floating_point()):
+            raise ValueError(
+                f'Multi-label targets must be floating point (b, c), got {target.dtype} with shape '
+                f'{tuple(target.shape)}.')
         input, teacher_input = split_views(input) if self.views == 2 else (input, input)
         is_multimix = self._decide(multimix)
         if self._handle is not None:
@@ -340,16 +344,3 @@ class MultiLabelMultiMixTask(MultiMixTask, MultiLabelClassificationTask):
             raise ValueError(f'threshold must be in (0, 1), got {threshold}.')
         super().__init__(model, *args, **options)
         self.threshold = threshold
-
-    def forward(
-            self,
-            input: torch.Tensor | dict[str, torch.Tensor],
-            target: torch.Tensor,
-            multimix: bool | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Forward pass and loss. See MultiMixTask; targets are floating point (b, c)."""
-        if target.ndim != 2 or not target.is_floating_point():
-            raise ValueError(
-                f'Multi-label targets must be floating point (b, c), got {target.dtype} with shape '
-                f'{tuple(target.shape)}.')
-        return super().forward(input, target, multimix)
