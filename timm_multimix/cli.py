@@ -42,10 +42,7 @@ def _build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `timm-multimix`.
-
-    Args:
-        argv: The subcommand and its arguments. The default is sys.argv[1:].
+    """Run the command `timm-multimix`, by default with the arguments sys.argv[1:].
 
     Returns:
         Exit status of the subcommand; 2 for a usage error.

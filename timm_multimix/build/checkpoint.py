@@ -38,10 +38,6 @@ def _fits(value: Any, schema: Any) -> bool:
     return value is None if schema is None else schema(value)
 
 
-def _is_count(value: Any) -> bool:
-    return _fits(value, int) and value >= 0
-
-
 def _is_weights(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(name, str) and (isinstance(item, torch.Tensor) or name.endswith('_extra_state'))
@@ -75,7 +71,8 @@ _PROCESS = {
     'random': _is_random_state, 'loader': (_LOADER, None), 'statistics': {ANY: torch.Tensor},
     'averages': ({'sums': {ANY: _NUMBER}, 'counts': {ANY: int}}, None)}
 _PROGRESS = {
-    'in_epoch': bool, 'consumed': _is_count, 'processes': [_PROCESS], 'shape': {ANY: int}, 'validated': bool,
+    'in_epoch': bool, 'consumed': lambda value: _fits(value, int) and value >= 0, 'processes': [_PROCESS],
+    'shape': {ANY: int}, 'validated': bool,
     'scheduler': ({'inner': {ANY: object}, 'restore_lr': (None, [object]), 'lr': [_NUMBER]}, None),
     'average': (torch.Tensor, None)}
 
@@ -125,11 +122,7 @@ def _why_damaged(path: str) -> str | None:
 
 
 def read_checkpoint(path: str, verify: bool = True) -> dict:
-    """Load a checkpoint as plain data.
-
-    Args:
-        path: The file.
-        verify: Read the whole file and verify its checksums. Otherwise damaged tensors are not detected.
+    """Load a checkpoint as plain data. Without `verify`, checksums are not verified: damaged tensors are not detected.
 
     Raises:
         UsageError: if the file is not a checkpoint of a model, or is damaged.

@@ -18,26 +18,17 @@ from .saved_weights import arguments_of
 _logger = logging.getLogger(__name__)
 
 
-def _config_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
-    """Read the class names and the number of classes from timm's config.json."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            config = json.load(file)
-        return valid_classes(config.get('label_names')), config.get('num_classes')
-    except (OSError, ValueError, AttributeError):
-        return None, None
-
-
 def stored_classes(path: str) -> tuple[dict[str, int] | None, int | None]:
     """Read the class names and the number of classes of a model, None if unknown.
 
     They are in the checkpoint, or in the config.json on the Hub or next to safetensors.
     """
-    if path.endswith('.safetensors'):
-        return _config_classes(os.path.join(os.path.dirname(path), CONFIG_NAME))
-    with suppress(HubError, UsageError, OSError):  # reported when the weights are loaded
-        if is_hub_name(path):
-            return _config_classes(download(path, CONFIG_NAME))
+    with suppress(HubError, UsageError, OSError, ValueError, AttributeError):  # reported when the weights are loaded
+        if is_hub_name(path) or path.endswith('.safetensors'):
+            config = os.path.join(os.path.dirname(path), CONFIG_NAME)
+            with open(download(path, CONFIG_NAME) if is_hub_name(path) else config, encoding='utf-8') as file:
+                values = json.load(file)
+            return valid_classes(values.get('label_names')), values.get('num_classes')
         checkpoint = read_checkpoint(path, verify=False)
         return valid_classes(checkpoint.get('class_to_idx')), arguments_of(checkpoint).get('num_classes')
     return None, None
@@ -95,9 +86,7 @@ def settle_classes(
 ) -> tuple[dict[str, int] | None, str]:
     """Compare the classes of the datasets with those of the initial checkpoint, if any, and set args.num_classes.
 
-    Returns:
-        The mapping from the model's class names to indices, None if unknown, and the checkpoint that contains the
-        names, '' for the names of the training data.
+    Returns the class names of the model and their indices, None if unknown, and the checkpoint that contains them or ''.
 
     Raises:
         UsageError: if there is only one class, --num-classes is wrong, or a dataset has a class that the model does

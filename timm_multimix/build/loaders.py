@@ -61,11 +61,9 @@ class Loaders:
 
     def report_unreadable(self) -> None:
         """Log the number of unreadable images of the whole run, if there are any."""
-        totals = []
-        for part, record in self.unreadable.items():
-            found = record.in_run()
-            totals.append(f'{len(found)} of {len(record)} in {part}{f" ({record.names(found)})" if found else ""}')
-        if any(record.in_run() for record in self.unreadable.values()):
+        totals = [f'{len(found)} of {len(record)} in {part} ({record.names(found)})'
+                  for part, record in self.unreadable.items() if (found := record.in_run())]
+        if totals:
             _logger.warning(f'Images that could not be read: {", ".join(totals)}.')
 
 

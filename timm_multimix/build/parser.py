@@ -46,10 +46,9 @@ class TrainingParser(Parser):
         return {name: value for name, value in values.items() if value is not _NOT_GIVEN and value is not None}
 
     def parse_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Parse values of options from a file like arguments of the command line. The result is that of parse_given.
+        """Parse values from a file, by destination, like arguments of the command line. The result is as in parse_given.
 
-        Args:
-            values: Values by destination. Options with the value None and unknown options are skipped.
+        Options with the value None and unknown options are skipped.
         """
         given = {name: value for name, value in values.items() if name in self.options and value is not None}
         arguments = [to_arguments(self.options[name], value) for name, value in given.items()]

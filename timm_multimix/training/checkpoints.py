@@ -188,11 +188,10 @@ class RunSaver(CheckpointSaver):
 
 
 def position(path: str) -> tuple[int, bool, int, float]:
-    """Return the position of a checkpoint in its run, to compare checkpoints.
+    """Return last finished epoch, whether the next one has begun, its trained batches, and the modification time.
 
-    Returns:
-        Last finished epoch, whether the next epoch has begun, the batches trained in it, and the modification time of
-        the file, which decides if batches were not counted (0 for a checkpoint at the end of an epoch).
+    Checkpoints of a run are compared by them. The time decides if batches were not counted. At the end of an epoch it
+    is 0.
     """
     checkpoint = read_checkpoint(path, verify=False)
     epoch, progress = checkpoint.get('epoch'), checkpoint.get('progress') or {}
@@ -212,10 +211,7 @@ def _by_progress(paths: Iterable[str]) -> list[tuple[tuple, str]]:
 
 
 def newest_checkpoint(folder: str) -> str | None:
-    """Return the checkpoint of a run to continue from: the furthest one that is intact.
-
-    Returns:
-        Path of the checkpoint, None if the folder contains no checkpoints.
+    """Return the furthest intact checkpoint in the folder of a run, None if the folder contains no checkpoints.
 
     Raises:
         UsageError: if there are checkpoints but none can be read, or none of them is of a run.

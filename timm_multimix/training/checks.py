@@ -78,10 +78,8 @@ def _check_values(args: argparse.Namespace) -> None:
             raise UsageError(f'{option_name(name)} must be one of {listed}, got {value!r}.{near_names(value, choices)}')
     for name, value in vars(args).items():
         numbers = [number for number in _as_list(value) if isinstance(number, float)]
-        if any(map(math.isnan, numbers)):
-            raise UsageError(f'{option_name(name)} must be a number, got {value}.')
-        if name not in _MAY_BE_INFINITE and any(map(math.isinf, numbers)):
-            raise UsageError(f'{option_name(name)} must be finite, got {value}.')
+        if any(math.isnan(number) or (math.isinf(number) and name not in _MAY_BE_INFINITE) for number in numbers):
+            raise UsageError(f'{option_name(name)} must be a finite number, got {value}.')
     for is_valid, description, names in _RANGES:
         for name in names:
             value = getattr(args, name)

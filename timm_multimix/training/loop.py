@@ -38,10 +38,7 @@ def _begin_epoch(state: RunState) -> None:
             part.set_epoch(epoch)
     setup.task.get_trainable_module().train()
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        if mixup_fn is not None:
-            mixup_fn.mixup_enabled = False
-        elif getattr(loader, 'mixup_enabled', False):
-            loader.mixup_enabled = False
+        (mixup_fn or loader).mixup_enabled = False
     if state.averages is None:  # not a resumed epoch
         state.averages = Averages(setup.device)
         for record in setup.loaders.unreadable.values():
@@ -50,19 +47,14 @@ def _begin_epoch(state: RunState) -> None:
 
 def read_batches(loader: Iterable) -> Iterator[tuple[Any, torch.Tensor]]:
     """Iterate over a loader and convert its errors to a RunError with a message of one line."""
-    batches = batches_of(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            _logger.debug('', exc_info=True)
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            # OSError, EOFError and UnpicklingError occur when a worker dies while it sends a batch.
-            hint = '' if isinstance(error, RuntimeError) else ' A worker may have died for lack of memory.'
-            raise RunError(f'A batch could not be loaded: {reason[0].rstrip(".")}.{hint}') from error
-        yield batch
+    try:
+        yield from batches_of(loader)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        _logger.debug('', exc_info=True)
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        # OSError, EOFError and UnpicklingError occur when a worker dies while it sends a batch.
+        hint = '' if isinstance(error, RuntimeError) else ' A worker may have died for lack of memory.'
+        raise RunError(f'A batch could not be loaded: {reason[0].rstrip(".")}.{hint}') from error
 
 
 def to_device(setup: Setup, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor]:

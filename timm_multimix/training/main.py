@@ -39,10 +39,7 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `timm-multimix train` or train_timm.py.
-
-    Args:
-        argv: Command line arguments, by default sys.argv[1:].
+    """Run `timm-multimix train` or train_timm.py, by default with the arguments sys.argv[1:].
 
     Returns:
         Exit status: 0 for success, 1 for a run that failed, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM.
