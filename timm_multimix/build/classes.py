@@ -86,7 +86,7 @@ def settle_classes(
 ) -> tuple[dict[str, int] | None, str]:
     """Compare the classes of the datasets with those of the initial checkpoint, if any, and set args.num_classes.
 
-    Returns the class names of the model and their indices, None if unknown, and the checkpoint that contains them or ''.
+    Return the class names of the model and their indices, None if unknown, and the checkpoint that contains them or ''.
 
     Raises:
         UsageError: if there is only one class, --num-classes is wrong, or a dataset has a class that the model does

@@ -162,12 +162,9 @@ def _standard_train_loader(
     if args.multimix != 'off' and args.multimix_views == 2:
         add_second_view(loader)
     if schedule.alternates and collate_fn is not None:
-        try:
+        hint = ' Add --no-prefetcher, which mixes images on the device.'
+        with usage_errors(f'--multimix-prob {args.multimix_prob}', hint):
             alternate(loader, schedule)
-        except TypeError as error:
-            raise UsageError(
-                f'--multimix-prob {args.multimix_prob}: {error} Add --no-prefetcher, which mixes images on the device.'
-            ) from error
     return loader, mixup_fn
 
 

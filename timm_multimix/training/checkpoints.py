@@ -42,12 +42,7 @@ def find_checkpoints(folder: str) -> list[str]:
 
 def _not_finite(weights: Mapping[str, Any]) -> list[str]:
     """Return the names of tensors that contain infinity or NaN."""
-    names = [name for name, value in weights.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    if not names:
-        return []
-    device = weights[names[0]].device  # one transfer to the host for all of them
-    flags = torch.stack([weights[name].detach().isfinite().all().to(device) for name in names]).tolist()
-    return [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
+    return [name for name, value in weights.items() if isinstance(value, torch.Tensor) and not value.isfinite().all()]
 
 
 class RunSaver(CheckpointSaver):
@@ -96,9 +91,9 @@ class RunSaver(CheckpointSaver):
         if not self.args.max_nonfinite:
             return
         for entry, weights in state.items():
-            lost = _not_finite(weights) if entry.startswith('state_dict') else []
-            lost = [name for name in lost if name not in self._masks]
-            if lost:
+            if not entry.startswith('state_dict'):
+                continue
+            if lost := [name for name in _not_finite(weights) if name not in self._masks]:
                 raise RunError(
                     f'The weights are not finite ({lost[0]} in {entry}) and are not saved. Lower the '
                     'learning rate, or clip gradients (--clip-grad).')
@@ -133,11 +128,7 @@ class RunSaver(CheckpointSaver):
                 os.remove(path)
 
     def save_checkpoint(
-            self,
-            epoch: int,
-            metric: float | None = None,
-            progress: dict[str, Any] | None = None,
-            **entries: Any,
+            self, epoch: int, metric: float | None = None, progress: dict[str, Any] | None = None, **entries: Any,
     ) -> tuple[float | None, int | None]:
         """Save a checkpoint as timm does. NaN metrics are treated as None. `entries` are added if there is a metric."""
         if metric is not None and math.isnan(metric):
