@@ -46,7 +46,7 @@ class TrainingParser(Parser):
         return {name: value for name, value in values.items() if value is not _NOT_GIVEN and value is not None}
 
     def parse_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Parse values from a file, by destination, like arguments of the command line. Return them as parse_given does.
+        """Parse values from a file, by destination, like arguments of the command line. Return them like parse_given.
 
         Options with the value None and unknown options are skipped.
         """
