@@ -127,9 +127,11 @@ def read_checkpoint(path: str, verify: bool = True) -> dict:
     Raises:
         UsageError: if the file is not a checkpoint of a model, or is damaged.
     """
+    checkpoint: Any = None
     try:
         reason = _why_damaged(path) if verify else None
-        checkpoint = load_checkpoint_metadata(path) if reason is None else None
+        if reason is None:
+            checkpoint = load_checkpoint_metadata(path)
     except Exception:  # unpickling other formats raises errors of many types
         reason = 'it is not a PyTorch checkpoint, or it contains objects that are not data'
     if reason is None and (not isinstance(checkpoint, dict) or not {'state_dict', 'model'} & checkpoint.keys()):
