@@ -1,6 +1,7 @@
 """Weights, statistics and losses that are not finite: what is saved, what is skipped, and how a run ends."""
 import argparse
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -56,10 +57,10 @@ def test_constants_that_are_not_finite_are_saved(tmp_path):
     """Such as an attention mask; but not what normalization layers have measured."""
     model = timm.create_model('test_resnet', num_classes=3)
     model.register_buffer('mask', torch.tensor([0.0, -math.inf]))
-    saver = RunSaver(
-        model=model, task=ClassificationTask(model), optimizer=torch.optim.SGD(model.parameters()),
-        args=argparse.Namespace(model='test_resnet', max_nonfinite=10), checkpoint_dir=str(tmp_path),
-        recovery_dir=str(tmp_path))
+    saver = RunSaver(SimpleNamespace(
+        task=ClassificationTask(model), optimizer=torch.optim.SGD(model.parameters()), loss_scaler=None,
+        args=argparse.Namespace(model='test_resnet', max_nonfinite=10, checkpoint_hist=1), folder=str(tmp_path),
+        decreasing=False, class_to_idx=None))
     saver.save_checkpoint(0, 1.0)
     assert torch.load(tmp_path / 'last.pth.tar', weights_only=True)['state_dict']['mask'][1] == -math.inf
     model.bn1.running_var[0] = math.inf

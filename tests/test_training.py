@@ -100,7 +100,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(script, image_folder)
         script.run_folder(name).mkdir(parents=True)
     assert script.train(image_folder, experiment='') == 0, script.text
     [path] = script.folder.rglob('summary.csv')
-    assert path.parent.name.endswith('-test_resnet-32-2') and path.parent.name in script.lines[-1]
+    assert path.parent.name.endswith('-test_resnet-32-1') and path.parent.name in script.lines[-1]
 
 
 def test_complete_run_is_reported(script, image_folder):

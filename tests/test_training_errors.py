@@ -292,7 +292,7 @@ def test_pretrained_weights_with_code(mistake, tmp_path):
 
 
 @pytest.mark.parametrize('content, reason', [
-    (b'not a checkpoint', 'is not a PyTorch checkpoint'), (b'ext', 'is not a PyTorch checkpoint'), (b'', '')])
+    (b'not a checkpoint', 'is not a PyTorch checkpoint'), (b'ext', ''), (b'', '')])
 def test_file_that_does_not_contain_weights(mistake, tmp_path, content, reason):
     path = tmp_path / 'junk.txt'
     path.write_bytes(content)
