@@ -106,31 +106,25 @@ def _forward(state: RunState, input: Any, target: torch.Tensor, options: dict[st
             raise RunError(f'The loss cannot be computed in {state.watchdog.place}: {error}') from error
 
 
+def _scaler(setup: Setup) -> torch.amp.GradScaler:
+    """Return the gradient scaler, a disabled one without a loss scaler. timm's steps only with a backward pass."""
+    return setup.loss_scaler._scaler if setup.loss_scaler else torch.amp.GradScaler(enabled=False)
+
+
 def _backward(setup: Setup, loss: torch.Tensor) -> None:
     """Run the backward pass only: the optimizer must wait until the loss is known to be finite."""
-    optimizer, scaler = setup.optimizer, setup.loss_scaler
-    second_order = getattr(optimizer, 'is_second_order', False)
-    if scaler is None:
-        loss.backward(create_graph=second_order)
-    else:
-        scaler(loss, optimizer, create_graph=second_order, need_update=False)
+    _scaler(setup).scale(loss).backward(create_graph=getattr(setup.optimizer, 'is_second_order', False))
 
 
 def _optimizer_step(setup: Setup) -> None:
     """Clip gradients and step the optimizer. The loss scaler skips the step if gradients overflowed."""
-    args, optimizer, scaler = setup.args, setup.optimizer, setup.loss_scaler
-    if scaler is not None:
-        scaler = scaler._scaler  # timm's NativeScaler does not step without a backward pass
+    args, scaler = setup.args, _scaler(setup)
     if args.clip_grad is not None:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
+        scaler.unscale_(setup.optimizer)
         parameters = setup.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
         utils.dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.step(setup.optimizer)
+    scaler.update()
 
 
 def _step_metrics(result: dict, target: torch.Tensor) -> dict[str, torch.Tensor]:
