@@ -1,10 +1,10 @@
 """Parser of `timm-multimix train`."""
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ..common.command_line import Parser, program
-from ..common.errors import usage_errors
+from ..common.errors import UsageError, usage_errors
 from .arguments import GROUPS
 from .option import Group, Option, to_arguments
 
@@ -35,6 +35,12 @@ class TrainingParser(Parser):
             group.add_to(self)
             for option in group.options:
                 self.options.setdefault(option.dest, []).append(option)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith('unrecognized arguments') and 'token' in message:
+            raise UsageError(
+                f'{message}. Do not pass a Hub token on the command line: use `hf auth login` or set HF_TOKEN.')
+        super().error(message)
 
     def parse_given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Parse the command line, and return the values of the given options by destination, without defaults."""
