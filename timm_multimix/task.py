@@ -131,9 +131,8 @@ class MultiMixTask(ClassificationTask):
         self.epoch = self.num_batches = 0  # num_batches counts the batches that the task assigned itself
         # The loss computes the 'cam' attention, since it needs the target. The model computes the others.
         in_loss = mode == 'dense' and attention == 'cam'
-        in_model = mode == 'dense' and not in_loss
-        self._attach_options = dict(
-            mode=mode, attention=attention if in_model else 'uniform', attention_norm=attention_norm)
+        in_model = attention if mode == 'dense' and not in_loss else 'uniform'
+        self._attach_options = dict(mode=mode, attention=in_model, attention_norm=attention_norm)
         detach(model)
         self._handle = self.loss = self.distillation = self.teacher = None
         self.views = views
