@@ -17,7 +17,7 @@ from .build.parser import TrainingParser
 from .common.errors import UsageError, usage_errors
 from .data.alternation import BatchSchedule
 from .losses.attention import ATTENTION_NORMS, ATTENTION_QUERIES
-from .losses.module import AUTO_SCALE_REMOVED, PRESETS, MultiMixLoss
+from .losses.module import PRESETS, MultiMixLoss
 from .task import PRESET_PROB, TASK_MODES, MultiMixTask
 from .teacher import SelfDistillationLoss, check_teacher
 
@@ -86,15 +86,6 @@ def _balance(name: str, action: str, help: str) -> Option:
     return Option((name,), dict(action=action, dest='no_multimix_balance', default=None, help=help))
 
 
-def _logit_scale(text: str) -> float:
-    if text == 'auto':
-        raise argparse.ArgumentTypeError(name_options(AUTO_SCALE_REMOVED))
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a number, got {text!r}') from None
-
-
 MULTIMIX = Group('MultiMix parameters', (
     _value('--multimix', default='off', choices=TASK_MODES,
            help='dense mixes the logits at every position of the feature map. pooled mixes the ordinary logits: it '
@@ -145,7 +136,7 @@ MULTIMIX = Group('MultiMix parameters', (
     _option('--multimix-clean-weight', type=float, metavar='W',
             help='weight of the plain loss on unmixed images, from 0 to 1. It did not improve accuracy in our '
                  'studies.'),
-    _option('--multimix-logit-scale', type=_logit_scale, metavar='S',
+    _option('--multimix-logit-scale', type=float, metavar='S',
             help='factor on the mixed logits inside the loss, above 0. A value above 1 lowers the confidence of the '
                  'trained model, a value below 1 raises it.'),
     _flag('--multimix-gather',

@@ -38,7 +38,7 @@ class _ForwardPass:
     image_size: Sequence[int] | None
     last_map: torch.Tensor | None = None  # for models whose forward_features returns class tokens only
     prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None  # output of forward_head
-    output: MultiMixOutput | None = None  # computed from the prediction
+    dense: tuple[torch.Tensor, torch.Tensor | None] | None = None  # logits at every position, and attention
 
 
 class _MultiMixModel:
@@ -87,7 +87,7 @@ class _MultiMixModel:
                     f"positions (b, r), got {len(masks)}: attach with mode='pooled'.")
             current.prediction = prediction
             # Computed here, so that the autocast context of a wrapped forward applies.
-            current.output = _dense_output(self, features, *masks)
+            current.dense = _dense_logits_and_attention(self, features, *masks)
         return prediction
 
 
@@ -107,21 +107,22 @@ def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor,
 
 def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
     """Return the output of a dense pass with the prediction of forward. A wrapped forward can convert the dtype."""
-    current = model._multimix_pass
-    is_output = current.output is not None and current.prediction is prediction
-    if current.output is not None and not is_output and model._multimix.forward is not None:
-        is_output = isinstance(prediction, type(current.prediction)) and all(
-            after is before or (after.shape == before.shape and after.dtype != before.dtype)
-            for after, before in zip(as_streams(prediction), as_streams(current.prediction), strict=True))
+    current, is_wrapped = model._multimix_pass, model._multimix.forward is not None
+    is_output = current.dense is not None and isinstance(prediction, type(current.prediction)) and all(
+        after is before or (is_wrapped and after.dtype != before.dtype)
+        for after, before in zip(as_streams(prediction), as_streams(current.prediction), strict=True))
     if not is_output:
         raise TypeError(
             f'Dense MultiMix requires that {type(model).__name__}.forward returns the output of forward_head, and it '
             "does not: attach with mode='pooled'.")
-    _, dense, attention = current.output
-    return MultiMixOutput(_checked_logits(model, prediction), dense, attention)
+    return MultiMixOutput(_checked_logits(model, prediction), *current.dense)
 
 
-def _dense_output(model: nn.Module, features: Features, mask: torch.Tensor | None = None) -> MultiMixOutput:
+def _dense_logits_and_attention(
+        model: nn.Module,
+        features: Features,
+        mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     settings, current = model._multimix, model._multimix_pass
     head = settings.head
     set_phase(model, head.batch_norms, 'apply')
@@ -138,7 +139,7 @@ def _dense_output(model: nn.Module, features: Features, mask: torch.Tensor | Non
     attention = None
     if settings.attention != 'uniform' or mask is not None:
         attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token, mask=mask)
-    return MultiMixOutput(_checked_logits(model, current.prediction), dense, attention)
+    return dense, attention
 
 
 class MultiMixHandle:

@@ -19,9 +19,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
     'paper': dict(alpha=(0.5, 2.0), balance=False, pooled_weight=0.0),
 }
-AUTO_SCALE_REMOVED = (
-    "'auto' was removed. Pass a number, or omit logit_scale and calibrate the trained model: --calibrate on the "
-    'command line, calibrate() in Python.')
 
 
 class MultiMixLoss(nn.Module):
@@ -140,8 +137,6 @@ class MultiMixLoss(nn.Module):
         for name in ('pooled_weight', 'clean_weight'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must be in [0, 1], got {getattr(self, name)}.')
-        if isinstance(self.logit_scale, str) and self.logit_scale == 'auto':
-            raise ValueError(f"logit_scale='auto': {AUTO_SCALE_REMOVED}")
         if not (isinstance(self.logit_scale, (int, float)) and 0 < self.logit_scale < math.inf):
             raise ValueError(f'logit_scale must be a positive number, got {self.logit_scale!r}.')
         if self.loss_type not in ('ce', 'bce'):
