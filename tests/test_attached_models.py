@@ -203,8 +203,8 @@ def test_layer_added_to_the_head_is_found(images):
 def test_unsupported_new_head_is_refused(images):
     model = build()
     attach(model)
-    model.fc = nn.Sequential(nn.BatchNorm1d(model.num_features, track_running_stats=False), nn.Linear(96, 4))
-    with pytest.raises(ValueError, match='running statistics'):
+    model.fc = nn.Sequential(nn.SyncBatchNorm(model.num_features), nn.Linear(model.num_features, 4))
+    with pytest.raises(ValueError, match='does not support a SyncBatchNorm in the head'):
         model(images)
     detach(model)
     model.fc = nn.Linear(model.num_features, 4)

@@ -43,17 +43,13 @@ class _PooledBatchNorm:
 
 
 def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise ValueError if the statistics of a head's BatchNorms, given by their module names, cannot be recorded."""
+    """Raise ValueError if one of a head's BatchNorms, given by their module names, is not an ordinary BatchNorm."""
     for module in map(model.get_submodule, names):
         is_plain = type(module).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
         if not is_plain and not isinstance(module, _PooledBatchNorm):
             raise ValueError(
                 f'Dense MultiMix does not support a {type(module).__name__} in the head: use an ordinary BatchNorm, or '
                 "attach with mode='pooled'.")
-        if not module.track_running_stats:
-            raise ValueError(
-                'Dense MultiMix requires running statistics of a BatchNorm in the head: create it with '
-                "track_running_stats=True, or attach with mode='pooled'.")
 
 
 def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:

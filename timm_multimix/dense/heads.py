@@ -50,11 +50,9 @@ class Head:
         if getattr(model, '_is_replica', False):  # nn.DataParallel copies modules in every forward pass
             return True
         try:
-            modules = _modules_below(model, self.names)
+            return _modules_below(model, self.names) == self.modules
         except AttributeError:  # a module was removed
             return False
-        return len(modules) == len(self.modules) and all(
-            module is inspected for module, inspected in zip(modules, self.modules, strict=True))
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """Convert the streams to the input of forward_head."""
