@@ -20,7 +20,6 @@ class Head:
 
     Attributes:
         layouts: Layout of each stream of the features.
-        as_list: Whether forward_head takes a list of streams.
         method: How the head is applied at a position. 'single': forward_head on maps of one position. 'whole':
             forward_head on maps filled with the vector of the position, for heads that depend on the position.
             'window': forward_head on every window of the head's convolution.
@@ -34,7 +33,6 @@ class Head:
         modules: These modules and their submodules at the time of inspection.
     """
     layouts: tuple[Layout, ...]
-    as_list: bool
     method: str
     window: tuple[int, int] | None = None
     batch_norms: tuple[str, ...] = ()
@@ -56,15 +54,11 @@ class Head:
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """Convert the streams to the input of forward_head."""
-        return list(streams) if self.as_list else streams[0]
+        return list(streams) if len(streams) > 1 else streams[0]
 
-    @property
-    def single_position(self) -> list[tuple[int, ...]]:
-        """Sizes of the streams of maps with one position."""
-        return [(1,) * (layout.ndim - 2) for layout in self.layouts]
-
-    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> Features:
-        """Return constant maps of the given sizes, for the vectors (n, d_s) of each stream."""
+    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]] | None = None) -> Features:
+        """Return constant maps of the given sizes, or of one position, for the vectors (n, d_s) of each stream."""
+        sizes = sizes or [(1,) * (layout.ndim - 2) for layout in self.layouts]
         streams = zip(self.layouts, vectors, sizes, strict=True)
         return self.pack([layout.constant(vector, size) for layout, vector, size in streams])
 
@@ -209,7 +203,7 @@ def _find_method(twin: nn.Module, head: Head, streams: Sequence[torch.Tensor]) -
     vectors = [_random((3, stream.shape[layout.channel_axis]), generator) for stream, layout in pairs]
     whole = _run_head(twin, head.constant_maps(vectors, [layout.size(stream) for stream, layout in pairs]))
     try:
-        single = _run_head(twin, head.constant_maps(vectors, head.single_position))
+        single = _run_head(twin, head.constant_maps(vectors))
     except SHAPE_ERRORS:
         return 'whole'
     return 'single' if (single - whole).abs().max() <= TOLERANCE * whole.abs().max() else 'whole'
@@ -223,12 +217,11 @@ def _inspect(model: nn.Module, twin: nn.Module, features: Features) -> Head:
     """
     shapes = [stream.shape for stream in as_streams(features)]
     empty = [torch.zeros(2, *shape[1:], device='meta') for shape in shapes]
-    as_list = not isinstance(features, torch.Tensor)
-    called = _called_modules(twin, empty if as_list else empty[0])
+    called = _called_modules(twin, empty if len(empty) > 1 else empty[0])
     names = _outermost(called)
     batch_norms = tuple(name for name, module in called.items() if isinstance(module, _BatchNorm))
     check_batch_norms(model, batch_norms)
-    head = Head((), as_list, 'single', batch_norms=batch_norms, names=names, modules=_modules_below(model, names))
+    head = Head((), 'single', batch_norms=batch_norms, names=names, modules=_modules_below(model, names))
     head = _find_layouts(twin, head, empty)
     window = _window(called)
     if window is not None:

@@ -53,9 +53,9 @@ def _constant_map_logits(
         model: nn.Module,
         head: Head,
         positions: Sequence[torch.Tensor],
-        sizes: Sequence[Sequence[int]],
+        sizes: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
-    """Return logits (b, r, c) of constant maps of the given sizes, one map for each position."""
+    """Return logits (b, r, c) of constant maps, one map of the given sizes or of one position for each position."""
     maps = head.constant_maps([vectors.flatten(0, 1) for vectors in positions], sizes)
     return mean_of_heads(model.forward_head(maps)).unflatten(0, positions[0].shape[:2])
 
@@ -93,7 +93,7 @@ def position_logits(
         return mean_of_heads(model.forward_head(maps.flatten(0, 1))).unflatten(0, maps.shape[:2])
     if head.method == 'whole':
         return _whole_map_logits(model, head, streams, positions)
-    return _constant_map_logits(model, head, positions, head.single_position)
+    return _constant_map_logits(model, head, positions)
 
 
 def dense_logits(
