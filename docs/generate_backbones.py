@@ -25,18 +25,18 @@ attaches to every architecture and runs it in training mode at its native image 
 - **Architectures**: number of classification models in the module.{excluded}
 - **Pooled**, **dense**: number of architectures that `attach` supports in this mode.
 - **Positions**: number of positions of the feature map at the native image size, minimum and maximum.
-- **Head**: how the head is applied at a position. *Classifier*: one matrix product over all positions. *Head*: the
-  model's own `forward_head`, on maps of one position. *Whole map*: `forward_head` on maps that contain the position's
-  vector everywhere, because the head depends on the position (position embeddings in its attention pooling). This is
-  slow: the head runs once for every position. *Window*: every window of the head's convolution is a position; at the
-  native size there is one, and dense MultiMix equals pooled MultiMix.
+- **Head**: how the head is applied at a position. *Head*: the model's own `forward_head`, on maps of one position.
+  *Whole map*: `forward_head` on maps that contain the position's vector everywhere, because the head depends on the
+  position (position embeddings in its attention pooling). This is slow: the head runs on one map for every position.
+  *Window*: every window of the head's convolution is a position; at the native size there is one, and dense MultiMix
+  equals pooled MultiMix.
 - **Class token**: the model predicts from a class token, which the dense loss does not train.
   `handle.reads_positions` is False, and the objective must contain the pooled loss, as in `MultiMixTask`.
 
 | module | architectures | pooled | dense | positions | head | class token |
 |---|---|---|---|---|---|---|
 """
-METHODS = {'classifier': 'classifier', 'single': 'head', 'whole': 'whole map', 'window': 'window'}
+METHODS = {'single': 'head', 'whole': 'whole map', 'window': 'window'}
 
 
 @dataclass(frozen=True)

@@ -52,58 +52,30 @@ WRAPPERS = [_partial, _closure, _compiled, _mixed_precision]
 
 @pytest.mark.parametrize('mode', ['dense', 'pooled'])
 @pytest.mark.parametrize('wrap', WRAPPERS)
-def test_attaching_a_model_with_a_wrapped_forward(wrap, mode, images):
-    model = build()
-    wrap(model)
-    expected, wrapped = model.eval()(images), model.forward
-    with attach(model.train(), mode) as handle:
-        output = model(images)
-        assert isinstance(output, MultiMixOutput)
-        assert (output.dense_logits is None) == (mode == 'pooled')
-        assert output.logits.dtype == torch.float32
-        MultiMixLoss(10)(output, torch.arange(3)).backward()
-        assert model.conv1[0].weight.grad is not None
-        assert isinstance(model.eval()(images), torch.Tensor)
-        assert not repr(handle).endswith('removed)')
-    assert model.forward == wrapped
-    assert isinstance(model.train()(images), torch.Tensor)
-    assert expected.shape == model.eval()(images).shape
-
-
-@pytest.mark.parametrize('mode', ['dense', 'pooled'])
-@pytest.mark.parametrize('wrap', WRAPPERS)
 def test_wrapping_the_forward_of_an_attached_model(wrap, mode, images):
     model = build()
     handle = attach(model, mode)
     wrap(model)
-    for _ in range(2):
-        assert isinstance(model(images), MultiMixOutput)
-        assert isinstance(model.eval()(images), torch.Tensor)
-        detach(model.train())
-        assert 'removed' in repr(handle)
-        assert isinstance(model(images), torch.Tensor)
-        handle = attach(model, mode)
+    output = model(images)
+    assert isinstance(output, MultiMixOutput) and output.logits.dtype == torch.float32
+    MultiMixLoss(10)(output, torch.arange(3)).backward()
+    assert model.conv1[0].weight.grad is not None
+    assert isinstance(model.eval()(images), torch.Tensor)
+    detach(model.train())
+    assert 'removed' in repr(handle)
+    assert isinstance(model(images), torch.Tensor)
 
 
 def test_wrapped_forward_and_batch_norm_in_the_head():
     model = build('levit_128s')
-    _mixed_precision(model)
     attach(model)
+    _mixed_precision(model)
     output = model(torch.randn(2, 3, 224, 224))
     torch.testing.assert_close(output.dense_logits.float().mean(1), output.logits, atol=0.02, rtol=0.1)
 
 
-def test_wrapper_that_changes_the_logits_is_refused(images):
-    model = build()
-    forward = model.forward
-    model.forward = lambda x: forward(x) / 2
-    attach(model)
-    with pytest.raises(TypeError, match='pooled'):
-        model(images)
-
-
-@pytest.mark.parametrize('name', ['forward_head', 'forward_features'])
-def test_other_methods_replaced_on_the_instance_are_refused(name):
+@pytest.mark.parametrize('name', ['forward', 'forward_head', 'forward_features'])
+def test_methods_replaced_on_the_instance_are_refused(name):
     model = build()
     setattr(model, name, functools.partial(getattr(model, name)))
     for mode in ('dense', 'pooled'):
@@ -203,8 +175,8 @@ def test_layer_added_to_the_head_is_found(images):
 def test_unsupported_new_head_is_refused(images):
     model = build()
     attach(model)
-    model.fc = nn.Sequential(nn.BatchNorm1d(model.num_features, track_running_stats=False), nn.Linear(96, 4))
-    with pytest.raises(ValueError, match='running statistics'):
+    model.fc = nn.Sequential(nn.SyncBatchNorm(model.num_features), nn.Linear(model.num_features, 4))
+    with pytest.raises(ValueError, match='does not support a SyncBatchNorm in the head'):
         model(images)
     detach(model)
     model.fc = nn.Linear(model.num_features, 4)

@@ -32,8 +32,8 @@ def _kwargs(*argv):
 
 
 def test_all_options_are_there_and_explained():
-    assert {name for option in MULTIMIX.options for name in option.names} == OPTIONS
-    assert all(len(option.settings['help']) > 30 for option in MULTIMIX.options)
+    assert {name for option in MULTIMIX.all_options for name in option.names} == OPTIONS
+    assert all(len(option.settings['help']) > 30 for option in MULTIMIX.all_options)
     assert all(name in _parser().format_help() for name in OPTIONS)
 
 
@@ -63,7 +63,7 @@ def test_every_option_reaches_its_argument():
         distill_temperature=3.0, distill_ramp_epochs=6, views=2, shared_weights=True, preset='paper', prob=0.25,
         seed=0)
     task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
-    assert (task.mode, task.schedule.start_epoch, task.schedule.off_epoch) == ('dense', 4, 9)
+    assert (task.mode, task.schedule.start_epoch, task.schedule.off_epoch, task.active) == ('dense', 4, 9, False)
     for name in ('num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance',
                  'pooled_weight', 'clean_weight', 'logit_scale', 'gather', 'shared_weights'):
         assert getattr(task.loss, name) == kwargs[name], name
@@ -81,20 +81,20 @@ def test_alpha_is_one_number_or_two(alpha):
 
 @pytest.mark.parametrize('argv', [
     ['--multimix', 'sparse'], ['--multimix-attention', 'all'], ['--multimix-n', '1.5'],
-    ['--multimix-attention-norm', 'l2'], ['--multimix-logit-scale', 'auto'],
+    ['--multimix-attention-norm', 'l2'],
 ])
 def test_wrong_values_are_refused(argv):
     with pytest.raises(SystemExit):
         _parser().parse_args(argv)
 
 
-def test_the_logit_scale_of_an_old_recipe_is_refused():
-    parser = _parser()
-    parser.set_defaults(multimix_logit_scale='auto')  # as timm's script does with a configuration file
-    with pytest.raises(SystemExit):
-        parser.parse_args([])
+def test_the_logit_scale_is_a_number(capsys):
+    with pytest.raises(SystemExit, match='2'):
+        _parser().parse_args(['--multimix-logit-scale', 'auto'])
+    assert "argument --multimix-logit-scale: invalid float value: 'auto'" in capsys.readouterr().err
+    values = dict(vars(_parser().parse_args([])), multimix_logit_scale='auto')  # from the configuration of a script
     with pytest.raises(ValueError, match="--multimix-logit-scale must be a positive number, got 'auto'"):
-        multimix_kwargs(argparse.Namespace(**{**vars(_parser().parse_args([])), 'multimix_logit_scale': 'auto'}))
+        multimix_kwargs(argparse.Namespace(**values))
 
 
 @pytest.mark.parametrize('argv', [

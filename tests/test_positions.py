@@ -219,9 +219,9 @@ def test_inspection_does_not_change_random_state_and_modes():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_streams_align_by_area():
-    fine, coarse = torch.randn(2, 20, 3), torch.randn(2, 6, 5)
-    aligned = align_streams([fine, coarse], [(4, 5), (3, 2)])
+def test_streams_align_by_average_pooling():
+    fine, coarse = torch.randn(2, 24, 3), torch.randn(2, 6, 5)
+    aligned = align_streams([fine, coarse], [(6, 4), (3, 2)])
     assert [tuple(stream.shape) for stream in aligned] == [(2, 6, 3), (2, 6, 5)]
     assert torch.equal(aligned[1], coarse)
     torch.testing.assert_close(aligned[0].mean(1), fine.mean(1))

@@ -245,7 +245,7 @@ class MultiMixTask(ClassificationTask):
         average = super().setup_ema(decay, use_warmup, device, **kwargs)
         if isinstance(self.teacher, EMATeacher) and self.teacher.average.decay == decay and device is None:
             attach(average.module, **self._attach_options)
-            self.teacher = EMATeacher.of_average(average)
+            self.teacher = EMATeacher(average)
         return average
 
     def update_ema(self, step: int | None = None) -> None:

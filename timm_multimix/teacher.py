@@ -45,8 +45,7 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> MultiMixOutput | torch.Tensor:
         """Return the output of the module: a MultiMixOutput if it is an attached model, else logits (b, c)."""
-        if any(module.training for module in self.module.modules()):
-            self.module.eval()
+        self.module.eval()
         with outputs_in_evaluation(self.module):
             return self.module(images)
 
@@ -63,7 +62,8 @@ class EMATeacher(FrozenTeacher):
 
     Args:
         model: The student. Its weights are the initial average. If it is attached, the teacher returns a
-            MultiMixOutput too. Wrappers for compilation and distribution are removed.
+            MultiMixOutput too. Wrappers for compilation and distribution are removed. Or an existing ModelEmaV3, which
+            its owner updates and saves. It has its own options.
         decay: Decay of the average, in [0, 1).
         use_warmup: Limit the decay of update t to 1 - (1 + t)^(-2/3). Otherwise the teacher stays close to the
             initial model for about 1 / (1 - decay) updates.
@@ -87,20 +87,12 @@ class EMATeacher(FrozenTeacher):
 
     def __init__(self, model: nn.Module, decay: float = 0.999, use_warmup: bool = True, **options: Any):
         check_teacher('ema', decay, None, 1)
-        self._set_average(ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options))
-
-    def _set_average(self, average: ModelEmaV3) -> None:
         nn.Module.__init__(self)
-        self.average = average
+        if not isinstance(model, ModelEmaV3):
+            model = ModelEmaV3(unwrap_model(model), decay=decay, use_warmup=use_warmup, **options)
+        self.average = model
         self.num_updates = 0
-        average.module.requires_grad_(False)
-
-    @classmethod
-    def of_average(cls, average: ModelEmaV3) -> 'EMATeacher':
-        """Create a teacher from an existing average. The owner of the average updates and saves it."""
-        teacher = cls.__new__(cls)
-        teacher._set_average(average)
-        return teacher
+        self.module.requires_grad_(False)
 
     @property
     def module(self) -> nn.Module:  # type: ignore[override]

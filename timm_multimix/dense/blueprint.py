@@ -43,10 +43,6 @@ def blueprint(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, data).eval()
 
 
-def _copy_on_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().eval()
-
-
 @contextlib.contextmanager
 def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
     """Context manager that calls watch(name, module, output) after every call of a submodule."""
@@ -72,25 +68,22 @@ def _image_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
-    """Run forward_features of a copy of the model on one image.
+    """Run forward_features of a float32 copy of the model on one image, on the meta device.
 
     Returns:
-        The copy (on the meta device, or on the CPU if the model does not run on the meta device), the image
-        (1, 3, h, w) and the features.
+        The copy, the image (1, 3, h, w) and the features.
     """
-    parameter = next(model.parameters())
+    twin = blueprint(model).float()
     channels = getattr(model, 'in_chans', None) or next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
     sizes = _image_sizes(model)
-    for make_copy in (blueprint, _copy_on_cpu):
-        twin = make_copy(model)
-        device = next(twin.parameters()).device
-        for size in sizes:
-            image = torch.zeros(1, channels, *size, device=device, dtype=parameter.dtype)
-            try:
-                return twin, image, twin.forward_features(image)
-            except SHAPE_ERRORS as caught:
-                error = caught
+    for size in sizes:
+        image = torch.zeros(1, channels, *size, device='meta')
+        try:
+            return twin, image, twin.forward_features(image)
+        except SHAPE_ERRORS as caught:
+            error = caught
     raise ValueError(
-        f'{type(model).__name__}.forward_features failed for all image sizes '
+        f'{type(model).__name__}.forward_features failed on the meta device for all image sizes '
         f'{", ".join(f"{height}x{width}" for height, width in sizes)}: set model.img_size to a size that the model '
-        f'accepts. The last error was {type(error).__name__}: {error}') from error
+        "accepts, or attach with mode='pooled'. The last error was "
+        f'{type(error).__name__}: {error}') from error

@@ -3,7 +3,6 @@
 Evaluation applies the running statistics to pooled features. Therefore positions must not enter the batch statistics.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -13,38 +12,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .swapping import restore_class, swap_class
 
 
-@dataclass
-class _BatchStatistics:
-    """Mean and variance of the pooled batch during one forward pass.
+class _PooledBatchNorm:
+    """Mixin for a head's BatchNorm. It stores the variance and the mean of the pooled batch during a forward pass.
 
     Phases: None (ordinary BatchNorm), 'record' (store the statistics and update the running statistics), 'measure'
     (store the statistics only), 'apply' (normalize with the stored statistics).
     """
-    phase: str | None = None
-    mean: torch.Tensor | None = None
-    var: torch.Tensor | None = None
-
-
-class _PooledBatchNorm:
-    """Mixin for a head's BatchNorm."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        statistics = self._multimix_statistics
-        if statistics.phase is None or not self.training:
+        if self._multimix_phase is None or not self.training:
             return super().forward(x)
-        if statistics.phase != 'apply':
+        if self._multimix_phase != 'apply':
             axes = [axis for axis in range(x.ndim) if axis != 1]
-            statistics.var, statistics.mean = torch.var_mean(x.float(), axes, correction=0)
-            if statistics.phase == 'record':
+            self._multimix_statistics = torch.var_mean(x.float(), axes, correction=0)
+            if self._multimix_phase == 'record':
                 return super().forward(x)
-        return self._normalize(x, statistics)
+        return self._normalize(x, *self._multimix_statistics)
 
-    def _normalize(self, x: torch.Tensor, statistics: _BatchStatistics) -> torch.Tensor:
+    def _normalize(self, x: torch.Tensor, var: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         # F.batch_norm in evaluation mode computes no gradient for the statistics.
-        scale = (statistics.var + self.eps).rsqrt()
+        scale = (var + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.float()
-        shift = -statistics.mean * scale
+        shift = -mean * scale
         if self.bias is not None:
             shift = shift + self.bias.float()
         shape = [1, -1, *[1] * (x.ndim - 2)]
@@ -53,17 +43,13 @@ class _PooledBatchNorm:
 
 
 def check_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise ValueError if the statistics of a head's BatchNorms, given by their module names, cannot be recorded."""
+    """Raise ValueError if one of a head's BatchNorms, given by their module names, is not an ordinary BatchNorm."""
     for module in map(model.get_submodule, names):
         is_plain = type(module).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
         if not is_plain and not isinstance(module, _PooledBatchNorm):
             raise ValueError(
                 f'Dense MultiMix does not support a {type(module).__name__} in the head: use an ordinary BatchNorm, or '
                 "attach with mode='pooled'.")
-        if not module.track_running_stats:
-            raise ValueError(
-                'Dense MultiMix requires running statistics of a BatchNorm in the head: create it with '
-                "track_running_stats=True, or attach with mode='pooled'.")
 
 
 def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
@@ -71,7 +57,7 @@ def swap_batch_norms(model: nn.Module, names: Sequence[str]) -> None:
     for module in map(model.get_submodule, names):
         if not isinstance(module, _PooledBatchNorm):
             swap_class(module, _PooledBatchNorm)
-            module._multimix_statistics = _BatchStatistics()
+            module._multimix_phase = module._multimix_statistics = None
 
 
 def restore_batch_norms(model: nn.Module) -> None:
@@ -79,13 +65,13 @@ def restore_batch_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _PooledBatchNorm):
             restore_class(module)
-            del module._multimix_statistics
+            del module._multimix_phase, module._multimix_statistics
 
 
 def set_phase(model: nn.Module, names: Sequence[str], phase: str | None) -> None:
     """Set the phase of a head's BatchNorms. None deletes the stored statistics."""
     for name in names:
-        statistics = model.get_submodule(name)._multimix_statistics
-        statistics.phase = phase
+        module = model.get_submodule(name)
+        module._multimix_phase = phase
         if phase is None:
-            statistics.mean = statistics.var = None
+            module._multimix_statistics = None

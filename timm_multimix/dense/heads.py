@@ -1,12 +1,11 @@
 """Determine how to apply a model's head at every position, by running the head on small feature maps."""
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from .blueprint import SHAPE_ERRORS, run_example, watching
 from .head_norm import check_batch_norms
@@ -21,15 +20,11 @@ class Head:
 
     Attributes:
         layouts: Layout of each stream of the features.
-        as_list: Whether forward_head takes a list of streams.
-        method: How the head is applied at a position. 'classifier': one matrix product, for a head that is pooling and
-            an affine classifier. 'single': forward_head on maps of one position. 'whole': forward_head on maps filled
-            with the vector of the position, for heads that depend on the position. 'window': forward_head on every
-            window of the head's convolution.
-        classifier: Module name of the classifier, for 'classifier'.
+        method: How the head is applied at a position. 'single': forward_head on maps of one position. 'whole':
+            forward_head on maps filled with the vector of the position, for heads that depend on the position.
+            'window': forward_head on every window of the head's convolution.
         window: Height and width of the convolution, for 'window'.
         batch_norms: Module names of the BatchNorms in the head.
-        dropouts: Module names of the dropouts in the head.
         reads_positions: Whether the prediction depends on the positions only, and not on a class token.
         has_class_token: Whether the first entry of each stream is a class token.
         map_norm: Module name of the norm after the last feature map, if forward_features returns class tokens only.
@@ -38,12 +33,9 @@ class Head:
         modules: These modules and their submodules at the time of inspection.
     """
     layouts: tuple[Layout, ...]
-    as_list: bool
     method: str
-    classifier: str | None = None
     window: tuple[int, int] | None = None
     batch_norms: tuple[str, ...] = ()
-    dropouts: tuple[str, ...] = ()
     reads_positions: bool = True
     has_class_token: bool = False
     map_norm: str | None = None
@@ -56,23 +48,17 @@ class Head:
         if getattr(model, '_is_replica', False):  # nn.DataParallel copies modules in every forward pass
             return True
         try:
-            modules = _modules_below(model, self.names)
+            return _modules_below(model, self.names) == self.modules
         except AttributeError:  # a module was removed
             return False
-        return len(modules) == len(self.modules) and all(
-            module is inspected for module, inspected in zip(modules, self.modules, strict=True))
 
     def pack(self, streams: Sequence[torch.Tensor]) -> Features:
         """Convert the streams to the input of forward_head."""
-        return list(streams) if self.as_list else streams[0]
+        return list(streams) if len(streams) > 1 else streams[0]
 
-    @property
-    def single_position(self) -> list[tuple[int, ...]]:
-        """Sizes of the streams of maps with one position."""
-        return [(1,) * (layout.ndim - 2) for layout in self.layouts]
-
-    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> Features:
-        """Return constant maps of the given sizes, for the vectors (n, d_s) of each stream."""
+    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]] | None = None) -> Features:
+        """Return constant maps of the given sizes, or of one position, for the vectors (n, d_s) of each stream."""
+        sizes = sizes or [(1,) * (layout.ndim - 2) for layout in self.layouts]
         streams = zip(self.layouts, vectors, sizes, strict=True)
         return self.pack([layout.constant(vector, size) for layout, vector, size in streams])
 
@@ -111,43 +97,33 @@ def _outermost(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if not any(name.startswith(f'{other}.') for other in names))
 
 
-def _random_values(model: nn.Module, called: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Return random parameters and buffers for the called modules. Initial zeros and ones would hide dependencies."""
+def _with_random_values(model: nn.Module, twin: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Copy the twin, with the named modules on the CPU and random parameters. Initial values hide dependencies."""
     generator = torch.Generator('cpu').manual_seed(0)
-    values = {}
-    for prefix, module in called.items():
-        for name, parameter in module.named_parameters(recurse=False):
+    twin = copy.deepcopy(twin)
+    for name in names:
+        module, originals = twin.get_submodule(name), dict(model.get_submodule(name).named_buffers(recurse=False))
+        module.to_empty(device='cpu', recurse=False)
+        for parameter in module.parameters(recurse=False):
             scale, offset = (parameter[0].numel() ** -0.5, 0.0) if parameter.ndim > 1 else (0.5, 0.5)
-            value = _random(parameter.shape, generator) * scale + offset
-            values[f'{prefix}.{name}'.removeprefix('.')] = value
-        for name, _ in module.named_buffers(recurse=False):
-            name = f'{prefix}.{name}'.removeprefix('.')
-            buffer = model.get_buffer(name)
+            parameter.copy_(_random(parameter.shape, generator) * scale + offset)
+        for key, buffer in module.named_buffers(recurse=False):
             if isinstance(module, _BatchNorm) and buffer.is_floating_point():
-                values[name] = _random(buffer.shape, generator).square() + 0.5
+                buffer.copy_(_random(buffer.shape, generator).square() + 0.5)
+            elif originals[key].is_meta:
+                buffer.zero_()
             else:
-                value = torch.zeros_like(buffer, device='cpu') if buffer.is_meta else buffer.cpu()
-                values[name] = value.float() if value.is_floating_point() else value
-    return values
+                buffer.copy_(originals[key])
+    return twin
 
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator, device='cpu', dtype=torch.float32)
 
 
-class _RandomHead(nn.Module):
-    """forward_head with replaced parameters and buffers."""
-
-    def __init__(self, model: nn.Module, values: dict[str, torch.Tensor]):
-        super().__init__()
-        self.model = model
-        self.values = {f'model.{name}': value for name, value in values.items()}
-
-    def forward(self, features: Features) -> torch.Tensor:
-        return mean_of_heads(self.model.forward_head(features))
-
-    def run(self, features: Features) -> torch.Tensor:
-        return torch.func.functional_call(self, self.values, (features,))
+def _run_head(twin: nn.Module, features: Features) -> torch.Tensor:
+    with torch.autocast('cpu', enabled=False):
+        return mean_of_heads(twin.forward_head(features))
 
 
 def _declared_prefix_tokens(model: nn.Module) -> int | None:
@@ -157,26 +133,23 @@ def _declared_prefix_tokens(model: nn.Module) -> int | None:
     return token.shape[-2] if isinstance(token, torch.Tensor) and token.ndim > 1 else None
 
 
-def _find_layouts(model: nn.Module, streams: Sequence[torch.Tensor], as_list: bool) -> tuple[Layout, ...]:
-    """Determine the channel axis of each stream: forward_head must run on maps with fewer positions."""
+def _find_layouts(model: nn.Module, head: Head, streams: Sequence[torch.Tensor]) -> Head:
+    """Set the layout of each stream: forward_head must run on maps with fewer positions."""
     prefix = _declared_prefix_tokens(model) or 0
     channels_first_orders = (False, True)
     if streams[0].ndim > 3 and getattr(model, 'output_fmt', None) != 'NHWC':
         channels_first_orders = (True, False)
+    # Two tokens, for an undeclared class token and one position, or for two distillation tokens.
+    sizes = [(2,) if stream.ndim == 3 else (1,) * (stream.ndim - 2) for stream in streams]
     errors = []
     for channels_first in channels_first_orders:
-        layouts = tuple(
+        head = replace(head, layouts=tuple(
             Layout(channels_first, stream.ndim, prefix if stream.ndim == 3 and not channels_first else 0)
-            for stream in streams)
-        short = []
-        for stream, layout in zip(streams, layouts, strict=True):
-            width = stream.shape[layout.channel_axis]
-            # Two tokens, for an undeclared class token and one position, or for two distillation tokens.
-            size = (2,) if stream.ndim == 3 else (1,) * (stream.ndim - 2)
-            short.append(layout.constant(stream.new_zeros(2, width), size))
+            for stream in streams))
+        vectors = [stream.new_zeros(2, stream.shape[1 if channels_first else -1]) for stream in streams]
         try:
-            if mean_of_heads(model.forward_head(short if as_list else short[0])).ndim == 2:
-                return layouts
+            if mean_of_heads(model.forward_head(head.constant_maps(vectors, sizes))).ndim == 2:
+                return head
         except SHAPE_ERRORS as error:
             errors.append(str(error))
     shapes = ', '.join(str(tuple(stream.shape)) for stream in streams)
@@ -194,16 +167,15 @@ def _window(modules: dict[str, nn.Module]) -> tuple[int, int] | None:
     return None
 
 
-def _read_mask(run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _read_mask(twin: nn.Module, head: Head, streams: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return a mask (r,) for each stream: the entries along the position axes that the prediction depends on."""
     with torch.enable_grad():
         inputs = [stream.clone().requires_grad_() for stream in streams]
-        gradients = torch.autograd.grad(run.run(head.pack(inputs)).square().sum(), inputs, allow_unused=True)
-    masks = []
-    for gradient, stream, layout in zip(gradients, streams, head.layouts, strict=True):
-        gradient = torch.zeros_like(stream) if gradient is None else gradient
-        masks.append(gradient.movedim(layout.channel_axis, -1).flatten(1, -2).abs().amax((0, 2)) > 0)
-    return masks
+        output = _run_head(twin, head.pack(inputs))
+        gradients = torch.autograd.grad(output.square().sum(), inputs, allow_unused=True, materialize_grads=True)
+    return [
+        gradient.movedim(layout.channel_axis, -1).flatten(1, -2).abs().amax((0, 2)) > 0
+        for gradient, layout in zip(gradients, head.layouts, strict=True)]
 
 
 def _resolve_prefix(model: nn.Module, layout: Layout, mask: torch.Tensor) -> Layout:
@@ -211,11 +183,9 @@ def _resolve_prefix(model: nn.Module, layout: Layout, mask: torch.Tensor) -> Lay
     if layout.ndim != 3 or layout.channels_first or _declared_prefix_tokens(model) is not None:
         return layout
     read = mask.nonzero().flatten().tolist()
-    if getattr(model, 'global_pool', None) == 'token':
-        num_prefix_tokens = len(read) if read == list(range(len(read))) and len(read) < len(mask) else 1
-    else:
-        num_prefix_tokens = read[0] if read else 0
-    return replace(layout, num_prefix_tokens=num_prefix_tokens)
+    if len(read) < len(mask) and read == list(range(len(read))):  # the head reads class tokens
+        return replace(layout, num_prefix_tokens=len(read))
+    return replace(layout, num_prefix_tokens=read[0] if read else 0)
 
 
 def _has_class_token(model: nn.Module, layouts: Sequence[Layout]) -> bool:
@@ -226,39 +196,17 @@ def _has_class_token(model: nn.Module, layouts: Sequence[Layout]) -> bool:
     return getattr(model, 'cls_token', layouts) is not None
 
 
-def _classifier_name(model: nn.Module, channels_first: bool) -> str | None:
-    """Return the module name of the classifier if it is an affine layer for features of this layout, else None."""
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    is_linear = isinstance(classifier, nn.Linear)
-    is_conv = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and channels_first
-    if not is_linear and not is_conv:
-        return None
-    return next((name for name, module in model.named_modules() if module is classifier), None)
-
-
-def _close(output: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((output - expected).abs().max() <= TOLERANCE * expected.abs().max())
-
-
-def _find_method(model: nn.Module, run: _RandomHead, head: Head, streams: Sequence[torch.Tensor]) -> Head:
-    """Set the cheapest method whose logits at every position of a constant map equal the logits of the map."""
+def _find_method(twin: nn.Module, head: Head, streams: Sequence[torch.Tensor]) -> str:
+    """Return the cheapest method whose logits at every position of a constant map equal the logits of the map."""
     generator = torch.Generator('cpu').manual_seed(1)
     pairs = list(zip(streams, head.layouts, strict=True))
     vectors = [_random((3, stream.shape[layout.channel_axis]), generator) for stream, layout in pairs]
-    whole = run.run(head.constant_maps(vectors, [layout.size(stream) for stream, layout in pairs]))
+    whole = _run_head(twin, head.constant_maps(vectors, [layout.size(stream) for stream, layout in pairs]))
     try:
-        single = run.run(head.constant_maps(vectors, head.single_position))
+        single = _run_head(twin, head.constant_maps(vectors))
     except SHAPE_ERRORS:
-        return replace(head, method='whole')
-    if not _close(single, whole):
-        return replace(head, method='whole')
-    name = _classifier_name(model, head.layouts[0].channels_first and head.layouts[0].ndim == 4)
-    if name is not None and len(streams) == 1:
-        weight, bias = run.values.get(f'model.{name}.weight'), run.values.get(f'model.{name}.bias')
-        fits = weight is not None and weight[0].numel() == vectors[0].shape[1]
-        if fits and _close(F.linear(vectors[0], weight.flatten(1), bias), single):
-            return replace(head, method='classifier', classifier=name)
-    return replace(head, method='single')
+        return 'whole'
+    return 'single' if (single - whole).abs().max() <= TOLERANCE * whole.abs().max() else 'whole'
 
 
 def _inspect(model: nn.Module, twin: nn.Module, features: Features) -> Head:
@@ -268,36 +216,28 @@ def _inspect(model: nn.Module, twin: nn.Module, features: Features) -> Head:
     global random state is not changed. Only the shapes of the features are used.
     """
     shapes = [stream.shape for stream in as_streams(features)]
-    parameter = next(twin.parameters())
-    empty = [torch.zeros(2, *shape[1:], device=parameter.device, dtype=parameter.dtype) for shape in shapes]
-    head = Head(layouts=(), as_list=not isinstance(features, torch.Tensor), method='single')
-    called = _called_modules(twin, head.pack(empty))
+    empty = [torch.zeros(2, *shape[1:], device='meta') for shape in shapes]
+    called = _called_modules(twin, empty if len(empty) > 1 else empty[0])
     names = _outermost(called)
     batch_norms = tuple(name for name, module in called.items() if isinstance(module, _BatchNorm))
     check_batch_norms(model, batch_norms)
-    head = replace(
-        head,
-        names=names,
-        modules=_modules_below(model, names),
-        layouts=_find_layouts(twin, empty, head.as_list),
-        batch_norms=batch_norms,
-        dropouts=tuple(name for name, module in called.items() if isinstance(module, _DropoutNd)))
+    head = Head((), 'single', batch_norms=batch_norms, names=names, modules=_modules_below(model, names))
+    head = _find_layouts(twin, head, empty)
     window = _window(called)
     if window is not None:
         return replace(head, method='window', window=window)
-    run = _RandomHead(twin, _random_values(model, called))
+    twin = _with_random_values(model, twin, called)
     generator = torch.Generator('cpu').manual_seed(2)
-    with torch.autocast('cpu', enabled=False):
-        streams = [_random((2, *shape[1:]), generator) for shape in shapes]
-        masks = _read_mask(run, head, streams)
-        layouts = tuple(_resolve_prefix(twin, layout, mask) for layout, mask in zip(head.layouts, masks, strict=True))
-        prefixes = [mask[:layout.num_prefix_tokens] for mask, layout in zip(masks, layouts, strict=True)]
-        head = replace(
-            head,
-            layouts=layouts,
-            reads_positions=not any(prefix.any() for prefix in prefixes),
-            has_class_token=_has_class_token(twin, layouts))
-        return _find_method(twin, run, head, streams)
+    streams = [_random((2, *shape[1:]), generator) for shape in shapes]
+    masks = _read_mask(twin, head, streams)
+    layouts = tuple(_resolve_prefix(twin, layout, mask) for layout, mask in zip(head.layouts, masks, strict=True))
+    head = replace(
+        head,
+        layouts=layouts,
+        reads_positions=not any(
+            mask[:layout.num_prefix_tokens].any() for mask, layout in zip(masks, layouts, strict=True)),
+        has_class_token=_has_class_token(twin, layouts))
+    return replace(head, method=_find_method(twin, head, streams))
 
 
 def _norm_behind_tokens(twin: nn.Module, image: torch.Tensor) -> str | None:

@@ -1,5 +1,5 @@
 """Attach MultiMix to a timm model, so that it returns a MultiMixOutput in training mode."""
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,17 +28,15 @@ class _Settings:
     head: Head | None
     enabled: bool = True
     in_evaluation: bool = False
-    forward: Callable | None = None  # set on the instance before attach
 
 
 @dataclass
 class _ForwardPass:
-    """State of one forward pass of an attached model, stored as an attribute of the model during the pass."""
-    is_dense: bool
+    """State of one dense forward pass, stored as an attribute of the model during the pass."""
     image_size: Sequence[int] | None
     last_map: torch.Tensor | None = None  # for models whose forward_features returns class tokens only
     prediction: torch.Tensor | tuple[torch.Tensor, ...] | None = None  # output of forward_head
-    output: MultiMixOutput | None = None  # computed from the prediction
+    dense: tuple[torch.Tensor, torch.Tensor | None] | None = None  # logits at every position, and attention
 
 
 class _MultiMixModel:
@@ -48,28 +46,24 @@ class _MultiMixModel:
         if not isinstance(self, _MultiMixModel):  # a wrapper can call this method after the model was detached
             return type(self).forward(self, *args, **kwargs)
         settings = self._multimix
-        is_mixed = (self.training and settings.enabled) or settings.in_evaluation
-        if '_multimix_pass' in self.__dict__ or not (is_mixed or settings.forward):
+        if not ((self.training and settings.enabled) or settings.in_evaluation):
             return super().forward(*args, **kwargs)
-        forward = settings.forward or super().forward
-        is_dense = is_mixed and settings.mode == 'dense'
-        if is_dense and not settings.head.belongs_to(self):
+        if settings.mode == 'pooled':
+            return MultiMixOutput(_checked_logits(self, super().forward(*args, **kwargs)))
+        if not settings.head.belongs_to(self):
             _inspect_again(self, settings)
-        batch_norms = settings.head.batch_norms if is_dense else ()
-        self._multimix_pass = _ForwardPass(is_dense, _image_size(*args))
+        batch_norms = settings.head.batch_norms
+        self._multimix_pass = _ForwardPass(_image_size(*args))
         try:
             set_phase(self, batch_norms, 'record')
-            prediction = forward(*args, **kwargs)
-            if is_dense:
-                return _with_prediction(self, prediction)
-            return MultiMixOutput(_checked_logits(self, prediction)) if is_mixed else prediction
+            return _with_prediction(self, super().forward(*args, **kwargs))
         finally:
             set_phase(self, batch_norms, None)
             del self._multimix_pass
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         current = self.__dict__.get('_multimix_pass')
-        if current is None or not current.is_dense or self._multimix.head.map_norm is None:
+        if current is None or self._multimix.head.map_norm is None:
             return super().forward_features(*args, **kwargs)
         features, maps = self.forward_intermediates(*args, indices=1, **kwargs)
         current.last_map = maps[-1]
@@ -78,7 +72,7 @@ class _MultiMixModel:
     def forward_head(self, *args: Any, **kwargs: Any) -> Any:
         prediction = super().forward_head(*args, **kwargs)
         current = self.__dict__.get('_multimix_pass')
-        if current is not None and current.is_dense and current.prediction is None:
+        if current is not None and current.prediction is None:
             features, *others = [value for value in (*args, *kwargs.values()) if value is not None]
             masks = [value for value in others if isinstance(value, torch.Tensor)]
             if len(masks) > 1:
@@ -86,8 +80,7 @@ class _MultiMixModel:
                     'Dense MultiMix supports one tensor besides the features in forward_head, the mask of valid '
                     f"positions (b, r), got {len(masks)}: attach with mode='pooled'.")
             current.prediction = prediction
-            # Computed here, so that the autocast context of a wrapped forward applies.
-            current.output = _dense_output(self, features, *masks)
+            current.dense = _dense_logits_and_attention(self, features, *masks)
         return prediction
 
 
@@ -106,22 +99,20 @@ def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor,
 
 
 def _with_prediction(model: nn.Module, prediction: Any) -> MultiMixOutput:
-    """Return the output of a dense pass with the prediction of forward. A wrapped forward can convert the dtype."""
+    """Return the output of a dense pass with the prediction of forward."""
     current = model._multimix_pass
-    is_output = current.output is not None and current.prediction is prediction
-    if current.output is not None and not is_output and model._multimix.forward is not None:
-        is_output = isinstance(prediction, type(current.prediction)) and all(
-            after is before or (after.shape == before.shape and after.dtype != before.dtype)
-            for after, before in zip(as_streams(prediction), as_streams(current.prediction), strict=True))
-    if not is_output:
+    if current.prediction is None or prediction is not current.prediction:
         raise TypeError(
             f'Dense MultiMix requires that {type(model).__name__}.forward returns the output of forward_head, and it '
             "does not: attach with mode='pooled'.")
-    _, dense, attention = current.output
-    return MultiMixOutput(_checked_logits(model, prediction), dense, attention)
+    return MultiMixOutput(_checked_logits(model, prediction), *current.dense)
 
 
-def _dense_output(model: nn.Module, features: Features, mask: torch.Tensor | None = None) -> MultiMixOutput:
+def _dense_logits_and_attention(
+        model: nn.Module,
+        features: Features,
+        mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     settings, current = model._multimix, model._multimix_pass
     head = settings.head
     set_phase(model, head.batch_norms, 'apply')
@@ -138,7 +129,7 @@ def _dense_output(model: nn.Module, features: Features, mask: torch.Tensor | Non
     attention = None
     if settings.attention != 'uniform' or mask is not None:
         attention = attention_map(keys, query=settings.attention, norm=settings.attention_norm, token=token, mask=mask)
-    return MultiMixOutput(_checked_logits(model, current.prediction), dense, attention)
+    return dense, attention
 
 
 class MultiMixHandle:
@@ -219,19 +210,17 @@ def detach(model: nn.Module) -> None:
         return
     restore_class(model)  # first, since it may raise
     restore_batch_norms(model)
-    if settings.forward is not None and 'forward' not in vars(model):
-        model.forward = settings.forward
     del model._multimix
 
 
 def _inspect(model: nn.Module, mode: str, attention: str) -> Head | None:
     """Check that the model can be attached, and return the description of its head for the dense mode."""
     check_protocol(model)
-    replaced = [name for name in ('forward_features', 'forward_head') if name in vars(model)]
+    replaced = [name for name in ('forward', 'forward_features', 'forward_head') if name in vars(model)]
     if replaced:
         raise TypeError(
             f'{" and ".join(replaced)} of this {type(model).__name__} was replaced on the instance, and attach cannot '
-            'override it: attach before you replace or compile it, or override it in a subclass.')
+            'override it: attach before you replace, wrap or compile it, or override it in a subclass.')
     if mode == 'pooled':
         return None
     head = find_head(model)
@@ -267,9 +256,6 @@ def attach(
     If a model passes a tensor to forward_head besides the features, it is the mask of valid positions (b, r), True for
     valid. The attention of padding is 0, so that padding has no effect on MultiMixLoss. timm's NaFlex models do so.
 
-    A forward that was set on the instance, for example by Accelerate's prepare(), is called instead of the class's
-    forward.
-
     Args:
         model: A timm model, or a model with timm's forward_features and forward_head.
         mode: 'dense' (logits at every position and attention) or 'pooled' (ordinary logits only).
@@ -280,8 +266,8 @@ def attach(
         A handle. handle.remove() restores the model. As a context manager the handle does so on exit.
 
     Raises:
-        TypeError: If the model does not follow timm's protocol, or forward_features or forward_head was replaced on the
-            instance.
+        TypeError: If the model does not follow timm's protocol, or its forward, forward_features or forward_head was
+            replaced on the instance, for example by Accelerate's prepare().
         ValueError: If an option is unknown, or the head cannot be applied at a position. The message gives the reason.
 
     Examples:
@@ -306,7 +292,6 @@ def attach(
     detach(model)
     if settings.head is not None:
         swap_batch_norms(model, settings.head.batch_norms)
-    settings.forward = vars(model).pop('forward', None)
     swap_class(model, _MultiMixModel)
     model._multimix = settings
     return MultiMixHandle(model, settings)

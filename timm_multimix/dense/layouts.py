@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 Features = torch.Tensor | Sequence[torch.Tensor]
 
@@ -56,25 +57,8 @@ def grid_size(num_positions: int, image_size: Sequence[int] | None) -> tuple[int
     return height, num_positions // height
 
 
-def _area_weights(size_in: int, size_out: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the share (out, in) of every input cell in every output cell, for two grids of the same length."""
-    edges_in = torch.arange(size_in + 1, device=like.device, dtype=torch.float32) / size_in
-    edges_out = torch.arange(size_out + 1, device=like.device, dtype=torch.float32) / size_out
-    low = torch.maximum(edges_in[None, :-1], edges_out[:-1, None])
-    high = torch.minimum(edges_in[None, 1:], edges_out[1:, None])
-    return ((high - low).clamp_min(0) * size_out).to(like.dtype)
-
-
 def align_streams(streams: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Resample streams (b, r_s, d_s) with grids of these sizes to the coarsest grid, (b, r, d_s), by area averaging.
-
-    The mean over the positions of a stream does not change, also if the grid sizes are not multiples.
-    """
-    height, width = min(sizes, key=math.prod)
-    aligned = []
-    for stream, (h, w) in zip(streams, sizes, strict=True):
-        if (h, w) != (height, width):
-            rows, columns = _area_weights(h, height, stream), _area_weights(w, width, stream)
-            stream = torch.einsum('ph,qw,bhwd->bpqd', rows, columns, stream.unflatten(1, (h, w))).flatten(1, 2)
-        aligned.append(stream)
-    return aligned
+    """Average-pool streams (b, r_s, d_s), with grids of these sizes, to the coarsest grid: (b, r, d_s)."""
+    coarsest = min(sizes, key=math.prod)
+    maps = (stream.unflatten(1, size).movedim(-1, 1) for stream, size in zip(streams, sizes, strict=True))
+    return [F.adaptive_avg_pool2d(stream, coarsest).flatten(2).mT for stream in maps]

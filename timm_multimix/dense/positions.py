@@ -49,25 +49,13 @@ def position_features(
         for stream, layout in zip(positions, head.layouts, strict=True)]
 
 
-def _classifier_logits(model: nn.Module, head: Head, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    classifier = model.get_submodule(head.classifier)
-    if isinstance(classifier, nn.Conv2d):
-        return classifier(features).flatten(2).transpose(1, 2)
-    return classifier(positions)
-
-
-def _has_dropout(model: nn.Module, head: Head) -> bool:
-    return model.training and (
-        bool(getattr(model, 'drop_rate', 0)) or any(model.get_submodule(name).p > 0 for name in head.dropouts))
-
-
 def _constant_map_logits(
         model: nn.Module,
         head: Head,
         positions: Sequence[torch.Tensor],
-        sizes: Sequence[Sequence[int]],
+        sizes: Sequence[Sequence[int]] | None = None,
 ) -> torch.Tensor:
-    """Return logits (b, r, c) of constant maps of the given sizes, one map for each position."""
+    """Return logits (b, r, c) of constant maps, one map of the given sizes or of one position for each position."""
     maps = head.constant_maps([vectors.flatten(0, 1) for vectors in positions], sizes)
     return mean_of_heads(model.forward_head(maps)).unflatten(0, positions[0].shape[:2])
 
@@ -99,15 +87,13 @@ def position_logits(
 
     For a head with BatchNorm in training mode, the statistics of the pooled batch must be recorded (see head_norm).
     """
-    if head.method == 'classifier' and not _has_dropout(model, head):
-        return _classifier_logits(model, head, as_streams(features)[0], positions[0])
     streams = as_streams(features)
     if head.method == 'window':
         maps = _windows(streams[0], head.window)
         return mean_of_heads(model.forward_head(maps.flatten(0, 1))).unflatten(0, maps.shape[:2])
     if head.method == 'whole':
         return _whole_map_logits(model, head, streams, positions)
-    return _constant_map_logits(model, head, positions, head.single_position)
+    return _constant_map_logits(model, head, positions)
 
 
 def dense_logits(

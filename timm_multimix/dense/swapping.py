@@ -1,5 +1,4 @@
 """Replace the class of a module by a subclass, as FSDP and parametrizations do, and restore it."""
-import copyreg
 import functools
 import types
 from collections.abc import Callable
@@ -34,12 +33,9 @@ class SwappedModule:
     """Base of all swapped classes. Pickling stores the mixin and the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        mixin, _, base = type(self).__bases__
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        function, arguments, *rest = reduced
-        if function is copyreg.__newobj__:
-            mixin, _, base = type(self).__bases__
-            return (_rebuild, (mixin, base), *rest)
-        return (function, arguments, *rest)
+        return (_rebuild, (mixin, base), *reduced[2:])
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:

@@ -38,20 +38,6 @@ class _AllToAll(torch.autograd.Function):
         return rows, None, None
 
 
-class _Mean(torch.autograd.Function):
-    """Mean over processes. The backward pass is the identity, since DDP averages the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
-
-
 def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate tensors (b, ...) of all processes in the order of their ranks, without gradient."""
     if num_processes() == 1:
@@ -90,7 +76,12 @@ def share_positions(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None,
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Return the mean over processes. Its gradient is the gradient of the value of this process."""
-    return values if num_processes() == 1 else _Mean.apply(values)
+    if num_processes() == 1:
+        return values
+    mean = values.detach().clone()
+    dist.all_reduce(mean)
+    # Every process has the gradient of its own value, since DDP averages the gradients.
+    return values + (mean / num_processes() - values.detach())
 
 
 def check_same_sizes(sizes: Sequence[int], device: torch.device) -> None:

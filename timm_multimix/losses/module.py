@@ -74,6 +74,8 @@ class MultiMixLoss(nn.Module):
     Raises:
         ValueError: If an option is out of range, or the shapes of the inputs do not match.
     """
+    weight: torch.Tensor | None
+    pos_weight: torch.Tensor | None
 
     def __init__(
             self,
@@ -196,7 +198,9 @@ class MultiMixLoss(nn.Module):
         teacher = MultiMixOutput(None) if teacher is None else as_output(teacher, 'The teacher of MultiMixLoss')
         target, mask, dense_target = self._check_inputs(logits, dense_logits, target, mask, dense_target)
         mixed_target = self._gathered_target(logits, dense_logits, target)
-        shares = self._shares(has_dense=dense_logits is not None, dense_only=target is None)
+        clean = 0.0 if target is None else self.clean_weight
+        pooled = 0.0 if target is None else 1.0 if dense_logits is None else self.pooled_weight
+        shares = dict(dense=(1 - clean) * (1 - pooled), pooled=(1 - clean) * pooled, clean=clean)
         terms: dict[str, Any] = {}  # sum and divisor of each term
         if shares['dense']:
             attention = self._attention(dense_logits, attention, target, mask)
@@ -261,12 +265,6 @@ class MultiMixLoss(nn.Module):
         num_positions = 0 if dense_logits is None else dense_logits.shape[1]
         check_same_sizes((len(like), num_positions, like.shape[-1]), like.device)
         return target if target is None else gather_batch(target)
-
-    def _shares(self, has_dense: bool, dense_only: bool) -> dict[str, float]:
-        """Return the weight of each term."""
-        clean = 0.0 if dense_only else self.clean_weight
-        pooled = 0.0 if dense_only else self.pooled_weight if has_dense else 1.0
-        return dict(dense=(1 - clean) * (1 - pooled), pooled=(1 - clean) * pooled, clean=clean)
 
     def _attention(
             self,
@@ -350,7 +348,7 @@ class MultiMixLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses of the mixes with these weights, and its divisor. See FusedLossFunction."""
         num_classes = logits.shape[-1]
-        class_weights: dict[str, Any] = dict(weight=self.weight, pos_weight=self.pos_weight)
-        targets = make_targets(target, num_classes, self.smoothing, teacher, loss.is_binary, **class_weights)
+        targets = make_targets(
+            target, num_classes, self.smoothing, teacher, loss.is_binary, self.weight, self.pos_weight)
         total, divisor = FusedLossFunction.apply(logits, weights, attention, loss, *targets)
         return total / num_classes if loss.is_binary else total, divisor

@@ -85,9 +85,9 @@ def mean(losses: torch.Tensor, m: torch.Tensor, weight: torch.Tensor | None = No
     return (losses * rows).sum() / divisor
 
 
-def mix_targets(m: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mix targets (b, c) or (b, r, c) with weights (r, n, b) (P2, eq. 13)."""
-    return torch.einsum('rnb,bc->rnc', m, y) if y.ndim == 2 else torch.einsum('rnb,brc->rnc', m, y)
+def mix(m: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mix embeddings or targets (b, d) or (b, r, d) with weights (r, n, b) (P2, eqs. 12-13)."""
+    return torch.einsum('rnb,bd->rnd', m, x) if x.ndim == 2 else torch.einsum('rnb,brd->rnd', m, x)
 
 
 def dense_multimix(
@@ -102,8 +102,7 @@ def dense_multimix(
 ) -> torch.Tensor:
     """Dense MultiMix (P2, sec. 3.3). See mean for the weight, and attention_weights for the mask."""
     m = attention_weights(w, a, mask)
-    z_mixed = torch.einsum('rnb,brd->rnd', m, z)                        # eq. 12
-    y_mixed = mix_targets(m, y)                                         # eq. 13
+    z_mixed, y_mixed = mix(m, z), mix(m, y)
     return mean(loss(classifier(z_mixed), y_mixed), m, weight)          # eq. 14
 
 
@@ -126,12 +125,9 @@ def self_distillation(
     distillation term is from Hinton et al., as in timm. For binary cross-entropy `predict` is the sigmoid.
     """
     m = attention_weights(w, a)
-    z_mixed = torch.einsum('rnb,brd->rnd', m, z)
-    y_mixed = mix_targets(m, y)
-    z_teacher_mixed = torch.einsum('rnb,brd->rnd', m, z_teacher.detach())
-    teacher = predict(classifier_teacher(z_teacher_mixed) / temperature)
-    student = classifier(z_mixed)
-    classification = loss(student, y_mixed).mean()
+    teacher = predict(classifier_teacher(mix(m, z_teacher.detach())) / temperature)
+    student = classifier(mix(m, z))
+    classification = loss(student, mix(m, y)).mean()
     distillation = temperature ** 2 * loss(student / temperature, teacher).mean()
     return (1 - weight) * classification + weight * distillation
 

@@ -112,17 +112,16 @@ def make_targets(
         smoothing: float,
         teacher: torch.Tensor | None,
         is_binary: bool,
-        **class_weights: torch.Tensor | None,
+        weight: torch.Tensor | None = None,
+        pos_weight: torch.Tensor | None = None,
 ) -> Targets:
     """Return the targets of a loss. As in PyTorch, class weights normalize cross-entropy with class indices."""
-    if not is_binary and class_weights.get('pos_weight') is not None:
+    if not is_binary and pos_weight is not None:
         raise ValueError("pos_weight is for binary cross-entropy (loss_type='bce'): use weight.")
-    for name, given in class_weights.items():
-        if given is not None:
-            if tuple(given.shape) not in ([(num_classes,), (1,), ()] if is_binary else [(num_classes,)]):
-                raise ValueError(f'{name} must have shape (c,) = ({num_classes},), got {tuple(given.shape)}.')
-            class_weights[name] = given.expand(num_classes)
+    for name, given in (('weight', weight), ('pos_weight', pos_weight)):
+        if given is not None and tuple(given.shape) not in [(num_classes,), *([(1,), ()] if is_binary else [])]:
+            raise ValueError(f'{name} must have shape (c,) = ({num_classes},), got {tuple(given.shape)}.')
     normalizer = None
-    if not is_binary and not target.is_floating_point() and class_weights['weight'] is not None:
-        normalizer = class_weights['weight'][target]
-    return Targets(class_rows(target, num_classes, smoothing), normalizer, teacher, **class_weights)
+    if not is_binary and not target.is_floating_point() and weight is not None:
+        normalizer = weight[target]
+    return Targets(class_rows(target, num_classes, smoothing), normalizer, teacher, weight, pos_weight)
