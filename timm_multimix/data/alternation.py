@@ -86,9 +86,6 @@ class _BatchDataset(Dataset):
         samples = [self.dataset[index] for index in indices]
         return _Batch(samples, indices.mixes_images) if isinstance(indices, _Batch) else samples
 
-    def set_epoch(self, epoch: int) -> None:
-        _set_epoch(self.dataset, epoch)
-
 
 class _DecidingBatchSampler:
     """Batch sampler that adds the flag for image mixing to every batch of indices."""
@@ -110,13 +107,9 @@ class _DecidingBatchSampler:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        _set_epoch(self.batch_sampler, epoch)
-        _set_epoch(getattr(self.batch_sampler, 'sampler', None), epoch)
-
-
-def _set_epoch(part: Any, epoch: int) -> None:
-    if hasattr(part, 'set_epoch'):
-        part.set_epoch(epoch)
+        for part in (self.batch_sampler, self.batch_sampler.sampler):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
 
 
 def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
