@@ -16,7 +16,7 @@ from training_helpers import make_images, on_update, same, spoiling, stopping
 
 from timm_multimix.build.checkpoint import read_checkpoint
 from timm_multimix.common.errors import UsageError
-from timm_multimix.common.files import duplicate, lock_folder, make_folder, replacing, unlock_folders
+from timm_multimix.common.files import duplicate, lock_folder, replacing, unlock_folders
 from timm_multimix.training.checkpoints import newest_checkpoint
 from timm_multimix.training.interrupt import StopRequest
 
@@ -30,18 +30,18 @@ def test_files_are_replaced_at_once(tmp_path):
     path = tmp_path / 'file'
     with replacing(str(path)) as temporary, open(temporary, 'w') as file:
         file.write('one')
-    with pytest.raises(OSError, match='full'), replacing(str(path), copy=True) as temporary:
-        with open(temporary, 'a') as file:
-            file.write(' and two')
+    with pytest.raises(OSError, match='full'), replacing(str(path)) as temporary:
+        with open(temporary, 'w') as file:
+            file.write('two')
         assert path.read_text() == 'one'
         raise OSError('full')
     assert path.read_text() == 'one' and os.listdir(tmp_path) == ['file']
-    with replacing(str(path), copy=True) as temporary, open(temporary, 'a') as file:
-        file.write(' and two')
-    assert path.read_text() == 'one and two' and os.listdir(tmp_path) == ['file']
+    with replacing(str(path)) as temporary, open(temporary, 'w') as file:
+        file.write('two')
+    assert path.read_text() == 'two' and os.listdir(tmp_path) == ['file']
     with replacing(str(path)) as temporary:
         assert not os.path.exists(temporary)
-    assert path.read_text() == 'one and two'
+    assert path.read_text() == 'two'
 
 
 @pytest.mark.parametrize('links', [True, False])
@@ -55,11 +55,6 @@ def test_names_are_replaced_at_once(tmp_path, monkeypatch, links):
         assert target.read_text() == 'new' and len(os.listdir(tmp_path)) == 2
     source.write_text('newer'), os.unlink(source)
     assert target.exists()
-
-
-def test_new_folders_are_new(tmp_path):
-    path = str(tmp_path / 'runs' / 'run')
-    assert [make_folder(path) for _ in range(3)] == [path, f'{path}-2', f'{path}-3']
 
 
 @contextmanager
@@ -91,12 +86,10 @@ def held_by_another_process(folder):
 
 
 def test_folder_is_locked_until_its_process_ends(tmp_path):
-    message = 'is in use by another run: process '
     # The context manager also checks that the lock is released when the process is killed.
-    with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{message}{process} on '):
+    with held_by_another_process(tmp_path), pytest.raises(UsageError, match='is in use by another run'):
         lock_folder(str(tmp_path), patience=0.3)
     lock_folder(str(tmp_path)), lock_folder(f'{tmp_path}/.')
-    assert str(os.getpid()) in (tmp_path / '.lock').read_text()
     unlock_folders()
 
 

@@ -126,17 +126,16 @@ def program(subcommand: str = '', processes: int = 1) -> str:
     main = sys.modules['__main__']
     module = main.__spec__.name.removesuffix('.__main__') if main.__spec__ else ''
     script = '' if module else getattr(main, '__file__', None) or ''
-    name, folder = os.path.basename(script), os.path.dirname(sys.executable)
-    installed = script if name == 'timm-multimix' else os.path.join(folder, 'timm-multimix')
+    name, options = os.path.basename(script), [subcommand] if subcommand else []
     started = 'train' if name == 'train_timm.py' else _MODULES.get(module)
+    if processes == 1 and name == 'timm-multimix':
+        return shlex.join([_named(script), *options])
+    words = ['-m', 'timm_multimix', *options]
     if subcommand and subcommand == started:
         words = ['-m', module] if module else [os.path.relpath(script)]
-    elif processes == 1 and not module and not started and os.path.isfile(installed):
-        return shlex.join([_named(installed), subcommand]).removesuffix(" ''")
-    else:
-        words = ['-m', 'timm_multimix', *([subcommand] if subcommand else [])]
     if processes > 1:
-        return shlex.join([_named(os.path.join(folder, 'torchrun')), '--nproc-per-node', str(processes), *words])
+        torchrun = os.path.join(os.path.dirname(sys.executable), 'torchrun')
+        return shlex.join([_named(torchrun), '--nproc-per-node', str(processes), *words])
     return shlex.join([_named(sys.executable), *words])
 
 

@@ -42,6 +42,7 @@ from .summary import draw_curve, read_summary
 _logger = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
+_CROP = dict(crop_mode='center')  # as in timm's validation
 
 
 def write_config(
@@ -58,20 +59,14 @@ def write_config(
     """
     try:
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
-            _save_config(
-                unwrap_model(model), path, data_config, not (args.pretrained or args.initial_checkpoint),
-                ordered_names(class_to_idx, args.num_classes))
+            save_config(
+                unwrap_model(model), path, data_config=dict(data_config, **_CROP),
+                label_names=ordered_names(class_to_idx, args.num_classes),
+                from_scratch=not (args.pretrained or args.initial_checkpoint))
     except HubError as error:
         if args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
         _logger.warning(f'{CONFIG_NAME} was not written. This run cannot be exported or pushed: {error}')
-
-
-def _save_config(
-        model: nn.Module, path: str, data_config: Mapping[str, Any], from_scratch: bool,
-        label_names: Sequence[str] | None = None) -> None:
-    data_config = dict(data_config, crop_mode='center')  # as in timm's validation
-    save_config(model, path, data_config=data_config, label_names=label_names, from_scratch=from_scratch)
 
 
 class Model(NamedTuple):
@@ -107,7 +102,7 @@ def _write_config(folder: str, args: argparse.Namespace, path: str, from_scratch
         shutil.copyfile(source, path)
     else:
         model = create_run_model(args, model_options(args))
-        _save_config(model, path, resolve_data(args, model), from_scratch)
+        save_config(model, path, data_config=dict(resolve_data(args, model), **_CROP), from_scratch=from_scratch)
     return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
