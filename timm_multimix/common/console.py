@@ -120,12 +120,7 @@ class Averages:
 class EpochReporter:
     """Report the progress of a training epoch: a progress bar on a terminal, otherwise log lines in timm's format.
 
-    Args:
-        epoch: Number of the epoch.
-        num_updates: Optimizer updates per epoch.
-        interval: Updates between reports.
-        world_size: Number of training processes.
-        done: Updates of this epoch that were made before a resume.
+    `interval` is the number of updates between reports, `done` the number of updates before a resume.
     """
 
     def __init__(self, epoch: int, num_updates: int, interval: int, world_size: int, done: int = 0):

@@ -29,13 +29,9 @@ _locks: dict[str, FileLock] = {}  # locks of this process by folder
 def lock_folder(folder: str, option: str = '--experiment', patience: float = _PATIENCE) -> None:
     """Lock a folder until unlock_folders is called or the process ends. A folder can be locked several times.
 
-    Args:
-        folder: The folder.
-        option: Option that selects the folder, for the message.
-        patience: Seconds to wait for another process that holds the lock.
-
     Raises:
-        UsageError: if another process holds the lock, or if the lock file is a link.
+        UsageError: if another process holds the lock for `patience` seconds, or if the lock file is a link. The message
+            names the option that selects the folder.
     """
     name, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
     if name in _locks:

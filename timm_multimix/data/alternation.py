@@ -115,11 +115,8 @@ class _DecidingBatchSampler:
 def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
     """Disable image mixing in the collate function of a loader for MultiMix batches.
 
-    Call it before the first batch. Afterwards, call set_epoch() of the loader's batch sampler before every epoch.
-
-    Args:
-        loader: Training loader of timm's create_loader with collate_fn=AlternatingCollateMixup(...).
-        schedule: Schedule of MultiMix batches.
+    The loader was created with collate_fn=AlternatingCollateMixup(...), and no batch was loaded yet. Call set_epoch()
+    of the loader's batch sampler before every epoch.
 
     Raises:
         TypeError: if the loader does not provide the index of a batch, as with an iterable dataset.

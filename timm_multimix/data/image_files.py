@@ -32,12 +32,7 @@ def listed(names: Sequence[str], count: int | None = None) -> str:
 
 
 class UnreadableImages:
-    """Record of unreadable images of a dataset, in memory shared with the loader's workers.
-
-    Args:
-        filename: Function that returns the name of an image for its index.
-        count: Number of images in the dataset.
-    """
+    """Record of unreadable images of a dataset, in memory shared with the loader's workers."""
 
     def __init__(self, filename: Callable[[int], str], count: int):
         self.filename = filename
@@ -117,12 +112,6 @@ class ImageFiles(ImageDataset):
 
     An image is unreadable if reading or decoding raises any exception. It is replaced by the next image, as in timm.
     16-bit images are scaled to 8 bits.
-
-    Args:
-        dataset: Dataset of timm, whose reader, mode and transforms are used.
-
-    Attributes:
-        unreadable: Record of unreadable images.
     """
 
     def __init__(self, dataset: ImageDataset):
@@ -221,11 +210,6 @@ def as_image_files(dataset: Any, class_map: str = '', input_img_mode: str = 'RGB
     """Convert a dataset of image files to ImageFiles. Other datasets are returned unchanged.
 
     In folders and archives, hidden folders are ignored. Folders without images of a class are reported.
-
-    Args:
-        dataset: Dataset of timm or torchvision.
-        class_map: Class map of the dataset, '' for none.
-        input_img_mode: PIL mode of the images of torchvision.
 
     Raises:
         ValueError: if the class map does not map names to indices.

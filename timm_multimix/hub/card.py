@@ -173,11 +173,6 @@ def _model_table(config: Mapping[str, Any]) -> str:
     return '## Model\n\n' + _table(('', ''), rows.items())
 
 
-def _multimix(settings: Mapping[str, Any]) -> str:
-    rows = ((f'`{name}`', f'`{value}`') for name, value in settings.items())
-    return '## MultiMix\n\n' + _table(('setting', 'value'), rows)
-
-
 def _yaml(options: Mapping[str, Any]) -> str:
     text = yaml.safe_dump(dict(options), default_flow_style=None, sort_keys=True, width=100).strip()
     return f'```yaml\n{text}\n```'
@@ -204,17 +199,7 @@ def model_card(
         has_curve: bool = False,
         fields: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Create a model card.
-
-    Args:
-        repo_id: Repository, 'user/name'.
-        config: Content of the model's config.json.
-        revision: Branch of the model; None for main.
-        summary: Description of the model and its training.
-        results: Result of eval_results.
-        recipe: Options of the training run.
-        has_curve: Whether training_curve.png exists next to the card.
-        fields: Card fields such as license, datasets and base_model; see CARD_FIELDS.
+    """Create a model card from the content of config.json, the result of eval_results and fields as in CARD_FIELDS.
 
     Raises:
         ValueError: if a field is unknown or invalid.
@@ -233,7 +218,6 @@ def model_card(
         _evaluation(results) if results else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _model_table(config),
-        _multimix(recipe.multimix) if recipe and recipe.multimix else '',
         _recipe(recipe) if recipe else '',
         f'Exported with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
         f'## Citation\n\n{_CITATION}' if has_multimix else '',

@@ -140,12 +140,5 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `timm-multimix hub`.
-
-    Args:
-        argv: Command line arguments, by default sys.argv[1:].
-
-    Returns:
-        Exit status: 0 for success, 2 for a usage error, 130 after Ctrl-C.
-    """
+    """Run `timm-multimix hub`. Return the exit status."""
     return exit_status(lambda: _run(argv))

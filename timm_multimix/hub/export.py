@@ -70,16 +70,10 @@ def write_config(
 
 
 class Model(NamedTuple):
-    """An exported model of a run.
-
-    Attributes:
-        architecture: timm's name of the model.
-        message: Commit message.
-        origin: Description of the weights and their checkpoint.
-    """
+    """An exported model of a run."""
     architecture: str
-    message: str
-    origin: str
+    message: str  # of the commit
+    origin: str  # description of the weights and their checkpoint
 
 
 def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, Any], str]:
@@ -160,7 +154,7 @@ def _summary(
     verb = f'fine-tuned from [{base}](https://huggingface.co/{base})' if base else 'trained'
     sentences = [
         f'This image classifier has {config["num_classes"]} classes and the architecture `{config["architecture"]}`.',
-        f'It was {verb}{_method(recipe.multimix) or (" without MultiMix" if methods else "")}.',
+        f'It was {verb}{_method(recipe.options) or (" without MultiMix" if methods else "")}.',
         *(f'{when}, it was trained{method} instead.' for when, method in methods.items()),
         f'`{WEIGHTS_NAME}` contains {described(checkpoint, entry)}'
         f'{"" if epoch is None else f" after epoch {epoch} (counted from 0)"}.',
@@ -181,16 +175,14 @@ def export(
         checkpoint_path: str | None = None,
         card_only: bool = False,
 ) -> Model:
-    """Export the model of a run as model.safetensors, config.json, README.md and training_curve.png.
+    """Export the model of a run folder as model.safetensors, config.json, README.md and training_curve.png.
 
     Args:
         folder: Run folder.
         target: Empty output folder.
-        repo_id: Repository in the card, 'user/name'.
-        revision: Branch in the card.
+        repo_id: Repository in the card, 'user/name', with its branch `revision`.
         weights: 'best' (the weights that the checkpoint's metric belongs to), 'student', 'ema' or 'teacher'.
-        checkpoint_path: Checkpoint to export. The default is the first one that contains the weights: the calibrated,
-            the best or the last checkpoint.
+        checkpoint_path: The default is the first one that contains the weights: calibrated, best or last checkpoint.
         card_only: Do not write the weights.
 
     Raises:

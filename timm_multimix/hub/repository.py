@@ -115,10 +115,7 @@ class HubRepository:
     def _check_architecture(self, head: ModelInfo, architecture: str) -> None:
         if self.force or not {CONFIG_NAME, WEIGHTS_NAME} & _file_names(head):
             return
-        try:
-            existing = json.loads(self._read(head, CONFIG_NAME)).get('architecture')
-        except (ValueError, AttributeError):  # not JSON, or not a mapping
-            existing = None
+        existing = json.loads(self._read(head, CONFIG_NAME) or '{}').get('architecture')
         if existing != architecture:
             raise HubError(
                 f'{self.shown} contains {f"a {existing}" if existing else "a model that is not a timm model"}, but '
@@ -126,14 +123,9 @@ class HubRepository:
                 '(push: --force).')
 
     def push(self, folder: str | os.PathLike, message: str, sleep: Callable[[float], Any] | None = None) -> str:
-        """Push the files of a folder in one commit. Retry after temporary errors.
+        """Push the files of a folder in one commit. Retry after temporary errors, after `sleep` (time.sleep) returns.
 
         Unchanged files are not committed. A card that was edited by hand is not replaced.
-
-        Args:
-            folder: Folder with config.json, model.safetensors and optionally the card and its image.
-            message: Commit message.
-            sleep: Function that waits before a retry; the default is time.sleep.
 
         Returns:
             URL of the commit, or of the current commit if no file has changed.
