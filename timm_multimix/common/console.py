@@ -51,10 +51,8 @@ def setup_logging() -> None:
     logging.root.setLevel(logging.INFO if is_primary else logging.ERROR)
     if not is_primary:
         warnings.simplefilter('ignore')  # all processes get the same warnings
-    # Checkpoint lists after every epoch, repeated information, and names of temporary files.
-    for name in ('timm.utils.checkpoint_saver', 'timm.task._helpers', 'timm.utils.summary'):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ('httpx', 'httpx2'):  # every request, with URLs that contain short-lived credentials
+    # Checkpoint lists after every epoch, repeated information, and URLs that contain short-lived credentials.
+    for name in ('timm.utils.checkpoint_saver', 'timm.task._helpers', 'httpx', 'httpx2'):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

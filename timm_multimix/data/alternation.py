@@ -127,15 +127,10 @@ def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
         raise TypeError(
             'A MultiMix probability between 0 and 1 needs the index of each batch in the collate function, which '
             f'{kind} does not provide.')
+    names = ('num_workers', 'collate_fn', 'pin_memory', 'worker_init_fn', 'persistent_workers')
     loader.loader = DataLoader(
-        _BatchDataset(inner.dataset),
-        batch_sampler=_DecidingBatchSampler(inner.batch_sampler, schedule),
-        num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
-        pin_memory=inner.pin_memory,
-        worker_init_fn=inner.worker_init_fn,
-        persistent_workers=inner.persistent_workers,
-    )
+        _BatchDataset(inner.dataset), batch_sampler=_DecidingBatchSampler(inner.batch_sampler, schedule),
+        **{name: getattr(inner, name) for name in names})
 
 
 class AlternatingCollateMixup(FastCollateMixup):

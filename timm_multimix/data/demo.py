@@ -175,7 +175,7 @@ class LettersDataset(GlyphsDataset):
     style = 'coarse'
 
 
-DEMOS: dict[str, type[EmbeddedDataset]] = {
+DEMOS: dict[str, type[DigitsDataset] | type[GlyphsDataset]] = {
     'demo/digits': DigitsDataset, 'demo/glyphs': GlyphsDataset, 'demo/letters': LettersDataset}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult
 from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 from torch import nn
@@ -46,12 +45,8 @@ _CROP = dict(crop_mode='center')  # as in timm's validation
 
 
 def write_config(
-        folder: str,
-        args: argparse.Namespace,
-        model: nn.Module,
-        data_config: Mapping[str, Any],
-        class_to_idx: Mapping[str, int] | None,
-) -> None:
+        folder: str, args: argparse.Namespace, model: nn.Module, data_config: Mapping[str, Any],
+        class_to_idx: Mapping[str, int] | None) -> None:
     """Write timm's config.json of a run's model to the run folder.
 
     Raises:
@@ -113,26 +108,13 @@ def _base_model(args: Mapping[str, Any]) -> str | None:
     return base if source != 'local-dir' and _REPOSITORY.fullmatch(base) else None
 
 
-def _dataset_type(name: str) -> str:
-    """Convert a public value of --dataset, or '' for an image folder, to an identifier that is valid on the Hub."""
-    prefix, _, rest = name.partition('/')
-    return 'webdataset' if prefix.lower() == 'wds' else rest.partition(':')[0] or 'imagefolder'
-
-
-def _results(args: Mapping[str, Any], metrics: dict[str, float]) -> list[EvalResult]:
-    dataset, fields = public_text(args, 'dataset', ''), args['card']
-    demo, kind = DEMOS.get(dataset.lower()), _dataset_type(dataset)
-    name = demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
-    return eval_results(
-        metrics, (fields.get('datasets') or [kind])[0], fields.get('dataset_name') or name,
-        public_text(args, 'val_split', 'validation'))
-
-
-def _fields(args: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    """Return the card fields of a run. Fields of the recipe take precedence."""
+def _dataset(args: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an identifier of the dataset of a run that is valid on the Hub, and its displayed name."""
     dataset = public_text(args, 'dataset', '')
-    fields = {'datasets': [_dataset_type(dataset)]} if dataset.lower().startswith(('hfds/', 'hfids/')) else {}
-    return {**fields, **({'base_model': base} if base else {}), **args['card']}
+    prefix, _, rest = dataset.partition('/')
+    kind = 'webdataset' if prefix.lower() == 'wds' else rest.partition(':')[0] or 'imagefolder'
+    demo = DEMOS.get(dataset.lower())
+    return kind, demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
 
 
 def _method(options: Mapping[str, Any]) -> str:
@@ -141,12 +123,7 @@ def _method(options: Mapping[str, Any]) -> str:
 
 
 def _summary(
-        config: Mapping[str, Any],
-        checkpoint: Mapping[str, Any],
-        entry: str,
-        base: str | None,
-        recipe: Recipe,
-) -> str:
+        config: Mapping[str, Any], checkpoint: Mapping[str, Any], entry: str, base: str | None, recipe: Recipe) -> str:
     """Describe the model and its training in a few sentences."""
     epoch, temperature = checkpoint.get('epoch'), checkpoint.get('temperature')
     methods = {when: _method(options) or ' without MultiMix' for when, options in recipe.earlier.items()
@@ -197,7 +174,6 @@ def export(
     path, checkpoint, key = _find_weights(paths, weights)
     recorded = recorded_arguments(checkpoint, path, build_training_parser())
     args = {**vars(recorded), **arguments_of(checkpoint)}
-    args['card'] = args.get('card') or {}
     from_scratch = not (args['pretrained'] or args['initial_checkpoint'])
     config = _write_config(folder, recorded, os.path.join(target, CONFIG_NAME), from_scratch)
     architecture, epoch = config['architecture'], checkpoint.get('epoch')
@@ -205,10 +181,17 @@ def export(
         save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))
     base, recipe = _base_model(args), recipe_of(args, architecture)
     metrics = metrics_of(checkpoint, key, public_text(args, 'eval_metric', 'metric')) if args['val_split'] else {}
+    kind, shown = _dataset(args)
+    on_hub = public_text(args, 'dataset', '').lower().startswith(('hfds/', 'hfids/'))
+    fields: dict[str, Any] = {'datasets': [kind]} if on_hub else {}
+    fields.update({'base_model': base} if base else {}, **(args.get('card') or {}))
+    results = eval_results(
+        metrics, (fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown,
+        public_text(args, 'val_split', 'validation'))
     with usage_errors('The model card'):
         card = str(model_card(
             repo_id, config, revision=revision, summary=_summary(config, checkpoint, key, base, recipe),
-            results=_results(args, metrics), recipe=recipe, fields=_fields(args, base),
+            results=results, recipe=recipe, fields=fields,
             has_curve=draw_curve(read_summary(folder), os.path.join(target, CURVE_NAME))))
     if contains_token(card + json.dumps(config, ensure_ascii=False)):
         raise HubError(f'{CARD_NAME} or {CONFIG_NAME} would contain an access token.')

@@ -49,7 +49,7 @@ def save_config(
     try:
         save_config_for_hf(
             model, path, model_config=dict(label_names=list(label_names)) if label_names else None,
-            model_args=dict(model_args) if model_args else None, data_config=dict(data_config) if data_config else None)
+            model_args=model_args, data_config=data_config)
     except (ValueError, TypeError, AttributeError) as error:
         raise HubError(f'timm cannot write the configuration of this model: {error}') from error
     config = json.loads(Path(path).read_text())

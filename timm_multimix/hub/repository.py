@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 
 from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError, hub_errors, log_in_hint
-from ..common.secrets import contains_token, remember_token
+from ..common.secrets import contains_token
 from .card import CARD_NAME, is_ours
 
 _logger = logging.getLogger(__name__)
@@ -76,10 +76,8 @@ class HubRepository:
             HubError: if there is no token, or if it is invalid or read-only.
         """
         with hub_errors('Reading the access token'):
-            token = get_token()
-        if not token:
-            raise HubError(f'There is no access token for the Hugging Face Hub. {log_in_hint()}.')
-        remember_token(token)
+            if not get_token():
+                raise HubError(f'There is no access token for the Hugging Face Hub. {log_in_hint()}.')
         with hub_errors('Logging in to the Hugging Face Hub'):
             user = self.api.whoami()
         role = ((user.get('auth') or {}).get('accessToken') or {}).get('role')
