@@ -15,7 +15,6 @@ from .image_files import as_image_files
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
 
-
 # Options for small grayscale characters. Mirroring would change the class of some.
 _CHARACTERS = dict(
     img_size=64,
