@@ -38,7 +38,7 @@ SECRETS = (
 def test_card_says_how_to_use_the_model():
     card = model_card(
         'user/model', CONFIG, revision='v1', summary='What it is.', has_curve=True,
-        recipe=Recipe(dict(lr=0.1, multimix='off'), ('opt_kwargs',), dict(multimix='dense')),
+        recipe=Recipe(dict(lr=0.1, multimix='dense', dist_bn='off'), ('opt_kwargs',)),
         results=eval_results(dict(top1=91.25, top5=99.0, loss=0.5, map=50.0), 'cifar10', 'CIFAR-10', 'test'),
         fields=dict(license='mit', datasets=['uoft-cs/cifar10'], base_model='timm/resnet18.a1_in1k', language=['en'],
                     tags=['more'], description='A description.'))
@@ -48,7 +48,8 @@ def test_card_says_how_to_use_the_model():
     assert "timm.create_model('hf-hub:user/model@v1', pretrained=True)" in code
     compile(code, 'card', 'exec')
     for part in ('# model\n', 'What it is.', 'A description.', '91.25 %', '(training_curve.png)', 'a\\|b, c, d',
-                 '`dense`', 'opt_kwargs', "multimix: 'off'", '@inproceedings{venkataramanan2023multimix', '2206.14868'):
+                 'multimix: dense', 'opt_kwargs', "dist_bn: 'off'", '@inproceedings{venkataramanan2023multimix',
+                 '2206.14868'):
         assert part in text, part
     data = ModelCard(text).data  # read back
     assert (data.license, data.library_name, data.pipeline_tag) == ('mit', 'timm', 'image-classification')

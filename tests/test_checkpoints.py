@@ -30,18 +30,18 @@ def test_files_are_replaced_at_once(tmp_path):
     path = tmp_path / 'file'
     with replacing(str(path)) as temporary, open(temporary, 'w') as file:
         file.write('one')
-    with pytest.raises(OSError, match='full'), replacing(str(path), copy=True) as temporary:
-        with open(temporary, 'a') as file:
-            file.write(' and two')
+    with pytest.raises(OSError, match='full'), replacing(str(path)) as temporary:
+        with open(temporary, 'w') as file:
+            file.write('two')
         assert path.read_text() == 'one'
         raise OSError('full')
     assert path.read_text() == 'one' and os.listdir(tmp_path) == ['file']
-    with replacing(str(path), copy=True) as temporary, open(temporary, 'a') as file:
-        file.write(' and two')
-    assert path.read_text() == 'one and two' and os.listdir(tmp_path) == ['file']
+    with replacing(str(path)) as temporary, open(temporary, 'w') as file:
+        file.write('two')
+    assert path.read_text() == 'two' and os.listdir(tmp_path) == ['file']
     with replacing(str(path)) as temporary:
         assert not os.path.exists(temporary)
-    assert path.read_text() == 'one and two'
+    assert path.read_text() == 'two'
 
 
 @pytest.mark.parametrize('links', [True, False])
@@ -86,12 +86,10 @@ def held_by_another_process(folder):
 
 
 def test_folder_is_locked_until_its_process_ends(tmp_path):
-    message = 'is in use by another run: process '
     # The context manager also checks that the lock is released when the process is killed.
-    with held_by_another_process(tmp_path) as process, pytest.raises(UsageError, match=f'{message}{process} on '):
+    with held_by_another_process(tmp_path), pytest.raises(UsageError, match='is in use by another run'):
         lock_folder(str(tmp_path), patience=0.3)
     lock_folder(str(tmp_path)), lock_folder(f'{tmp_path}/.')
-    assert str(os.getpid()) in (tmp_path / '.lock').read_text()
     unlock_folders()
 
 

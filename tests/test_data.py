@@ -90,4 +90,4 @@ def test_other_datasets_are_created_by_timm(tmp_path):
 def test_demo_defaults_are_options():
     names = build_training_parser().options.keys()
     for demo in DEMOS.values():
-        assert set(demo.defaults) <= names
+        assert set(demo.defaults()) <= names

@@ -286,7 +286,7 @@ def test_two_processes_do_not_share_an_output_folder(detect, tmp_path):
             [sys.executable, '-c', holder, tmp_path / 'out'], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         assert detect('test_resnet', **SMALL) == 2
-        assert f'is in use by another run: process {process.pid}' in detect.err
+        assert 'is in use by another run' in detect.err
         assert 'choose another --output' in detect.err and os.listdir(tmp_path / 'out') == ['.lock']
 
 

@@ -66,15 +66,14 @@ def test_modes_of_files(server, script, images_of_modes, tmp_path, umask):
         assert script.train(images_of_modes['RGB'], '--save-images', epochs=2, batch_size=3, save_epochs=1,
                             recovery_interval=1) == 0
         assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'new' / 'model')]) == 0
-        assert hub_command(['card', str(script.run_folder()), '--output', str(tmp_path / 'card')]) == 0
     finally:
         os.umask(previous)
     exported = list((tmp_path / 'new' / 'model').iterdir())
     assert {path.name for path in exported} == {'model.safetensors', 'config.json', 'README.md', 'training_curve.png'}
-    files = [*exported, *(tmp_path / 'card').iterdir(), *script.run_folder().iterdir()]
+    files = [*exported, *script.run_folder().iterdir()]
     assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {
         path.name: oct(0o666 & ~umask) for path in files}
-    folders = [tmp_path / 'new', tmp_path / 'new' / 'model', tmp_path / 'card', script.run_folder()]
+    folders = [tmp_path / 'new', tmp_path / 'new' / 'model', script.run_folder()]
     assert {oct(stat.S_IMODE(folder.stat().st_mode)) for folder in folders} == {oct(0o777 & ~umask)}
 
 

@@ -65,7 +65,7 @@ def test_name_without_user_private_and_revision(server):
 def test_a_model_that_timm_cannot_make_again_is_refused_before_anything_is_sent(server):
     model = small_model()
     model.layer1.append(torch.nn.BatchNorm2d(3))
-    with pytest.raises(HubError, match='builds another model from the configuration'):
+    with pytest.raises(HubError, match=r'(?s)cannot rebuild this model.*layer1'):
         push_to_hub(model, 'user/model')
     assert not server.requests
 
@@ -102,7 +102,7 @@ def test_another_architecture_is_refused_unless_forced(server):
     assert json.loads(server.file('user/model', 'config.json'))['architecture'] == 'test_convnext'
 
 
-@pytest.mark.parametrize('config', [None, b'{"model_type": "bert"}', b'[1]', b'no json'])
+@pytest.mark.parametrize('config', [None, b'{"model_type": "bert"}'])
 def test_weights_of_something_else_are_refused(server, config):
     repository = server.create('user/model')
     files = {'model.safetensors': File(b'x', True), **({'config.json': File(config, False)} if config else {})}

@@ -103,10 +103,6 @@ def test_exports_do_not_follow_links(script, few_images, tmp_path):
     assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'model')]) == 0
     assert json.loads((tmp_path / 'model' / 'config.json').read_text())['architecture'] == 'test_resnet'
 
-    plant(tmp_path / 'card', secret, ['README.md', 'training_curve.png'])
-    assert hub_command(['card', str(script.run_folder()), '--output', str(tmp_path / 'card')]) == 0
-    assert '# run' in (tmp_path / 'card' / 'README.md').read_text() and secret.read_text() == '{"precious": 1}'
-
     (tmp_path / 'elsewhere').mkdir()
     os.symlink(tmp_path / 'elsewhere', tmp_path / 'link')
     assert hub_command(['export', str(script.run_folder()), str(tmp_path / 'link')]) == 2

@@ -26,14 +26,6 @@ _DATASET_PACKAGES = {
     'tfds': ('tensorflow', 'tensorflow-datasets'),
     'wds': ('webdataset',),
 }
-# Subcommands of timm-multimix that other modules start too, with `python -m`.
-_MODULES = {
-    'timm_multimix.training.main': 'train',
-    'timm_multimix.evaluate': 'evaluate',
-    'timm_multimix.detection': 'detect',
-    'timm_multimix.hub': 'hub',
-    'timm_multimix.patch': 'patch',
-}
 _INVALID_CHOICE = re.compile(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$")
 _UNKNOWN = 'unrecognized arguments: '
 
@@ -72,14 +64,10 @@ def number(
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Run a command, with its log on the terminal and its errors as one log line.
+    """Run a command, with its log on the terminal and its errors as one log line. Return the exit status.
 
-    Args:
-        command: The command.
-
-    Returns:
-        Exit status: 0; 2 after a UsageError, 1 after a RunError, 130 after Ctrl-C, 128 + N if a KeyboardInterrupt has
-        the signal number N as its argument.
+    It is 2 after a UsageError, 1 after a RunError, 130 after Ctrl-C, and 128 + N if a KeyboardInterrupt has the signal
+    number N as its argument.
     """
     from .console import is_first_on_machine, setup_logging  # imports torch, which --help does not need
 
@@ -114,29 +102,23 @@ def _named(path: str) -> str:
 
 
 def program(subcommand: str = '', processes: int = 1) -> str:
-    """Return the command that starts a subcommand in the way in which this process was started.
+    """Return the shell command that starts a subcommand in the way in which this process was started.
 
-    Args:
-        subcommand: Subcommand of timm-multimix, such as 'train'; '' for none.
-        processes: Number of processes on this machine. Several processes are started by torchrun.
-
-    Returns:
-        A command for the shell: `timm-multimix train`, or for example `python train_timm.py` if that script is running.
+    Examples are `timm-multimix train` and `python train_timm.py`. Several processes are started by torchrun.
     """
     main = sys.modules['__main__']
     module = main.__spec__.name.removesuffix('.__main__') if main.__spec__ else ''
     script = '' if module else getattr(main, '__file__', None) or ''
-    name, folder = os.path.basename(script), os.path.dirname(sys.executable)
-    installed = script if name == 'timm-multimix' else os.path.join(folder, 'timm-multimix')
-    started = 'train' if name == 'train_timm.py' else _MODULES.get(module)
+    name, options = os.path.basename(script), [subcommand] if subcommand else []
+    started = 'train' if name == 'train_timm.py' else module.removeprefix('timm_multimix.')  # as in python -m MODULE
+    if processes == 1 and name == 'timm-multimix':
+        return shlex.join([_named(script), *options])
+    words = ['-m', 'timm_multimix', *options]
     if subcommand and subcommand == started:
         words = ['-m', module] if module else [os.path.relpath(script)]
-    elif processes == 1 and not module and not started and os.path.isfile(installed):
-        return shlex.join([_named(installed), subcommand]).removesuffix(" ''")
-    else:
-        words = ['-m', 'timm_multimix', *([subcommand] if subcommand else [])]
     if processes > 1:
-        return shlex.join([_named(os.path.join(folder, 'torchrun')), '--nproc-per-node', str(processes), *words])
+        torchrun = os.path.join(os.path.dirname(sys.executable), 'torchrun')
+        return shlex.join([_named(torchrun), '--nproc-per-node', str(processes), *words])
     return shlex.join([_named(sys.executable), *words])
 
 
@@ -148,15 +130,9 @@ def _is_installed(package: str) -> bool:
 
 
 def check_packages(purpose: str, packages: Sequence[str], extra: str | None = None) -> None:
-    """Check that packages are installed.
+    """Raise UsageError with a pip command if packages that an option or feature needs (`purpose`) are missing.
 
-    Args:
-        purpose: Option or feature that needs the packages.
-        packages: Names of the packages for pip.
-        extra: Extra of timm-multimix that installs the packages, if there is one.
-
-    Raises:
-        UsageError: if a package is missing. The message contains the command that installs it.
+    `extra` is the extra of timm-multimix that contains them, if there is one.
     """
     if missing := [package for package in packages if not _is_installed(package)]:
         command = f"pip install 'timm-multimix[{extra}]'" if extra else f'pip install {" ".join(missing)}'

@@ -51,10 +51,8 @@ def setup_logging() -> None:
     logging.root.setLevel(logging.INFO if is_primary else logging.ERROR)
     if not is_primary:
         warnings.simplefilter('ignore')  # all processes get the same warnings
-    # Checkpoint lists after every epoch, repeated information, and names of temporary files.
-    for name in ('timm.utils.checkpoint_saver', 'timm.task._helpers', 'timm.utils.summary'):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ('httpx', 'httpx2'):  # every request, with URLs that contain short-lived credentials
+    # Checkpoint lists after every epoch, repeated information, and URLs that contain short-lived credentials.
+    for name in ('timm.utils.checkpoint_saver', 'timm.task._helpers', 'httpx', 'httpx2'):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -119,12 +117,7 @@ class Averages:
 class EpochReporter:
     """Report the progress of a training epoch: a progress bar on a terminal, otherwise log lines in timm's format.
 
-    Args:
-        epoch: Number of the epoch.
-        num_updates: Optimizer updates per epoch.
-        interval: Updates between reports.
-        world_size: Number of training processes.
-        done: Updates of this epoch that were made before a resume.
+    `interval` is the number of updates between reports, `done` the number of updates before a resume.
     """
 
     def __init__(self, epoch: int, num_updates: int, interval: int, world_size: int, done: int = 0):

@@ -57,13 +57,10 @@ class Watchdog:
 
     A thread logs the error before --dist-timeout, because PyTorch aborts the process without a Python exception when
     a collective on a GPU times out.
-
-    Attributes:
-        place: Current place, such as 'epoch 1, update 7'.
     """
 
     def __init__(self) -> None:
-        self.place = 'preparing'
+        self.place = 'preparing'  # later for example 'epoch 1, update 7'
         self._since = time.monotonic()
         self._ended = threading.Event()
 
@@ -81,12 +78,12 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self, patience: float) -> None:
-        reported = None
-        while not self._ended.wait(patience / 20):
-            since, stuck = self._since, time.monotonic() - self._since
-            if stuck > patience and reported != since:
-                reported = since
-                _logger.error(f'No progress for {stuck:.0f} s in {self.place}. Another process may have stopped.')
+        stuck = 0.0
+        while stuck <= patience:
+            if self._ended.wait(patience / 20):
+                return
+            stuck = time.monotonic() - self._since
+        _logger.error(f'No progress for {stuck:.0f} s in {self.place}. Another process may have stopped.')
 
 
 @contextmanager

@@ -1,18 +1,15 @@
-"""Atomic file writing, folder locks and temporary folders.
+"""Atomic file writing and folder locks.
 
 No function writes through a symbolic link. In a folder that other users can write to, a link with a predictable name
 could point to any file of the user.
 """
 import errno
-import glob
 import logging
 import math
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
@@ -23,26 +20,22 @@ _logger = logging.getLogger(__name__)
 
 _TEMPORARY = '.tmp'
 _LOCK = '.lock'
-_WORK_FOLDER = '.hub-'
 _PATIENCE = 5.0  # seconds to wait for a process that is about to end
-_NO_FOLLOW = getattr(os, 'O_NOFOLLOW', 0)
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
-_locks: dict[str, FileLock | None] = {}  # locks of this process by folder, None if the file system has none
+_locks: dict[str, FileLock] = {}  # locks of this process by folder
 
 
-def _write_holder(path: str) -> None:
-    """Write the process into its lock file, for the message in _lock."""
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | _NO_FOLLOW)
+def lock_folder(folder: str, option: str = '--experiment', patience: float = _PATIENCE) -> None:
+    """Lock a folder until unlock_folders is called or the process ends. A folder can be locked several times.
 
-    with suppress(OSError), open(path, 'w', opener=opener) as file:  # a locked file is not writable on Windows
-        file.write(f'process {os.getpid()} on {socket.gethostname()}')
-
-
-def _lock(folder: str, patience: float, option: str = '--experiment') -> bool:
-    """Lock a folder. Return False if the file system does not support locks."""
-    path = os.path.join(folder, _LOCK)
+    Raises:
+        UsageError: if another process holds the lock for `patience` seconds, or if the lock file is a link. The message
+            names the option that selects the folder.
+    """
+    name, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
+    if name in _locks:
+        return
     if os.path.islink(path) or (os.path.exists(path) and os.stat(path).st_nlink > 1):
         raise UsageError(f'{path} is a link to another file. Remove it.')
     # Released in any thread. In a forked process the lock is closed, so that it ends with this process.
@@ -50,46 +43,20 @@ def _lock(folder: str, patience: float, option: str = '--experiment') -> bool:
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        with open(path, errors='replace') as file:
-            holder = file.read(1000) or 'another process'
         raise UsageError(
-            f'{folder} is in use by another run: {holder}. Wait for it, stop it, or choose another {option}.') from None
+            f'{folder} is in use by another run. Wait for it, stop it, or choose another {option}.') from None
     except OSError as error:
-        if error.errno in _UNSUPPORTED:
-            return False
-        raise
-    _locks[os.path.realpath(folder)] = lock
-    _write_holder(path)
-    return True
-
-
-def lock_folder(folder: str, option: str = '--experiment', patience: float = _PATIENCE) -> None:
-    """Lock a folder until unlock_folders is called or the process ends. A folder can be locked several times.
-
-    Args:
-        folder: The folder.
-        option: Option that selects the folder, for the message.
-        patience: Seconds to wait for another process that holds the lock.
-
-    Raises:
-        UsageError: if another process holds the lock, or if the lock file is a link.
-    """
-    name = os.path.realpath(folder)
-    if name not in _locks and not _lock(folder, patience, option):
+        if error.errno not in _UNSUPPORTED:
+            raise
         _logger.warning(
             f'The file system of {folder} does not support locks. Do not start a second run in this folder.')
-        _locks[name] = None
-
-
-def _unlock(name: str) -> None:
-    if lock := _locks.pop(name, None):
-        lock.release()
+    _locks[name] = lock
 
 
 def unlock_folders() -> None:
     """Release all locks of this process."""
-    for name in list(_locks):
-        _unlock(name)
+    while _locks:
+        _locks.popitem()[1].release()
 
 
 def replace(source: str, target: str) -> None:
@@ -110,18 +77,9 @@ def create(path: str) -> IO[bytes]:
     return open(path, 'xb')  # fails if a link was created in the meantime
 
 
-def _copy(source: str, target: str) -> None:
-    with open(source, 'rb') as old, create(target) as new:
-        shutil.copyfileobj(old, new)
-
-
 @contextmanager
-def replacing(path: str, copy: bool = False) -> Iterator[str]:
-    """Replace a file atomically. A symbolic link is replaced and not followed.
-
-    Args:
-        path: The file. It does not need to exist.
-        copy: Start with a copy of the file, in order to change it.
+def replacing(path: str) -> Iterator[str]:
+    """Replace or create a file atomically. A symbolic link is replaced and not followed.
 
     Yields:
         Path of a temporary file. It replaces the file if no exception is raised.
@@ -130,8 +88,6 @@ def replacing(path: str, copy: bool = False) -> Iterator[str]:
     with suppress(FileNotFoundError):
         os.unlink(temporary)
     try:
-        if copy and os.path.exists(path) and not os.path.islink(path):
-            _copy(path, temporary)
         yield temporary
         if os.path.exists(temporary):
             with open(temporary, 'rb+') as file:
@@ -148,7 +104,8 @@ def duplicate(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except (OSError, NotImplementedError):
-            _copy(source, temporary)
+            with open(source, 'rb') as old, create(temporary) as new:
+                shutil.copyfileobj(old, new)
 
 
 def remove_temporary(folder: str) -> None:
@@ -157,34 +114,6 @@ def remove_temporary(folder: str) -> None:
         if name.endswith(_TEMPORARY):
             with suppress(OSError):
                 os.unlink(os.path.join(folder, name))
-
-
-@contextmanager
-def work_folder(parent: str) -> Iterator[str]:
-    """Create an empty temporary folder in `parent`, or in the system's temporary folder if `parent` is not writable.
-
-    The folder is locked while it is in use, so that remove_work_folders removes only folders of killed processes.
-    """
-    inside = parent if os.access(parent, os.W_OK) else None
-    with TemporaryDirectory(prefix=_WORK_FOLDER, dir=inside, ignore_cleanup_errors=True) as path:
-        try:
-            _lock(path, 0)
-            folder = os.path.join(path, 'files')
-            os.mkdir(folder)
-            yield folder
-        finally:
-            _unlock(os.path.realpath(path))
-
-
-def remove_work_folders(parent: str) -> None:
-    """Remove work folders of killed processes from a folder."""
-    for path in glob.glob(os.path.join(glob.escape(parent), _WORK_FOLDER + '*')):
-        if os.path.islink(path) or not os.path.isdir(path) or os.path.realpath(path) in _locks:
-            continue
-        with suppress(UsageError, OSError):  # in use, or owned by another user
-            if _lock(path, 0):
-                shutil.rmtree(path, ignore_errors=True)
-                _unlock(os.path.realpath(path))
 
 
 def check_output(folder: str) -> None:

@@ -10,19 +10,12 @@ _SHORTEST = 6  # characters of a token; a shorter one could be a word of a messa
 # Format of the Hub's tokens. The length excludes folder names such as hf_checkpoints.
 _FORMAT = re.compile(r'((?:hf_(?:(?:oauth|jwt|refresh)_)*|api_org_))[A-Za-z0-9]{20,}[\w-]*(?:\.[\w-]+)*=*')
 
-_remembered: set[str] = set()
-
-
-def remember_token(token: str) -> None:
-    """Register a token for contains_token and redact."""
-    _remembered.add(token)
-
 
 def _known_tokens() -> list[str]:
     """Tokens of this process, in plain text and quoted for URLs, longest first."""
     from huggingface_hub import constants  # slow to import
 
-    tokens = {*_remembered, *(os.environ.get(name, '') for name in _VARIABLES)}
+    tokens = {os.environ.get(name, '') for name in _VARIABLES}
     with suppress(OSError, UnicodeDecodeError):
         tokens.add(Path(constants.HF_TOKEN_PATH).read_text())
     tokens = {token.strip() for token in tokens if len(token.strip()) >= _SHORTEST}

@@ -86,9 +86,6 @@ class _BatchDataset(Dataset):
         samples = [self.dataset[index] for index in indices]
         return _Batch(samples, indices.mixes_images) if isinstance(indices, _Batch) else samples
 
-    def set_epoch(self, epoch: int) -> None:
-        _set_epoch(self.dataset, epoch)
-
 
 class _DecidingBatchSampler:
     """Batch sampler that adds the flag for image mixing to every batch of indices."""
@@ -110,23 +107,16 @@ class _DecidingBatchSampler:
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        _set_epoch(self.batch_sampler, epoch)
-        _set_epoch(getattr(self.batch_sampler, 'sampler', None), epoch)
-
-
-def _set_epoch(part: Any, epoch: int) -> None:
-    if hasattr(part, 'set_epoch'):
-        part.set_epoch(epoch)
+        for part in (self.batch_sampler, self.batch_sampler.sampler):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(epoch)
 
 
 def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
     """Disable image mixing in the collate function of a loader for MultiMix batches.
 
-    Call it before the first batch. Afterwards, call set_epoch() of the loader's batch sampler before every epoch.
-
-    Args:
-        loader: Training loader of timm's create_loader with collate_fn=AlternatingCollateMixup(...).
-        schedule: Schedule of MultiMix batches.
+    The loader was created with collate_fn=AlternatingCollateMixup(...), and no batch was loaded yet. Call set_epoch()
+    of the loader's batch sampler before every epoch.
 
     Raises:
         TypeError: if the loader does not provide the index of a batch, as with an iterable dataset.
@@ -137,15 +127,10 @@ def alternate(loader: PrefetchLoader, schedule: BatchSchedule) -> None:
         raise TypeError(
             'A MultiMix probability between 0 and 1 needs the index of each batch in the collate function, which '
             f'{kind} does not provide.')
+    names = ('num_workers', 'collate_fn', 'pin_memory', 'worker_init_fn', 'persistent_workers')
     loader.loader = DataLoader(
-        _BatchDataset(inner.dataset),
-        batch_sampler=_DecidingBatchSampler(inner.batch_sampler, schedule),
-        num_workers=inner.num_workers,
-        collate_fn=inner.collate_fn,
-        pin_memory=inner.pin_memory,
-        worker_init_fn=inner.worker_init_fn,
-        persistent_workers=inner.persistent_workers,
-    )
+        _BatchDataset(inner.dataset), batch_sampler=_DecidingBatchSampler(inner.batch_sampler, schedule),
+        **{name: getattr(inner, name) for name in names})
 
 
 class AlternatingCollateMixup(FastCollateMixup):

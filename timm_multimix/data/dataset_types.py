@@ -36,14 +36,7 @@ def _is_address(text: str) -> bool:
 
 
 def code_danger(name: str, root: str | None = None, splits: Iterable[str] = (), trust_remote_code: bool = False) -> str:
-    """Describe how opening a dataset can run code; '' if it cannot.
-
-    Args:
-        name: Value of --dataset; '' for a folder.
-        root: Folder or URL of the dataset.
-        splits: Names of the splits, which can be URLs.
-        trust_remote_code: Whether the dataset's own code is allowed to run.
-    """
+    """Describe how opening a dataset can run code; '' if it cannot. `root` and `splits` can be URLs."""
     prefix = dataset_prefix(name)
     if prefix == 'wds':
         is_local = bool(root) and os.path.isdir(root) and not _is_address(root)

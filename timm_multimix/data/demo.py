@@ -1,7 +1,7 @@
 """Embedded datasets for demos and tests without other data."""
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +10,30 @@ from timm.data import create_dataset as create_timm_dataset
 
 from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split
 from .glyphs import FIGURES, LETTERS, render_glyphs
-from .image_files import ImageFiles, as_image_files
+from .image_files import as_image_files
 
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
+
+# Options for small grayscale characters. Mirroring would change the class of some.
+_CHARACTERS = dict(
+    img_size=64,
+    crop_pct=1.0,  # a center crop would cut the characters, which fill the images
+    batch_size=64,
+    opt='adamw',
+    lr=1e-3,
+    weight_decay=0.05,
+    warmup_epochs=1,
+    sched_on_updates=True,
+    smoothing=0.0,
+    scale=[0.7, 1.0],
+    ratio=[0.85, 1.18],
+    hflip=0.0,
+    color_jitter=0.0,
+    workers=0,  # starting processes takes longer than decoding
+    log_interval=10,
+    checkpoint_hist=1,
+)
 
 
 class EmbeddedDataset(torch.utils.data.Dataset):
@@ -26,6 +46,9 @@ class EmbeddedDataset(torch.utils.data.Dataset):
         target_transform: Applied to the class index.
     """
     classes: tuple[str, ...]
+    name: str  # displayed
+    size: str  # displayed number of images
+    epochs: int  # default for training
     transform: Callable | None = None  # timm's create_loader sets it
 
     def __init__(
@@ -35,6 +58,11 @@ class EmbeddedDataset(torch.utils.data.Dataset):
         self.targets = targets.tolist()
         self.img_mode = img_mode
         self.target_transform = target_transform
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return default options for training."""
+        return dict(num_classes=len(cls.classes), epochs=cls.epochs, **_CHARACTERS)
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -55,15 +83,10 @@ class EmbeddedDataset(torch.utils.data.Dataset):
 
 
 class Part(torch.utils.data.Subset):
-    """Subset of a dataset with its own transform. Only images of the subset replace its unreadable images.
-
-    The dataset is copied, so that its transform does not change.
-    """
+    """Subset of a dataset with its own transform. The dataset is copied, so that its transform does not change."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
         super().__init__(copy.copy(dataset), indices)
-        if isinstance(dataset, ImageFiles):
-            self.dataset.replacements = np.sort(indices)
 
     @property
     def transform(self) -> Callable | None:
@@ -74,11 +97,11 @@ class Part(torch.utils.data.Subset):
         self.dataset.transform = transform
 
 
-def _canonical_split(name: str, split: str, **synonyms: tuple[str, ...]) -> str:
+def _canonical_split(split: str, **synonyms: tuple[str, ...]) -> str:
     for canonical, others in synonyms.items():
         if split in others:
             return canonical
-    raise ValueError(f'{name} has the splits {", ".join(map(repr, synonyms))}, got {split!r}.')
+    raise ValueError(f'the splits of this dataset are {", ".join(map(repr, synonyms))}, got {split!r}.')
 
 
 class DigitsDataset(EmbeddedDataset):
@@ -94,11 +117,14 @@ class DigitsDataset(EmbeddedDataset):
         ValueError: if the split is unknown.
     """
     classes = tuple(FIGURES)
+    name = 'handwritten digits'
+    size = '1,442 training and 355 validation images'
+    epochs = 9
 
     def __init__(self, split: str = 'train', **options: Any):
         from sklearn.datasets import load_digits  # slow import, needed only here
 
-        split = _canonical_split('demo/digits', split, train=TRAIN_SPLITS, validation=(*VALIDATION_SPLITS, 'test'))
+        split = _canonical_split(split, train=TRAIN_SPLITS, validation=(*VALIDATION_SPLITS, 'test'))
         digits = load_digits()
         rank_in_class = np.zeros(len(digits.target), dtype=int)
         for index in range(len(self.classes)):
@@ -124,76 +150,32 @@ class GlyphsDataset(EmbeddedDataset):
     Raises:
         ValueError: if the split is unknown or num_samples is below 1.
     """
-    name = 'demo/glyphs'
     classes = tuple(FIGURES + LETTERS)
+    name = 'distorted, noisy figures and letters in 36 classes'
+    size = '2,000 training images unless --train-num-samples is set'
+    epochs = 30
     style = 'painted'
 
     def __init__(self, split: str = 'train', num_samples: int | None = None, **options: Any):
-        split = _canonical_split(
-            self.name, split, train=TRAIN_SPLITS, validation=VALIDATION_SPLITS, test=('test',))
+        split = _canonical_split(split, train=TRAIN_SPLITS, validation=VALIDATION_SPLITS, test=('test',))
         if num_samples is None:
             num_samples = dict(train=2000, validation=1000, test=3000)[split]
         if num_samples < 1:
-            raise ValueError(f'The number of images of {self.name} must be at least 1, got {num_samples}.')
+            raise ValueError(f'The number of images must be at least 1, got {num_samples}.')
         images, targets = render_glyphs(split, num_samples, characters=''.join(self.classes), style=self.style)
         super().__init__(images, targets, **options)
 
 
 class LettersDataset(GlyphsDataset):
     """Synthetic letters in the style of scikit-learn's digits, 8 x 8 pixels: out-of-distribution data for them."""
-    name = 'demo/letters'
     classes = tuple(LETTERS)
+    name = 'letters in the style of the digits'
+    epochs = 9
     style = 'coarse'
 
 
-class Demo(NamedTuple):
-    """Embedded dataset: its class, displayed name, number of images, and default options for training."""
-    dataset: Callable[..., EmbeddedDataset]
-    name: str
-    size: str
-    defaults: dict[str, Any]
-
-
-# Options for small grayscale characters. Mirroring would change the class of some.
-_CHARACTERS = dict(
-    img_size=64,
-    crop_pct=1.0,  # a center crop would cut the characters, which fill the images
-    batch_size=64,
-    opt='adamw',
-    lr=1e-3,
-    weight_decay=0.05,
-    warmup_epochs=1,
-    sched_on_updates=True,
-    smoothing=0.0,
-    scale=[0.7, 1.0],
-    ratio=[0.85, 1.18],
-    hflip=0.0,
-    color_jitter=0.0,
-    workers=0,  # starting processes takes longer than decoding
-    log_interval=10,
-    checkpoint_hist=1,
-)
-
-DEMOS = {
-    'demo/digits': Demo(
-        DigitsDataset,
-        'handwritten digits',
-        '1,442 training and 355 validation images',
-        dict(num_classes=10, epochs=9, **_CHARACTERS),
-    ),
-    'demo/glyphs': Demo(
-        GlyphsDataset,
-        'distorted, noisy figures and letters in 36 classes',
-        '2,000 training images unless --train-num-samples is set',
-        dict(num_classes=36, epochs=30, **_CHARACTERS),
-    ),
-    'demo/letters': Demo(
-        LettersDataset,
-        'letters in the style of the digits',
-        '2,000 training images unless --train-num-samples is set',
-        dict(num_classes=26, epochs=9, **_CHARACTERS),
-    ),
-}
+DEMOS: dict[str, type[DigitsDataset] | type[GlyphsDataset]] = {
+    'demo/digits': DigitsDataset, 'demo/glyphs': GlyphsDataset, 'demo/letters': LettersDataset}
 
 
 def default_img_mode(in_chans: int) -> str:
@@ -205,15 +187,8 @@ def create_dataset(
         name: str, *, split: str = 'validation', input_img_mode: str = 'RGB', **kwargs: Any) -> Any:
     """Create an embedded dataset (`demo/...`) or a dataset of timm with additional checks.
 
-    The split of a folder must exist. Hidden folders are ignored, and folders without images of a class are reported.
-    Unreadable images are recorded, and 16-bit images are scaled to 8 bits; see ImageFiles.
-
-    Args:
-        name: 'demo/digits', 'demo/glyphs', 'demo/letters', or a dataset name of timm.
-        split: Name of the split.
-        input_img_mode: PIL mode of the images.
-        **kwargs: Arguments of timm's create_dataset. Embedded datasets use target_transform, and the synthetic ones
-            num_samples.
+    The split of a folder must exist. See as_image_files and ImageFiles for the other checks. Of the further arguments
+    of timm's create_dataset, embedded datasets use target_transform, and the synthetic ones num_samples.
 
     Raises:
         ValueError: if the embedded dataset or the split does not exist, or if the class map is invalid.
@@ -226,7 +201,7 @@ def create_dataset(
         return as_image_files(dataset, kwargs.get('class_map') or '', input_img_mode)
     if name.lower() not in DEMOS:
         raise ValueError(f'There is no embedded dataset {name!r}. Choose from {", ".join(DEMOS)}.')
-    dataset = DEMOS[name.lower()].dataset
+    dataset = DEMOS[name.lower()]
     options = dict(img_mode=input_img_mode, target_transform=kwargs.get('target_transform'))
     if issubclass(dataset, GlyphsDataset):
         options['num_samples'] = kwargs.get('num_samples')

@@ -32,12 +32,7 @@ def listed(names: Sequence[str], count: int | None = None) -> str:
 
 
 class UnreadableImages:
-    """Record of unreadable images of a dataset, in memory shared with the loader's workers.
-
-    Args:
-        filename: Function that returns the name of an image for its index.
-        count: Number of images in the dataset.
-    """
+    """Record of unreadable images of a dataset, in memory shared with the loader's workers."""
 
     def __init__(self, filename: Callable[[int], str], count: int):
         self.filename = filename
@@ -116,16 +111,8 @@ class ImageFiles(ImageDataset):
     """timm's ImageDataset with a record of unreadable images.
 
     An image is unreadable if reading or decoding raises any exception. It is replaced by the next image, as in timm.
-    Part restricts the replacements to its own images. 16-bit images are scaled to 8 bits.
-
-    Args:
-        dataset: Dataset of timm, whose reader, mode and transforms are used.
-
-    Attributes:
-        unreadable: Record of unreadable images.
-        replacements: Sorted indices of the images that may replace an unreadable one, None for all.
+    16-bit images are scaled to 8 bits.
     """
-    replacements: np.ndarray | None = None
 
     def __init__(self, dataset: ImageDataset):
         super().__init__(
@@ -138,11 +125,6 @@ class ImageFiles(ImageDataset):
             return self.reader.filename(index, absolute=absolute) or f'image {index}'
         return f'image {index}'
 
-    def _next(self, index: int) -> int:
-        if self.replacements is None:
-            return (index + 1) % len(self)
-        return int(self.replacements[np.searchsorted(self.replacements, index, 'right') % len(self.replacements)])
-
     def _load(self, index: int) -> tuple[Any, ...]:
         """Return the decoded image, target and features of an index, or of the next one that is readable."""
         for _ in range(_MAX_IN_A_ROW):
@@ -153,7 +135,7 @@ class ImageFiles(ImageDataset):
                 name, reason = self._name(index, absolute=True), ' '.join(str(error).split()) or type(error).__name__
                 if self.unreadable.add(index):
                     _logger.warning(f'{name} cannot be read and is replaced by the next image: {reason}')
-                index = self._next(index)
+                index = (index + 1) % len(self)
         raise RuntimeError(
             f'{_MAX_IN_A_ROW} images in a row cannot be read. The last one is {listed([name])}: {reason}')
 
@@ -228,11 +210,6 @@ def as_image_files(dataset: Any, class_map: str = '', input_img_mode: str = 'RGB
     """Convert a dataset of image files to ImageFiles. Other datasets are returned unchanged.
 
     In folders and archives, hidden folders are ignored. Folders without images of a class are reported.
-
-    Args:
-        dataset: Dataset of timm or torchvision.
-        class_map: Class map of the dataset, '' for none.
-        input_img_mode: PIL mode of the images of torchvision.
 
     Raises:
         ValueError: if the class map does not map names to indices.

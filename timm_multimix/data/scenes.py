@@ -24,16 +24,10 @@ _Objects = list[tuple[Image.Image, int]]  # masks and class indices
 
 
 class Scene(NamedTuple):
-    """An image and its objects.
-
-    Attributes:
-        image: Grayscale image (96, 96), uint8.
-        boxes: Tight boxes (n, 4) as x1, y1, x2, y2 in pixels, float32.
-        labels: Class indices (n,).
-    """
-    image: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
+    """An image and its objects."""
+    image: np.ndarray  # (96, 96), uint8
+    boxes: np.ndarray  # tight boxes (n, 4) as x1, y1, x2, y2 in pixels, float32
+    labels: np.ndarray  # class indices (n,)
 
 
 def digit_images(split: str) -> tuple[np.ndarray, np.ndarray]:

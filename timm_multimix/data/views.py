@@ -27,9 +27,6 @@ class TwoViews:
         views = [self.transform(image) for _ in range(2)]
         return np.concatenate(views) if isinstance(views[0], np.ndarray) else torch.cat(views)
 
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.transform!r})'
-
 
 class _EraseEach:
     """Apply random erasing to each view independently."""

@@ -108,18 +108,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def _metadata(name: str, results: list[EvalResult], tags: Sequence[str], fields: Mapping[str, Any]) -> ModelCardData:
-    return ModelCardData(
-        library_name='timm',
-        pipeline_tag=_TASK,
-        tags=['timm', _TASK, *tags],
-        metrics=['accuracy'] if any(result.metric_type == 'accuracy' for result in results) else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-        **fields,
-    )
-
-
 def _usage(repo_id: str, revision: str | None) -> str:
     branch = f'@{revision}' if revision else ''
     option = f", revision='{revision}'" if revision else ''
@@ -158,24 +146,15 @@ def _evaluation(results: Sequence[EvalResult]) -> str:
 
 
 def _model_table(config: Mapping[str, Any]) -> str:
-    data = config['pretrained_cfg']
     rows = {
         'architecture': f'`{config["architecture"]}`',
         'classes': str(config['num_classes']),
-        'input': ' x '.join(map(str, data['input_size'])),
-        'resizing': f'{data["interpolation"]}, center crop of {data["crop_pct"]:g}',
-        'pixel mean': ', '.join(f'{value:.4g}' for value in data['mean']),
-        'pixel standard deviation': ', '.join(f'{value:.4g}' for value in data['std']),
+        'input': ' x '.join(map(str, config['pretrained_cfg']['input_size'])),
     }
     names = config.get('label_names')
     if names and len(names) <= 30:
         rows['class names'] = ', '.join(map(_escape, names))
     return '## Model\n\n' + _table(('', ''), rows.items())
-
-
-def _multimix(settings: Mapping[str, Any]) -> str:
-    rows = ((f'`{name}`', f'`{value}`') for name, value in settings.items())
-    return '## MultiMix\n\n' + _table(('setting', 'value'), rows)
 
 
 def _yaml(options: Mapping[str, Any]) -> str:
@@ -204,17 +183,7 @@ def model_card(
         has_curve: bool = False,
         fields: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Create a model card.
-
-    Args:
-        repo_id: Repository, 'user/name'.
-        config: Content of the model's config.json.
-        revision: Branch of the model; None for main.
-        summary: Description of the model and its training.
-        results: Result of eval_results.
-        recipe: Options of the training run.
-        has_curve: Whether training_curve.png exists next to the card.
-        fields: Card fields such as license, datasets and base_model; see CARD_FIELDS.
+    """Create a model card from the content of config.json, the result of eval_results and fields as in CARD_FIELDS.
 
     Raises:
         ValueError: if a field is unknown or invalid.
@@ -223,7 +192,11 @@ def model_card(
     check_fields(fields)
     name, has_multimix = repo_id.rpartition('/')[2], recipe is not None and recipe.has_multimix
     description, _ = fields.pop('description', ''), fields.pop('dataset_name', None)
-    tags = [*(['multimix'] if has_multimix else []), *fields.pop('tags', [])]
+    tags = ['timm', _TASK, *(['multimix'] if has_multimix else []), *fields.pop('tags', [])]
+    metadata = ModelCardData(
+        library_name='timm', pipeline_tag=_TASK, tags=tags, model_name=name if results else None,
+        metrics=['accuracy'] if any(result.metric_type == 'accuracy' for result in results) else None,
+        eval_results=list(results) or None, **fields)
     parts = [
         f'{_MARK} Remove this line to prevent later pushes from replacing the card. -->',
         f'# {_escape(name)}',
@@ -233,10 +206,9 @@ def model_card(
         _evaluation(results) if results else '',
         f'![Loss and accuracy over the epochs]({CURVE_NAME})' if has_curve else '',
         _model_table(config),
-        _multimix(recipe.multimix) if recipe and recipe.multimix else '',
         _recipe(recipe) if recipe else '',
         f'Exported with timm-multimix {__version__}, timm {timm.__version__} and torch {torch.__version__}.',
         f'## Citation\n\n{_CITATION}' if has_multimix else '',
     ]
     text = '\n\n'.join(part.strip() for part in parts if part.strip())
-    return ModelCard(f'---\n{_metadata(name, list(results), tags, fields).to_yaml()}\n---\n\n{text}\n')
+    return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n{text}\n')

@@ -4,13 +4,12 @@ import logging
 import os
 import re
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from safetensors.torch import load_file
@@ -19,8 +18,7 @@ from ..build.hub_files import WEIGHTS_NAME
 from ..build.saved_weights import WEIGHTS
 from ..common.command_line import Parser, check_packages, exit_status, program
 from ..common.errors import UsageError, usage_errors
-from ..common.files import create, remove_work_folders, work_folder
-from .card import CARD_NAME, CURVE_NAME
+from .card import CARD_NAME
 from .export import export
 from .models import check_rebuilds
 from .onnx import write_onnx
@@ -64,7 +62,6 @@ def _build_parser() -> argparse.ArgumentParser:
                             '%(default)s)')
     files.add_argument('--verify', action='store_true',
                        help='compare the outputs of model.onnx in onnxruntime with the outputs of the model')
-    card.add_argument('--output', metavar='DIR', help='write the card and its image to this folder')
     return parser
 
 
@@ -92,7 +89,7 @@ def _push_folder(args: argparse.Namespace) -> None:
         repository = HubRepository(
             args.repo_id, revision=args.revision, private=args.private or None, force=args.force)
         repository.log_in()
-        with work_folder(args.folder) as target:
+        with TemporaryDirectory(prefix='timm-multimix-') as target:
             model = export(args.folder, target, repository.repo_id, revision=args.revision, weights=args.weights)
             check_rebuilds(target, load_file(os.path.join(target, WEIGHTS_NAME)))
             repository.open(model.architecture)
@@ -102,20 +99,11 @@ def _push_folder(args: argparse.Namespace) -> None:
 
 
 def _show_card(args: argparse.Namespace) -> None:
-    with TemporaryDirectory() as target:
-        with usage_errors(args.folder):
-            model = export(
-                args.folder, target, args.repo_id, revision=args.revision, weights=args.weights, card_only=True)
+    with usage_errors(args.folder), TemporaryDirectory() as target:
+        model = export(
+            args.folder, target, args.repo_id, revision=args.revision, weights=args.weights, card_only=True)
         _logger.info(f'Model card for {model.origin}:')
-        if args.output is None:
-            sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
-            return
-        with usage_errors(f'--output {args.output}'):
-            os.makedirs(args.output, exist_ok=True)
-            for name in (CARD_NAME, CURVE_NAME):
-                if os.path.isfile(os.path.join(target, name)):
-                    with create(os.path.join(args.output, name)) as file:
-                        file.write(Path(target, name).read_bytes())
+        sys.stdout.write(Path(target, CARD_NAME).read_text(encoding='utf-8'))
 
 
 def _export_folder(args: argparse.Namespace) -> None:
@@ -131,49 +119,26 @@ def _export_folder(args: argparse.Namespace) -> None:
         raise UsageError('--verify needs --format onnx.')
     with usage_errors(args.target):
         os.makedirs(parent, exist_ok=True)
-        remove_work_folders(parent)
-        with work_folder(parent) as temporary:
-            model = export(args.folder, temporary, args.repo_id, revision=args.revision, weights=args.weights)
-            check_rebuilds(temporary, load_file(os.path.join(temporary, WEIGHTS_NAME)))
+        with TemporaryDirectory(prefix='timm-multimix-', dir=parent) as temporary:
+            files = os.path.join(temporary, 'files')  # the temporary folder itself is private
+            os.mkdir(files)
+            model = export(args.folder, files, args.repo_id, revision=args.revision, weights=args.weights)
+            check_rebuilds(files, load_file(os.path.join(files, WEIGHTS_NAME)))
             if args.format == 'onnx':
-                write_onnx(temporary, args.verify)
-            os.replace(temporary, target)
+                write_onnx(files, args.verify)
+            os.replace(files, target)
     _logger.info(f'Exported {model.message} to {args.target}: {model.origin}.')
     _logger.info(f"Load it with timm.create_model('local-dir:{args.target}', pretrained=True)")
-
-
-@contextmanager
-def _terminated_by_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM and SIGHUP too, so that temporary copies of the weights are removed."""
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt(number)
-
-    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _run(argv: Sequence[str] | None) -> None:
     args = _build_parser().parse_args(argv)
     if not os.path.isdir(args.folder):
         raise UsageError(f'{args.folder}: no such folder.')
-    remove_work_folders(args.folder)
     _complete(args)
-    with _terminated_by_signals():
-        dict(push=_push_folder, export=_export_folder, card=_show_card)[args.command](args)
+    dict(push=_push_folder, export=_export_folder, card=_show_card)[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `timm-multimix hub`.
-
-    Args:
-        argv: Command line arguments, by default sys.argv[1:].
-
-    Returns:
-        Exit status: 0 for success, 2 for a usage error, 130 after Ctrl-C.
-    """
+    """Run `timm-multimix hub`. Return the exit status."""
     return exit_status(lambda: _run(argv))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult
 from timm.models import get_pretrained_cfg, parse_model_name
 from timm.utils import unwrap_model
 from torch import nn
@@ -42,15 +41,12 @@ from .summary import draw_curve, read_summary
 _logger = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
+_CROP = dict(crop_mode='center')  # as in timm's validation
 
 
 def write_config(
-        folder: str,
-        args: argparse.Namespace,
-        model: nn.Module,
-        data_config: Mapping[str, Any],
-        class_to_idx: Mapping[str, int] | None,
-) -> None:
+        folder: str, args: argparse.Namespace, model: nn.Module, data_config: Mapping[str, Any],
+        class_to_idx: Mapping[str, int] | None) -> None:
     """Write timm's config.json of a run's model to the run folder.
 
     Raises:
@@ -58,33 +54,21 @@ def write_config(
     """
     try:
         with replacing(os.path.join(folder, CONFIG_NAME)) as path:
-            _save_config(
-                unwrap_model(model), path, data_config, not (args.pretrained or args.initial_checkpoint),
-                ordered_names(class_to_idx, args.num_classes))
+            save_config(
+                unwrap_model(model), path, data_config=dict(data_config, **_CROP),
+                label_names=ordered_names(class_to_idx, args.num_classes),
+                from_scratch=not (args.pretrained or args.initial_checkpoint))
     except HubError as error:
         if args.push_to_hub:
             raise UsageError(f'--push-to-hub: {error}') from error
         _logger.warning(f'{CONFIG_NAME} was not written. This run cannot be exported or pushed: {error}')
 
 
-def _save_config(
-        model: nn.Module, path: str, data_config: Mapping[str, Any], from_scratch: bool,
-        label_names: Sequence[str] | None = None) -> None:
-    data_config = dict(data_config, crop_mode='center')  # as in timm's validation
-    save_config(model, path, data_config=data_config, label_names=label_names, from_scratch=from_scratch)
-
-
 class Model(NamedTuple):
-    """An exported model of a run.
-
-    Attributes:
-        architecture: timm's name of the model.
-        message: Commit message.
-        origin: Description of the weights and their checkpoint.
-    """
+    """An exported model of a run."""
     architecture: str
-    message: str
-    origin: str
+    message: str  # of the commit
+    origin: str  # description of the weights and their checkpoint
 
 
 def _find_weights(paths: Sequence[str], weights: str) -> tuple[str, dict[str, Any], str]:
@@ -107,7 +91,7 @@ def _write_config(folder: str, args: argparse.Namespace, path: str, from_scratch
         shutil.copyfile(source, path)
     else:
         model = create_run_model(args, model_options(args))
-        _save_config(model, path, resolve_data(args, model), from_scratch)
+        save_config(model, path, data_config=dict(resolve_data(args, model), **_CROP), from_scratch=from_scratch)
     return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
@@ -124,26 +108,13 @@ def _base_model(args: Mapping[str, Any]) -> str | None:
     return base if source != 'local-dir' and _REPOSITORY.fullmatch(base) else None
 
 
-def _dataset_type(name: str) -> str:
-    """Convert a public value of --dataset, or '' for an image folder, to an identifier that is valid on the Hub."""
-    prefix, _, rest = name.partition('/')
-    return 'webdataset' if prefix.lower() == 'wds' else rest.partition(':')[0] or 'imagefolder'
-
-
-def _results(args: Mapping[str, Any], metrics: dict[str, float]) -> list[EvalResult]:
-    dataset, fields = public_text(args, 'dataset', ''), args['card']
-    demo, kind = DEMOS.get(dataset.lower()), _dataset_type(dataset)
-    name = demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
-    return eval_results(
-        metrics, (fields.get('datasets') or [kind])[0], fields.get('dataset_name') or name,
-        public_text(args, 'val_split', 'validation'))
-
-
-def _fields(args: Mapping[str, Any], base: str | None) -> dict[str, Any]:
-    """Return the card fields of a run. Fields of the recipe take precedence."""
+def _dataset(args: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an identifier of the dataset of a run that is valid on the Hub, and its displayed name."""
     dataset = public_text(args, 'dataset', '')
-    fields = {'datasets': [_dataset_type(dataset)]} if dataset.lower().startswith(('hfds/', 'hfids/')) else {}
-    return {**fields, **({'base_model': base} if base else {}), **args['card']}
+    prefix, _, rest = dataset.partition('/')
+    kind = 'webdataset' if prefix.lower() == 'wds' else rest.partition(':')[0] or 'imagefolder'
+    demo = DEMOS.get(dataset.lower())
+    return kind, demo.name if demo else 'images in folders' if kind == 'imagefolder' else kind
 
 
 def _method(options: Mapping[str, Any]) -> str:
@@ -152,12 +123,7 @@ def _method(options: Mapping[str, Any]) -> str:
 
 
 def _summary(
-        config: Mapping[str, Any],
-        checkpoint: Mapping[str, Any],
-        entry: str,
-        base: str | None,
-        recipe: Recipe,
-) -> str:
+        config: Mapping[str, Any], checkpoint: Mapping[str, Any], entry: str, base: str | None, recipe: Recipe) -> str:
     """Describe the model and its training in a few sentences."""
     epoch, temperature = checkpoint.get('epoch'), checkpoint.get('temperature')
     methods = {when: _method(options) or ' without MultiMix' for when, options in recipe.earlier.items()
@@ -165,7 +131,7 @@ def _summary(
     verb = f'fine-tuned from [{base}](https://huggingface.co/{base})' if base else 'trained'
     sentences = [
         f'This image classifier has {config["num_classes"]} classes and the architecture `{config["architecture"]}`.',
-        f'It was {verb}{_method(recipe.multimix) or (" without MultiMix" if methods else "")}.',
+        f'It was {verb}{_method(recipe.options) or (" without MultiMix" if methods else "")}.',
         *(f'{when}, it was trained{method} instead.' for when, method in methods.items()),
         f'`{WEIGHTS_NAME}` contains {described(checkpoint, entry)}'
         f'{"" if epoch is None else f" after epoch {epoch} (counted from 0)"}.',
@@ -186,16 +152,14 @@ def export(
         checkpoint_path: str | None = None,
         card_only: bool = False,
 ) -> Model:
-    """Export the model of a run as model.safetensors, config.json, README.md and training_curve.png.
+    """Export the model of a run folder as model.safetensors, config.json, README.md and training_curve.png.
 
     Args:
         folder: Run folder.
         target: Empty output folder.
-        repo_id: Repository in the card, 'user/name'.
-        revision: Branch in the card.
+        repo_id: Repository in the card, 'user/name', with its branch `revision`.
         weights: 'best' (the weights that the checkpoint's metric belongs to), 'student', 'ema' or 'teacher'.
-        checkpoint_path: Checkpoint to export. The default is the first one that contains the weights: the calibrated,
-            the best or the last checkpoint.
+        checkpoint_path: The default is the first one that contains the weights: calibrated, best or last checkpoint.
         card_only: Do not write the weights.
 
     Raises:
@@ -210,7 +174,6 @@ def export(
     path, checkpoint, key = _find_weights(paths, weights)
     recorded = recorded_arguments(checkpoint, path, build_training_parser())
     args = {**vars(recorded), **arguments_of(checkpoint)}
-    args['card'] = args.get('card') or {}
     from_scratch = not (args['pretrained'] or args['initial_checkpoint'])
     config = _write_config(folder, recorded, os.path.join(target, CONFIG_NAME), from_scratch)
     architecture, epoch = config['architecture'], checkpoint.get('epoch')
@@ -218,10 +181,17 @@ def export(
         save_weights(plain_weights(checkpoint[key]), os.path.join(target, WEIGHTS_NAME))
     base, recipe = _base_model(args), recipe_of(args, architecture)
     metrics = metrics_of(checkpoint, key, public_text(args, 'eval_metric', 'metric')) if args['val_split'] else {}
+    kind, shown = _dataset(args)
+    on_hub = public_text(args, 'dataset', '').lower().startswith(('hfds/', 'hfids/'))
+    fields: dict[str, Any] = {'datasets': [kind]} if on_hub else {}
+    fields.update({'base_model': base} if base else {}, **(args.get('card') or {}))
+    results = eval_results(
+        metrics, (fields.get('datasets') or [kind])[0], fields.get('dataset_name') or shown,
+        public_text(args, 'val_split', 'validation'))
     with usage_errors('The model card'):
         card = str(model_card(
             repo_id, config, revision=revision, summary=_summary(config, checkpoint, key, base, recipe),
-            results=_results(args, metrics), recipe=recipe, fields=_fields(args, base),
+            results=results, recipe=recipe, fields=fields,
             has_curve=draw_curve(read_summary(folder), os.path.join(target, CURVE_NAME))))
     if contains_token(card + json.dumps(config, ensure_ascii=False)):
         raise HubError(f'{CARD_NAME} or {CONFIG_NAME} would contain an access token.')

@@ -44,23 +44,15 @@ _PUBLIC_TEXT = {
 
 
 class Recipe(NamedTuple):
-    """Options of a training run that a card contains.
-
-    Attributes:
-        options: Options that differ from their defaults.
-        left_out: Names of options with values that can be private, which are omitted.
-        multimix: All MultiMix settings; empty if the last part of the run did not use MultiMix.
-        earlier: For a run that was resumed with other options, the options of each earlier part that differ from
-            `options`. The keys are texts such as 'Before epoch 3'.
-    """
-    options: Mapping[str, Any]
-    left_out: tuple[str, ...] = ()
-    multimix: Mapping[str, Any] = {}
+    """Options of a training run that a card contains."""
+    options: Mapping[str, Any]  # that differ from their defaults, and all MultiMix options of a run with MultiMix
+    left_out: tuple[str, ...] = ()  # names of options with values that can be private
+    # Options of the parts before a resume that differ from `options`, by texts such as 'Before epoch 3'.
     earlier: Mapping[str, Mapping[str, Any]] = {}
 
     @property
     def has_multimix(self) -> bool:
-        return bool(self.multimix) or any(part.get('multimix', 'off') != 'off' for part in self.earlier.values())
+        return any(part.get('multimix', 'off') != 'off' for part in (self.options, *self.earlier.values()))
 
 
 def is_public(name: str, value: Any) -> bool:
@@ -96,12 +88,10 @@ def _earlier(args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def recipe_of(args: Mapping[str, Any], architecture: str) -> Recipe:
     """Select the options of a run that its card contains. The architecture replaces a private value of --model."""
     defaults = vars(build_training_parser().parse_args([]))
+    settings = multimix_option_names() if args.get('multimix', 'off') != 'off' else ()
     given = {name: value for name, value in args.items()
-             if name in defaults and value != defaults[name] and name not in _LOCAL_OPTIONS}
+             if name in defaults and (value != defaults[name] or name in settings) and name not in _LOCAL_OPTIONS}
     options = {name: value for name, value in given.items() if is_public(name, value)}
     if 'model' in given.keys() - options.keys():
         options['model'] = architecture
-    multimix = {} if args.get('multimix', 'off') == 'off' else {
-        name: args[name] for name in multimix_option_names()
-        if args.get(name) is not None and is_public(name, args[name])}
-    return Recipe(options, tuple(sorted(given.keys() - options.keys())), multimix, _earlier(args))
+    return Recipe(options, tuple(sorted(given.keys() - options.keys())), _earlier(args))

@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id
 
 from ..build.hub_files import CONFIG_NAME, WEIGHTS_NAME, HubError, hub_errors, log_in_hint
-from ..common.secrets import contains_token, remember_token
+from ..common.secrets import contains_token
 from .card import CARD_NAME, is_ours
 
 _logger = logging.getLogger(__name__)
@@ -76,10 +76,8 @@ class HubRepository:
             HubError: if there is no token, or if it is invalid or read-only.
         """
         with hub_errors('Reading the access token'):
-            token = get_token()
-        if not token:
-            raise HubError(f'There is no access token for the Hugging Face Hub. {log_in_hint()}.')
-        remember_token(token)
+            if not get_token():
+                raise HubError(f'There is no access token for the Hugging Face Hub. {log_in_hint()}.')
         with hub_errors('Logging in to the Hugging Face Hub'):
             user = self.api.whoami()
         role = ((user.get('auth') or {}).get('accessToken') or {}).get('role')
@@ -115,10 +113,7 @@ class HubRepository:
     def _check_architecture(self, head: ModelInfo, architecture: str) -> None:
         if self.force or not {CONFIG_NAME, WEIGHTS_NAME} & _file_names(head):
             return
-        try:
-            existing = json.loads(self._read(head, CONFIG_NAME)).get('architecture')
-        except (ValueError, AttributeError):  # not JSON, or not a mapping
-            existing = None
+        existing = json.loads(self._read(head, CONFIG_NAME) or '{}').get('architecture')
         if existing != architecture:
             raise HubError(
                 f'{self.shown} contains {f"a {existing}" if existing else "a model that is not a timm model"}, but '
@@ -126,14 +121,9 @@ class HubRepository:
                 '(push: --force).')
 
     def push(self, folder: str | os.PathLike, message: str, sleep: Callable[[float], Any] | None = None) -> str:
-        """Push the files of a folder in one commit. Retry after temporary errors.
+        """Push the files of a folder in one commit. Retry after temporary errors, after `sleep` (time.sleep) returns.
 
         Unchanged files are not committed. A card that was edited by hand is not replaced.
-
-        Args:
-            folder: Folder with config.json, model.safetensors and optionally the card and its image.
-            message: Commit message.
-            sleep: Function that waits before a retry; the default is time.sleep.
 
         Returns:
             URL of the commit, or of the current commit if no file has changed.

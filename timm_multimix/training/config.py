@@ -109,7 +109,7 @@ def _demo_defaults(values: dict[str, Any]) -> tuple[dict[str, Any], str]:
     demo = DEMOS.get(dataset.lower())
     if demo is None:
         return {}, ''
-    unset = {name: value for name, value in demo.defaults.items() if name not in values}
+    unset = {name: value for name, value in demo.defaults().items() if name not in values}
     if 'input_size' in values:
         unset.pop('img_size', None)
     if 'lr_base' in values:

@@ -18,7 +18,7 @@ from ..common.distributed import lost_contact_errors
 from ..common.errors import RunError, UsageError, is_dead_worker, suppress_worker_errors, usage_errors
 from ..common.files import lock_folder, remove_temporary, replacing
 from ..hub.export import write_config
-from ..hub.summary import SUMMARY_NAME, add_row, read_summary, trim_summary
+from ..hub.summary import SUMMARY_NAME, add_row, read_summary
 from .checkpoints import RunSaver, set_aside
 from .checks import check_run_folder
 from .config import DATA_OPTIONS, dataset_danger
@@ -64,8 +64,6 @@ def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
     if setup.resumed_from and os.path.samefile(os.path.dirname(setup.resumed_from) or '.', folder):
         set_aside(setup, start_epoch)
         saver.restore_history(setup.resumed_from, start_epoch)
-    with replacing(os.path.join(folder, SUMMARY_NAME), copy=True) as path:
-        trim_summary(path, start_epoch)
     return saver
 
 
@@ -76,8 +74,7 @@ def _write_summary(setup: Setup, epoch: int, metrics: dict, eval_metrics: dict, 
     row['lr'] = learning_rate(setup)
     path = os.path.join(setup.folder, SUMMARY_NAME)
     try:
-        with replacing(path, copy=True) as temporary:
-            add_row(temporary, row)
+        add_row(path, row)
     except (OSError, UsageError) as error:  # a full disk, or a file that another program has changed
         raise RunError(f'{path} could not be written: {error}') from error
     trackers.log(row)

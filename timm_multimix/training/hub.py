@@ -6,7 +6,8 @@ import os
 import queue
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import suppress
+from tempfile import TemporaryDirectory
 
 from huggingface_hub.utils import disable_progress_bars
 from timm.utils.distributed import world_info_from_env
@@ -14,7 +15,7 @@ from timm.utils.distributed import world_info_from_env
 from ..build.hub_files import CONFIG_NAME, PATIENCE, HubError
 from ..build.saved_weights import plain_weights
 from ..common.errors import usage_errors
-from ..common.files import duplicate, remove_work_folders, work_folder
+from ..common.files import duplicate, remove_temporary
 from ..hub.command import push_command
 from ..hub.export import export
 from ..hub.models import check_rebuilds
@@ -36,8 +37,7 @@ class HubPush:
         self.args = args
         self._log_in(os.path.basename(args.experiment) or 'run')
         self.folder = ''
-        # Checkpoints to push, each with the temporary folder that contains it. None ends the thread.
-        self._jobs: queue.Queue[tuple[str | None, ExitStack] | None] = queue.Queue()
+        self._jobs: queue.Queue[str | None] = queue.Queue()  # checkpoints, '' for the result; None ends the thread
         self._thread = threading.Thread(target=self._work, name='hub', daemon=True)
         self._stopped = threading.Event()  # queued checkpoints are not pushed
         self._error = ''  # why the result was not pushed
@@ -72,7 +72,6 @@ class HubPush:
         self.folder = setup.folder
         if not self.args.hub_model_id:
             self._log_in(os.path.basename(setup.folder))
-        remove_work_folders(self.folder)
         with usage_errors('--push-to-hub'):
             # Not in the thread, because building a model draws random numbers.
             check_rebuilds(self.folder, plain_weights(setup.task.get_checkpoint_state()['state_dict']))
@@ -89,36 +88,36 @@ class HubPush:
         is_busy = self._jobs.unfinished_tasks and not self.args.hub_always_push
         if strategy == 'end' or (strategy == 'best' and not is_best) or is_busy:
             return
+        # A second link preserves the checkpoint when training replaces it. remove_temporary removes it after a crash.
+        path = os.path.join(self.folder, f'hub-{time.monotonic_ns()}.tmp')
         try:
-            with ExitStack() as stack:
-                # A second link preserves the checkpoint when training replaces it.
-                path = os.path.join(stack.enter_context(work_folder(self.folder)), 'checkpoint.pth.tar')
-                duplicate(os.path.join(self.folder, 'last.pth.tar'), path)
-                self._jobs.put((path, stack.pop_all()))
+            duplicate(os.path.join(self.folder, 'last.pth.tar'), path)
+            self._jobs.put(path)
         except OSError as error:
             _logger.warning(f'The checkpoint was not pushed: {error}')
 
     def _work(self) -> None:
-        for path, stack in iter(self._jobs.get, None):
-            with stack:
-                try:
-                    if path is None or not self._stopped.is_set():
-                        self._push(path)
-                except Exception as error:  # must not stop training
-                    _logger.debug('', exc_info=True)
-                    if path is None:
-                        self._error = str(error)
-                    elif not self._stopped.is_set():
-                        _logger.warning(f'The checkpoint was not pushed: {error}')
+        for path in iter(self._jobs.get, None):
+            try:
+                if not path or not self._stopped.is_set():
+                    self._push(path)
+            except Exception as error:  # must not stop training
+                _logger.debug('', exc_info=True)
+                if not path:
+                    self._error = str(error)
+                elif not self._stopped.is_set():
+                    _logger.warning(f'The checkpoint was not pushed: {error}')
+            with suppress(FileNotFoundError):
+                os.unlink(path)
             self._jobs.task_done()
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise HubError('The run has ended.')
 
-    def _push(self, path: str | None) -> None:
-        """Push a checkpoint, or the result of the run if `path` is None."""
-        with work_folder(self.folder) as target:
+    def _push(self, path: str) -> None:
+        """Push a checkpoint, or the result of the run if `path` is empty."""
+        with TemporaryDirectory(prefix='timm-multimix-') as target:
             model = export(
                 self.folder, target, self.repository.repo_id, revision=self.repository.revision,
                 weights=self.args.hub_weights, checkpoint_path=path)
@@ -134,7 +133,7 @@ class HubPush:
         """
         if not self.args.hub_always_push:
             self._stopped.set()  # queued checkpoints are older than the result
-        self._jobs.put((None, ExitStack()))
+        self._jobs.put('')
         self._jobs.put(None)
         deadline = time.monotonic() + self.patience
         try:
@@ -143,6 +142,8 @@ class HubPush:
         except KeyboardInterrupt:
             self._log_command('The upload was interrupted.')
             raise
+        finally:
+            remove_temporary(self.folder)
         if self._thread.is_alive():
             self._log_command(f'The upload took longer than {self.patience / 60:g} minutes.')
         elif self._error:
@@ -152,6 +153,7 @@ class HubPush:
         """Stop pushing without waiting, after the user stopped the run."""
         self._stopped.set()
         self._jobs.put(None)
+        remove_temporary(self.folder)
 
     def _log_command(self, reason: str) -> None:
         _logger.error(
