@@ -17,7 +17,7 @@ from PIL import Image
 from training_helpers import make_images
 
 from timm_multimix.data.class_names import dataset_classes
-from timm_multimix.data.demo import create_dataset
+from timm_multimix.data.demo import Part, create_dataset
 from timm_multimix.data.image_files import open_image, unreadable_images
 from timm_multimix.evaluation import main as evaluate
 
@@ -121,6 +121,18 @@ def test_evaluation_names_unreadable_images(script, model, tmp_path, capsys):
         'ood', '--output', str(tmp_path / 'out'), '-j', '0']) == 0
     err = capsys.readouterr().err
     assert err.count('1 images could not be read') == 2 and err.count('b/1.png cannot be read') == 2
+
+
+def test_unreadable_images_of_a_part_are_replaced_by_images_of_the_part(tmp_path):
+    make_images(tmp_path / 'train', count=2)
+    dataset = create_dataset('', root=str(tmp_path), split='train')
+    for name in ('a/1', 'c/1'):
+        (tmp_path / 'train' / f'{name}.png').write_bytes(b'junk')
+    part = Part(dataset, [0, 1, 3, 5])
+    assert [part[index][1] for index in range(4)] == [0, 1, 1, 0]
+    np.testing.assert_array_equal(part[1][0], dataset[3][0])
+    np.testing.assert_array_equal(part[3][0], dataset[0][0])
+    assert dataset[1][1] == 1 and np.array_equal(dataset[1][0], dataset[2][0])
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -10,7 +10,7 @@ from timm.data import create_dataset as create_timm_dataset
 
 from .dataset_types import TRAIN_SPLITS, VALIDATION_SPLITS, check_split
 from .glyphs import FIGURES, LETTERS, render_glyphs
-from .image_files import as_image_files
+from .image_files import ImageFiles, as_image_files
 
 DEMO_PREFIX = 'demo/'
 _VALIDATION_EVERY = 5
@@ -83,10 +83,15 @@ class EmbeddedDataset(torch.utils.data.Dataset):
 
 
 class Part(torch.utils.data.Subset):
-    """Subset of a dataset with its own transform. The dataset is copied, so that its transform does not change."""
+    """Subset of a dataset with its own transform. Only images of the subset replace its unreadable images.
+
+    The dataset is copied, so that its transform does not change.
+    """
 
     def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
         super().__init__(copy.copy(dataset), indices)
+        if isinstance(dataset, ImageFiles):
+            self.dataset.replacements = np.sort(indices)
 
     @property
     def transform(self) -> Callable | None:

@@ -110,9 +110,10 @@ def open_image(file: Any, mode: str | None) -> Image.Image:
 class ImageFiles(ImageDataset):
     """timm's ImageDataset with a record of unreadable images.
 
-    An image is unreadable if reading or decoding raises any exception. It is replaced by the next image, as in timm.
-    16-bit images are scaled to 8 bits.
+    An image is unreadable if reading or decoding raises any exception. It is replaced by the next image, as in timm, of
+    the sorted indices `replacements` if they are set. 16-bit images are scaled to 8 bits.
     """
+    replacements: np.ndarray | None = None
 
     def __init__(self, dataset: ImageDataset):
         super().__init__(
@@ -125,6 +126,11 @@ class ImageFiles(ImageDataset):
             return self.reader.filename(index, absolute=absolute) or f'image {index}'
         return f'image {index}'
 
+    def _next(self, index: int) -> int:
+        if self.replacements is None:
+            return (index + 1) % len(self)
+        return int(self.replacements[np.searchsorted(self.replacements, index, 'right') % len(self.replacements)])
+
     def _load(self, index: int) -> tuple[Any, ...]:
         """Return the decoded image, target and features of an index, or of the next one that is readable."""
         for _ in range(_MAX_IN_A_ROW):
@@ -135,7 +141,7 @@ class ImageFiles(ImageDataset):
                 name, reason = self._name(index, absolute=True), ' '.join(str(error).split()) or type(error).__name__
                 if self.unreadable.add(index):
                     _logger.warning(f'{name} cannot be read and is replaced by the next image: {reason}')
-                index = (index + 1) % len(self)
+                index = self._next(index)
         raise RuntimeError(
             f'{_MAX_IN_A_ROW} images in a row cannot be read. The last one is {listed([name])}: {reason}')
 
