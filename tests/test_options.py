@@ -32,8 +32,8 @@ def _kwargs(*argv):
 
 
 def test_all_options_are_there_and_explained():
-    assert {name for option in MULTIMIX.all_options for name in option.names} == OPTIONS
-    assert all(len(option.settings['help']) > 30 for option in MULTIMIX.all_options)
+    assert {name for option in MULTIMIX.options for name in option.names} == OPTIONS
+    assert all(len(option.settings['help']) > 30 for option in MULTIMIX.options)
     assert all(name in _parser().format_help() for name in OPTIONS)
 
 
@@ -63,7 +63,7 @@ def test_every_option_reaches_its_argument():
         distill_temperature=3.0, distill_ramp_epochs=6, views=2, shared_weights=True, preset='paper', prob=0.25,
         seed=0)
     task = MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs)
-    assert (task.mode, task.schedule.start_epoch, task.schedule.off_epoch, task.active) == ('dense', 4, 9, False)
+    assert (task.mode, task.schedule.start_epoch, task.schedule.off_epoch) == ('dense', 4, 9)
     for name in ('num_mixes', 'alpha', 'tuple_length', 'attention', 'attention_norm', 'attention_grad', 'balance',
                  'pooled_weight', 'clean_weight', 'logit_scale', 'gather', 'shared_weights'):
         assert getattr(task.loss, name) == kwargs[name], name

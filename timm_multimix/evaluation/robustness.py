@@ -3,6 +3,7 @@
 Kinds and parameters of the corruptions follow Hendrycks & Dietterich (2019). They are applied to the model's input
 instead of the original image, so accuracies are not comparable to accuracies on ImageNet-C.
 """
+import io
 import math
 import warnings
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from torchvision.transforms.v2.functional import gaussian_blur, jpeg
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
 PIXEL_LEVELS = 255
 
@@ -105,11 +107,17 @@ def _pixelate(images: torch.Tensor, factor: float, generator: torch.Generator) -
     return F.interpolate(small, size, mode='nearest-exact')
 
 
+def _jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+    """Compress and decompress an image of uint8 with one or three channels."""
+    buffer = io.BytesIO()
+    to_pil_image(image).save(buffer, 'JPEG', quality=quality)
+    return pil_to_tensor(Image.open(buffer))
+
+
 def _compress(images: torch.Tensor, quality: int, generator: torch.Generator) -> torch.Tensor:
     levels = (images * 255).round().to('cpu', torch.uint8)
-    in_color = images.shape[1] == 3  # JPEG supports one or three channels
-    compressed = jpeg(levels if in_color else levels.flatten(0, 1)[:, None], quality)
-    return compressed.view(images.shape).to(images) / 255
+    levels = levels if images.shape[1] == 3 else levels.flatten(0, 1)[:, None]
+    return torch.stack([_jpeg(image, quality) for image in levels]).view(images.shape).to(images) / 255
 
 
 # Function of each kind, and its parameter at each severity.
