@@ -45,7 +45,7 @@ class MultiMixTask(ClassificationTask):
     work as in timm.
 
     With prob < 1 every batch is assigned at random. With probability prob it is a MultiMix batch, otherwise it is
-    trained with the plain criterion, usually on mixed images. Images of MultiMix batches must not be mixed. A loader
+    trained with the plain criterion, usually on mixed images, and images of MultiMix batches must not be mixed. A loop
     that mixes images therefore decides (see BatchSchedule) and passes the decision to forward(). Otherwise the task
     decides from its seed and its number of training batches, which is part of its state.
 
@@ -222,7 +222,7 @@ class MultiMixTask(ClassificationTask):
             loss = self.criterion(output, target)
             parts = {'plain': loss.detach()} if self.schedule.alternates else {}
             return {'loss': loss, 'output': output, **parts}
-        # The loss ignores the attention of the output if it computes its own. The output has it then for padding only.
+        # A loss that computes its own attention ignores that of the output, whose zeros only mark the padding.
         mask = output.attention > 0 if self.loss.attention == 'cam' and output.attention is not None else None
         terms = self._terms(output, self._mixable(target, output.logits), teacher_output, mask=mask)
         if getattr(self.criterion, 'sum_classes', False):

@@ -16,8 +16,8 @@ class BatchSchedule:
     The selection depends only on seed, epoch and batch index. It is the same in every process and after a resume.
 
     Args:
-        prob: Probability of a MultiMix batch. With 1, every batch is a MultiMix batch, and image mixing applies to
-            every batch. Below 1, image mixing applies only to the other batches, which are trained without MultiMix.
+        prob: Probability of a MultiMix batch. Below 1, image mixing applies to the other batches only, which are
+            trained without MultiMix. With 1 there are no others, and image mixing applies to every batch.
         seed: Seed of the selection.
         start_epoch: First epoch with MultiMix batches, counted from 0.
         off_epoch: First epoch without MultiMix batches after start_epoch; 0 means never.

@@ -79,7 +79,7 @@ class _MultiMixModel:
                 raise ValueError(
                     'Dense MultiMix supports one tensor besides the features in forward_head, the mask of valid '
                     f"positions (b, r), got {len(masks)}: attach with mode='pooled'.")
-            current.prediction = prediction
+            current.prediction = prediction  # first, because the logits at positions come from forward_head too
             current.dense = _dense_logits_and_attention(self, features, *masks)
         return prediction
 

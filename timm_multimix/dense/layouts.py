@@ -38,7 +38,7 @@ class Layout:
         return features.movedim(self.channel_axis, -1).flatten(1, -2)[:, self.num_prefix_tokens:]
 
     def constant(self, vectors: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Return n maps of this size. All positions and prefix tokens of a map have the same vector, of (n, d)."""
+        """Return a map of this size for each of n vectors (n, d). The vector is at all positions and prefix tokens."""
         size = (size[0] + self.num_prefix_tokens, *size[1:])
         maps = vectors.reshape(len(vectors), *[1] * len(size), vectors.shape[1]).expand(-1, *size, -1)
         return maps.movedim(-1, self.channel_axis)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from timm.models import is_model
 
-from ..options import build_training_parser, multimix_option_names
+from ..options import MULTIMIX, build_training_parser, multimix_option_names
 
 # Options for the machine, the output and uploads, which a recipe does not contain.
 _LOCAL_OPTIONS = frozenset((
@@ -27,10 +27,10 @@ _PUBLIC_TEXT = {
     **dict.fromkeys((
         'amp_dtype', 'asl_reduction', 'clip_mode', 'dist_bn', 'eval_metric', 'eval_weights', 'fuser', 'gp',
         'input_img_mode', 'input_key', 'interpolation', 'kd_distill_type', 'kd_loss_type', 'kd_token_distill_type',
-        'loss', 'lr_base_scale', 'lr_decay_fn', 'mixup_mode', 'model_dtype', 'multimix', 'multimix_attention',
-        'multimix_attention_norm', 'multimix_preset', 'naflex_loss_scale', 'opt', 'remode', 'sched', 'target_format',
-        'task', 'torchcompile', 'torchcompile_mode', 'train_crop_mode', 'train_interpolation', 'train_size_schedule',
-        'variable_batch_loss_scale', 'worker_seeding'), _WORD),
+        'loss', 'lr_base_scale', 'lr_decay_fn', 'mixup_mode', 'model_dtype', 'naflex_loss_scale', 'opt', 'remode',
+        'sched', 'target_format', 'task', 'torchcompile', 'torchcompile_mode', 'train_crop_mode', 'train_interpolation',
+        'train_size_schedule', 'variable_batch_loss_scale', 'worker_seeding',
+        *(option.dest for option in MULTIMIX.options if 'choices' in option.settings)), _WORD),
     **dict.fromkeys(('model', 'kd_model_name', 'multimix_teacher'), _MODEL),
     'initial_checkpoint': _ON_HUB,
     'dataset': r'(?i:demo|torch|hfds|hfids|tfds|wds)(?:/\w[\w.-]*){1,2}(?::[\d.*]+)?',

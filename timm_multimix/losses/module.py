@@ -31,8 +31,8 @@ class MultiMixLoss(nn.Module):
 
     The dense term mixes the logits at every position, the pooled term mixes the ordinary logits. Without dense logits,
     pooled_weight is 1. The dense term is the mean over mixes and positions, without mixes whose examples all have
-    attention 0 at the position. Memory grows with the number of mixes only by the weights of the positions computed
-    together: n·b numbers per position.
+    attention 0 at the position. The loss keeps the weights of a few positions in memory, n·b numbers each. Nothing
+    else grows with the number of mixes.
 
     Args:
         num_mixes: Number of mixes n at every position. It should be well above the batch size.
@@ -273,7 +273,7 @@ class MultiMixLoss(nn.Module):
             target: torch.Tensor | None,
             mask: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """Return the attention, which is 0 at padding. It is the mask for uniform attention, or None without a mask."""
+        """Return the attention, 0 at padding. For uniform attention return the mask, which is None without padding."""
         if self.attention == 'cam':
             attention = attention_map(None, dense_logits, target, query='cam', norm=self.attention_norm, mask=mask)
         if attention is None or self.attention == 'uniform':

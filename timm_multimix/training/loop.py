@@ -85,8 +85,9 @@ def _gradient_scale(setup: Setup, num_images: int) -> float | torch.Tensor:
     return scale
 
 
-def _mix(state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor, dict[str, bool]]:
-    """Mix the images of a batch unless the loader has. Return input, target and keyword arguments of the task."""
+def _mix_images(
+        state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor, dict[str, bool]]:
+    """Apply mixup and CutMix unless the loader has. Return input, target and keyword arguments of the task."""
     loaders, options = state.setup.loaders, {}
     if loaders.schedule.alternates:
         options = dict(multimix=loaders.schedule.is_multimix(state.epoch, index))
@@ -107,7 +108,10 @@ def _forward(state: RunState, input: Any, target: torch.Tensor, options: dict[st
 
 
 def _scaler(setup: Setup) -> torch.amp.GradScaler:
-    """Return the gradient scaler, a disabled one without a loss scaler. timm's steps only with a backward pass."""
+    """Return PyTorch's scaler inside of timm's, which cannot make a step without a backward pass.
+
+    Without a loss scaler it is disabled.
+    """
     return setup.loss_scaler._scaler if setup.loss_scaler else torch.amp.GradScaler(enabled=False)
 
 
@@ -215,7 +219,7 @@ def train_epoch(state: RunState) -> dict[str, float]:
             update = index // accum_steps
             is_update = index == len(loader) - 1 or (index + 1) % accum_steps == 0
             state.watchdog.move(f'epoch {epoch}, update {update}')
-            input, target, options = _mix(state, index, *to_device(setup, input, target))
+            input, target, options = _mix_images(state, index, *to_device(setup, input, target))
             num_images = len(input['patches']) if isinstance(input, dict) else len(input)
             reporter.add(num_images, time.perf_counter() - waiting_since)
 

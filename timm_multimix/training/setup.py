@@ -15,7 +15,7 @@ from ..build.loaders import Loaders
 
 @dataclass
 class Setup:
-    """Parts of a run that do not change after build_run has created them. RunState contains the rest."""
+    """Parts of a run that do not change after its output folder has been created. RunState contains the rest."""
     args: argparse.Namespace
     options: dict[str, Any]  # options for args.yaml: as given, except for optimizer options of the checkpoint
     device: torch.device
