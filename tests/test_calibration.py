@@ -288,3 +288,10 @@ def test_predictions_are_unchanged(tmp_path, name):
     after = loaded(images)
     torch.testing.assert_close(after * temperature, before, rtol=1e-4, atol=1e-4)
     assert torch.equal(after.argsort(1), before.argsort(1))
+
+
+def test_scripted_models_are_refused():
+    with pytest.warns(FutureWarning):
+        model = torch.jit.script(nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r'torch\.jit'):
+        scalable_classifier(model, torch.randn(2, 6))

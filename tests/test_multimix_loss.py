@@ -254,6 +254,11 @@ def test_outputs_of_other_types_are_refused(output, wrong):
             MultiMixLoss(10).terms(output, target, wrong(output))
 
 
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match='no examples'):
+        MultiMixLoss(10)(torch.randn(0, 3), torch.zeros(0, dtype=torch.long))
+
+
 @pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int32, torch.int64])
 def test_integer_multi_hot_targets(output, dtype):
     target = torch.rand(6, 4).round()

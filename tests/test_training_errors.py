@@ -292,13 +292,22 @@ def test_pretrained_weights_with_code(mistake, tmp_path):
 
 
 @pytest.mark.parametrize('content, reason', [
-    (b'not a checkpoint', 'is not a PyTorch checkpoint'), (b'ext', ''), (b'', '')])
+    (b'not a checkpoint', 'is not a PyTorch checkpoint'), (b'ext', 'is not a PyTorch checkpoint'), (b'', 'is empty')])
 def test_file_that_does_not_contain_weights(mistake, tmp_path, content, reason):
     path = tmp_path / 'junk.txt'
     path.write_bytes(content)
     mistake(reason, initial_checkpoint=path)
     teacher = dict(multimix='dense', multimix_teacher='test_resnet', multimix_teacher_path=path)
     mistake(reason, **teacher)
+
+
+def test_damaged_weights_to_start_from(mistake, tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(timm.create_model('test_resnet', num_classes=3).state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    mistake('differs from its checksum', initial_checkpoint=path)
 
 
 def test_weights_of_the_format_before_pytorch_1_6(script, image_folder, tmp_path):

@@ -108,7 +108,7 @@ def _wrong_entry(checkpoint: Mapping[str, Any]) -> str | None:
 
 
 def _why_damaged(path: str) -> str | None:
-    """Return why a file is damaged, None if it is intact or of another format. PyTorch does not verify checksums."""
+    """Return why a PyTorch file is damaged, None if it is intact. PyTorch does not verify checksums."""
     if os.path.getsize(path) == 0:
         return 'it is empty'
     if zipfile.is_zipfile(path):
@@ -116,9 +116,18 @@ def _why_damaged(path: str) -> str | None:
             broken = archive.testzip()
         return None if broken is None else f'it is damaged ({broken} differs from its checksum)'
     with open(path, 'rb') as file:
-        if file.read(4) == b'PK\x03\x04':
-            return 'it is truncated'
-    return None  # the format before PyTorch 1.6, or another format
+        start = file.read(4)
+    if start == b'PK\x03\x04':
+        return 'it is truncated'
+    is_pickled = start[:1] == b'\x80'  # the format before PyTorch 1.6
+    return None if is_pickled else 'it is not a PyTorch checkpoint'
+
+
+def check_weights_file(path: str) -> None:
+    """Raise UsageError if a file that timm is about to load into a model is damaged."""
+    is_checked = os.path.isfile(path) and not path.endswith(('.safetensors', '.npz', '.npy'))  # timm reads these too
+    if is_checked and (reason := _why_damaged(path)):
+        raise UsageError(f'{path} contains no weights: {reason}.')
 
 
 def read_checkpoint(path: str, verify: bool = True) -> dict:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..common.errors import UsageError, near_names, usage_errors
 from ..dense.hook import outputs_in_evaluation
+from .checkpoint import check_weights_file
 from .hub_files import PICKLED_WEIGHTS_NAME, WEIGHTS_NAME, download, is_hub_name
 from .option import option_name
 
@@ -73,6 +74,7 @@ def create_run_model(args: argparse.Namespace, options: dict[str, Any]) -> nn.Mo
     files = ('initial_checkpoint', 'pretrained_path')
     started = ''.join(f', {option_name(name)} {path}' for name in files if (path := getattr(args, name)))
     with usage_errors(f'--model {args.model}{started}'):
+        check_weights_file(checkpoint_path)
         model = create_model(
             pretrained=args.pretrained, scriptable=args.torchscript, checkpoint_path=checkpoint_path, **options)
     if not getattr(model, 'num_classes', 0):

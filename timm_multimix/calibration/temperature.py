@@ -136,11 +136,13 @@ def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
         ValueError: If there are no such layers, because the last affine layer is followed by an operation other than
             scaling, or its weight is normalized to a fixed norm.
     """
+    is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     kind, twin = type(model).__name__, copy.deepcopy(model).eval()
-    names = last_layers(twin, images)
+    names = [] if is_scripted else last_layers(twin, images)
     if not names:
         raise ValueError(
-            f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile.')
+            f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile or '
+            'torch.jit.')
     tolerance, is_proportional = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps), False
     with torch.autocast(images.device.type, enabled=False), suppress(NotImplementedError):  # without right_inverse
         expected = _wide(_logits(twin, images))

@@ -89,7 +89,7 @@ def _from_name(name: str, pretrained: bool) -> Candidate:
     """Create a model of timm or the Hub. Models of the Hub always have pretrained weights."""
     if ':' not in name and ('/' in name or os.sep in name):
         raise UsageError(f"{name}: no such folder or file. Names of models on the Hub start with 'hf-hub:'.")
-    check_model_name(name, 'Model')
+    check_model_name(name, 'No such folder or file. Model')
     in_timm = parse_model_name(name)[0] is None
     if pretrained and in_timm and not is_model_pretrained(name):
         raise UsageError(f'{name}: timm has no pretrained weights of this model.')

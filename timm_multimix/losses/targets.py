@@ -75,6 +75,8 @@ def check_target(
     """Check targets of examples for logits (b, c), or of positions for logits (b, r, c), and cast multi-hot targets."""
     if is_binary and not target.is_floating_point() and target.ndim == len(logits_shape):
         target = target.float()
+    if not logits_shape[0]:
+        raise ValueError('The batch has no examples.')
     is_soft = target.is_floating_point()
     if target.shape != (logits_shape if is_soft else logits_shape[:-1]) or not (is_soft or target.dtype == torch.int64):
         axes = 'b, r' if len(logits_shape) == 3 else 'b,'

@@ -14,6 +14,7 @@ from timm.task import (
 )
 from torch import nn
 
+from ..build.checkpoint import check_weights_file
 from ..build.criteria import check_num_classes, criterion_options
 from ..build.model import blank_images, model_dtype
 from ..common.errors import usage_errors
@@ -76,6 +77,7 @@ def _pretrained_teacher(args: argparse.Namespace, model: nn.Module, data_config:
     path = args.multimix_teacher_path
     with usage_errors(
             f'--multimix-teacher {args.multimix_teacher}' + (f', --multimix-teacher-path {path}' if path else '')):
+        check_weights_file(path or '')
         teacher = PretrainedTeacher(
             args.multimix_teacher, model, path=path, mean=data_config['mean'], std=data_config['std'],
             device=torch.device(args.device), dtype=model_dtype(args))
