@@ -62,8 +62,8 @@ class EMATeacher(FrozenTeacher):
 
     Args:
         model: The student. Its weights are the initial average. If it is attached, the teacher returns a
-            MultiMixOutput too. Wrappers for compilation and distribution are removed. Or an existing ModelEmaV3, which
-            its owner updates and saves. It has its own options.
+            MultiMixOutput too. Wrappers for compilation and distribution are removed. An existing ModelEmaV3 is used
+            as it is: its owner updates and saves it, and the options below have no effect.
         decay: Decay of the average, in [0, 1).
         use_warmup: Limit the decay of update t to 1 - (1 + t)^(-2/3). Otherwise the teacher stays close to the
             initial model for about 1 / (1 - decay) updates.

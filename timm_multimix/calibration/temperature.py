@@ -143,7 +143,8 @@ def scalable_classifier(model: nn.Module, images: torch.Tensor) -> list[str]:
         raise ValueError(
             f'The last layer of {kind} was not found. Calibrate the model before it is compiled with torch.compile or '
             'torch.jit.')
-    tolerance, is_proportional = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps), False
+    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
+    is_proportional = False
     with torch.autocast(images.device.type, enabled=False), suppress(NotImplementedError):  # without right_inverse
         expected = _wide(_logits(twin, images))
         _multiply(twin, names, _TEST_FACTOR)

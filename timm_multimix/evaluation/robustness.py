@@ -116,7 +116,8 @@ def _jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
 
 def _compress(images: torch.Tensor, quality: int, generator: torch.Generator) -> torch.Tensor:
     levels = (images * 255).round().to('cpu', torch.uint8)
-    levels = levels if images.shape[1] == 3 else levels.flatten(0, 1)[:, None]
+    if images.shape[1] != 3:  # JPEG supports one or three channels
+        levels = levels.flatten(0, 1)[:, None]
     return torch.stack([_jpeg(image, quality) for image in levels]).view(images.shape).to(images) / 255
 
 

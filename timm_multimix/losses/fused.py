@@ -173,7 +173,7 @@ class FusedLoss:
         c, common = sums[:, :-1], sums[:, -1:]                              # n C (p, b, c) and n 1ᵀG (p, 1, c)
         # The part of value and gradient that is linear in the targets.
         covariance = centered[..., :-1].mT @ centered[..., :-1]             # n K
-        # Some products add the n squares on the diagonal one after the other, with n roundings. sum() has log n.
+        # The diagonal has sums of n squares. Some matrix products add them in order. sum() rounds less often.
         covariance.diagonal(dim1=1, dim2=2).copy_(centered[..., :-1].square().sum(dim=1))
         mixed_target, covariant_target = total @ target, covariance @ target
         value = value - (covariant_target * logits).sum() - (mixed_target * (w @ logits)).sum()

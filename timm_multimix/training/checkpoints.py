@@ -246,4 +246,5 @@ def set_aside(setup: Setup, start_epoch: int) -> None:
     for path in later:
         os.replace(path, os.path.join(folder, os.path.basename(path)))
     _logger.warning(
-        f'{len(later)} checkpoints in {setup.folder} are later than the start of this run. They are moved to {folder}.')
+        f'This run continues in epoch {start_epoch}. {len(later)} later checkpoints in {setup.folder} are moved to '
+        f'{folder}.')
