@@ -148,7 +148,7 @@ def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def compiled_loss(criterion: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Compile the loss as MultiMixTask.compile does: on a GPU only."""
+    """Compile a loss as MultiMixTask.compile does: on a GPU only, and without a teacher."""
     return torch.compile(criterion) if args.compile and args.device != 'cpu' else criterion
 
 
@@ -181,7 +181,7 @@ def multimix(mode: str, **options: Any) -> Callable[..., Loss]:
 def with_teacher(model: nn.Module, args: argparse.Namespace) -> Loss:
     attach(model, 'dense')
     teacher = EMATeacher(model)
-    criterion = compiled_loss(SelfDistillationLoss(MultiMixLoss(args.num_mixes)), args)
+    criterion = SelfDistillationLoss(MultiMixLoss(args.num_mixes))
     run = compiled(model, args)
     if args.compile:
         teacher.compile()

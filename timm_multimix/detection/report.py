@@ -5,7 +5,6 @@ import logging
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,10 @@ _FIGURE_IMAGES = 6
 
 def _checksum(path: str) -> str | None:
     """Return a checksum of a checkpoint, None for a name of timm or the Hub."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if os.path.exists(path) else None
+    if not os.path.isfile(path):
+        return None
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 
 class Comparison:
