@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from timm_multimix import MultiMixLoss, attach
 from timm_multimix.calibration.temperature import fold_temperature, scalable_classifier
-from timm_multimix.dense.positions import dense_logits, position_logits
+from timm_multimix.dense.hook import dense_logits
+from timm_multimix.dense.positions import position_logits
 
 BACKBONES = {
     'beit': ('beit_base_patch16_224', 32),

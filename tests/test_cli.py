@@ -132,10 +132,12 @@ def test_calibrate_on_other_images_but_not_on_those_of_training(script, image_fo
     assert main(['calibrate', folder, '--split', '0.5']) == 2  # this run held out nothing
     assert 'must be the name of a split' in script.capsys.readouterr().err
     assert main(['calibrate', folder]) == 0
-    assert 'The split validation has selected the best checkpoint' in script.capsys.readouterr().err
+    told = script.capsys.readouterr().err
+    assert 'The split validation has selected the best checkpoint' in told and told.endswith('--split SPLIT\n')
     first = temperature(script)
     make_images(root / 'extra', count=5)
     assert main(['calibrate', folder, '--split', 'extra']) == 0
+    assert '--split SPLIT' not in script.capsys.readouterr().err
     own = temperature(script)
     shutil.move(root / 'extra', tmp_path / 'others' / 'validation')
     shutil.rmtree(root)  # the training images are on another machine

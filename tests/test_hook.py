@@ -9,9 +9,9 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from timm_multimix.dense.hook import attach
-from timm_multimix.dense.positions import dense_logits, position_features
-from timm_multimix.losses.output import MultiMixOutput
+from timm_multimix.dense.hook import attach, dense_logits
+from timm_multimix.dense.positions import position_features
+from timm_multimix.losses.module import MultiMixOutput
 
 
 def build(name='test_resnet', **kwargs):

@@ -4,10 +4,9 @@ import timm
 import torch
 from torch import nn
 
-from timm_multimix.dense.blueprint import blueprint
-from timm_multimix.dense.heads import find_head
-from timm_multimix.dense.layouts import Layout, align_streams, grid_size
-from timm_multimix.dense.positions import dense_logits
+from timm_multimix.dense.heads import blueprint, find_head
+from timm_multimix.dense.hook import dense_logits
+from timm_multimix.dense.positions import Layout, align_streams, grid_size
 
 MODELS = {
     'linear after average pooling': ('test_resnet', {}),

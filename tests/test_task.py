@@ -21,8 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_multimix.build.criteria import loss_options
-from timm_multimix.losses.module import MultiMixLoss
-from timm_multimix.losses.output import MultiMixOutput
+from timm_multimix.losses.module import MultiMixLoss, MultiMixOutput
 from timm_multimix.task import MultiLabelMultiMixTask, MultiMixTask
 
 CLASSES = 5

@@ -327,8 +327,9 @@ def test_checkpoint_of_another_model(mistake, tmp_path, option):
 
 def test_output_that_cannot_be_written(script, image_folder):
     (script.folder / 'file').write_text('')
-    assert script.train(image_folder, output='file') == 2
-    assert 'not a folder' in script.lines[-1]
+    for output in ('file', 'file/below'):
+        assert script.train(image_folder, output=output) == 2
+        assert len(script.lines) == 1 and 'is not a writable folder' in script.lines[0], script.text
 
 
 def test_validation_on_training_images_is_reported(script, tmp_path):

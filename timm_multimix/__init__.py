@@ -7,8 +7,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .calibration.temperature import calibrate
     from .data.views import TwoViews, add_second_view, split_views
-    from .dense.hook import attach, detach
-    from .dense.positions import dense_logits
+    from .dense.hook import attach, dense_logits, detach
     from .hub import push_to_hub
     from .losses import (
         MultiMixLoss,
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 _NAMES = {
     'calibration': ('calibrate',),
     'data.views': ('TwoViews', 'add_second_view', 'split_views'),
-    'dense.hook': ('attach', 'detach'),
-    'dense.positions': ('dense_logits',),
+    'dense.hook': ('attach', 'dense_logits', 'detach'),
     'hub': ('push_to_hub',),
     'losses': (
         'MultiMixLoss', 'MultiMixOutput', 'attend', 'attention_map', 'manifold_mixup_weights',

@@ -14,8 +14,7 @@ from .data.alternation import BatchSchedule
 from .data.views import split_views
 from .dense.hook import attach, detach
 from .losses.attention import check_attention
-from .losses.module import MultiMixLoss
-from .losses.output import MultiMixOutput
+from .losses.module import MultiMixLoss, MultiMixOutput
 from .losses.targets import class_rows
 from .teacher import EMATeacher, FrozenTeacher, PretrainedTeacher, SelfDistillationLoss, check_teacher
 

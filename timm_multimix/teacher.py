@@ -8,8 +8,7 @@ from torch import nn
 
 from .dense.hook import outputs_in_evaluation
 from .losses.fused import check_distillation
-from .losses.module import MultiMixLoss
-from .losses.output import MultiMixOutput
+from .losses.module import MultiMixLoss, MultiMixOutput
 
 
 def check_teacher(teacher: str | nn.Module, decay: float, path: str | None, views: int) -> None:

@@ -64,9 +64,6 @@ def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: in
             train, _ = build_datasets(argparse.Namespace(**{**vars(run), 'val_split': ''}), in_chans)
     if not is_own:
         run.dataset, run.data_dir = args.dataset or '', args.data_dir
-    elif run.val_split and share_split(run.val_split, calibrate):
-        _logger.warning(
-            f'The split {calibrate} has selected the best checkpoint. Evaluate the calibrated model on other images.')
     run.calibrate = calibrate
     _, images = hold_out(run, train, None, in_chans)
     assert images is not None
@@ -93,6 +90,12 @@ def _calibrate(args: argparse.Namespace) -> None:
         workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
     options = model_options(run)
     images = _open_images(args, run, input_channels(options))
+    has_own_data = args.data_dir is None and args.dataset is None
+    selected_by = bool(has_own_data and run.val_split and share_split(run.val_split, run.calibrate))
+    if selected_by:
+        _logger.warning(
+            f'The split {run.calibrate} has selected the best checkpoint. Evaluate the calibrated model on other '
+            'images.')
     if classes := valid_classes(checkpoint.get('class_to_idx')):
         match_classes(run, images, run.calibrate, classes, best)
     model = place_model(run, create_run_model(run, options))
@@ -101,7 +104,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         path = write_calibrated(args.run, model, loader, nullcontext)
     if path is None:
         raise RunError('No calibrated checkpoint was written.')
-    _logger.info(f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}')
+    _logger.info(
+        f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}{" --split SPLIT" if selected_by else ""}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from ..dense.blueprint import watching
-from ..dense.heads import mean_of_heads
+from ..dense.heads import watching
+from ..dense.positions import mean_of_heads
 
 # Limit of the ratio between the standard deviation of the logits and the temperature.
 _MAX_RATIO = 1e4

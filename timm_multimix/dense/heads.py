@@ -1,76 +1,100 @@
-"""Determine how to apply a model's head at every position, by running the head on small feature maps."""
+"""Determine how to apply a model's head at every position.
+
+A copy of the model on the meta device runs on one image to inspect the features. The head of the copy, with random
+parameters, then runs on small feature maps.
+"""
+import contextlib
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .blueprint import SHAPE_ERRORS, run_example, watching
 from .head_norm import check_batch_norms
-from .layouts import Features, Layout, as_streams
+from .positions import Features, Head, Layout, as_streams, mean_of_heads, modules_below
 
 TOLERANCE = 1e-4
+# 2 x 2 positions at stride 64
+SMALL_IMAGE = 128
+# Errors that modules raise for inputs of an unsupported shape.
+SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
-@dataclass(frozen=True)
-class Head:
-    """Description of a head.
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value, including those in lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
-    Attributes:
-        layouts: Layout of each stream of the features.
-        method: How the head is applied at a position. 'single': forward_head on maps of one position. 'whole':
-            forward_head on maps filled with the vector of the position, for heads that depend on the position.
-            'window': forward_head on every window of the head's convolution.
-        window: Height and width of the convolution, for 'window'.
-        batch_norms: Module names of the BatchNorms in the head.
-        reads_positions: Whether the prediction depends on the positions only, and not on a class token.
-        has_class_token: Whether the first entry of each stream is a class token.
-        map_norm: Module name of the norm after the last feature map, if forward_features returns class tokens only.
-        resizes_images: Whether the model resizes all images to one size, so that the grid of positions is constant.
-        names: Names of the outermost modules of the head.
-        modules: These modules and their submodules at the time of inspection.
+
+def blueprint(model: nn.Module) -> nn.Module:
+    """Copy a model to the meta device, in evaluation mode. The copy needs no memory and no computation."""
+    if any(hasattr(parameter, 'device_mesh') for parameter in model.parameters()):  # DTensors
+        raise TypeError(
+            f'{type(model).__name__} has sharded parameters: attach in dense mode before you shard the model, for '
+            'example with fully_shard.')
+    data = {}
+    for module in model.modules():
+        for tensor in _tensors(vars(module)):
+            empty = torch.empty_like(tensor, device='meta', requires_grad=False)
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            data[id(tensor)] = empty
+    return copy.deepcopy(model, data).eval()
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, watch: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Context manager that calls watch(name, module, output) after every call of a submodule."""
+    handles = [
+        module.register_forward_hook(lambda module, _, output, name=name: watch(name, module, output))
+        for name, module in model.named_modules() if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _image_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return image sizes to try: a small size, the sizes declared by the model and its modules, then common sizes."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    declared = [getattr(module, 'img_size', None) for module in model.modules()]
+    sizes = [SMALL_IMAGE, *declared, (config.get('input_size') or ())[-2:], 224, *range(32, 545, 32)]
+    sizes = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes if size]
+    return [size for size in dict.fromkeys(sizes) if len(size) == 2]
+
+
+@torch.no_grad()
+def run_example(model: nn.Module) -> tuple[nn.Module, torch.Tensor, Features]:
+    """Run forward_features of a float32 copy of the model on one image, on the meta device.
+
+    Returns:
+        The copy, the image (1, 3, h, w) and the features.
     """
-    layouts: tuple[Layout, ...]
-    method: str
-    window: tuple[int, int] | None = None
-    batch_norms: tuple[str, ...] = ()
-    reads_positions: bool = True
-    has_class_token: bool = False
-    map_norm: str | None = None
-    resizes_images: bool = False
-    names: tuple[str, ...] = ()
-    modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
-
-    def belongs_to(self, model: nn.Module) -> bool:
-        """Whether the head of the model still consists of the inspected modules."""
-        if getattr(model, '_is_replica', False):  # nn.DataParallel copies modules in every forward pass
-            return True
+    twin = blueprint(model).float()
+    channels = getattr(model, 'in_chans', None) or next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
+    sizes = _image_sizes(model)
+    for size in sizes:
+        image = torch.zeros(1, channels, *size, device='meta')
         try:
-            return _modules_below(model, self.names) == self.modules
-        except AttributeError:  # a module was removed
-            return False
-
-    def pack(self, streams: Sequence[torch.Tensor]) -> Features:
-        """Convert the streams to the input of forward_head."""
-        return list(streams) if len(streams) > 1 else streams[0]
-
-    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]] | None = None) -> Features:
-        """Return constant maps of the given sizes, or of one position, for the vectors (n, d_s) of each stream."""
-        sizes = sizes or [(1,) * (layout.ndim - 2) for layout in self.layouts]
-        streams = zip(self.layouts, vectors, sizes, strict=True)
-        return self.pack([layout.constant(vector, size) for layout, vector, size in streams])
-
-
-def _modules_below(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
-    """Return the named modules and their submodules."""
-    return tuple(module for name in names for module in model.get_submodule(name).modules())
-
-
-def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Average the outputs of a model with several heads, as distilled models do in evaluation mode."""
-    return sum(output[1:], output[0]) / len(output) if isinstance(output, tuple) else output
+            return twin, image, twin.forward_features(image)
+        except SHAPE_ERRORS as caught:
+            error = caught
+    raise ValueError(
+        f'{type(model).__name__}.forward_features failed on the meta device for all image sizes '
+        f'{", ".join(f"{height}x{width}" for height, width in sizes)}: set model.img_size to a size that the model '
+        "accepts, or attach with mode='pooled'. The last error was "
+        f'{type(error).__name__}: {error}') from error
 
 
 def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module]:
@@ -221,7 +245,7 @@ def _inspect(model: nn.Module, twin: nn.Module, features: Features) -> Head:
     names = _outermost(called)
     batch_norms = tuple(name for name, module in called.items() if isinstance(module, _BatchNorm))
     check_batch_norms(model, batch_norms)
-    head = Head((), 'single', batch_norms=batch_norms, names=names, modules=_modules_below(model, names))
+    head = Head((), 'single', batch_norms=batch_norms, names=names, modules=modules_below(model, names))
     head = _find_layouts(twin, head, empty)
     window = _window(called)
     if window is not None:

@@ -9,11 +9,10 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..losses.attention import attention_map, check_attention
-from ..losses.output import MultiMixOutput
+from ..losses.module import MultiMixOutput
 from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
-from .heads import Head, find_head, mean_of_heads
-from .layouts import Features, as_streams
-from .positions import check_protocol, position_features, position_logits
+from .heads import find_head
+from .positions import Features, Head, as_streams, mean_of_heads, position_features, position_logits
 from .swapping import restore_class, swap_class
 
 ATTACH_MODES = ('pooled', 'dense')
@@ -213,9 +212,25 @@ def detach(model: nn.Module) -> None:
     del model._multimix
 
 
+def _check_protocol(model: nn.Module) -> None:
+    """Raise TypeError if the model does not follow timm's protocol, and ValueError if it has no classifier."""
+    # A compiled model forwards attribute access, so it seems to have both methods.
+    is_compiled = isinstance(getattr(model, '_orig_mod', None), nn.Module)
+    if is_compiled or not all(callable(getattr(model, name, None)) for name in ('forward_features', 'forward_head')):
+        raise TypeError(
+            f"{type(model).__name__} does not have timm's forward_features and forward_head. Attach before you wrap "
+            'the model for compilation or distribution. For models of other libraries use pooled MultiMix: pass the '
+            'logits (b, c) to MultiMixLoss.')
+    classifier = model.get_classifier() if callable(getattr(model, 'get_classifier', None)) else None
+    if getattr(model, 'num_classes', None) == 0 or isinstance(classifier, nn.Identity):
+        raise ValueError(
+            f'{type(model).__name__} has no classifier (num_classes=0): create it with the number of classes, '
+            'or call reset_classifier.')
+
+
 def _inspect(model: nn.Module, mode: str, attention: str) -> Head | None:
     """Check that the model can be attached, and return the description of its head for the dense mode."""
-    check_protocol(model)
+    _check_protocol(model)
     replaced = [name for name in ('forward', 'forward_features', 'forward_head') if name in vars(model)]
     if replaced:
         raise TypeError(
@@ -308,3 +323,49 @@ def outputs_in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         if settings is not None:
             settings.in_evaluation = False
+
+
+def dense_logits(
+        model: nn.Module,
+        features: Features,
+        image_size: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Compute the logits of a timm model at every position of its feature map.
+
+    On a constant feature map, the logits at every position equal the output of forward_head. If the head is average
+    pooling and an affine classifier, the mean of the logits over positions equals the output of forward_head. Dropout
+    in the head draws a mask for each position. In training mode, BatchNorm in the head uses the statistics of the
+    pooled batch, and the running statistics are not updated. If the model is not attached, every call inspects the
+    head: attach the model in a training loop.
+
+    Args:
+        model: A timm model, or a model with timm's forward_features and forward_head.
+        features: Output of model.forward_features(images).
+        image_size: Height and width of the images. Required only for multi-scale models that return tokens, if images
+            are not square.
+
+    Returns:
+        Logits (b, r, c), positions in row-major order.
+
+    Raises:
+        TypeError: If the model does not have forward_features and forward_head.
+        ValueError: If the head cannot be applied at a position. The message gives the reason.
+    """
+    _check_protocol(model)
+    head = getattr(getattr(model, '_multimix', None), 'head', None)
+    if head is None or not head.belongs_to(model):
+        head = find_head(model)
+    positions = position_features(head, features, image_size)
+    if not head.batch_norms or not model.training:
+        return position_logits(model, head, features, positions)
+    attached = hasattr(model.get_submodule(head.batch_norms[0]), '_multimix_statistics')
+    swap_batch_norms(model, head.batch_norms)
+    try:
+        set_phase(model, head.batch_norms, 'measure')
+        model.forward_head(features)
+        set_phase(model, head.batch_norms, 'apply')
+        return position_logits(model, head, features, positions)
+    finally:
+        set_phase(model, head.batch_norms, None)
+        if not attached:
+            restore_batch_norms(model)

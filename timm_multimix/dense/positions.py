@@ -1,15 +1,133 @@
-"""Apply the head of a timm model at every position of its feature map."""
+"""Apply the head of a timm model at every position of its feature map.
+
+`Layout` describes the axes of a feature tensor and `Head` how a head is applied. heads.py determines both for a model.
+"""
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .head_norm import restore_batch_norms, set_phase, swap_batch_norms
-from .heads import Head, find_head, mean_of_heads
-from .layouts import Features, align_streams, as_streams, grid_size
-
 WHOLE_MAPS_AT_ONCE = 4
+
+Features = torch.Tensor | Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Axes of one feature tensor.
+
+    Attributes:
+        channels_first: Whether the channel axis follows the batch axis (NCHW, NCL) or comes last (NHWC, NLC).
+        ndim: Number of axes, including batch and channels.
+        num_prefix_tokens: Number of leading entries that are not positions: class, distillation and register tokens.
+        has_positions: Whether the other entries are positions. False for a fixed number of hidden states.
+    """
+    channels_first: bool
+    ndim: int
+    num_prefix_tokens: int = 0
+    has_positions: bool = True
+
+    @property
+    def channel_axis(self) -> int:
+        return 1 if self.channels_first else -1
+
+    def size(self, features: torch.Tensor) -> tuple[int, ...]:
+        """Return the sizes of the position axes, without prefix tokens."""
+        _, first, *others = features.movedim(self.channel_axis, -1).shape[:-1]
+        return first - self.num_prefix_tokens, *others
+
+    def positions(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the features at every position (b, r, d) in row-major order, as a view if possible."""
+        return features.movedim(self.channel_axis, -1).flatten(1, -2)[:, self.num_prefix_tokens:]
+
+    def constant(self, vectors: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Return a map of this size for each of n vectors (n, d). The vector is at all positions and prefix tokens."""
+        size = (size[0] + self.num_prefix_tokens, *size[1:])
+        maps = vectors.reshape(len(vectors), *[1] * len(size), vectors.shape[1]).expand(-1, *size, -1)
+        return maps.movedim(-1, self.channel_axis)
+
+
+def as_streams(features: Features) -> tuple[torch.Tensor, ...]:
+    """Return the feature tensors: one, or one for each stream of a multi-scale model."""
+    return (features,) if isinstance(features, torch.Tensor) else tuple(features)
+
+
+def grid_size(num_positions: int, image_size: Sequence[int] | None) -> tuple[int, int]:
+    """Return the height and width of a grid of tokens whose aspect ratio is closest to the image's, or to 1."""
+    aspect = image_size[0] / image_size[1] if image_size else 1.0
+    heights = (h for h in range(1, num_positions + 1) if num_positions % h == 0)
+    height = min(heights, key=lambda h: abs(math.log(h * h / num_positions / aspect)))
+    return height, num_positions // height
+
+
+def align_streams(streams: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Average-pool streams (b, r_s, d_s), with grids of these sizes, to the coarsest grid: (b, r, d_s)."""
+    coarsest = min(sizes, key=math.prod)
+    maps = (stream.unflatten(1, size).movedim(-1, 1) for stream, size in zip(streams, sizes, strict=True))
+    return [F.adaptive_avg_pool2d(stream, coarsest).flatten(2).mT for stream in maps]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Description of a head.
+
+    Attributes:
+        layouts: Layout of each stream of the features.
+        method: How the head is applied at a position. 'single': forward_head on maps of one position. 'whole':
+            forward_head on maps filled with the vector of the position, for heads that depend on the position.
+            'window': forward_head on every window of the head's convolution.
+        window: Height and width of the convolution, for 'window'.
+        batch_norms: Module names of the BatchNorms in the head.
+        reads_positions: Whether the prediction depends on the positions only, and not on a class token.
+        has_class_token: Whether the first entry of each stream is a class token.
+        map_norm: Module name of the norm after the last feature map, if forward_features returns class tokens only.
+        resizes_images: Whether the model resizes all images to one size, so that the grid of positions is constant.
+        names: Names of the outermost modules of the head.
+        modules: These modules and their submodules at the time of inspection.
+    """
+    layouts: tuple[Layout, ...]
+    method: str
+    window: tuple[int, int] | None = None
+    batch_norms: tuple[str, ...] = ()
+    reads_positions: bool = True
+    has_class_token: bool = False
+    map_norm: str | None = None
+    resizes_images: bool = False
+    names: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Whether the head of the model still consists of the inspected modules."""
+        if getattr(model, '_is_replica', False):  # nn.DataParallel copies modules in every forward pass
+            return True
+        try:
+            return modules_below(model, self.names) == self.modules
+        except AttributeError:  # a module was removed
+            return False
+
+    def pack(self, streams: Sequence[torch.Tensor]) -> Features:
+        """Convert the streams to the input of forward_head."""
+        return list(streams) if len(streams) > 1 else streams[0]
+
+    def constant_maps(self, vectors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]] | None = None) -> Features:
+        """Return constant maps of the given sizes, or of one position, for the vectors (n, d_s) of each stream."""
+        sizes = sizes or [(1,) * (layout.ndim - 2) for layout in self.layouts]
+        streams = zip(self.layouts, vectors, sizes, strict=True)
+        return self.pack([layout.constant(vector, size) for layout, vector, size in streams])
+
+
+def modules_below(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, ...]:
+    """Return the named modules and their submodules."""
+    return tuple(module for name in names for module in model.get_submodule(name).modules())
+
+
+def mean_of_heads(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Average the outputs of a model with several heads, as distilled models do in evaluation mode."""
+    return sum(output[1:], output[0]) / len(output) if isinstance(output, tuple) else output
 
 
 def _windows(features: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
@@ -94,65 +212,3 @@ def position_logits(
     if head.method == 'whole':
         return _whole_map_logits(model, head, streams, positions)
     return _constant_map_logits(model, head, positions)
-
-
-def dense_logits(
-        model: nn.Module,
-        features: Features,
-        image_size: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """Compute the logits of a timm model at every position of its feature map.
-
-    On a constant feature map, the logits at every position equal the output of forward_head. If the head is average
-    pooling and an affine classifier, the mean of the logits over positions equals the output of forward_head. Dropout
-    in the head draws a mask for each position. In training mode, BatchNorm in the head uses the statistics of the
-    pooled batch, and the running statistics are not updated. If the model is not attached, every call inspects the
-    head: attach the model in a training loop.
-
-    Args:
-        model: A timm model, or a model with timm's forward_features and forward_head.
-        features: Output of model.forward_features(images).
-        image_size: Height and width of the images. Required only for multi-scale models that return tokens, if images
-            are not square.
-
-    Returns:
-        Logits (b, r, c), positions in row-major order.
-
-    Raises:
-        TypeError: If the model does not have forward_features and forward_head.
-        ValueError: If the head cannot be applied at a position. The message gives the reason.
-    """
-    check_protocol(model)
-    head = getattr(getattr(model, '_multimix', None), 'head', None)
-    if head is None or not head.belongs_to(model):
-        head = find_head(model)
-    positions = position_features(head, features, image_size)
-    if not head.batch_norms or not model.training:
-        return position_logits(model, head, features, positions)
-    attached = hasattr(model.get_submodule(head.batch_norms[0]), '_multimix_statistics')
-    swap_batch_norms(model, head.batch_norms)
-    try:
-        set_phase(model, head.batch_norms, 'measure')
-        model.forward_head(features)
-        set_phase(model, head.batch_norms, 'apply')
-        return position_logits(model, head, features, positions)
-    finally:
-        set_phase(model, head.batch_norms, None)
-        if not attached:
-            restore_batch_norms(model)
-
-
-def check_protocol(model: nn.Module) -> None:
-    """Raise TypeError if the model does not follow timm's protocol, and ValueError if it has no classifier."""
-    # A compiled model forwards attribute access, so it seems to have both methods.
-    is_compiled = isinstance(getattr(model, '_orig_mod', None), nn.Module)
-    if is_compiled or not all(callable(getattr(model, name, None)) for name in ('forward_features', 'forward_head')):
-        raise TypeError(
-            f"{type(model).__name__} does not have timm's forward_features and forward_head. Attach before you wrap "
-            'the model for compilation or distribution. For models of other libraries use pooled MultiMix: pass the '
-            'logits (b, c) to MultiMixLoss.')
-    classifier = model.get_classifier() if callable(getattr(model, 'get_classifier', None)) else None
-    if getattr(model, 'num_classes', None) == 0 or isinstance(classifier, nn.Identity):
-        raise ValueError(
-            f'{type(model).__name__} has no classifier (num_classes=0): create it with the number of classes, '
-            'or call reset_classifier.')

@@ -20,7 +20,7 @@ from ..common.command_line import short_names
 from ..common.errors import UsageError, usage_errors
 from ..data.class_names import valid_classes
 from ..data.demo import default_img_mode
-from ..dense.heads import mean_of_heads
+from ..dense.positions import mean_of_heads
 from ..options import build_training_parser
 
 RANDOM = 'random'

@@ -13,7 +13,7 @@ from ..calibration.run import share_images
 from ..calibration.temperature import fit_temperature
 from ..common.errors import UsageError
 from ..dense.hook import attach, outputs_in_evaluation
-from ..dense.layouts import grid_size
+from ..dense.positions import grid_size
 from . import geometry, ood
 from .images import Images, predict, progress
 from .metrics import classification_metrics, cross_fit, reliability

@@ -1,7 +1,7 @@
-"""MultiMix as a loss module."""
+"""The output of an attached model, and MultiMix as a loss module."""
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,6 @@ from .attention import attention_map, check_attention
 from .functional import check_smoothing, mean, teacher_rows
 from .fused import FusedLoss, FusedLossFunction
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
-from .output import MultiMixOutput, as_output
 from .targets import check_class_weights, check_target, check_target_values, loss_dtype, make_targets
 from .weights import Alpha, alpha_range, check_mask, is_eager_cpu, sample_weights
 
@@ -19,6 +18,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     'default': dict(alpha=None, balance=True, pooled_weight=0.5),
     'paper': dict(alpha=(0.5, 2.0), balance=False, pooled_weight=0.0),
 }
+
+
+class MultiMixOutput(NamedTuple):
+    """Output of an attached model in training mode.
+
+    Attributes:
+        logits: Ordinary logits of the model (b, c). None if the loss has targets at every position only.
+        dense_logits: Logits at every position (b, r, c), positions in row-major order, or None in pooled mode.
+        attention: Attention of each example over its positions (b, r), or None for uniform attention. Positions with
+            attention 0, such as padding, have no effect on the loss.
+    """
+    logits: torch.Tensor | None
+    dense_logits: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+
+def as_output(output: MultiMixOutput | torch.Tensor, name: str = 'MultiMixLoss') -> MultiMixOutput:
+    """Return an output of a model as MultiMixOutput."""
+    if isinstance(output, torch.Tensor):
+        return MultiMixOutput(output)
+    if not isinstance(output, MultiMixOutput):
+        raise TypeError(
+            f'{name} expects logits (b, c) or the MultiMixOutput of an attached model, got {type(output).__name__}: if '
+            'the model returns several values, pass its logits.')
+    return output
 
 
 class MultiMixLoss(nn.Module):

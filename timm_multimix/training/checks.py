@@ -11,6 +11,7 @@ from timm.data import create_transform
 from timm.optim import list_optimizers
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
+from timm.utils.distributed import world_info_from_env
 
 from ..build.arguments import DEFAULT_OUTPUT
 from ..build.hub_files import is_hub_name
@@ -20,6 +21,7 @@ from ..build.option import option_name
 from ..build.saved_weights import validated_weights
 from ..common.command_line import check_dataset_packages, check_packages
 from ..common.errors import UsageError, near_names, usage_errors
+from ..common.files import check_output
 from ..data.dataset_types import DATASET_TYPES, NEED_FOLDER, check_split, dataset_prefix
 from ..data.demo import DEMOS
 from ..options import check_multimix
@@ -161,8 +163,8 @@ def _check_files(args: argparse.Namespace) -> None:
         raise UsageError('--resume auto needs --experiment, the name of the run to continue.')
     if args.wandb_resume_id and not args.resume:
         raise UsageError('--wandb-resume-id needs --resume.')
-    if args.output and os.path.exists(args.output) and not os.path.isdir(args.output):
-        raise UsageError(f'--output {args.output}: not a folder.')
+    if not args.validate and world_info_from_env()[1] == 0:
+        check_output(os.path.join(args.output or DEFAULT_OUTPUT, args.experiment))
     check_run_folder(args)
 
 
