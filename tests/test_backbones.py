@@ -117,6 +117,14 @@ BACKBONES = {
     'xception_aligned': ('xception41p', 64),
     'xcit': ('xcit_nano_12_p8_224', 32),
 }
+# Options that make the largest of these models small. Their heads do not change.
+SMALLER = {
+    **{name: dict(depth=2) for name in (
+        'beit_base_patch16_224', 'deepseek_vit_412m', 'gemma4_vit_167m', 'naflexvit_base_patch16_siglip',
+        'qwen3_vit_306m', 'samvit_base_patch16_224')},
+    'sequencer2d_s': dict(layers=(1, 1, 1, 1)),
+    'vgg11': dict(mlp_ratio=1 / 64),
+}
 # modules whose token features have the channels first
 CHANNELS_FIRST_TOKENS = {'efficientvim'}
 AVERAGE_POOLING_AND_AFFINE_HEAD = {
@@ -145,7 +153,8 @@ def image_size_argument(name, size):
 
 def build(name, size, **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=7, **image_size_argument(name, size), **kwargs)
+    return timm.create_model(
+        name, num_classes=7, **image_size_argument(name, size), **SMALLER.get(name, {}), **kwargs)
 
 
 @pytest.fixture(scope='module', autouse=True)

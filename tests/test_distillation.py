@@ -234,7 +234,8 @@ def test_a_teacher_adds_no_memory_that_grows_with_the_number_of_mixes():
     assert peak(teacher) <= peak(None) + 6 * tile
 
 
-@pytest.mark.parametrize('options', [dict(), dict(attention_grad=True), dict(loss_type='bce', clean_weight=0.5)])
+@pytest.mark.parametrize('options', [
+    pytest.param(dict(), marks=pytest.mark.slow), dict(attention_grad=True), dict(loss_type='bce', clean_weight=0.5)])
 @pytest.mark.parametrize('temperature', [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 def test_compiles_without_a_graph_break(output, teacher, options, temperature):
     logits, dense, attention = (tensor.float() for tensor in output)

@@ -232,8 +232,9 @@ def test_attention_uniform(images):
 @pytest.mark.parametrize(('name', 'kwargs', 'size'), [
     ('test_resnet', {}, 64), ('test_convnext', {}, 64), ('test_vit', {}, 160),
     pytest.param('shvit_s1', {}, 64, marks=pytest.mark.slow),
-    ('swin_tiny_patch4_window7_224', {'img_size': 64, 'window_size': 2, 'depths': (1, 1, 1, 1), 'drop_path_rate': 0},
-     64)])
+    pytest.param(
+        'swin_tiny_patch4_window7_224',
+        {'img_size': 64, 'window_size': 2, 'depths': (1, 1, 1, 1), 'drop_path_rate': 0}, 64, marks=pytest.mark.slow)])
 def test_compile_without_graph_break(name, kwargs, size):
     model = build(name, **kwargs)
     images = torch.randn(2, 3, size, size)

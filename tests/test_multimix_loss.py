@@ -70,8 +70,9 @@ def test_attention_gradient_equals_finite_differences(shared_weights):
 
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(attention='cam'), dict(attention_grad=True), dict(tuple_length=2), dict(clean_weight=0.5),
-    dict(loss_type='bce'), dict(shared_weights=True),
+    dict(), dict(attention_grad=True), dict(loss_type='bce'),
+    *(pytest.param(options, marks=pytest.mark.slow) for options in (
+        dict(attention='cam'), dict(tuple_length=2), dict(clean_weight=0.5), dict(shared_weights=True))),
 ])
 def test_compiles_without_a_graph_break(output, options):
     logits, dense, attention = (tensor.float() for tensor in output)

@@ -118,7 +118,7 @@ def test_parts_switch_inside_a_compiled_task():
 
 
 @pytest.mark.parametrize('device,options,graphs', [
-    ('cuda', dict(), 2), ('cuda', dict(mode='pooled'), 2), ('cpu', dict(), 1),
+    ('cuda', dict(), 2), pytest.param('cuda', dict(mode='pooled'), 2, marks=pytest.mark.slow), ('cpu', dict(), 1),
     ('cuda', dict(teacher='ema', distill_ramp_epochs=3), 2)])
 def test_compiles_the_loss_on_a_gpu(device, options, graphs):
     torch._dynamo.reset()
