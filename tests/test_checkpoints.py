@@ -266,6 +266,18 @@ def test_lost_best_checkpoint_is_made_again(script, image_folder):
     assert script.checkpoint('model_best.pth.tar')['metric'] == max(metrics)
 
 
+def test_best_checkpoint_without_a_copy_is_reported(script, image_folder):
+    options = dict(model='test_vit', lr=1e-30, epochs=4)  # the first epoch is the best: all have the same metric
+    script.train(image_folder, stop_epoch=2, **options)
+    assert script.checkpoint('model_best.pth.tar')['epoch'] == 0
+    for name in ('model_best', 'checkpoint-0'):
+        os.unlink(script.run_folder() / f'{name}.pth.tar')
+        script.train(image_folder, stop_epoch=2, resume='auto', **options)
+        lost = 'The best checkpoint, of epoch 0, is missing or damaged. Epoch 1 replaces it.' in script.text
+        assert lost == (not (script.run_folder() / 'checkpoint-0.pth.tar').exists())
+        os.unlink(script.run_folder() / 'model_best.pth.tar')
+
+
 @pytest.mark.parametrize('flags,options', [
     (['--model-ema'], dict(momentum=0.9)), (['--model-ema'], dict(multimix='dense', opt='adamw')),
     ([], dict(clip_grad=1.0)), ([], dict(batch_size=4, grad_accum_steps=2)),

@@ -165,6 +165,7 @@ def damage(harness: Harness, rng: random.Random, kind: str) -> Result:
     harness.run(run, dict(kill=[event, signal.SIGKILL]))
     before = harness.updates(run)
     paths = sorted(harness.files(run).glob('*.pth.tar'), key=os.path.getmtime)
+    paths = [path for path in paths if path.stat().st_size]  # one can be empty: the process was killed
     for path in rng.sample(paths, rng.randint(1, max(1, len(paths) - 1))):
         content = bytearray(path.read_bytes())
         path.unlink()  # names may share a file

@@ -75,6 +75,7 @@ _PROGRESS = {
     'shape': {ANY: int}, 'validated': bool,
     'scheduler': ({'inner': {ANY: object}, 'restore_lr': (None, [object]), 'lr': [_NUMBER]}, None),
     'average': (torch.Tensor, None)}
+_SAVER = {'best_epoch': (int, None), 'best_metric': _OPTIONAL_NUMBER}
 
 _ENTRIES = {
     **dict.fromkeys(_WEIGHT_ENTRIES, _is_weights),
@@ -86,7 +87,7 @@ _ENTRIES = {
     'task_state_ema': ({ANY: object}, None),
     'optimizer': {'state': {ANY: {ANY: object}}, 'param_groups': [{ANY: object}]},
     'amp_scaler': {ANY: object},
-    'saver': (lambda value: _fits(value, dict) and len(value) > 0, None),
+    'saver': (lambda value: _fits(value, _SAVER) and len(value) > 0, None),
     'progress': (_PROGRESS, None),
     'metric': _OPTIONAL_NUMBER,
     'eval_weights': lambda value: value in (None, *WEIGHTS),

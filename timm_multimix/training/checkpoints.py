@@ -147,14 +147,16 @@ class RunSaver(CheckpointSaver):
         """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
         pattern = os.path.join(glob.escape(self.checkpoint_dir), f'{self.save_prefix}-*{self.extension}')
-        found = []
+        found, recorded = [], {}
         for path in dict.fromkeys([best, source, *glob.glob(pattern)]):
             with suppress(UsageError, OSError):  # damaged or missing
                 checkpoint = read_checkpoint(path, verify=False)
                 epoch, metric = checkpoint.get('epoch'), self._metric(checkpoint)
                 if epoch is not None and epoch < start_epoch:
                     found.append((epoch, metric, path))
-                if path == source and metric is None and checkpoint.get('metric') is not None:
+                if path == source and selects_alike(checkpoint, self.args):
+                    recorded = checkpoint.get('saver') or {}
+                elif path == source and checkpoint.get('metric') is not None:
                     _logger.warning(
                         'The best checkpoint was selected by another metric or by other weights. The next epochs '
                         'select a new one.')
@@ -170,7 +172,17 @@ class RunSaver(CheckpointSaver):
                 if path != best:
                     self._duplicate(path, best)
                 self.best_metric, self.best_epoch = metric, epoch
-                return
+                break
+        self._report_lost_best(recorded.get('best_metric'), recorded.get('best_epoch'), start_epoch)
+
+    def _report_lost_best(self, metric: float | None, epoch: int | None, start_epoch: int) -> None:
+        """Warn if the best checkpoint was lost, with the metric and the epoch before start_epoch that it had."""
+        if metric is None or epoch is None or epoch >= start_epoch:
+            return
+        sign = 1 if self.decreasing else -1
+        if self.best_metric is None or (sign * metric, epoch) < (sign * self.best_metric, self.best_epoch):
+            now = 'The next epoch replaces it.' if self.best_epoch is None else f'Epoch {self.best_epoch} replaces it.'
+            _logger.warning(f'The best checkpoint, of epoch {epoch}, is missing or damaged. {now}')
 
     def _metric(self, checkpoint: Mapping[str, Any]) -> float | None:
         """Return the metric of a checkpoint; None if it has none, or if the run selects by another metric."""

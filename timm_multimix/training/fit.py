@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import signal
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -44,16 +45,21 @@ def train_command(args: argparse.Namespace, folder: str, *options: str) -> str:
     return f'{program("train", processes)} {shlex.join(words)}'
 
 
-def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
-    """Create and lock the output folder, and return the saver of its checkpoints."""
-    args = setup.args
+def _create_folder(setup: Setup) -> Setup:
+    """Create and lock the output folder. Return the setup with its path."""
     with usage_errors(f'--output {setup.folder}'):
-        if args.experiment:
+        if setup.args.experiment:
             os.makedirs(setup.folder, exist_ok=True)
         else:  # another run may have started in the same second
-            setup.folder = utils.get_outdir(setup.folder, inc=True)
-        folder = setup.folder
-        lock_folder(folder)
+            setup = replace(setup, folder=utils.get_outdir(setup.folder, inc=True))
+        lock_folder(setup.folder)
+    return setup
+
+
+def _open_folder(setup: Setup, start_epoch: int) -> RunSaver:
+    """Write the options and the configuration to the output folder, and return the saver of its checkpoints."""
+    args, folder = setup.args, setup.folder
+    with usage_errors(f'--output {folder}'):
         check_run_folder(args)  # again: another run may have written here before the lock
         read_summary(folder)  # raises UsageError if the file is invalid
         remove_temporary(folder)
@@ -187,6 +193,7 @@ def fit(state: RunState, hub: HubPush | None = None) -> None:
     setup, start_epoch, trackers = state.setup, state.epoch, None
     stop_epoch = setup.stop_epoch
     if utils.is_primary(setup.args):
+        setup = state.setup = _create_folder(setup)
         state.saver = _open_folder(setup, start_epoch)
         if start_epoch < stop_epoch:
             forget_calibrated(setup.folder)

@@ -101,7 +101,6 @@ def resume(setup: Setup, path: str) -> dict[str, Any]:
             setup.optimizer.load_state_dict(deepcopy(checkpoint['optimizer']))  # a copy of memory-mapped tensors
     _settle_changes(setup, checkpoint, epoch)
     _logger.info(f'Continuing from {path}{"" if epoch is None else f" with epoch {epoch}"}.')
-    setup.resumed_from = path
     return {**checkpoint, 'epoch': epoch}
 
 

@@ -199,22 +199,24 @@ def _prepare_task(setup: Setup) -> None:
         task.prepare_distributed(device_ids=[setup.device] if setup.device.type != 'cpu' else None, **options)
 
 
-def _build_schedule(setup: Setup) -> None:
-    args = setup.args
-    setup.updates_per_epoch = -(-len(setup.loaders.train) // args.grad_accum_steps)
+def _with_schedule(setup: Setup) -> Setup:
+    """Return the setup with the learning rate schedule and the number of epochs."""
+    args, updates_per_epoch = setup.args, -(-len(setup.loaders.train) // setup.args.grad_accum_steps)
     with usage_errors(f'--sched {args.sched}'):
-        setup.scheduler, setup.num_epochs = create_scheduler_v2(
+        scheduler, num_epochs = create_scheduler_v2(
             setup.optimizer,
             **scheduler_kwargs(args, decreasing_metric=setup.decreasing),
-            updates_per_epoch=setup.updates_per_epoch,
+            updates_per_epoch=updates_per_epoch,
         )
-    if args.stop_epoch is not None and args.stop_epoch > setup.num_epochs:
-        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {setup.num_epochs} epochs of the run.')
-    if args.multimix != 'off' and args.multimix_start_epoch >= setup.num_epochs:
+    if args.stop_epoch is not None and args.stop_epoch > num_epochs:
+        raise UsageError(f'--stop-epoch {args.stop_epoch} must not exceed the {num_epochs} epochs of the run.')
+    if args.multimix != 'off' and args.multimix_start_epoch >= num_epochs:
         raise UsageError(
-            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {setup.num_epochs} epochs of '
-            'the run, which are counted from 0.')
-    setup.stop_epoch = args.stop_epoch or setup.num_epochs
+            f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {num_epochs} epochs of the run, '
+            'which are counted from 0.')
+    return replace(
+        setup, scheduler=scheduler, updates_per_epoch=updates_per_epoch, num_epochs=num_epochs,
+        stop_epoch=args.stop_epoch or num_epochs)
 
 
 def build_run(args: argparse.Namespace) -> RunState:
@@ -232,16 +234,16 @@ def build_run(args: argparse.Namespace) -> RunState:
     if args.validate:
         return RunState(setup)
     with usage_errors(f'--opt {args.opt}'):
-        setup.optimizer = create_optimizer_v2(
-            setup.task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        setup = replace(setup, optimizer=create_optimizer_v2(
+            setup.task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs))
     if path.endswith('.safetensors'):
         load_weights(setup.task, path, args.resume)
     elif path:
         check_continues(args, path)
         checkpoint = resume(setup, path)
+        setup = replace(setup, resumed_from=path)
     _prepare_task(setup)
-    _build_schedule(setup)
-    state = RunState(setup)
+    state = RunState(_with_schedule(setup))
     if args.distributed:
         state.stop.connect(args.dist_timeout)
     set_start(state, checkpoint)

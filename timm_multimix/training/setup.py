@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from ..build.loaders import Loaders
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setup:
-    """Parts of a run that do not change after its output folder has been created. RunState contains the rest."""
+    """Parts of a run that do not change during training. RunState contains the rest."""
     args: argparse.Namespace
     options: dict[str, Any]  # options for args.yaml: as given, except for optimizer options of the checkpoint
     device: torch.device
