@@ -1,4 +1,4 @@
-"""Hook of mkdocs that makes pages of files outside docs/: README, changelog, examples and notebook."""
+"""Hook of mkdocs that makes pages of files outside docs/: README, changelog, contributing, examples and notebook."""
 import json
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ LINKS = (
     (r'\]\(examples/(\w*)(\.py)?\)', r'](examples.md#\1)'),
     (r'\]\((\.\./)?notebooks/quickstart\.ipynb\)', '](quickstart.md)'),
     (r'\]\(CHANGELOG\.md\)', '](changes.md)'),
+    (r'\]\(CONTRIBUTING\.md\)', '](contributing.md)'),
 )
 
 
@@ -34,6 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         'index.md': (ROOT / 'README.md').read_text(),
         'changes.md': (ROOT / 'CHANGELOG.md').read_text(),
+        'contributing.md': (ROOT / 'CONTRIBUTING.md').read_text(),
         'examples.md': _examples(),
         'quickstart.md': _notebook(),
     }

@@ -233,7 +233,7 @@ def _find_method(twin: nn.Module, head: Head, streams: Sequence[torch.Tensor]) -
     return 'single' if (single - whole).abs().max() <= TOLERANCE * whole.abs().max() else 'whole'
 
 
-def _inspect(model: nn.Module, twin: nn.Module, features: Features) -> Head:
+def _describe_head(model: nn.Module, twin: nn.Module, features: Features) -> Head:
     """Return the description of the head, without map_norm and resizes_images.
 
     The head of the copy runs on small maps, with random parameters and on the CPU. The model itself is not run, and the
@@ -311,7 +311,7 @@ def find_head(model: nn.Module) -> Head:
         raise ValueError(
             f'{name}.forward_features returns neither a feature map nor a list of feature maps: attach with '
             "mode='pooled'.")
-    head = _inspect(model, twin, features)
+    head = _describe_head(model, twin, features)
     streams = as_streams(features)
     if all(min(layout.size(stream)) > 0 for layout, stream in zip(head.layouts, streams, strict=True)):
         return _compare_sizes(twin, image, features, head) if len(streams) > 1 else head

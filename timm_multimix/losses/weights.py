@@ -112,7 +112,8 @@ def sample_weights(
     Args:
         num_mixes: Number of rows n.
         batch_size: Number of examples b.
-        num_positions: Number of positions r for which rows are drawn, None for pooled MultiMix.
+        num_positions: Number of positions r for which rows are drawn. None draws one set of rows, for pooled MultiMix
+            or for all positions.
         alpha: Dirichlet concentration, a number or a (low, high) pair, (0.5, 2.0) in the papers. None is
             1 / tuple_length (see docs/method.md).
         tuple_length: Number of examples m in a mix, None for all b.

@@ -85,20 +85,20 @@ def _gradient_scale(setup: Setup, num_images: int) -> float | torch.Tensor:
     return scale
 
 
-def _mix_images(
-        state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor, dict[str, bool]]:
-    """Apply mixup and CutMix unless the loader has. Return input, target and keyword arguments of the task."""
-    loaders, options = state.setup.loaders, {}
-    if loaders.schedule.alternates:
-        options = dict(multimix=loaders.schedule.is_multimix(state.epoch, index))
-    if loaders.mixup_fn is not None:
-        loaders.mixup_fn.mixes_images = loaders.schedule.mixes_images(state.epoch, index)
-        input, target = loaders.mixup_fn(input, target)
-    return input, target, options
+def _mix_images(state: RunState, index: int, input: Any, target: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Apply mixup and CutMix on the device, if the loader does not apply them and the schedule selects this batch."""
+    loaders = state.setup.loaders
+    if loaders.mixup_fn is None:
+        return input, target
+    loaders.mixup_fn.mixes_images = loaders.schedule.mixes_images(state.epoch, index)
+    return loaders.mixup_fn(input, target)
 
 
-def _forward(state: RunState, input: Any, target: torch.Tensor, options: dict[str, bool]) -> dict[str, Any]:
+def _forward(state: RunState, index: int, input: Any, target: torch.Tensor) -> dict[str, Any]:
     """Return the output of the task. The key 'loss' contains the loss."""
+    schedule, options = state.setup.loaders.schedule, {}
+    if schedule.alternates:  # the same decision as for the images; otherwise the task decides
+        options = dict(multimix=schedule.is_multimix(state.epoch, index))
     with state.setup.autocast():
         try:
             return state.setup.task(input, target, **options)
@@ -219,13 +219,13 @@ def train_epoch(state: RunState) -> dict[str, float]:
             update = index // accum_steps
             is_update = index == len(loader) - 1 or (index + 1) % accum_steps == 0
             state.watchdog.move(f'epoch {epoch}, update {update}')
-            input, target, options = _mix_images(state, index, *to_device(setup, input, target))
+            input, target = _mix_images(state, index, *to_device(setup, input, target))
             num_images = len(input['patches']) if isinstance(input, dict) else len(input)
             reporter.add(num_images, time.perf_counter() - waiting_since)
 
             guard.remember()
             with nullcontext() if is_update or not args.distributed else setup.task.no_sync():
-                result = _forward(state, input, target, options)
+                result = _forward(state, index, input, target)
                 guard.watch(result['loss'], is_update)
                 num_batches = min(accum_steps, len(loader) - update * accum_steps)  # in this update
                 _backward(setup, result['loss'] * (_gradient_scale(setup, num_images) / num_batches))
