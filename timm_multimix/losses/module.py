@@ -1,5 +1,6 @@
 """The output of an attached model, and MultiMix as a loss module."""
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -335,7 +336,7 @@ class MultiMixLoss(nn.Module):
                 total: Any = sum(tensor[:0].sum(dtype=loss_dtype(logits)) for tensor in received)
                 return total, torch.zeros_like(total)
         batch_size = len(logits)
-        sample = partial(
+        sample = partial(  # FusedLossFunction calls it for a few positions at a time
             sample_weights,
             self.num_mixes,
             batch_size,
@@ -365,7 +366,7 @@ class MultiMixLoss(nn.Module):
             self,
             loss: FusedLoss,
             logits: torch.Tensor,
-            weights: Any,
+            weights: torch.Tensor | Callable[..., torch.Tensor],
             attention: torch.Tensor | None,
             target: torch.Tensor,
             teacher: torch.Tensor | None,

@@ -147,7 +147,8 @@ class RunSaver(CheckpointSaver):
         """
         best = os.path.join(self.checkpoint_dir, 'model_best' + self.extension)
         pattern = os.path.join(glob.escape(self.checkpoint_dir), f'{self.save_prefix}-*{self.extension}')
-        found, recorded = [], {}
+        found = []
+        recorded: dict[str, Any] = {}
         for path in dict.fromkeys([best, source, *glob.glob(pattern)]):
             with suppress(UsageError, OSError):  # damaged or missing
                 checkpoint = read_checkpoint(path, verify=False)
