@@ -91,8 +91,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     options = model_options(run)
     images = _open_images(args, run, input_channels(options))
     has_own_data = args.data_dir is None and args.dataset is None
-    selected_by = bool(has_own_data and run.val_split and share_split(run.val_split, run.calibrate))
-    if selected_by:
+    has_selected = bool(has_own_data and run.val_split and share_split(run.val_split, run.calibrate))
+    if has_selected:
         _logger.warning(
             f'The split {run.calibrate} has selected the best checkpoint. Evaluate the calibrated model on other '
             'images.')
@@ -105,7 +105,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     if path is None:
         raise RunError('No calibrated checkpoint was written.')
     _logger.info(
-        f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}{" --split SPLIT" if selected_by else ""}')
+        f'Evaluate it with\n  {program("evaluate")} {shlex.quote(args.run)}{" --split SPLIT" if has_selected else ""}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
