@@ -84,6 +84,42 @@ def test_methods_replaced_on_the_instance_are_refused(name):
     assert isinstance(model(torch.randn(2, 3, 64, 64)), torch.Tensor)
 
 
+class TwoOutputs(timm.models.resnet.ResNet):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits
+
+    def forward_head(self, x, pre_logits=False):
+        return (super().forward_head(x),) * 2
+
+
+def test_models_with_several_outputs_are_refused(images):
+    model = TwoOutputs(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=7).train()
+    with pytest.raises(ValueError, match=r'forward_head must return logits .* got a tuple'):
+        attach(model)
+    attach(model, 'pooled')
+    with pytest.raises(ValueError, match='returned a tuple: return only the logits'):
+        model(images)
+
+
+class AttentionHead(timm.models.resnet.ResNet):
+    def __init__(self, **kwargs):
+        super().__init__(timm.models.resnet.BasicBlock, (1, 1, 1, 1), **kwargs)
+        self.attention = torch.nn.MultiheadAttention(512, 4, batch_first=True)
+
+    def forward_head(self, x, pre_logits=False):
+        x = x.flatten(2).mT
+        return self.fc(self.attention(x, x, x)[0].mean(1))
+
+
+def test_head_with_a_module_that_is_not_called(images):
+    """nn.MultiheadAttention uses the weight of its last layer without a call of the layer."""
+    model = AttentionHead(num_classes=7).train()
+    attach(model)
+    model(images).dense_logits.sum().backward()
+    assert model.attention.out_proj.weight.grad.any()
+
+
 @pytest.mark.parametrize(('name', 'mode'), [('test_resnet', 'dense'), ('test_resnet', 'pooled'), ('test_vit', 'dense')])
 def test_signatures_do_not_change(name, mode):
     model = build(name)

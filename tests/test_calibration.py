@@ -72,7 +72,11 @@ def test_images_all_classified_correctly_give_the_rule_of_succession():
     (torch.randn(4, 1), torch.zeros(4).long(), 'got shapes'),
     (torch.randn(4, 3, 3), torch.zeros(4).long(), 'got shapes'),
     (torch.tensor([[1.0, torch.nan]]), torch.tensor([0]), 'not finite'),
-    (torch.tensor([[1.0, 2.0]]), torch.tensor([2]), 'from 0 to 1, got 2'),
+    (torch.tensor([[1.0, 2.0]]), torch.tensor([2]), 'from 0 to 1, got torch.int64 from 2'),
+    (torch.randn(4, 3), torch.rand(4), 'got torch.float32'),
+    (torch.randn(4, 3), 0.5 * torch.eye(3)[[0, 1, 2, 0]], 'sum to 1'),
+    (torch.randn(4, 3), torch.full((4, 3), torch.nan), 'sum to 1'),
+    (torch.randn(4, 3), torch.ones(4, 1), r'probabilities \(4, 3\)'),
     (torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), 'do not predict'),
     (-10 * torch.eye(3), torch.arange(3), 'do not predict'),
 ])

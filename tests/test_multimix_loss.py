@@ -207,6 +207,8 @@ def test_memory_grows_by_the_weights_of_one_position_only():
 
 @pytest.mark.parametrize('options, message', [
     (dict(num_mixes=0), 'num_mixes must be at least 1, got 0'),
+    (dict(num_mixes=1e3), 'num_mixes must be a whole number, got 1000.0'),
+    (dict(tile_size=-1), 'tile_size must be at least 1, got -1'),
     (dict(alpha=0.0), 'alpha must be a positive number'),
     (dict(tuple_length=0), 'tuple_length must be at least 1'),
     (dict(attention='gap'), r'queries to attach\(\)'),
@@ -231,6 +233,22 @@ def test_bad_attention_and_logits_are_refused(output):
         loss(output._replace(attention=torch.ones(6, 8)), target)
     with pytest.raises(ValueError, match=r'expects logits .* got logits of shape \(6, 9, 4\).* multimix_cross_entropy'):
         loss(output.dense_logits, target)
+
+
+@pytest.mark.parametrize('shape', [(6, 4, 9), (5, 9, 4), (6, 9, 3), (6, 9), (6, 0, 4), (6, 3, 3, 4)])
+def test_dense_logits_that_do_not_fit_are_refused(output, shape):
+    with pytest.raises(ValueError, match=r'dense_logits must have shape \(b, r, c\)'):
+        MultiMixLoss(10)(MultiMixOutput(output.logits, torch.randn(shape)), torch.randint(4, (6,)))
+
+
+@pytest.mark.parametrize('options', [dict(), dict(tuple_length=2, alpha=(0.5, 2.0))])
+def test_compiled_loss_accepts_batches_of_other_sizes(options):
+    torch.compiler.reset()
+    loss = torch.compile(MultiMixLoss(20, **options), backend='aot_eager', fullgraph=True)
+    for batch_size in (8, 5, 8, 3):
+        logits = torch.randn(batch_size, 4, requires_grad=True)
+        loss(logits, torch.randint(4, (batch_size,))).backward()
+        assert logits.grad.isfinite().all() and logits.grad.any()
 
 
 @pytest.mark.parametrize('tuple_length', [4, 7, 100])

@@ -79,6 +79,14 @@ def test_alpha_is_one_number_or_two(alpha):
     assert alpha_range(task.loss.alpha, 9) == (float(alpha[0]), float(alpha[-1]))
 
 
+def test_off_trains_as_the_plain_task_whatever_the_other_options_are():
+    kwargs = _kwargs('--multimix-teacher', 'ema', '--multimix-views', '2')
+    assert MultiMixTask(timm.create_model('test_resnet', num_classes=3), verbose=False, **kwargs).teacher is None
+    parser = _parser()
+    parser.set_defaults(multimix_alpha=1.0)  # as from a configuration of the script
+    assert multimix_kwargs(parser.parse_args(['--multimix', 'pooled']))['alpha'] == 1.0
+
+
 @pytest.mark.parametrize('argv', [
     ['--multimix', 'sparse'], ['--multimix-attention', 'all'], ['--multimix-n', '1.5'],
     ['--multimix-attention-norm', 'l2'],

@@ -146,6 +146,20 @@ def test_refuses_impossible_settings(options):
         _task(**options)
 
 
+def test_both_kinds_of_batches_smooth_soft_targets_as_pytorch():
+    task = _train(_task(criterion=nn.CrossEntropyLoss(label_smoothing=0.2), clean_weight=1.0))
+    images, target = _batch()
+    soft = nn.functional.one_hot(target, CLASSES).float()
+    losses = [task(images, given, multimix=multimix)['loss'] for given in (target, soft) for multimix in (True, False)]
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
+
+
+def test_options_of_the_criterion_are_refused():
+    for options in (dict(smoothing=0.1), dict(loss_type='bce')):
+        with pytest.raises(TypeError, match='Set criterion or criterion_kwargs'):
+            _task(**options)
+
+
 @pytest.mark.parametrize('mode', ['off', 'pooled', 'dense'])
 @pytest.mark.parametrize(('options', 'error', 'message'), [
     (dict(num_mixes=-4), ValueError, 'num_mixes must be at least 1, got -4'),

@@ -203,7 +203,7 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     options = {keyword: getattr(args, option) for option, keyword in _KEYWORDS.items()}
     options.update(
         mode=args.multimix,
-        alpha=tuple(args.multimix_alpha) if args.multimix_alpha else None,
+        alpha=tuple(args.multimix_alpha) if isinstance(args.multimix_alpha, list) else args.multimix_alpha,
         balance=None if args.no_multimix_balance is None else not args.no_multimix_balance,
         seed=getattr(args, 'seed', None) or 0,
     )
@@ -216,6 +216,8 @@ def multimix_kwargs(args: argparse.Namespace) -> dict[str, Any]:
             loss, options['distill_weight'], options['distill_temperature'], options['distill_ramp_epochs'])
         check_teacher(options['teacher'], options['teacher_decay'], options['teacher_path'], options['views'])
         batch_schedule(args)
+    if args.multimix == 'off':
+        options.update(teacher='none', teacher_path=None, views=1)
     return options
 
 

@@ -138,6 +138,10 @@ class MultiMixTask(ClassificationTask):
         check_num_classes(self.criterion, getattr(unwrap_model(model), 'num_classes', None))
         # With mode='off' the loss is not used, but its options are checked.
         kind = dict(loss_type='ce', smoothing=0.0) if mode == 'off' else loss_options(self.criterion)
+        if given := options.keys() & kind.keys():
+            raise TypeError(
+                f'{", ".join(sorted(given))}: MultiMixTask takes this from the criterion. Set criterion or '
+                'criterion_kwargs.')
         loss = MultiMixLoss(
             **kind, preset=preset, attention='cam' if in_loss else None, attention_norm=attention_norm, **options)
         distillation = SelfDistillationLoss(loss, distill_weight, distill_temperature, distill_ramp_epochs)
@@ -312,8 +316,13 @@ class MultiMixTask(ClassificationTask):
             self.teacher.set(self.trainable_module)
 
     def _mixable(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Apply the smoothing and the threshold of timm's BinaryCrossEntropy to the targets before they are mixed."""
+        """Apply the smoothing and the threshold of the criterion to the targets before they are mixed.
+
+        MultiMixLoss smooths class indices for softmax cross-entropy. PyTorch smooths soft targets too, timm does not.
+        """
         criterion = self.criterion
+        if isinstance(criterion, nn.CrossEntropyLoss) and target.is_floating_point() and criterion.label_smoothing:
+            return target * (1 - criterion.label_smoothing) + criterion.label_smoothing / logits.shape[-1]
         if not isinstance(criterion, BinaryCrossEntropy):
             return target
         if target.ndim == 1:

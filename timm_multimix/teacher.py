@@ -64,8 +64,8 @@ class EMATeacher(FrozenTeacher):
             MultiMixOutput too. Wrappers for compilation and distribution are removed. An existing ModelEmaV3 is used
             as it is: its owner updates and saves it, and the options below have no effect.
         decay: Decay of the average, in [0, 1).
-        use_warmup: Limit the decay of update t to 1 - (1 + t)^(-2/3). Otherwise the teacher stays close to the
-            initial model for about 1 / (1 - decay) updates.
+        use_warmup: Limit the decay of update t, counted from 0, to 1 - (1 + t)^(-2/3). Otherwise the teacher stays
+            close to the initial model for about 1 / (1 - decay) updates.
         **options: Options of timm's ModelEmaV3.
 
     Raises:
@@ -168,9 +168,11 @@ class PretrainedTeacher(FrozenTeacher):
         cfg = getattr(student, 'pretrained_cfg', None) or {}
         own_mean, own_std = (
             _per_channel(values, student.in_chans) for values in (teacher.mean_kd, teacher.std_kd))
+        mean, std = cfg.get('mean') if mean is None else mean, cfg.get('std') if std is None else std
         mean, std = (
-            own if given is None else _per_channel(torch.tensor(given, device=device, dtype=dtype), student.in_chans)
-            for given, own in ((mean or cfg.get('mean'), own_mean), (std or cfg.get('std'), own_std)))
+            own if given is None else _per_channel(
+                torch.as_tensor(given, device=device, dtype=dtype or torch.float32), student.in_chans)
+            for given, own in ((mean, own_mean), (std, own_std)))
         self.register_buffer('scale', std / own_std, persistent=False)
         self.register_buffer('shift', (mean - own_mean) / own_std, persistent=False)
 
@@ -205,6 +207,8 @@ class SelfDistillationLoss(nn.Module):
             ramp_epochs: int = 0,
     ):
         super().__init__()
+        if not isinstance(loss, MultiMixLoss):
+            raise TypeError(f'SelfDistillationLoss requires a MultiMixLoss, got {type(loss).__name__}.')
         check_distillation(distill_weight, distill_temperature)
         if ramp_epochs < 0:
             raise ValueError(f'ramp_epochs must not be negative, got {ramp_epochs}.')

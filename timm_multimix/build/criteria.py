@@ -46,7 +46,7 @@ def loss_options(criterion: nn.Module | Callable) -> dict[str, Any]:
         return dict(loss_type='bce', smoothing=0.0, **_class_weights(criterion))
     name = getattr(criterion, '__name__', None) or type(criterion).__name__
     raise ValueError(
-        f'MultiMix supports cross-entropy and binary cross-entropy, got {name}: use one of them, or train without '
+        f"MultiMix supports cross-entropy and timm's BinaryCrossEntropy, got {name}: use one of them, or train without "
         'MultiMix.')
 
 

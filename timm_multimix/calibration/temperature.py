@@ -61,10 +61,17 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
     if not logits.isfinite().all():
         raise ValueError('The temperature cannot be fitted: the logits are not finite.')
     num_images, num_classes = logits.shape
-    if target.ndim == 1 and not 0 <= target.min() <= target.max() < num_classes:
+    if target.ndim == 1:
+        if target.is_floating_point() or not 0 <= target.min() <= target.max() < num_classes:
+            raise ValueError(
+                f'Targets must be class indices from 0 to {num_classes - 1}, got {target.dtype} from {target.min()} to '
+                f'{target.max()}.')
+        target = F.one_hot(target.long(), num_classes)
+    elif target.shape != logits.shape or not (target.min() >= 0 and (target.sum(1) - 1).abs().max() < 1e-3):
         raise ValueError(
-            f'Targets must be class indices from 0 to {num_classes - 1}, got {target.min()} to {target.max()}.')
-    target = F.one_hot(target.long(), num_classes) if target.ndim == 1 else target.double()
+            f'Targets must be class indices (n,), or class probabilities {tuple(logits.shape)} that sum to 1, got '
+            f'shape {tuple(target.shape)}.')
+    target = target.double()
     logits = logits - logits.mean(1, keepdim=True)  # softmax is invariant to it
 
     def slope(inverse: float) -> float:
@@ -84,7 +91,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
 
 def _logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     logits = mean_of_heads(model(images))
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or getattr(model, 'num_classes', None) == 0:
         raise ValueError(f'{type(model).__name__} does not return logits (b, c): create it with a classifier.')
     return logits
 

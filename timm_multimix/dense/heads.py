@@ -103,8 +103,12 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
     found = None
     try:
         with watching(model, lambda name, module, _: called.__setitem__(name, module)):
-            output = mean_of_heads(model.forward_head(features))
-        if output.ndim != 2:
+            output = model.forward_head(features)
+        if isinstance(output, tuple) and hasattr(model, 'distilled_training'):
+            output = mean_of_heads(output)
+        if not isinstance(output, torch.Tensor):
+            found = f'a {type(output).__name__}'
+        elif output.ndim != 2:
             found = f'shape {tuple(output.shape)}'
     except SHAPE_ERRORS as error:
         found = f'an error: {error}'
@@ -250,7 +254,8 @@ def _describe_head(model: nn.Module, twin: nn.Module, features: Features) -> Hea
     window = _window(called)
     if window is not None:
         return replace(head, method='window', window=window)
-    twin = _with_random_values(model, twin, called)
+    parts = (f'{name}.{part}'.rstrip('.') for name in names for part, _ in twin.get_submodule(name).named_modules())
+    twin = _with_random_values(model, twin, ['', *parts])
     generator = torch.Generator('cpu').manual_seed(2)
     streams = [_random((2, *shape[1:]), generator) for shape in shapes]
     masks = _read_mask(twin, head, streams)

@@ -89,6 +89,10 @@ def _image_size(*args: Any) -> Sequence[int] | None:
 
 
 def _checked_logits(model: nn.Module, output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    if not isinstance(output, torch.Tensor) and not hasattr(model, 'distilled_training'):
+        raise ValueError(
+            f'MultiMix requires logits (b, c), and {type(model).__name__} returned a {type(output).__name__}: return '
+            'only the logits in training mode.')
     logits = mean_of_heads(output)
     if logits.ndim != 2:
         raise ValueError(
@@ -267,6 +271,7 @@ def attach(
     replaces the settings. The logits of the output are the ordinary prediction. For distilled models they are the mean
     of the two heads, also with distilled_training. In dense mode a copy of the model on the meta device runs on one
     image to inspect the features and the head. If the head is replaced later, the next forward pass inspects it again.
+    The modules of the head, and their hooks, run for the prediction and for the positions.
 
     If a model passes a tensor to forward_head besides the features, it is the mask of valid positions (b, r), True for
     valid. The attention of padding is 0, so that padding has no effect on MultiMixLoss. timm's NaFlex models do so.

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 
 from .fused import FusedLoss, FusedLossFunction
-from .targets import check_target, check_target_values, make_targets
+from .targets import check_class_weights, check_target, check_target_values, make_targets
 from .weights import is_eager_cpu
 
 CHECKED_ELEMENTS = 2 ** 18  # number of weights that are validated at a time
@@ -67,6 +67,7 @@ def _mixed_loss(
     target = check_target(target, torch.Size((batch_size, num_classes)), loss.is_binary)
     check_target_values(target, num_classes)
     check_smoothing(smoothing)
+    check_class_weights(**class_weights)
     if logits.ndim == 2:
         logits, weights = logits.unsqueeze(1), weights.unsqueeze(0)
     teacher = teacher_rows(logits, teacher_logits, loss.distill_weight)

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,18 @@ def check_distillation(distill_weight: float, distill_temperature: float) -> Non
         raise ValueError(f'distill_temperature must be positive, got {distill_temperature}.')
 
 
+def check_scale(logit_scale: float) -> None:
+    if not (isinstance(logit_scale, Real) and 0 < logit_scale < math.inf):
+        raise ValueError(f'logit_scale must be a positive number, got {logit_scale!r}.')
+
+
+def check_count(name: str, value: int | None) -> None:
+    if value is not None and not isinstance(value, Integral):
+        raise ValueError(f'{name} must be a whole number, got {value!r}.')
+    if value is not None and value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}.')
+
+
 @dataclass(frozen=True)
 class FusedLoss:
     """Loss of `num_mixes` mixes at every position, summed over classes. See MultiMixLoss for the options."""
@@ -110,6 +123,8 @@ class FusedLoss:
 
     def __post_init__(self) -> None:
         check_distillation(self.distill_weight, self.distill_temperature)
+        check_scale(self.logit_scale)
+        check_count('tile_size', self.tile_size)
 
     def positions_at_a_time(self, logits: torch.Tensor) -> int:
         """Return the number of positions whose weights (p, n, b) and logits (p, b, c) are in memory together.

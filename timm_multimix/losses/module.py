@@ -1,5 +1,4 @@
 """The output of an attached model, and MultiMix as a loss module."""
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import torch.nn as nn
 
 from .attention import attention_map, check_attention
 from .functional import check_smoothing, mean, teacher_rows
-from .fused import FusedLoss, FusedLossFunction
+from .fused import FusedLoss, FusedLossFunction, check_count, check_scale
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
 from .targets import check_class_weights, check_target, check_target_values, loss_dtype, make_targets
 from .weights import Alpha, alpha_range, check_mask, is_eager_cpu, sample_weights
@@ -73,7 +72,8 @@ class MultiMixLoss(nn.Module):
             from the dense logits of the true class. 'uniform' is uniform attention. Both ignore the attention of the
             output, also at padding, so sequences with padding need a mask.
         attention_norm: Normalization of the 'cam' attention: 'relu' or 'softmax'.
-        attention_grad: Backpropagate through the attention.
+        attention_grad: Backpropagate through the attention. Attention that is exactly 0 marks padding, and its gradient
+            is not computed from the logits there.
         balance: Use the balanced gradient. False is the literal gradient of the papers.
         pooled_weight: Weight of the pooled term relative to the dense term, in [0, 1]. The dense term does not train
             the class token of a model that predicts from it. Keep the weight above 0 for such a model, unless other
@@ -154,9 +154,8 @@ class MultiMixLoss(nn.Module):
         self._check_options()
 
     def _check_options(self) -> None:
-        for name in ('num_mixes', 'tuple_length'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
+        for name in ('num_mixes', 'tuple_length', 'tile_size'):
+            check_count(name, getattr(self, name))
         if self.attention not in (None, 'uniform', 'cam'):
             raise ValueError(
                 f"attention must be 'cam', 'uniform' or None (attention of the output), got {self.attention!r}. Pass "
@@ -164,8 +163,7 @@ class MultiMixLoss(nn.Module):
         for name in ('pooled_weight', 'clean_weight'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'{name} must be in [0, 1], got {getattr(self, name)}.')
-        if not (isinstance(self.logit_scale, (int, float)) and 0 < self.logit_scale < math.inf):
-            raise ValueError(f'logit_scale must be a positive number, got {self.logit_scale!r}.')
+        check_scale(self.logit_scale)
         if self.loss_type not in ('ce', 'bce'):
             raise ValueError(f"loss_type must be one of ce, bce, got {self.loss_type!r}.")
         check_attention(self.attention or 'uniform', self.attention_norm)
@@ -262,6 +260,13 @@ class MultiMixLoss(nn.Module):
                 'MultiMixLoss expects logits (b, c) or a MultiMixOutput, got logits of shape '
                 f'{None if logits is None else tuple(logits.shape)}. '
                 'For logits at every position (b, r, c) use multimix_cross_entropy.')
+        if dense_logits is not None:
+            known = (dense_logits if logits is None else logits).shape
+            if dense_logits.ndim != 3 or (len(dense_logits), dense_logits.shape[2]) != (known[0], known[-1]) or (
+                    not dense_logits.shape[1]):
+                raise ValueError(
+                    'dense_logits must have shape (b, r, c) with one or more positions, for logits (b, c), got '
+                    f'{tuple(dense_logits.shape)} for logits {None if logits is None else tuple(known)}.')
         if not is_binary and (dense_logits if target is None else logits).shape[-1] == 1:
             raise ValueError(
                 'The softmax cross-entropy of a single class is always 0, so the model is not trained: use binary '

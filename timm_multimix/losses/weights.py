@@ -5,6 +5,7 @@ feature map. Every row of weights is on the simplex.
 """
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
     if alpha is None:
         alpha = 1 / tuple_length
     values = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha)
-    are_numbers = len(values) in (1, 2) and all(isinstance(a, (int, float)) and 0 < a < math.inf for a in values)
+    are_numbers = len(values) in (1, 2) and all(isinstance(a, Real) and 0 < a < math.inf for a in values)
     if not are_numbers or values[0] > values[-1]:
         raise ValueError(
             f'alpha must be a positive number or a pair (low, high) with 0 < low <= high, got {alpha!r}.')
@@ -31,6 +32,11 @@ def alpha_range(alpha: Alpha | None, tuple_length: int) -> tuple[float, float]:
 def is_eager_cpu(device: torch.device) -> bool:
     """Return whether values can be read without synchronizing a device or breaking a compiled graph."""
     return device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+def _random_options(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the keyword argument of random functions. They do not compile for dynamic shapes with generator=None."""
+    return {} if generator is None else dict(generator=generator)
 
 
 def _log_uniform(size: torch.Size, options: dict[str, Any]) -> torch.Tensor:
@@ -44,8 +50,9 @@ def _draw_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Generato
     A Gamma(a) variable is Gamma(a + 1) * U^(1/a). The product is computed in log space, since for small a all
     variables of a row can underflow.
     """
-    log_gamma = torch._standard_gamma((a + 1).expand(size), generator=generator).log_()
-    return log_gamma.add_(_log_uniform(size, dict(dtype=a.dtype, device=a.device, generator=generator)).div_(a))
+    options = _random_options(generator)
+    log_gamma = torch._standard_gamma((a + 1).expand(size), **options).log_()
+    return log_gamma.add_(_log_uniform(size, dict(options, dtype=a.dtype, device=a.device)).div_(a))
 
 
 def _propose_log_gamma(
@@ -60,7 +67,7 @@ def _propose_log_gamma(
     _draw_log_gamma.
     """
     d = a + (1 - 1 / 3)
-    options: dict[str, Any] = dict(dtype=a.dtype, device=a.device, generator=generator)
+    options = dict(_random_options(generator), dtype=a.dtype, device=a.device)
     normal = torch.randn(size, **options)
     root = (normal * (9 * d).rsqrt()).add_(1)
     v = root.pow(3)
@@ -140,13 +147,14 @@ def sample_weights(
 
     rows = (num_mixes,) if num_positions is None else (num_positions, num_mixes)
     options: dict[str, Any] = dict(dtype=torch.float32, device=device)
+    random = options | _random_options(generator)
     concentration = torch.full((*rows, 1), low, **options)
     if high > low:
-        concentration += (high - low) * torch.rand((*rows, 1), generator=generator, **options)
+        concentration += (high - low) * torch.rand((*rows, 1), **random)
     weights = _sample_log_gamma(concentration, torch.Size((*rows, length)), generator).softmax(dim=-1)
     if length == batch_size:
         return weights
-    examples = torch.rand((*rows, batch_size), generator=generator, **options).topk(length, sorted=False).indices
+    examples = torch.rand((*rows, batch_size), **random).topk(length, sorted=False).indices
     return torch.zeros((*rows, batch_size), **options).scatter_(-1, examples, weights)
 
 
@@ -172,7 +180,7 @@ def manifold_mixup_weights(
     """
     lam = sample_weights(1, 2, alpha=alpha, generator=generator, device=device)[0, 0]
     partners = torch.randperm(batch_size, generator=generator, device=lam.device)
-    identity = torch.eye(batch_size, device=lam.device)
+    identity = torch.eye(batch_size, dtype=lam.dtype, device=lam.device)
     return lam * identity + (1 - lam) * identity[partners]
 
 
