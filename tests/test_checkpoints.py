@@ -266,6 +266,23 @@ def test_lost_best_checkpoint_is_made_again(script, image_folder):
     assert script.checkpoint('model_best.pth.tar')['metric'] == max(metrics)
 
 
+def test_resuming_with_other_data_is_reported_and_args_repeat_the_run(script, image_folder):
+    assert script.train(image_folder, epochs=3, stop_epoch=1) == 0
+    assert script.train(image_folder, epochs=3, stop_epoch=1, resume='auto') == 0
+    assert 'other data' not in script.text
+    assert '\nresume:' not in (script.run_folder() / 'args.yaml').read_text()
+    assert script.train(image_folder, epochs=3, resume='auto', seed=7, sched='step') == 0
+    assert 'continues with other data or another schedule: --seed was 42 and is 7' in script.text
+    assert '--sched was cosine and is step' in script.text
+
+
+def test_experiment_that_starts_with_a_dash_can_be_continued(script, image_folder):
+    with stopping(updates=1):
+        assert script.train(image_folder, '--experiment=-y') == 143
+    command = script.lines[-1].split()
+    assert '--experiment=-y' in command and script.train(image_folder, '--experiment=-y', resume='auto') == 0
+
+
 def test_best_checkpoint_without_a_copy_is_reported(script, image_folder):
     options = dict(model='test_vit', lr=1e-30, epochs=4)  # the first epoch is the best: all have the same metric
     script.train(image_folder, stop_epoch=2, **options)

@@ -121,6 +121,13 @@ def test_calibrate_fits_on_what_the_run_held_out(script, image_folder):
     assert script.capsys.readouterr().err.splitlines()[-1].startswith('ERROR: ')
 
 
+def test_interrupt_while_modules_are_imported(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr('timm_multimix.cli.import_module', interrupted)
+    assert main(['train']) == 130
+
+
 def test_calibrate_on_other_images_but_not_on_those_of_training(script, image_folder, tmp_path):
     root = tmp_path / 'images'
     shutil.copytree(image_folder, root)

@@ -415,7 +415,7 @@ def test_folder_of_timms_own_script(server, script, trained):
 
 @pytest.mark.parametrize('argv, message', [
     (['push', 'nowhere', 'user/model'], 'no such folder'),
-    (['push', '.', 'user/model'], 'no checkpoint of a run'),
+    (['push', '.', 'user/model'], 'not a run folder with a finished epoch'),
     (['push', '.'], 'No repository is given'),
     (['pull', '.'], 'invalid choice'),
     ([], 'required'),

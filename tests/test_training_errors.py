@@ -70,6 +70,13 @@ WRONG_OPTIONS = {
     'schedule longer than the run': (
         ['--sched', 'wsd', '--epochs', '3', '--decay-epochs', '9'], '--sched wsd: wsd schedule requires'),
     'missing config': (['--config', 'nothing.yaml'], 'nothing.yaml'),
+    'empty config': (['--config', ''], '--config is empty'),
+    'first epoch below 0': (['--start-epoch', '-1'], '--start-epoch must be 0 or more, got -1'),
+    'first epoch after the last one': (
+        ['--model', 'test_resnet', '--start-epoch', '9'], '--start-epoch 9 must be less than the 9 epochs'),
+    'patch sequences for another model': (
+        ['--model', 'test_resnet', '--naflex-loader'], '--naflex-loader needs a model for patch sequences'),
+    'all images held out': (['--model', 'test_resnet', '--calibrate', '0.9999'], 'is too large'),
     'missing checkpoint': (['--resume', 'nothing.pth.tar'], 'nothing.pth.tar'),
     'missing weights': (['--initial-checkpoint', 'nothing.pth'], 'nothing.pth'),
     'nothing to resume': (['--resume', 'auto'], '--experiment'),

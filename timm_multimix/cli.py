@@ -57,4 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
     except UsageError as error:
         print(f'ERROR: {error}', file=sys.stderr)
+    except KeyboardInterrupt:  # while the modules of the command are imported
+        return 130
     return 2

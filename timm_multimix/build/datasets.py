@@ -1,11 +1,12 @@
 """Create the datasets of a run with timm."""
 import argparse
+import os
 from typing import Any
 
 from timm.data import MultiLabelTarget
 from torch.utils.data import Dataset
 
-from ..common.errors import usage_errors
+from ..common.errors import UsageError, usage_errors
 from ..data.demo import create_dataset, default_img_mode
 
 
@@ -32,6 +33,8 @@ def build_split(args: argparse.Namespace, in_chans: int, split: str, what: str, 
         trust_remote_code=args.dataset_trust_remote_code,
         **target_options,
     )
+    if args.data_dir and not args.dataset and not os.path.exists(args.data_dir):
+        raise UsageError(f'{what} data {args.data_dir}: there is no such folder in {os.getcwd()}.')
     with usage_errors(f'{what} data {args.data_dir or args.dataset}'):
         return create_dataset(args.dataset, split=split, **{'is_training': False, **options, **own})
 

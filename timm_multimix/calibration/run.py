@@ -34,6 +34,8 @@ from .temperature import calibrate, scalable_classifier
 
 _logger = logging.getLogger(__name__)
 
+_FEW_IMAGES = 100
+
 
 def calibration_share(text: str) -> float | None:
     """Parse the value of --calibrate as a share of the training images. Return None for the name of a split."""
@@ -101,8 +103,9 @@ def hold_out(
     generator = torch.Generator('cpu').manual_seed(args.seed)
     order = torch.randperm(len(train), generator=generator, device='cpu').tolist()
     count = round(share * len(train))
-    if count < 2:
-        raise UsageError(f'--calibrate {args.calibrate}: that share of {len(train)} training images is too small.')
+    if not 2 <= count < len(train):
+        few = 'small' if count < 2 else 'large'
+        raise UsageError(f'--calibrate {args.calibrate}: that share of {len(train)} training images is too {few}.')
     _logger.info(f'{count} of {len(train)} training images are held out to fit a temperature on (--calibrate).')
     return Part(train, sorted(order[count:])), Part(train, sorted(order[:count]))
 
@@ -165,6 +168,10 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
     except (OSError, RuntimeError) as error:
         raise_if_interrupted(error)
         raise RunError(f'{path} could not be written: {error}') from error
+    if not isinstance(loader.dataset, IterableDataset) and len(loader.dataset) < _FEW_IMAGES:
+        _logger.warning(
+            f'The temperature was fitted on {len(loader.dataset)} images. With less than {_FEW_IMAGES} it can make the '
+            'probabilities worse.')
     _logger.info(
         f'Calibrated {described(best, entry)}: temperature {temperature:.4g}, folded into the classifier, {path}')
     return path

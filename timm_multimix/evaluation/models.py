@@ -113,7 +113,8 @@ def load_candidate(spec: str, pretrained: bool = True) -> Candidate:
     if os.path.isdir(spec):
         path = next(filter(os.path.isfile, (os.path.join(spec, name) for name in RUN_CHECKPOINTS)), '')
         if not path:
-            raise UsageError(f'{spec} is not a run folder: it has none of {", ".join(RUN_CHECKPOINTS)}.')
+            raise UsageError(
+                f'{spec} is not a run folder with a finished epoch: it has none of {", ".join(RUN_CHECKPOINTS)}.')
     candidate = _from_checkpoint(path) if os.path.isfile(path) else _from_name(spec, pretrained)
     candidate.model.requires_grad_(False).eval()  # attacks only need gradients of the images
     config, channels = candidate.data_config, candidate.data_config['input_size'][0]

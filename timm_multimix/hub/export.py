@@ -92,7 +92,8 @@ def _write_config(folder: str, args: argparse.Namespace, path: str, from_scratch
     else:
         model = create_run_model(args, model_options(args))
         save_config(model, path, data_config=dict(resolve_data(args, model), **_CROP), from_scratch=from_scratch)
-    return json.loads(Path(path).read_text(encoding='utf-8'))
+    with usage_errors(source):
+        return json.loads(Path(path).read_text(encoding='utf-8'))
 
 
 def _base_model(args: Mapping[str, Any]) -> str | None:
@@ -170,7 +171,7 @@ def export(
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
         raise UsageError(
-            f'{folder} contains no checkpoint of a run. It has none of the files {", ".join(RUN_CHECKPOINTS)}.')
+            f'{folder} is not a run folder with a finished epoch: it has none of {", ".join(RUN_CHECKPOINTS)}.')
     path, checkpoint, key = _find_weights(paths, weights)
     recorded = recorded_arguments(checkpoint, path, build_training_parser())
     args = {**vars(recorded), **arguments_of(checkpoint)}

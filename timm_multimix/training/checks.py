@@ -55,7 +55,7 @@ _RANGES = (
         'val_interval', 'checkpoint_hist', 'stop_epoch', 'save_epochs', 'dist_timeout')),
     (lambda value: value >= 0, '0 or more', (
         'workers', 'max_nonfinite', 'recovery_interval', 'lr', 'lr_base', 'mixup', 'cutmix', 'clip_grad',
-        'warmup_epochs', 'cooldown_epochs')),
+        'warmup_epochs', 'cooldown_epochs', 'start_epoch')),
     (lambda value: value > 0, 'above 0', ('std', 'crop_pct', 'scale', 'ratio', 'decay_epochs')),
     (lambda value: 0 <= value < 2 ** 32, 'between 0 and 4294967295', ('seed',)),  # NumPy's seeds
     (lambda value: 0 <= value <= 1, 'between 0 and 1', (

@@ -176,7 +176,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = build_training_parser()
     given = parser.parse_given(argv)
-    config = given.pop('config', '')
+    config = given.pop('config', None)
+    if config == '':
+        raise UsageError('--config is empty. Leave it out, or give a file or the name of a recipe.')
     with usage_errors(f'--config {config}'):
         config = find_recipe(config) if config else ''
     file_values = read_config(config, parser) if config else {}

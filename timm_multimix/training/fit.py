@@ -115,7 +115,8 @@ def _how_to_continue(setup: Setup, saver: RunSaver) -> str:
     if latest is None:
         return 'No checkpoint has been written yet.'
     parent, name = os.path.split(setup.folder)
-    command = train_command(setup.args, setup.folder, '--output', parent, '--experiment', name, '--resume', 'auto')
+    named = [f'--experiment={name}'] if name.startswith('-') else ['--experiment', name]
+    command = train_command(setup.args, setup.folder, '--output', parent, *named, '--resume', 'auto')
     return f'The latest checkpoint is {latest}. Continue with\n  {command}'
 
 

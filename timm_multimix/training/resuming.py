@@ -22,6 +22,9 @@ _logger = logging.getLogger(__name__)
 # trained with other values.
 _OBJECTIVE = ('model_ema', 'multimix', 'no_multimix', 'mixup', 'cutmix', 'loss', 'smoothing', 'bce_', 'jsd_', 'asl_',
               'poly_', 'twoway_', 'db_', 'kd_', 'distill_loss', 'task_loss')
+# Options of the data and the schedule, which a resumed run may change.
+_DATA_AND_SCHEDULE = ('dataset', 'data_dir', 'train_split', 'seed', 'batch_size', 'grad_accum_steps', 'img_size',
+                      'input_size', 'sched')
 # Options that are part of the optimizer state. timm's schedulers read them from its parameter groups.
 _OPTIMIZER_OPTIONS = ('lr', 'weight_decay', 'momentum', 'opt_eps', 'opt_betas', 'layer_decay')
 _REMEDY = 'or give --no-resume-opt, which resets the optimizer'
@@ -50,6 +53,8 @@ def _settle_changes(setup: Setup, checkpoint: dict[str, Any], epoch: int | None)
 
     if objective:
         _logger.warning(f'This run continues with another objective or average: {listed(objective)}.')
+    if others := {name: changed[name] for name in _DATA_AND_SCHEDULE if name in changed}:
+        _logger.warning(f'This run continues with other data or another schedule: {listed(others)}.')
     if reset:
         _logger.warning(
             f'The optimizer keeps the options in the checkpoint: {listed(reset)}. To use the new values, give '

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm import utils
 from timm.layers import set_fast_norm
-from timm.models import safe_model_name
+from timm.models import NaFlexVit, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
@@ -135,6 +135,9 @@ def _build_setup(args: argparse.Namespace, options: dict[str, Any], device: torc
 
     utils.random_seed(args.seed, args.rank)
     model = create_run_model(args, model_args)
+    if args.naflex_loader and not isinstance(model, NaFlexVit):
+        raise UsageError(
+            f'--naflex-loader needs a model for patch sequences, such as naflexvit_base_patch16_gap, got {args.model}.')
     data_config = resolve_data(args, model)
     patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else None
     model = place_model(args, model)
@@ -214,9 +217,11 @@ def _with_schedule(setup: Setup) -> Setup:
         raise UsageError(
             f'--multimix-start-epoch {args.multimix_start_epoch} must be less than the {num_epochs} epochs of the run, '
             'which are counted from 0.')
+    stop_epoch = args.stop_epoch or num_epochs
+    if (args.start_epoch or 0) >= stop_epoch:
+        raise UsageError(f'--start-epoch {args.start_epoch} must be less than the {stop_epoch} epochs to train.')
     return replace(
-        setup, scheduler=scheduler, updates_per_epoch=updates_per_epoch, num_epochs=num_epochs,
-        stop_epoch=args.stop_epoch or num_epochs)
+        setup, scheduler=scheduler, updates_per_epoch=updates_per_epoch, num_epochs=num_epochs, stop_epoch=stop_epoch)
 
 
 def build_run(args: argparse.Namespace) -> RunState:
@@ -227,7 +232,8 @@ def build_run(args: argparse.Namespace) -> RunState:
     Raises:
         UsageError: if options, data, model or checkpoint are invalid.
     """
-    options = {name: value for name, value in vars(args).items() if name not in (*COMMAND_LINE_ONLY, 'dry_run')}
+    unrepeated = (*COMMAND_LINE_ONLY, 'dry_run', 'resume', 'start_epoch', 'no_resume_opt')
+    options = {name: value for name, value in vars(args).items() if name not in unrepeated}
     device = _setup_device(args)
     path, checkpoint = '' if args.validate else _checkpoint_to_resume(args), {}
     setup = _build_setup(args, options, device, path)
