@@ -130,9 +130,10 @@ def _summary(
     methods = {when: _method(options) or ' without MultiMix' for when, options in recipe.earlier.items()
                if 'multimix' in options}
     verb = f'fine-tuned from [{base}](https://huggingface.co/{base})' if base else 'trained'
+    how = _method(recipe.options) or (' without MultiMix' if methods else '')
     sentences = [
         f'This image classifier has {config["num_classes"]} classes and the architecture `{config["architecture"]}`.',
-        f'It was {verb}{_method(recipe.options) or (" without MultiMix" if methods else "")}.',
+        *([f'It was {verb}{how}.'] if base or how else []),
         *(f'{when}, it was trained{method} instead.' for when, method in methods.items()),
         f'`{WEIGHTS_NAME}` contains {described(checkpoint, entry)}'
         f'{"" if epoch is None else f" after epoch {epoch} (counted from 0)"}.',
