@@ -67,7 +67,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> float:
                 f'Targets must be class indices from 0 to {num_classes - 1}, got {target.dtype} from {target.min()} to '
                 f'{target.max()}.')
         target = F.one_hot(target.long(), num_classes)
-    elif target.shape != logits.shape or not (target.min() >= 0 and (target.sum(1) - 1).abs().max() < 1e-3):
+    elif target.shape != logits.shape or not (target.min() >= 0 and (target.double().sum(1) - 1).abs().max() < 1e-3):
         raise ValueError(
             f'Targets must be class indices (n,), or class probabilities {tuple(logits.shape)} that sum to 1, got '
             f'shape {tuple(target.shape)}.')
