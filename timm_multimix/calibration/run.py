@@ -170,8 +170,8 @@ def write_calibrated(folder: str, model: nn.Module, loader: Any, autocast: Calla
         raise RunError(f'{path} could not be written: {error}') from error
     if not isinstance(loader.dataset, IterableDataset) and len(loader.dataset) < _FEW_IMAGES:
         _logger.warning(
-            f'The temperature was fitted on {len(loader.dataset)} images. With fewer than {_FEW_IMAGES} it can make the '
-            'probabilities worse.')
+            f'The temperature was fitted on {len(loader.dataset)} images. With fewer than {_FEW_IMAGES} it can make '
+            'the probabilities worse.')
     _logger.info(
         f'Calibrated {described(best, entry)}: temperature {temperature:.4g}, folded into the classifier, {path}')
     return path
