@@ -1,5 +1,6 @@
 """Weights, statistics and losses that are not finite: what is saved, what is skipped, and how a run ends."""
 import argparse
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -86,7 +87,7 @@ def train_scaled(data, scaler, *argv):
         '--lr', 0.01, '--workers', 0, '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16', *argv)])
     try:
         state = build_run(args)
-        state.setup.loss_scaler = scaler
+        state.setup = dataclasses.replace(state.setup, loss_scaler=scaler)
         fit(state)
     finally:
         unlock_folders()
