@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from timm.loss import (
     AsymmetricLossSingleLabel,
@@ -122,11 +123,11 @@ def test_parts_switch_inside_a_compiled_task():
     ('cuda', dict(teacher='ema', distill_ramp_epochs=3), 2)])
 def test_compiles_the_loss_on_a_gpu(device, options, graphs):
     torch._dynamo.reset()
-    task = _task(**options)
+    task = _task(num_mixes=300, **options)
     task.device = torch.device(device)
     counter = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
     task.compile(backend=counter)
-    expected = _task(**options)
+    expected = _task(num_mixes=300, **options)
     expected.load_checkpoint_state(task.get_checkpoint_state()['state_dict'], task.get_task_state())
     for epoch in range(6):
         result = _at(task, epoch)

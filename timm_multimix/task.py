@@ -35,6 +35,13 @@ def _check_mode(mode: str, teacher: str | nn.Module) -> None:
         raise ValueError("mode='off' does not use a teacher: set teacher='none'.")
 
 
+def _check_not_given(options: dict[str, Any], of_criterion: dict[str, Any]) -> None:
+    if given := options.keys() & of_criterion.keys():
+        raise TypeError(
+            f'{", ".join(sorted(given))}: MultiMixTask takes this from the criterion. Set criterion or '
+            'criterion_kwargs.')
+
+
 class MultiMixTask(ClassificationTask):
     """Train a timm model with MultiMix.
 
@@ -125,7 +132,7 @@ class MultiMixTask(ClassificationTask):
         check_attention(attention, attention_norm)
         check_teacher(teacher, teacher_decay, teacher_path, views)
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        self.mode = mode
+        self.mode, self.views = mode, views
         self.schedule = schedule if mode != 'off' else BatchSchedule(prob=0)
         self.epoch = self.num_batches = 0  # num_batches counts the batches that the task assigned itself
         # The loss computes the 'cam' attention, since it needs the target. The model computes the others.
@@ -134,14 +141,10 @@ class MultiMixTask(ClassificationTask):
         self._attach_options = dict(mode=mode, attention=in_model, attention_norm=attention_norm)
         detach(model)
         self._handle = self.loss = self.distillation = self.teacher = None
-        self.views = views
         check_num_classes(self.criterion, getattr(unwrap_model(model), 'num_classes', None))
         # With mode='off' the loss is not used, but its options are checked.
         kind = dict(loss_type='ce', smoothing=0.0) if mode == 'off' else loss_options(self.criterion)
-        if given := options.keys() & kind.keys():
-            raise TypeError(
-                f'{", ".join(sorted(given))}: MultiMixTask takes this from the criterion. Set criterion or '
-                'criterion_kwargs.')
+        _check_not_given(options, kind)
         loss = MultiMixLoss(
             **kind, preset=preset, attention='cam' if in_loss else None, attention_norm=attention_norm, **options)
         distillation = SelfDistillationLoss(loss, distill_weight, distill_temperature, distill_ramp_epochs)
