@@ -45,6 +45,10 @@ def _build_parser() -> Parser:
     return parser
 
 
+def _uses_data_of_run(args: argparse.Namespace) -> bool:
+    return args.data_dir is None and args.dataset is None
+
+
 def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: int) -> Dataset:
     """Open the images to fit a temperature on. Set the data options of the run to them, and run.calibrate to a split.
 
@@ -52,7 +56,7 @@ def _open_images(args: argparse.Namespace, run: argparse.Namespace, in_chans: in
     """
     if args.split and calibration_share(args.split) is not None:
         raise UsageError(f'--split {args.split}: must be the name of a split. `train --calibrate` holds out a share.')
-    is_own = args.data_dir is None and args.dataset is None
+    is_own = _uses_data_of_run(args)
     calibrate = args.split or ((run.calibrate or run.val_split) if is_own else 'validation')
     if not calibrate:
         raise UsageError('The run has no validation split: give --split or --data-dir.')
@@ -90,8 +94,8 @@ def _calibrate(args: argparse.Namespace) -> None:
         workers=min(run.workers, os.cpu_count() or 1) if args.workers is None else args.workers)
     options = model_options(run)
     images = _open_images(args, run, input_channels(options))
-    has_own_data = args.data_dir is None and args.dataset is None
-    has_selected = bool(has_own_data and run.val_split and share_split(run.val_split, run.calibrate))
+    has_selected = bool(
+        _uses_data_of_run(args) and run.val_split and share_split(run.val_split, run.calibrate))
     if has_selected:
         _logger.warning(
             f'The split {run.calibrate} has selected the best checkpoint. Evaluate the calibrated model on other '

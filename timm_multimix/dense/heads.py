@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .head_norm import check_batch_norms
-from .positions import Features, Head, Layout, as_streams, mean_of_heads, modules_below
+from .positions import Features, Head, Layout, as_streams, modules_below
 
 TOLERANCE = 1e-4
 # 2 x 2 positions at stride 64
@@ -104,8 +104,6 @@ def _called_modules(model: nn.Module, features: Features) -> dict[str, nn.Module
     try:
         with watching(model, lambda name, module, _: called.__setitem__(name, module)):
             output = model.forward_head(features)
-        if isinstance(output, tuple) and hasattr(model, 'distilled_training'):
-            output = mean_of_heads(output)
         if not isinstance(output, torch.Tensor):
             found = f'a {type(output).__name__}'
         elif output.ndim != 2:
@@ -151,7 +149,7 @@ def _random(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
 
 def _run_head(twin: nn.Module, features: Features) -> torch.Tensor:
     with torch.autocast('cpu', enabled=False):
-        return mean_of_heads(twin.forward_head(features))
+        return twin.forward_head(features)
 
 
 def _declared_prefix_tokens(model: nn.Module) -> int | None:
@@ -176,7 +174,7 @@ def _find_layouts(model: nn.Module, head: Head, streams: Sequence[torch.Tensor])
             for stream in streams))
         vectors = [stream.new_zeros(2, stream.shape[1 if channels_first else -1]) for stream in streams]
         try:
-            if mean_of_heads(model.forward_head(head.constant_maps(vectors, sizes))).ndim == 2:
+            if model.forward_head(head.constant_maps(vectors, sizes)).ndim == 2:
                 return head
         except SHAPE_ERRORS as error:
             errors.append(str(error))
@@ -254,6 +252,7 @@ def _describe_head(model: nn.Module, twin: nn.Module, features: Features) -> Hea
     window = _window(called)
     if window is not None:
         return replace(head, method='window', window=window)
+    # Not only the modules that are called: nn.MultiheadAttention uses the weights of its last layer directly.
     parts = (f'{name}.{part}'.rstrip('.') for name in names for part, _ in twin.get_submodule(name).named_modules())
     twin = _with_random_values(model, twin, ['', *parts])
     generator = torch.Generator('cpu').manual_seed(2)

@@ -24,14 +24,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .targets import Targets, loss_dtype
-from .weights import attended_rows
+from .weights import attended_rows, check_count
 
 # Limit on the elements of the weights (p, n, b) of the positions in memory, and of a tile of mixed logits. On a CPU a
 # tile should fit the cache of a core. At least one position is in memory, with all its weights.
@@ -101,13 +101,6 @@ def check_distillation(distill_weight: float, distill_temperature: float) -> Non
 def check_scale(logit_scale: float) -> None:
     if not (isinstance(logit_scale, Real) and 0 < logit_scale < math.inf):
         raise ValueError(f'logit_scale must be a positive number, got {logit_scale!r}.')
-
-
-def check_count(name: str, value: int | None) -> None:
-    if value is not None and not isinstance(value, Integral):
-        raise ValueError(f'{name} must be a whole number, got {value!r}.')
-    if value is not None and value < 1:
-        raise ValueError(f'{name} must be at least 1, got {value}.')
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch.nn as nn
 
 from .attention import attention_map, check_attention
 from .functional import check_smoothing, mean, teacher_rows
-from .fused import FusedLoss, FusedLossFunction, check_count, check_scale
+from .fused import FusedLoss, FusedLossFunction, check_scale
 from .gather import check_same_sizes, gather_batch, mean_over_processes, share_positions
 from .targets import check_class_weights, check_target, check_target_values, loss_dtype, make_targets
-from .weights import Alpha, alpha_range, check_mask, is_eager_cpu, sample_weights
+from .weights import Alpha, alpha_range, check_count, check_mask, is_eager_cpu, sample_weights
 
 # Values of None arguments of MultiMixLoss for each preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -261,12 +261,11 @@ class MultiMixLoss(nn.Module):
                 f'{None if logits is None else tuple(logits.shape)}. '
                 'For logits at every position (b, r, c) use multimix_cross_entropy.')
         if dense_logits is not None:
-            known = (dense_logits if logits is None else logits).shape
-            if dense_logits.ndim != 3 or (len(dense_logits), dense_logits.shape[2]) != (known[0], known[-1]) or (
-                    not dense_logits.shape[1]):
+            like, shape = dense_logits if logits is None else logits, dense_logits.shape
+            if len(shape) != 3 or not shape[1] or shape[::2] != (len(like), like.shape[-1]):
                 raise ValueError(
                     'dense_logits must have shape (b, r, c) with one or more positions, for logits (b, c), got '
-                    f'{tuple(dense_logits.shape)} for logits {None if logits is None else tuple(known)}.')
+                    f'{tuple(shape)} for logits {None if logits is None else tuple(logits.shape)}.')
         if not is_binary and (dense_logits if target is None else logits).shape[-1] == 1:
             raise ValueError(
                 'The softmax cross-entropy of a single class is always 0, so the model is not trained: use binary '

@@ -5,7 +5,7 @@ feature map. Every row of weights is on the simplex.
 """
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -92,6 +92,15 @@ def _sample_log_gamma(a: torch.Tensor, size: torch.Size, generator: torch.Genera
     return log_gamma
 
 
+def check_count(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Integral):
+        raise ValueError(f'{name} must be a whole number, got {value!r}.')
+    if value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}.')
+
+
 def check_mask(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return the mask of valid positions (b, r) as a boolean tensor. Integers, as in an attention_mask, are cast."""
     if mask.shape != shape or mask.is_floating_point():
@@ -134,8 +143,7 @@ def sample_weights(
         ValueError: If a size is below 1, alpha is not positive, or the tuple is longer than the batch.
     """
     for name, size in (('num_mixes', num_mixes), ('batch_size', batch_size), ('num_positions', num_positions)):
-        if size is not None and size < 1:
-            raise ValueError(f'{name} must be at least 1, got {size}.')
+        check_count(name, size)
     length = batch_size if tuple_length is None else tuple_length
     if not 1 <= length <= batch_size:
         raise ValueError(
